@@ -293,11 +293,11 @@ class Store:
                 with contextlib.suppress(FileExistsError):
                     os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             os.stat(self.path)
-            self._reader = self._connect(DATABASE_LOCK_SECONDS)
             self._writer = self._connect(0.1)  # the rest of the waiting is up to _begin, which can be told to stop
             self._transact(self._migrate)
             if self._writer.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
                 raise StoreError(f"cannot use the database {self.path}: SQLite's WAL mode does not work on its disk")
+            self._reader = self._connect(DATABASE_LOCK_SECONDS)
         except (OSError, sqlite3.Error) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise StoreError(f"cannot use the database {self.path}: {reason}") from error
@@ -306,8 +306,12 @@ class Store:
         """Open a connection that leaves transactions to us and waits that long for other processes' locks."""
         uri = f"file:{urllib.parse.quote(self.path)}?mode=rw"  # rw without c: SQLite must not create what is missing
         connection = sqlite3.connect(uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False)
-        for pragma in PRAGMAS:
-            connection.execute(pragma)
+        try:
+            for pragma in PRAGMAS:
+                connection.execute(pragma)
+        except sqlite3.Error:
+            connection.close()
+            raise
         return connection
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
@@ -464,6 +468,13 @@ NOT_IN_FIELD = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 # A second one of these would change whom we believe or where a request ends. Others are joined with a comma.
 SINGLE_FIELDS = frozenset(("authorization", "content-length", "content-type", "host", "transfer-encoding"))
 
+ADDRESS_TOO_LONG = f"the address is longer than {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body"
+HEADERS_TOO_LARGE = (
+    f"the headers are over {HEADER_FIELDS_MAX} lines of {HEADER_LINE_BYTES_MAX} bytes, or {HEADERS_BYTES_MAX} in all"
+)
+BODY_TOO_LARGE = f"the body is longer than {BODY_BYTES_MAX} bytes, or the value in it than {VALUE_BYTES_MAX}"
+CHUNKS_MALFORMED = "the chunked body is malformed"
+
 Headers = tuple[tuple[str, str], ...]
 
 
@@ -512,28 +523,29 @@ class Request(NamedTuple):
     user: User | None = None
 
 
-def read_line(reader: io.BufferedReader, bytes_max: int, too_long: HTTPError) -> str:
-    """Return the next line, decoded as ISO 8859-1 so that no byte is lost; raise HTTPError or Disconnected."""
+def read_line(reader: io.BufferedReader, bytes_max: int, status: int, message: str) -> str:
+    """Return the next line, decoded as ISO 8859-1 so that no byte is lost.
+
+    Raises HTTPError, with status and message when the line is too long, or Disconnected.
+    """
     line = reader.readline(bytes_max + 3)
     if line.endswith(b"\r\n") and len(line) <= bytes_max + 2:
         return line[:-2].decode("iso-8859-1")
     if not line:
         raise Disconnected
     if len(line) > bytes_max + 1:
-        raise too_long
+        raise HTTPError(status, message)
     raise HTTPError(400, "the request is incomplete, or has a line that does not end in CR LF")
 
 
 def read_fields(reader: io.BufferedReader) -> dict[str, str]:
     """Return the header fields by lower-case name, up to the empty line that ends them (RFC 9112 section 5)."""
-    limits = f"{HEADER_FIELDS_MAX} lines of {HEADER_LINE_BYTES_MAX} bytes, {HEADERS_BYTES_MAX} bytes in all"
-    too_large = HTTPError(431, f"the headers are too large; the limit is {limits}")
     headers: dict[str, str] = {}
     lines_left, bytes_left = HEADER_FIELDS_MAX, HEADERS_BYTES_MAX
-    while line := read_line(reader, HEADER_LINE_BYTES_MAX, too_large):
+    while line := read_line(reader, HEADER_LINE_BYTES_MAX, 431, HEADERS_TOO_LARGE):
         lines_left, bytes_left = lines_left - 1, bytes_left - len(line) - 2
         if lines_left < 0 or bytes_left < 0:
-            raise too_large
+            raise HTTPError(431, HEADERS_TOO_LARGE)
         name, colon, value = line.partition(":")
         if not colon or not TOKEN.fullmatch(name) or NOT_IN_FIELD.search(value):
             raise HTTPError(400, "a header is malformed; it is NAME: VALUE on one line, with no space before the colon")
@@ -556,21 +568,20 @@ def read_exactly(reader: io.BufferedReader, count: int) -> bytes:
 
 def read_chunks(reader: io.BufferedReader) -> bytes:
     """Return a body that comes in chunks (RFC 9112 section 7.1); trailers are checked and thrown away."""
-    malformed = HTTPError(400, "the chunked body is malformed")
     body = bytearray()
     while True:
-        match = CHUNK_SIZE.fullmatch(read_line(reader, HEADER_LINE_BYTES_MAX, malformed))
+        match = CHUNK_SIZE.fullmatch(read_line(reader, HEADER_LINE_BYTES_MAX, 400, CHUNKS_MALFORMED))
         if not match:
-            raise malformed
+            raise HTTPError(400, CHUNKS_MALFORMED)
         size = int(match[1], 16)
         if size == 0:
             read_fields(reader)
             return bytes(body)
         if len(body) + size > BODY_BYTES_MAX:
-            raise HTTPError(413, f"the body is too large; the limit is {BODY_BYTES_MAX} bytes")
+            raise HTTPError(413, BODY_TOO_LARGE)
         body += read_exactly(reader, size)
         if read_exactly(reader, 2) != b"\r\n":
-            raise malformed
+            raise HTTPError(400, CHUNKS_MALFORMED)
 
 
 def parse_target(method: str, target: str) -> tuple[str, str, str]:
@@ -617,9 +628,9 @@ def read_head(reader: io.BufferedReader) -> Request:
 
     A minor version that we do not know is served like 1.1 (RFC 9110 section 2.5).
     """
-    too_long = HTTPError(414, f"the address is longer than {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body")
-    # RFC 9112 section 2.2: an empty line before a request is to be ignored.
-    line = read_line(reader, REQUEST_LINE_BYTES_MAX, too_long) or read_line(reader, REQUEST_LINE_BYTES_MAX, too_long)
+    line = read_line(reader, REQUEST_LINE_BYTES_MAX, 414, ADDRESS_TOO_LONG)
+    if not line:  # an empty line before a request is to be ignored (RFC 9112 section 2.2)
+        line = read_line(reader, REQUEST_LINE_BYTES_MAX, 414, ADDRESS_TOO_LONG)
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise HTTPError(400, "the request line is malformed; it is METHOD TARGET HTTP/1.1, with one space between")
@@ -1102,7 +1113,7 @@ class RequestHandler(socketserver.StreamRequestHandler):
     def read_body(self, request: Request) -> bytes:
         """Return the body of a request; raise HTTPError when it is malformed or too large."""
         if request.body_length > BODY_BYTES_MAX:
-            raise HTTPError(413, f"the body is too large; the limit is {BODY_BYTES_MAX} bytes")
+            raise HTTPError(413, BODY_TOO_LARGE)
         if "expect" in request.headers and request.body_length and not request.is_http_1_0:
             self.send(CONTINUE)
         chunked = request.body_length == CHUNKED

@@ -1,0 +1,1716 @@
+"""The tests of kvserver: real servers on free ports, real sockets, real processes. Run: python -m unittest
+
+scrypt is made cheap by patching its constant, since checking a password takes a quarter of a second on purpose and the
+tests log in hundreds of times; the program itself has no switch that could weaken it by accident.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import json
+import logging
+import os
+import pty
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, cast
+from unittest import mock
+
+import kvserver
+
+PROGRAM = os.path.abspath(kvserver.__file__)
+# The program with cheap scrypt, for the tests that need a process of its own.
+CHEAP_PROGRAM = [
+    sys.executable,
+    "-c",
+    "import sys, kvserver; kvserver.SCRYPT_COST_LOG2 = 1; sys.exit(kvserver.main())",
+]
+WAIT_SECONDS = 20  # how long a test waits for what should come at once
+PASSWORDS = {"alice": "alice's password", "bob": "bob's pässword ☃"}
+
+
+def basic(name: str, password: str) -> str:
+    """Return the value of an Authorization header."""
+    return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
+
+
+class Answer(NamedTuple):
+    """What a server answered; header names are in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def read_answer(response: http.client.HTTPResponse) -> Answer:
+    """Return an http.client response as an Answer."""
+    return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+
+
+class CapturedLog(logging.Handler):
+    """Keeps what the program logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def text(self) -> str:
+        """Return the whole log."""
+        return "\n".join(self.lines)
+
+
+@contextlib.contextmanager
+def captured_log() -> Iterator[CapturedLog]:
+    """Keep what the program logs from the terminal, and give it."""
+    log = CapturedLog()
+    kvserver.LOG.addHandler(log)
+    kvserver.LOG.setLevel(logging.INFO)
+    kvserver.LOG.propagate = False
+    try:
+        yield log
+    finally:
+        kvserver.LOG.removeHandler(log)
+        kvserver.LOG.propagate = True
+
+
+class ServerCase(unittest.TestCase):
+    """A server in this process with the users alice, an admin, and bob."""
+
+    base_path = kvserver.DEFAULT_BASE_PATH
+    log_requests = False
+
+    def setUp(self) -> None:
+        for name, value in (("SCRYPT_COST_LOG2", 1), ("POLL_SECONDS", 0.01)):
+            self.enter(mock.patch.object(kvserver, name, value))
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.database = os.path.join(self.folder, "test.db")
+        self.log = self.enter(captured_log())
+        self.start()
+        for name, password in PASSWORDS.items():
+            self.store.add_user(name, kvserver.hash_password(password), name == "alice")
+
+    def enter(self, context: Any) -> Any:
+        """Enter a context until the test is over (unittest has this from Python 3.11 on)."""
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def start(self) -> None:
+        """Start a server on the database."""
+        self.store = kvserver.Store(self.database)
+        self.addCleanup(self.store.close)
+        self.server = kvserver.Server(self.store, "127.0.0.1", 0, self.base_path, self.log_requests)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        self.addCleanup(self.stop)
+
+    def stop(self) -> None:
+        """Stop the server and wait for its end."""
+        self.server.stop()
+        self.thread.join(WAIT_SECONDS)
+        self.assertFalse(self.thread.is_alive(), "the server does not stop")
+
+    def request(
+        self,
+        method: str,
+        target: str,
+        body: bytes | str | None = None,
+        content_type: str | None = None,
+        user: str | None = "alice",
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Send one request on a connection of its own."""
+        sent = dict(headers or {})
+        if user:
+            sent["Authorization"] = basic(user, PASSWORDS[user])
+        if content_type:
+            sent["Content-Type"] = content_type
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
+        with contextlib.closing(connection):
+            connection.request(method, target, body.encode() if isinstance(body, str) else body, sent)
+            return read_answer(connection.getresponse())
+
+    def get(self, key: str, user: str = "alice") -> bytes | None:
+        """Return the value of a key, None if there is none."""
+        answer = self.request("GET", "/get?" + urllib.parse.urlencode({"key": key}), user=user)
+        self.assertIn(answer.status, (200, 404))
+        return answer.body if answer.status == 200 else None
+
+    def pairs(self, user: str = "alice") -> dict[str, str]:
+        """Return all pairs of a user."""
+        return cast("dict[str, str]", json.loads(self.request("GET", "/list", user=user).body))
+
+    def connect(self) -> socket.socket:
+        """Return a raw connection."""
+        connection = socket.create_connection(("127.0.0.1", self.port), WAIT_SECONDS)
+        self.addCleanup(connection.close)
+        return connection
+
+    def exchange(self, data: bytes, end: bool = False) -> bytes:
+        """Send bytes as they are and return all that comes until the server closes; end closes our direction."""
+        connection = self.connect()
+        connection.sendall(data)
+        if end:
+            connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    def raw(self, request_line: str, *lines: str, body: bytes = b"") -> bytes:
+        """Return alice's request as bytes, with a Host, and the lines given as further headers."""
+        head = [request_line, "Host: localhost", "Authorization: " + basic("alice", PASSWORDS["alice"]), *lines]
+        return "\r\n".join(head).encode("utf-8") + b"\r\n\r\n" + body
+
+
+class Api(ServerCase):
+    """What clients of IoT Persistence Api rely on."""
+
+    def test_value_comes_back_byte_for_byte(self) -> None:
+        answer = self.request("GET", "/set?key=door&value=open")
+        self.assertEqual((200, b"Success"), (answer.status, answer.body))
+        answer = self.request("GET", "/get?key=door")
+        self.assertEqual((200, b"open"), (answer.status, answer.body))
+        self.assertEqual("text/plain; charset=utf-8", answer.headers["content-type"])
+
+    def test_set_replaces_value(self) -> None:
+        self.request("GET", "/set?key=door&value=open")
+        self.request("GET", "/set?key=door&value=closed")
+        self.assertEqual({"door": "closed"}, self.pairs())
+
+    def test_del_removes_pair(self) -> None:
+        self.request("GET", "/set?key=door&value=open")
+        answer = self.request("GET", "/del?key=door")
+        self.assertEqual((200, b"Successfully removed state"), (answer.status, answer.body))
+        self.assertEqual({}, self.pairs())
+
+    def test_list_is_one_json_object(self) -> None:
+        self.assertEqual(b"{}", self.request("GET", "/list").body)
+        for key, value in (("b", "2"), ("a", '"'), ("é", "☃\0")):
+            self.store.set_value(1, key, value)
+        answer = self.request("GET", "/list")
+        self.assertEqual({"a": '"', "b": "2", "é": "☃\0"}, json.loads(answer.body))
+        self.assertEqual("application/json", answer.headers["content-type"])
+
+    def test_health_needs_no_login(self) -> None:
+        answer = self.request("GET", "/health", user=None)
+        self.assertEqual((200, b"ok"), (answer.status, answer.body))
+        self.assertEqual(200, self.request("HEAD", "/health", user=None).status)
+
+    def test_health_notices_a_damaged_database(self) -> None:
+        with open(self.database, "r+b") as file:
+            file.write(b"damaged" * 100)
+        answer = self.request("GET", "/health", user=None)
+        self.assertEqual(503, answer.status)
+        self.assertIn("Retry-After".lower(), answer.headers)
+
+    def test_health_notices_a_missing_table(self) -> None:
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            connection.execute("DROP TABLE pair")
+        self.assertEqual(503, self.request("GET", "/health", user=None).status)
+
+    def test_unknown_key_is_404(self) -> None:
+        for target in ("/get?key=door", "/del?key=door"):
+            with self.subTest(target):
+                self.assertEqual(404, self.request("GET", target).status)
+
+    def test_missing_parameters_are_400(self) -> None:
+        for target in (
+            "/set",
+            "/set?key=a",
+            "/set?value=a",
+            "/set?key=a&value",
+            "/get",
+            "/get?key",
+            "/del",
+            "/del?key=",
+        ):
+            with self.subTest(target):
+                self.assertEqual(400, self.request("GET", target).status)
+        self.assertEqual({}, self.pairs())
+
+    def test_only_an_explicit_empty_value_stores_the_empty_text(self) -> None:
+        self.assertEqual(400, self.request("POST", "/set?key=a").status)
+        self.assertEqual(400, self.request("POST", "/set?key=a", "").status)
+        self.assertEqual({}, self.pairs())
+        self.assertEqual(200, self.request("GET", "/set?key=a&value=").status)
+        self.assertEqual({"a": ""}, self.pairs())
+
+    def test_paths_exist_at_the_root_and_below_the_prefix(self) -> None:
+        self.assertEqual(b"Success", self.request("GET", "/iotpersistenceapi/set?key=a&value=1").body)
+        self.assertEqual(b"1", self.request("GET", "/get?key=a").body)
+        self.assertEqual(b"1", self.request("GET", "/iotpersistenceapi/get?key=a").body)
+        self.assertEqual(b'{"a": "1"}', self.request("GET", "/iotpersistenceapi/list").body)
+        self.assertEqual(b"ok", self.request("GET", "/iotpersistenceapi/health", user=None).body)
+        self.assertEqual(200, self.request("GET", "/iotpersistenceapi/del?key=a").status)
+
+    def test_query_is_form_encoded(self) -> None:
+        self.request("GET", "/set?key=a+b%20c%2B&value=100%&x=%zz")
+        self.assertEqual({"a b c+": "100%"}, self.pairs())
+        self.request("GET", "/set?key=half&value=%4")
+        self.assertEqual(b"%4", self.get("half"))
+
+    def test_query_may_have_raw_utf8(self) -> None:
+        self.exchange(self.raw("GET /set?key=tür&value=☃+☃ HTTP/1.1", "Connection: close"))
+        self.assertEqual({"tür": "☃ ☃"}, self.pairs())
+
+    def test_keys_come_back_as_they_went_in(self) -> None:
+        keys = ["..", "/", "../../etc/passwd", "%2F", "%", " ", "a b", "😀", "a\nb", "?key=x&", "k" * 512, "é" * 256]
+        for key in keys:
+            query = urllib.parse.urlencode({"key": key, "value": "of " + key})
+            self.assertEqual(200, self.request("GET", "/set?" + query).status, key)
+        self.assertEqual({key: "of " + key for key in keys}, self.pairs())
+        for key in keys:
+            self.assertEqual(("of " + key).encode(), self.get(key))
+
+    def test_keys_over_the_limit_are_400(self) -> None:
+        for key in ("", "k" * 513, "é" * 257, "\0", "a\0b"):
+            with self.subTest(key):
+                query = urllib.parse.urlencode({"key": key, "value": "1"})
+                self.assertEqual(400, self.request("GET", "/set?" + query).status)
+        self.assertEqual({}, self.pairs())
+
+    def test_value_may_be_as_long_as_the_limit(self) -> None:
+        longest = "é" * (kvserver.VALUE_BYTES_MAX // 2)
+        self.assertEqual(200, self.request("POST", "/set?key=a", longest).status)
+        self.assertEqual(longest.encode(), self.get("a"))
+        self.assertEqual(413, self.request("POST", "/set?key=a", longest + "x").status)
+        form = "key=a&value=" + "x" * (kvserver.VALUE_BYTES_MAX + 1)
+        self.assertEqual(413, self.request("POST", "/set", form, kvserver.FORM).status)
+        in_json = json.dumps({"key": "a", "value": "x" * (kvserver.VALUE_BYTES_MAX + 1)})
+        self.assertEqual(413, self.request("POST", "/set", in_json, kvserver.JSON).status)
+        self.assertEqual(longest.encode(), self.get("a"))
+
+    def test_value_may_be_any_text(self) -> None:
+        for value in ("", "\0", "a\0b", "\r\n", "\ufeff", " x ", "<script>", "😀", "\x7f\x80\uffff"):
+            with self.subTest(value):
+                query = urllib.parse.urlencode({"key": "a", "value": value})
+                self.assertEqual(200, self.request("GET", "/set?" + query).status)
+                self.assertEqual(value.encode(), self.get("a"))
+
+    def test_what_is_not_utf8_is_400(self) -> None:
+        for target in ("/set?key=a&value=%ff", "/set?key=%c3&value=a", "/set?key=a&value=%ed%a0%80"):
+            with self.subTest(target):
+                self.assertEqual(400, self.request("GET", target).status)
+        bodies: list[tuple[str, bytes, str]] = [
+            ("/set?key=a", b"\xff", "text/plain"),
+            ("/set", b"key=a&value=%ff", kvserver.FORM),
+            ("/set", b"key=a&value=\xff", kvserver.FORM),
+            ("/set", b'{"key": "a", "value": "\xff"}', kvserver.JSON),
+            ("/set", b'{"key": "a", "value": "\\ud800"}', kvserver.JSON),
+            ("/set", b'{"key": "\\udfff", "value": "a"}', kvserver.JSON),
+            ("/set", b'{"key": "a", "value": ["\\ud800"]}', kvserver.JSON),
+        ]
+        for target, body, content_type in bodies:
+            with self.subTest(body):
+                self.assertEqual(400, self.request("POST", target, body, content_type).status)
+        self.assertEqual(400, self.request("GET", "/get?key=%ff").status)
+        self.assertEqual({}, self.pairs())
+
+    def test_two_users_have_keys_of_their_own(self) -> None:
+        for user in ("alice", "bob"):
+            self.assertEqual(200, self.request("GET", "/set?key=door&value=open", user=user).status)
+        self.assertEqual(200, self.request("GET", "/set?key=door&value=closed", user="bob").status)
+        self.assertEqual(200, self.request("GET", "/set?key=secret&value=1").status)
+        self.assertEqual((b"open", b"closed"), (self.get("door"), self.get("door", user="bob")))
+        self.assertEqual({"door": "closed"}, self.pairs(user="bob"))
+        self.assertEqual(404, self.request("GET", "/get?key=secret", user="bob").status)
+        self.assertEqual(404, self.request("GET", "/del?key=secret", user="bob").status)
+        self.assertEqual(200, self.request("GET", "/del?key=door", user="bob").status)
+        self.assertEqual({"door": "open", "secret": "1"}, self.pairs())
+
+    def test_a_reused_name_starts_empty(self) -> None:
+        self.request("GET", "/set?key=door&value=open", user="bob")
+        self.store.delete_user("bob", even_last_admin=False)
+        self.store.add_user("bob", kvserver.hash_password(PASSWORDS["bob"]), False)
+        self.assertEqual({}, self.pairs(user="bob"))
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            self.assertEqual([(0,)], connection.execute("SELECT count(*) FROM pair").fetchall())
+
+    def test_a_write_for_a_user_deleted_meanwhile_is_401(self) -> None:
+        bob = self.store.user("bob")
+        assert bob
+        self.request("GET", "/list", user="bob")  # from here on the credentials are remembered
+        with mock.patch.object(self.store, "user", return_value=bob):
+            self.store.delete_user("bob", even_last_admin=False)
+            self.store.add_user("carol", "hash", False)
+            self.assertEqual(401, self.request("GET", "/set?key=a&value=1", user="bob").status)
+        self.assertEqual([("alice", 0), ("carol", 0)], [(user.name, user.pairs) for user in self.store.users()])
+
+    def test_answers_carry_the_headers_of_every_answer(self) -> None:
+        requests = [
+            ("GET", "/set?key=a&value=1", "alice"),
+            ("GET", "/get?key=a", "alice"),
+            ("HEAD", "/get?key=a", "alice"),
+            ("GET", "/list", "alice"),
+            ("GET", "/health", None),
+            ("GET", "/get", "alice"),
+            ("GET", "/get?key=a", None),
+            ("GET", "/nowhere", None),
+            ("POST", "/list", None),
+            ("BREW", "/list", None),
+        ]
+        for method, target, user in requests:
+            with self.subTest(f"{method} {target}"):
+                headers = self.request(method, target, user=user).headers
+                self.assertEqual("no-store", headers["cache-control"])
+                self.assertEqual("nosniff", headers["x-content-type-options"])
+                self.assertRegex(headers["content-length"], r"\A[0-9]+\Z")
+                self.assertRegex(headers["date"], r"\A[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT\Z")
+                self.assertNotIn("transfer-encoding", headers)
+
+
+class CustomPrefix(ServerCase):
+    """A server with a prefix of one's own."""
+
+    base_path = "/api/v1"
+
+    def test_prefix_replaces_the_usual_one(self) -> None:
+        self.assertEqual(200, self.request("GET", "/api/v1/set?key=a&value=1").status)
+        self.assertEqual(b"1", self.request("GET", "/get?key=a").body)
+        self.assertEqual(404, self.request("GET", "/iotpersistenceapi/get?key=a").status)
+
+
+class Methods(ServerCase):
+    """Methods and paths that are served, and what is said of those that are not."""
+
+    def test_set_and_del_take_get_post_and_put(self) -> None:
+        for method in ("GET", "POST", "PUT"):
+            for prefix in ("", "/iotpersistenceapi"):
+                with self.subTest(method + prefix):
+                    self.assertEqual(b"Success", self.request(method, prefix + "/set?key=a&value=1").body)
+                    self.assertEqual(200, self.request(method, prefix + "/del?key=a").status)
+
+    def test_head_is_get_without_the_body(self) -> None:
+        self.request("GET", "/set?key=a&value=12345")
+        for target in ("/get?key=a", "/list", "/health", "/get?key=unknown"):
+            with self.subTest(target):
+                got, head = self.request("GET", target), self.request("HEAD", target)
+                self.assertEqual((got.status, b""), (head.status, head.body))
+                for name in ("content-length", "content-type"):
+                    self.assertEqual(got.headers[name], head.headers[name])
+
+    def test_head_never_writes(self) -> None:
+        self.request("GET", "/set?key=a&value=1")
+        for target in ("/set?key=a&value=2", "/del?key=a"):
+            answer = self.request("HEAD", target)
+            self.assertEqual(405, answer.status)
+            self.assertEqual("GET, POST, PUT, OPTIONS", answer.headers["allow"])
+        self.assertEqual({"a": "1"}, self.pairs())
+
+    def test_refusals_need_no_login(self) -> None:
+        for method, target, status in (
+            ("GET", "/", 404),
+            ("GET", "/SET?key=a", 404),
+            ("GET", "/get/", 404),
+            ("GET", "/iotpersistenceapi", 404),
+            ("GET", "/../get?key=a", 404),
+            ("POST", "/get?key=a", 405),
+            ("DELETE", "/set", 405),
+            ("PATCH", "/list", 405),
+            ("TRACE", "/list", 405),
+            ("BREW", "/get", 501),
+            ("get", "/get", 501),
+            ("BREW", "/nowhere", 501),
+        ):
+            with self.subTest(f"{method} {target}"):
+                answer = self.request(method, target, user=None)
+                self.assertEqual(status, answer.status)
+                self.assertEqual("text/plain; charset=utf-8", answer.headers["content-type"])
+                self.assertRegex(answer.body, rb"\A[^\r\n]{10,}\Z")
+                self.assertEqual(status == 405, "allow" in answer.headers)
+
+    def test_405_names_the_methods(self) -> None:
+        answer = self.request("POST", "/list", user=None)
+        self.assertEqual("GET, HEAD, OPTIONS", answer.headers["allow"])
+        self.assertEqual(b"/list does not take POST; use GET, HEAD", answer.body)
+
+    def test_unknown_path_names_the_endpoints(self) -> None:
+        self.assertEqual(
+            b"Use the api endpoints: /set, /get, /del, /list, /health", self.request("GET", "/", user=None).body
+        )
+
+    def test_options_names_the_methods(self) -> None:
+        for target, allow in (
+            ("/set", "GET, POST, PUT, OPTIONS"),
+            ("/iotpersistenceapi/get?key=a", "GET, HEAD, OPTIONS"),
+            ("*", "GET, HEAD, POST, PUT, DELETE, CONNECT, OPTIONS, TRACE, PATCH"),
+        ):
+            with self.subTest(target):
+                answer = self.request("OPTIONS", target, user=None)
+                self.assertEqual((204, b"", allow), (answer.status, answer.body, answer.headers["allow"]))
+                self.assertNotIn("content-length", answer.headers)
+        self.assertEqual(404, self.request("OPTIONS", "/nowhere", user=None).status)
+
+    def test_errors_are_problems_for_clients_that_take_json(self) -> None:
+        for accept in (
+            "application/json",
+            "text/html, application/json;q=0.5",
+            "application/ld+json",
+            "APPLICATION/JSON",
+        ):
+            with self.subTest(accept):
+                answer = self.request("GET", "/get", headers={"Accept": accept})
+                self.assertEqual("application/problem+json", answer.headers["content-type"])
+                self.assertEqual(
+                    {
+                        "title": "Bad Request",
+                        "status": 400,
+                        "detail": "the parameter key is missing; send it as in ?key=door",
+                    },
+                    json.loads(answer.body),
+                )
+        for accept in ("*/*", "text/plain", "application/*"):
+            with self.subTest(accept):
+                answer = self.request("GET", "/get", headers={"Accept": accept})
+                self.assertEqual(b"the parameter key is missing; send it as in ?key=door", answer.body)
+
+
+class Bodies(ServerCase):
+    """Parameters that stand in the body, and bodies that are the value."""
+
+    def assert_stored(
+        self, expected: Mapping[str, str], target: str, body: bytes | str, content_type: str = ""
+    ) -> None:
+        """Check that a POST and a PUT of this leave just these pairs."""
+        for method in ("POST", "PUT"):
+            answer = self.request(method, target, body, content_type or None)
+            self.assertEqual((200, b"Success"), (answer.status, answer.body))
+            self.assertEqual(expected, self.pairs())
+            for key in expected:
+                self.request("GET", "/del?" + urllib.parse.urlencode({"key": key}))
+
+    def assert_refused(self, target: str, body: bytes | str, content_type: str = "", status: int = 400) -> None:
+        """Check that a POST of this is refused and stores nothing."""
+        answer = self.request("POST", target, body, content_type or None)
+        self.assertEqual(status, answer.status, answer.body)
+        self.assertEqual({}, self.pairs())
+
+    def test_form_body(self) -> None:
+        self.assert_stored({"a b": "c d%"}, "/set", "key=a+b&value=c%20d%", kvserver.FORM)
+        self.assert_stored({"a": "é"}, "/set", "key=a&value=é", kvserver.FORM + "; charset=UTF-8")
+        self.assert_stored({"a": "1"}, "/set?value=1", "key=a", kvserver.FORM)
+        self.assert_stored({"a": ""}, "/set?key=a", "value=", kvserver.FORM)
+
+    def test_json_body(self) -> None:
+        self.assert_stored({"a": "1"}, "/set", '{"key": "a", "value": "1"}', kvserver.JSON)
+        self.assert_stored({"a": "1"}, "/set", '{"key": "a", "value": "1"}', "Application/JSON; charset=utf-8")
+        self.assert_stored({"a": "1"}, "/set", '\ufeff{"key": "a", "value": "1"}', kvserver.JSON)
+        self.assert_stored({"a": "é"}, "/set?value=%C3%A9", '{"key": "a"}', kvserver.JSON)
+
+    def test_json_value_that_is_no_string_is_stored_as_json(self) -> None:
+        values: list[Any] = [1, 1.5, True, None, [], {"ä": [1, "☃"]}, -0.0, 10**30, "", "1"]
+        for value in values:
+            with self.subTest(value):
+                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                self.assert_stored({"a": text}, "/set", json.dumps({"key": "a", "value": value}), kvserver.JSON)
+
+    def test_bad_json_is_400(self) -> None:
+        for body in (
+            "{",
+            "[]",
+            '"a"',
+            "null",
+            '{"key": 1, "value": "1"}',
+            '{"key": null, "value": "1"}',
+            '{"key": "a", "value": NaN}',
+            '{"key": "a", "value": -Infinity}',
+            '{"key": "a", "value": [Infinity]}',
+            '{"key": "a", "value": 1e999}',
+            '{"key": "a", "value": "1", "value": "2"}',
+            '{"key": "a", "value": {"b": 1, "b": 2}}',
+            '{"key": "a", "value": "1"} x',
+            '{"key": "a"}',
+            '{"value": "a"}',
+            json.dumps({"key": "a", "value": "1", **{str(number): 1 for number in range(99)}}),
+        ):
+            with self.subTest(body):
+                self.assert_refused("/set", body, kvserver.JSON)
+
+    def test_deeply_nested_json_is_400(self) -> None:
+        def nested(depth: int) -> str:
+            return '{"key": "a", "value": ' + "[" * depth + "]" * depth + "}"
+
+        deepest = kvserver.JSON_DEPTH_MAX - 1  # the object around it counts too
+        self.assert_stored({"a": "[" * deepest + "]" * deepest}, "/set", nested(deepest), kvserver.JSON)
+        self.assert_refused("/set", nested(deepest + 1), kvserver.JSON)
+        self.assert_refused("/set", nested(200_000), kvserver.JSON)
+        self.assert_refused("/set", '{"a":' * 200_000, kvserver.JSON)
+        many = json.dumps([[], {}] * 500 + ["[" * 500, '\\"{'])
+        self.assert_stored({"a": many}, "/set", '{"key": "a", "value": ' + many + "}", kvserver.JSON)
+
+    def test_unfinished_json_strings_do_not_take_quadratic_time(self) -> None:
+        started = time.process_time()
+        self.assert_refused("/set", "[" * 101 + '"' + '\\"' * 400_000, kvserver.JSON)
+        self.assertLess(time.process_time() - started, 5)
+
+    def test_a_repeated_name_is_400(self) -> None:
+        self.assert_refused("/set?key=a&key=b&value=1", "")
+        self.assert_refused("/set?key=a&value=1&value=1", "")
+        self.assert_refused("/set?key=a&value=1", "value=2", kvserver.FORM)
+        self.assert_refused("/set?key=a", "key=b&value=2", kvserver.FORM)
+        self.assert_refused("/set?key=a&value=1", '{"value": "2"}', kvserver.JSON)
+        self.assert_refused("/set", "key=a&value=1&k%65y=a", kvserver.FORM)
+
+    def test_over_100_parameters_are_400(self) -> None:
+        some = "".join(f"&x{number}=1" for number in range(98))
+        self.assertEqual(200, self.request("GET", "/set?key=a&value=1" + some).status)
+        self.assertEqual(200, self.request("GET", "/del?key=a" + some).status)
+        self.assert_refused("/set?key=a&value=1&y=1" + some, "")
+        self.assert_refused("/set", "key=a&value=1&y=1" + some, kvserver.FORM)
+
+    def test_body_is_the_value_when_the_query_has_only_the_key(self) -> None:
+        for body, content_type in (
+            ("ON", "application/octet-stream"),
+            ("on", kvserver.FORM),
+            ("on=off", kvserver.FORM),
+            ("xvalue=1", kvserver.FORM),
+            ("value", kvserver.FORM),
+            ("100%&", kvserver.FORM),
+            ("value=1", "text/plain"),
+            ('{"key": "b", "value": "1"}', kvserver.JSON),
+            ("{", kvserver.JSON),
+            ("plain", ""),
+            ("é\0\r\n", "image/png"),
+        ):
+            with self.subTest(body + " as " + content_type):
+                self.assert_stored({"a": body}, "/set?key=a", body, content_type)
+
+    def test_form_with_a_value_is_read_as_a_form(self) -> None:
+        self.assert_stored({"a": "1"}, "/set?key=a", "value=1", kvserver.FORM)
+        self.assert_stored({"a": "1"}, "/set?key=a", "x=2&value=1", kvserver.FORM)
+
+    def test_body_that_can_be_nothing_is_400(self) -> None:
+        self.assert_refused("/set?key=a&value=1", "on", "text/plain")
+        self.assert_refused("/set?key=a&value=1", "on")
+        self.assert_refused("/set?value=1", "on", "text/plain")
+        self.assert_refused("/set", "key=a&value=1", "text/plain")
+        self.assert_refused("/set?key=a", "", "text/plain")
+
+    def test_only_set_takes_a_body_as_the_value(self) -> None:
+        self.store.set_value(1, "a", "1")
+        for method, target in (("PUT", "/del?key=a"), ("GET", "/get?key=a"), ("GET", "/list")):
+            self.assertEqual(400, self.request(method, target, "on", "text/plain").status)
+        self.assertEqual(b"1", self.request("GET", "/get", "key=a", kvserver.FORM).body)
+        self.assertEqual(b"1", self.request("GET", "/get", '{"key": "a"}', kvserver.JSON).body)
+        self.assertEqual(200, self.request("POST", "/del", '{"key": "a"}', kvserver.JSON).status)
+        self.assertEqual({}, self.pairs())
+
+    def test_post_without_length_has_an_empty_body(self) -> None:
+        answer = self.exchange(self.raw("POST /set?key=a&value=1 HTTP/1.0"))
+        self.assertTrue(answer.endswith(b"\r\n\r\nSuccess"), answer)
+        answer = self.exchange(self.raw("PUT /set?key=b&value=1 HTTP/1.1", "Connection: close"))
+        self.assertTrue(answer.endswith(b"\r\n\r\nSuccess"), answer)
+        self.assertIn(b"HTTP/1.1 400 ", self.exchange(self.raw("POST /set?key=c HTTP/1.0")))
+        self.assertEqual({"a": "1", "b": "1"}, self.pairs())
+
+    def test_chunked_body(self) -> None:
+        chunks = b'2;x="y"\r\nop\r\n2\r\nen\r\n0\r\nTrailer: x\r\n\r\n'
+        answer = self.exchange(
+            self.raw("POST /set?key=a HTTP/1.1", "Transfer-Encoding: chunked", "Connection: close", body=chunks)
+        )
+        self.assertTrue(answer.endswith(b"Success"), answer)
+        self.assertEqual({"a": "open"}, self.pairs())
+
+
+class Logins(ServerCase):
+    """Who gets in."""
+
+    def test_login_is_needed(self) -> None:
+        for target in ("/set?key=a&value=1", "/get?key=a", "/del?key=a", "/list", "/iotpersistenceapi/list"):
+            with self.subTest(target):
+                answer = self.request("GET", target, user=None)
+                self.assertEqual(401, answer.status)
+                self.assertEqual('Basic realm="kvserver", charset="UTF-8"', answer.headers["www-authenticate"])
+        self.assertEqual({}, self.pairs())
+
+    def test_bad_credentials_are_401(self) -> None:
+        for authorization in (
+            basic("alice", "wrong password"),
+            basic("alice", PASSWORDS["bob"]),
+            basic("ALICE", PASSWORDS["alice"]),
+            basic("nobody", PASSWORDS["alice"]),
+            basic("", PASSWORDS["alice"]),
+            basic("alice", ""),
+            basic("alice", PASSWORDS["alice"] + "\0"),
+            basic("alice\n", PASSWORDS["alice"]),
+            "Basic " + base64.b64encode(b"alice").decode(),
+            "Basic " + base64.b64encode(b"alice:\xff").decode(),
+            "Basic",
+            "Basic ",
+            "Basic !!!!",
+            basic("alice", PASSWORDS["alice"]) + "!",
+            "Bearer x",
+            PASSWORDS["alice"],
+            "",
+        ):
+            with self.subTest(authorization):
+                answer = self.request("GET", "/list", user=None, headers={"Authorization": authorization})
+                self.assertEqual(401, answer.status)
+                self.assertIn("www-authenticate", answer.headers)
+
+    def test_scheme_is_case_insensitive(self) -> None:
+        authorization = basic("alice", PASSWORDS["alice"]).replace("Basic", "bASIC")
+        self.assertEqual(200, self.request("GET", "/list", user=None, headers={"Authorization": authorization}).status)
+
+    def test_password_may_contain_colons_and_any_letter(self) -> None:
+        self.store.set_password_hash("bob", kvserver.hash_password("a:b:☃ç😀 "))
+        for password, status in (("a:b:☃ç😀 ", 200), ("a:b:☃ç😀", 401)):
+            headers = {"Authorization": basic("bob", password)}
+            self.assertEqual(status, self.request("GET", "/list", user=None, headers=headers).status)
+
+    def test_only_the_first_request_pays_for_scrypt(self) -> None:
+        with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
+            for _ in range(3):
+                self.assertEqual(200, self.request("GET", "/list").status)
+            self.assertEqual(1, scrypt.call_count)
+
+    def test_wrong_password_after_a_right_one_is_401(self) -> None:
+        self.assertEqual(200, self.request("GET", "/list").status)
+        headers = {"Authorization": basic("alice", "wrong password")}
+        self.assertEqual(401, self.request("GET", "/list", user=None, headers=headers).status)
+        self.assertEqual(200, self.request("GET", "/list").status)
+
+    def test_control_characters_cost_no_scrypt(self) -> None:
+        with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
+            for password in (PASSWORDS["alice"] + "\0", "\x7f" * 8, "tab\there"):
+                headers = {"Authorization": basic("alice", password)}
+                self.assertEqual(401, self.request("GET", "/list", user=None, headers=headers).status)
+            scrypt.assert_not_called()
+
+    def test_unknown_user_costs_a_scrypt_like_a_wrong_password(self) -> None:
+        with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
+            for name in ("nobody", "alice"):
+                headers = {"Authorization": basic(name, "wrong password")}
+                self.assertEqual(401, self.request("GET", "/list", user=None, headers=headers).status)
+            unknown, known = scrypt.call_args_list
+        self.assertEqual(known.args[2:], unknown.args[2:])
+        self.assertEqual([len(known.args[0]), len(known.args[1])], [len(unknown.args[0]), len(unknown.args[1])])
+
+    def test_new_password_counts_at_once(self) -> None:
+        self.assertEqual(200, self.request("GET", "/list", user="bob").status)
+        self.store.set_password_hash("bob", kvserver.hash_password("another password"))
+        self.assertEqual(401, self.request("GET", "/list", user="bob").status)
+        headers = {"Authorization": basic("bob", "another password")}
+        self.assertEqual(200, self.request("GET", "/list", user=None, headers=headers).status)
+
+    def test_deleted_user_is_out_at_once(self) -> None:
+        self.assertEqual(200, self.request("GET", "/list", user="bob").status)
+        self.store.delete_user("bob", even_last_admin=False)
+        self.assertEqual(401, self.request("GET", "/list", user="bob").status)
+
+    def test_remembered_credentials_are_bounded(self) -> None:
+        self.enter(mock.patch.object(kvserver, "CREDENTIALS_MAX", 2))
+        right = base64.b64encode(f"alice:{PASSWORDS['alice']}".encode()).decode()
+        with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
+            for blanks, count in ((1, 1), (2, 2), (2, 2), (3, 3), (3, 3), (1, 4)):
+                headers = {"Authorization": "Basic" + " " * blanks + right}
+                self.assertEqual(200, self.request("GET", "/list", user=None, headers=headers).status)
+                self.assertEqual(count, scrypt.call_count)
+
+    def test_failed_login_is_one_line_in_the_log(self) -> None:
+        headers = {"Authorization": basic("eve' address=1.2.3.4 é☃", "a guessed password")}
+        self.request("GET", "/list", user=None, headers=headers)
+        self.assertEqual(['login failed: user="eve\' address=1.2.3.4 é☃" address=127.0.0.1'], self.log.lines)
+
+    def test_hash_with_other_parameters_is_renewed_at_the_next_login(self) -> None:
+        self.request("GET", "/list")
+        outdated = self.store.user("alice")
+        assert outdated and outdated.password_hash.startswith("$scrypt$ln=1,r=8,p=5$")
+        self.stop()
+        with mock.patch.object(kvserver, "SCRYPT_COST_LOG2", 2):
+            self.start()
+            for _ in range(2):
+                self.assertEqual(200, self.request("GET", "/list").status)
+            renewed = self.store.user("alice")
+            assert renewed and renewed.password_hash.startswith("$scrypt$ln=2,r=8,p=5$")
+            with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
+                self.assertEqual(200, self.request("GET", "/list").status)
+                scrypt.assert_not_called()
+
+    def test_a_login_is_good_even_if_its_renewed_hash_cannot_be_stored(self) -> None:
+        with (
+            mock.patch.object(kvserver, "SCRYPT_COST_LOG2", 2),
+            mock.patch.object(self.store, "renew_password_hash", side_effect=sqlite3.OperationalError("disk full")),
+        ):
+            self.assertEqual(200, self.request("GET", "/list").status)
+        self.assertEqual(200, self.request("GET", "/list").status)
+
+
+class Hashes(unittest.TestCase):
+    """What is stored of a password."""
+
+    def test_stored_hash_has_the_phc_form(self) -> None:
+        stored = kvserver.hash_password("a password")
+        self.assertRegex(stored, r"\A\$scrypt\$ln=14,r=8,p=5\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}\Z")
+        self.assertNotEqual(stored, kvserver.hash_password("a password"), "the salt is not random")
+        self.assertTrue(kvserver.verify_password("a password", stored))
+        self.assertFalse(kvserver.verify_password("a passwore", stored))
+
+    def test_hash_is_the_scrypt_of_rfc_7914(self) -> None:
+        # The RFC's third test vector (section 12), cut to the 32 bytes that we store.
+        salt = base64.b64encode(b"SodiumChloride").decode().rstrip("=")
+        digest = bytes.fromhex("7023bdcb3afd7348461c06cd81fd38ebfda8fbba904f8e3ea9b543f6545da1f2")
+        stored = f"$scrypt$ln=14,r=8,p=1${salt}${base64.b64encode(digest).decode().rstrip('=')}"
+        self.assertTrue(kvserver.verify_password("pleaseletmein", stored))
+
+    def test_unknown_form_matches_nothing(self) -> None:
+        for stored in ("", "password", "$scrypt$", "$argon2id$v=19$m=65536$c2FsdA$aGFzaA", "$scrypt$ln=1,r=8,p=1$$"):
+            self.assertFalse(kvserver.verify_password("password", stored))
+
+
+class Connections(ServerCase):
+    """What happens on a connection, byte by byte."""
+
+    def test_connection_is_kept_for_further_requests(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
+        with contextlib.closing(connection):
+            headers = {"Authorization": basic("alice", PASSWORDS["alice"])}
+            local_ports = set()
+            for target, status in (
+                ("/set?key=a&value=1", 200),
+                ("/get?key=b", 404),
+                ("/get", 400),
+                ("/x", 404),
+                ("/list", 200),
+            ):
+                connection.request("POST" if target.startswith("/set") else "GET", target, headers=headers)
+                local_ports.add(connection.sock.getsockname()[1])
+                self.assertEqual(status, read_answer(connection.getresponse()).status)
+            self.assertEqual(1, len(local_ports))
+
+    def test_http_1_0_is_served_and_closed(self) -> None:
+        answer = self.exchange(b"GET /health HTTP/1.0\r\n\r\n")
+        self.assertTrue(answer.startswith(b"HTTP/1.1 200 OK\r\n"))
+        self.assertTrue(answer.endswith(b"\r\nConnection: close\r\n\r\nok"))
+
+    def test_http_1_0_is_kept_when_asked_for(self) -> None:
+        data = b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\nGET /health HTTP/1.0\r\n\r\n"
+        answers = self.exchange(data)
+        self.assertEqual(2, answers.count(b"HTTP/1.1 200 OK\r\n"))
+        self.assertEqual(1, answers.count(b"Connection: keep-alive\r\n"))
+
+    def test_connection_is_closed_when_asked_for(self) -> None:
+        self.assertIn(
+            b"Connection: close\r\n", self.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: x, CLOSE\r\n\r\n")
+        )
+
+    def test_pipelined_requests_are_answered_in_order(self) -> None:
+        data = self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 1", body=b"1")
+        data += self.raw("GET /get?key=a HTTP/1.1") + b"\r\n" + self.raw("GET /nowhere HTTP/1.1", "Connection: close")
+        self.assertEqual([b"200", b"200", b"404"], re.findall(rb"HTTP/1.1 (\d+)", self.exchange(data)))
+
+    def test_request_may_come_in_small_pieces(self) -> None:
+        connection = self.connect()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        for byte in self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 3", "Connection: close", body=b"abc"):
+            connection.sendall(bytes([byte]))
+        self.assertIn(b" 200 OK", connection.recv(65536))
+        self.assertEqual({"a": "abc"}, self.pairs())
+
+    def test_malformed_requests_are_refused_and_closed(self) -> None:
+        login = ("Authorization: " + basic("alice", PASSWORDS["alice"])).encode()
+        good = b"GET /set?key=a&value=1 HTTP/1.1\r\nHost: x\r\n" + login + b"\r\n"
+        cases: list[tuple[bytes, int]] = [
+            (b"GET / HTTP/1.1\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: user@x\r\n\r\n", 400),
+            (b"GET / HTTP/2.0\r\n\r\n", 505),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+            (b"GET / HTTP/0.9\r\n\r\n", 505),
+            (b"GET / HTTP/1.10\r\nHost: x\r\n\r\n", 400),
+            (b"GET / http/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET /\r\n", 400),
+            (b"GET\r\n\r\n", 400),
+            (b"G(T / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET get HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET /a#b HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET\t/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\nHost: x\n\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: x\n\r\n", 400),
+            (b"GET http://a@b/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+            (b"\x00", 400),
+            (good + b"X: a\rb\r\n\r\n", 400),
+            (good + b"X: a\0b\r\n\r\n", 400),
+            (good + b"X: a\x7fb\r\n\r\n", 400),
+            (good + b"X : a\r\n\r\n", 400),
+            (good + b" X: a\r\n\r\n", 400),
+            (good + b"X: a\r\n b\r\n\r\n", 400),
+            (good + b": a\r\n\r\n", 400),
+            (good + b"no colon\r\n\r\n", 400),
+            (good + login + b"\r\n\r\n", 400),
+            (good + b"Expect: everything\r\n\r\n", 417),
+            (good + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+            (good + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
+            (good + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n", 400),
+            (good.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+            (good + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx", 400),
+        ]
+        for length in (b"+5", b"-1", b"1_0", b"5, 5", b"5 5", b"0x5", b"", b"\xb2", b"9" * 30):
+            cases.append((good + b"Content-Length: " + length + b"\r\n\r\nhello", 400))
+        for chunks in (
+            b"x\r\n",
+            b"-1\r\n",
+            b"0x1\r\na\r\n",
+            b"1\r\nab\r\n",
+            b"1\na\n0\n\n",
+            b"fffffffff\r\n",
+            b" 1\r\na\r\n",
+        ):
+            cases.append((good + b"Transfer-Encoding: chunked\r\n\r\n" + chunks, 400))
+        for data, status in cases:
+            with self.subTest(data):
+                # A second request follows, which must not be answered: its bytes belong to the refused one.
+                answer = self.exchange(data + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", end=True)
+                self.assertEqual([str(status).encode()], re.findall(rb"HTTP/1.1 (\d+)", answer), answer)
+                self.assertIn(b"\r\nConnection: close\r\n", answer)
+                self.assertIn(b"\r\nContent-Type: text/plain; charset=utf-8\r\n", answer)
+        self.assertEqual({}, self.pairs())
+        self.assertNotIn("internal error", self.log.text())
+
+    def test_sizes_have_limits(self) -> None:
+        def target(size: int) -> bytes:
+            return b"GET /health?" + b"x" * (size - len("GET /health? HTTP/1.1")) + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+
+        def headers(*lines: bytes) -> bytes:
+            return b"GET /health HTTP/1.1\r\nConnection: close\r\nHost: x\r\n" + b"".join(lines) + b"\r\n"
+
+        def line(size: int) -> bytes:
+            return b"X: " + b"x" * (size - 3) + b"\r\n"
+
+        line_max, rest = (
+            kvserver.HEADER_LINE_BYTES_MAX,
+            kvserver.HEADERS_BYTES_MAX - len("Connection: close\r\nHost: x\r\n"),
+        )
+        full = [line(line_max)] * 3
+        left = rest - 3 * len(line(line_max)) - 2
+        for data, status in (
+            (target(kvserver.REQUEST_LINE_BYTES_MAX).replace(b"Host", b"Connection: close\r\nHost"), 200),
+            (target(kvserver.REQUEST_LINE_BYTES_MAX + 1), 414),
+            (b"G" * 100_000, 414),
+            (headers(line(line_max)), 200),
+            (headers(line(line_max + 1)), 431),
+            (headers(b"x" * 100_000), 431),
+            (headers(*full, line(left)), 200),
+            (headers(*full, line(left + 1)), 431),
+            (headers(*[b"X: 1\r\n"] * (kvserver.HEADER_FIELDS_MAX - 2)), 200),
+            (headers(*[b"X: 1\r\n"] * (kvserver.HEADER_FIELDS_MAX - 1)), 431),
+        ):
+            with self.subTest(data[:60] + b"... " + str(len(data)).encode()):
+                self.assertEqual(
+                    [str(status).encode()], re.findall(rb"HTTP/1.1 (\d+)", self.exchange(data, end=status != 200))
+                )
+
+    def test_body_has_a_limit(self) -> None:
+        limit = kvserver.BODY_BYTES_MAX
+        value = "x" * (kvserver.VALUE_BYTES_MAX - 3)
+        padding = "y" * (limit - len(json.dumps({"key": "a", "value": value, "z": ""})))
+        longest = json.dumps({"key": "a", "value": value, "z": padding})
+        self.assertEqual(limit, len(longest))
+        self.assertEqual(200, self.request("POST", "/set", longest, kvserver.JSON).status)
+        self.assertEqual(413, self.request("POST", "/set", longest + " ", kvserver.JSON).status)
+        for chunks in (b"%x\r\n" % (limit + 1), b"%x\r\n" % limit + b"x" * limit + b"\r\n1\r\nx\r\n0\r\n\r\n"):
+            answer = self.exchange(
+                self.raw("POST /set?key=a HTTP/1.1", "Transfer-Encoding: chunked", body=chunks), end=True
+            )
+            self.assertIn(b"HTTP/1.1 413 ", answer)
+
+    def test_client_that_sends_a_refused_body_reads_the_answer(self) -> None:
+        for user, target, status in (
+            (None, "/set?key=a", 401),
+            ("alice", "/set?key=a", 413),
+            ("alice", "/nowhere", 404),
+        ):
+            answer = self.request("POST", target, b"x" * 3_000_000, user=user)
+            self.assertEqual((status, "close"), (answer.status, answer.headers["connection"]))
+
+    def test_100_continue_comes_only_before_a_body_that_will_be_read(self) -> None:
+        def begin(*lines: str, login: bool = True) -> tuple[socket.socket, bytes]:
+            data = self.raw("POST /set?key=a HTTP/1.1", "Expect: 100-Continue", *lines)
+            connection = self.connect()
+            connection.sendall(data if login else re.sub(rb"Authorization: [^\r]*\r\n", b"", data))
+            return connection, connection.recv(65536)
+
+        connection, answer = begin("Content-Length: 1")
+        self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", answer)
+        connection.sendall(b"1")
+        self.assertIn(b"HTTP/1.1 200 OK\r\n", connection.recv(65536))
+        self.assertIn(b"HTTP/1.1 413 ", begin(f"Content-Length: {kvserver.BODY_BYTES_MAX + 1}")[1])
+        self.assertIn(b"HTTP/1.1 401 ", begin("Content-Length: 1", login=False)[1])
+        self.assertIn(b"HTTP/1.1 400 ", begin()[1])
+
+    def test_absolute_target_is_served(self) -> None:
+        for target, status in (("http://x:80/health", b"200"), ("HTTPS://x/health?a=1", b"200"), ("http://x", b"404")):
+            answer = self.exchange(f"GET {target} HTTP/1.1\r\nHost: y\r\nConnection: close\r\n\r\n".encode())
+            self.assertEqual([status], re.findall(rb"HTTP/1.1 (\d+)", answer))
+
+    def test_slow_clients_are_closed(self) -> None:
+        for name in ("FIRST_BYTE_SECONDS", "REQUEST_SECONDS", "IDLE_SECONDS"):
+            self.enter(mock.patch.object(kvserver, name, 0.05))
+        self.assertEqual(b"", self.exchange(b""))
+        self.assertTrue(self.exchange(b"GET /health HTTP/1.1\r\nHos").startswith(b"HTTP/1.1 400 "))
+        self.assertEqual(b"", self.exchange(self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 9", body=b"1")))
+        self.assertIn(b"HTTP/1.1 200 OK", self.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
+        self.assertEqual({}, self.pairs())
+
+    def test_client_that_takes_no_answer_is_closed(self) -> None:
+        self.enter(mock.patch.object(kvserver, "SEND_SECONDS", 0.05))
+        for number in range(20):
+            self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
+        connection = self.connect()
+        connection.sendall(self.raw("GET /list HTTP/1.1"))
+        with self.assertRaises(TimeoutError if sys.version_info >= (3, 10) else socket.timeout):
+            connection.settimeout(0.0001)
+            while True:
+                self.assertTrue(connection.recv(1))
+        deadline = time.monotonic() + WAIT_SECONDS
+        while self.server.connections and time.monotonic() < deadline:
+            threading.Event().wait(0.01)
+        self.assertEqual({}, self.server.connections)
+
+    def test_client_that_goes_away_leaves_no_trace(self) -> None:
+        for _ in range(20):
+            connection = self.connect()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close resets
+            connection.sendall(self.raw("GET /list HTTP/1.1") * 10)
+            connection.close()
+        self.assertEqual(200, self.request("GET", "/list").status)
+        self.assertEqual("", self.log.text())
+
+    def test_many_connections_at_once_are_served(self) -> None:
+        connections = [self.connect() for _ in range(100)]
+        for connection in connections:
+            connection.sendall(self.raw("GET /list HTTP/1.1"))
+        for connection in connections:
+            self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n"))
+
+
+class Failures(ServerCase):
+    """Errors below, and what clients and the log learn of them."""
+
+    def test_a_mistake_is_500_and_logged_without_what_the_client_sent(self) -> None:
+        with mock.patch.object(self.store, "set_value", side_effect=RuntimeError("value was s3cr3t")):
+            answer = self.request("GET", "/set?key=a&value=s3cr3t")
+        self.assertEqual(500, answer.status)
+        self.assertNotIn(b"s3cr3t", answer.body)
+        self.assertIn("internal error: RuntimeError in ", self.log.text())
+        self.assertNotIn("s3cr3t", self.log.text())
+
+    def test_a_failing_disk_is_503(self) -> None:
+        with mock.patch.object(self.store, "value", side_effect=sqlite3.OperationalError("disk I/O error")):
+            self.assertEqual(503, self.request("GET", "/get?key=a").status)
+        self.assertIn("the database failed: disk I/O error", self.log.text())
+
+    def test_a_database_locked_for_long_is_503_and_then_works_again(self) -> None:
+        self.enter(mock.patch.object(kvserver, "DATABASE_LOCK_SECONDS", 0.2))
+        self.request("GET", "/set?key=a&value=1")
+        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            answer = self.request("GET", "/set?key=a&value=2")
+            self.assertEqual((503, "5"), (answer.status, answer.headers["retry-after"]))
+            self.assertEqual(b"1", self.get("a"))
+            other.execute("ROLLBACK")
+        self.assertEqual(200, self.request("GET", "/set?key=a&value=2").status)
+        self.assertEqual(b"2", self.get("a"))
+
+    def test_a_write_waits_for_another_process(self) -> None:
+        other = sqlite3.connect(self.database, isolation_level=None, check_same_thread=False)
+        self.addCleanup(other.close)
+        other.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(0.3, other.execute, ["ROLLBACK"])
+        timer.start()
+        self.assertEqual(200, self.request("GET", "/set?key=a&value=1").status)
+        timer.join()
+
+    def test_a_failed_write_changes_nothing(self) -> None:
+        def fail(connection: sqlite3.Connection) -> None:
+            connection.execute(kvserver.UPSERT_PAIR, (1, "a", "1", 0.0))
+            raise RuntimeError
+
+        with self.assertRaises(RuntimeError):
+            self.store._transact(fail)
+        self.assertEqual({}, self.pairs())
+        self.assertEqual(200, self.request("GET", "/set?key=a&value=2").status)
+
+    def test_every_commit_is_synced(self) -> None:
+        self.assertEqual([("wal",)], self.store._writer.execute("PRAGMA journal_mode").fetchall())
+        self.assertEqual([(2,)], self.store._writer.execute("PRAGMA synchronous").fetchall())  # 2 is FULL
+
+
+class RequestLog(ServerCase):
+    """The log with a line for each request."""
+
+    log_requests = True
+
+    def test_line_names_the_key_and_no_value(self) -> None:
+        self.request("GET", "/set?key=the+door&value=s3cr3t")
+        self.request("POST", "/set", '{"key": "a\\nb", "value": "s3cr3t"}', kvserver.JSON)
+        self.request("POST", "/set?key=raw", "s3cr3t")
+        self.request("GET", "/get?s3cr3t", user=None)
+        self.request("GET", "/health", user=None)
+        self.stop()
+        seconds = r"milliseconds=\d+\.\d"
+        for line, expected in zip(
+            self.log.lines,
+            (
+                rf"request: method=GET path='/set' key='the door' status=200 {seconds} user='alice' address=127.0.0.1",
+                rf"request: method=POST path='/set' key='a\\nb' status=200 {seconds} user='alice' address=127.0.0.1",
+                rf"request: method=POST path='/set' key='raw' status=200 {seconds} user='alice' address=127.0.0.1",
+                rf"request: method=GET path='/get' key=None status=401 {seconds} user=None address=127.0.0.1",
+                rf"request: method=GET path='/health' key=None status=200 {seconds} user=None address=127.0.0.1",
+            ),
+        ):
+            self.assertRegex(line, rf"\A{expected}\Z")
+        self.assertEqual(5, len(self.log.lines))
+        self.assertNotIn("s3cr3t", self.log.text())
+
+
+class Addresses(unittest.TestCase):
+    """What the server binds."""
+
+    def serve(self, host: str) -> kvserver.Server:
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        store = kvserver.Store(os.path.join(folder, "test.db"))
+        self.addCleanup(store.close)
+        server = kvserver.Server(store, host, 0)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(server.stop)
+        return server
+
+    def health(self, host: str, port: int) -> bytes:
+        with contextlib.closing(http.client.HTTPConnection(host, port, timeout=WAIT_SECONDS)) as connection:
+            connection.request("GET", "/health")
+            return connection.getresponse().read()
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no IPv6")
+    def test_no_host_means_ipv6_and_ipv4(self) -> None:
+        server = self.serve("")
+        self.assertEqual(f"http://[::]:{server.server_port}", server.url(server.server_name))
+        self.assertEqual(
+            (b"ok", b"ok"), (self.health("127.0.0.1", server.server_port), self.health("::1", server.server_port))
+        )
+
+    def test_no_host_means_ipv4_where_there_is_no_ipv6(self) -> None:
+        with mock.patch.object(socket, "has_dualstack_ipv6", return_value=False):
+            server = self.serve("")
+        self.assertEqual(f"http://0.0.0.0:{server.server_port}", server.url(server.server_name))
+        self.assertEqual(b"ok", self.health("127.0.0.1", server.server_port))
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no IPv6")
+    def test_ipv4_client_of_an_ipv6_socket_is_logged_as_ipv4(self) -> None:
+        with captured_log() as log:
+            server = self.serve("")
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port)) as connection:
+                connection.request("GET", "/list", headers={"Authorization": "Basic eDp5"})
+                self.assertEqual(401, connection.getresponse().status)
+        self.assertEqual(["login failed: user='x' address=127.0.0.1"], log.lines)
+
+
+class CommandCase(unittest.TestCase):
+    """The program in a process of its own, with a database of its own."""
+
+    def setUp(self) -> None:
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.database = os.path.join(self.folder, "test.db")
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("KVSERVER_")}
+        self.environment["PYTHONPATH"] = os.path.dirname(PROGRAM)
+        self.environment["KVSERVER_DB"] = self.database
+
+    def run_program(self, *arguments: str, stdin: str | bytes = b"", **environment: str) -> tuple[int, str, str]:
+        """Run the program; return exit code, standard output and standard error."""
+        done = subprocess.run(
+            [*CHEAP_PROGRAM, *arguments],
+            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            capture_output=True,
+            timeout=WAIT_SECONDS,
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            check=False,
+        )
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def add_user(self, name: str, *arguments: str) -> None:
+        """Add a user with the password "a password"."""
+        code, _, errors = self.run_program("adduser", name, "--password-stdin", *arguments, stdin="a password\n")
+        self.assertEqual((0, ""), (code, errors))
+
+    def assert_fails(self, message: str, *arguments: str, **environment: str) -> None:
+        """Check that the program says one line that contains message, and exits with 1."""
+        code, output, errors = self.run_program(*arguments, **environment)
+        self.assertEqual((1, ""), (code, output), errors)
+        self.assertRegex(errors, r"\Akvserver: [^\n]+\n\Z")
+        self.assertIn(message, errors)
+
+    @contextlib.contextmanager
+    def serving(
+        self, *arguments: str, command: list[str] | None = None, environment: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[subprocess.Popen[str], int, list[str]]]:
+        """Run the server; give its process, its port and the lines that it printed."""
+        process = subprocess.Popen(
+            [*(command or CHEAP_PROGRAM), "serve", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.folder,
+            env={"KVSERVER_HOST": "127.0.0.1", "KVSERVER_PORT": "0", **self.environment, **(environment or {})},
+        )
+        assert process.stdout and process.stderr
+        try:
+            lines: list[str] = []
+            for line in process.stdout:
+                lines.append(line.rstrip("\n"))
+                if line.startswith("listening on "):
+                    break
+            else:
+                self.fail("the server did not start: " + process.stderr.read())
+            yield process, int(lines[-1].rpartition(":")[2]), lines
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
+
+    def request(self, port: int, target: str, name: str = "alice", password: str = "a password") -> tuple[int, bytes]:
+        """Return status and body of the answer to a GET."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS)) as connection:
+            connection.request("GET", target, headers={"Authorization": basic(name, password)})
+            response = connection.getresponse()
+            return response.status, response.read()
+
+
+class Accounts(CommandCase):
+    """The commands that manage users."""
+
+    def test_users_are_listed_in_columns(self) -> None:
+        self.add_user("zoe")
+        self.add_user("bob the second", "--admin")
+        with contextlib.closing(kvserver.Store(self.database)) as store:
+            for number in range(12):
+                store.set_value(1, str(number), "")
+        self.assertEqual(
+            (
+                0,
+                "NAME            ROLE   PAIRS\nbob the second  admin      0\nzoe             user      12\n",
+                "",
+            ),
+            self.run_program("users"),
+        )
+
+    def test_added_user_can_log_in_and_database_is_private(self) -> None:
+        self.add_user("alice")
+        self.assertEqual(0o600, stat.S_IMODE(os.stat(self.database).st_mode))
+        with self.serving() as (_, port, _):
+            self.assertEqual((200, b"{}"), self.request(port, "/list"))
+            for name in os.listdir(self.folder):
+                if name.startswith("test.db"):
+                    self.assertEqual(0o600, stat.S_IMODE(os.stat(os.path.join(self.folder, name)).st_mode), name)
+
+    def test_commands_count_at_once_while_the_server_runs(self) -> None:
+        self.add_user("alice", "--admin")
+        with self.serving() as (_, port, _):
+            self.assertEqual(200, self.request(port, "/set?key=a&value=1")[0])
+            self.add_user("bob")
+            self.assertEqual(200, self.request(port, "/set?key=a&value=2", "bob")[0])
+            code, output, _ = self.run_program("passwd", "bob", "--password-stdin", stdin="another password")
+            self.assertEqual((0, "set the password of bob\n"), (code, output))
+            self.assertEqual(401, self.request(port, "/list", "bob")[0])
+            self.assertEqual((200, b'{"a": "2"}'), self.request(port, "/list", "bob", "another password"))
+            code, output, _ = self.run_program("deluser", "bob", "--yes")
+            self.assertEqual((0, "deleted the user bob and what they stored (pairs: 1)\n"), (code, output))
+            self.assertEqual(401, self.request(port, "/list", "bob", "another password")[0])
+            self.add_user("bob")
+            self.assertEqual((200, b"{}"), self.request(port, "/list", "bob"))
+            self.assertEqual((200, b'{"a": "1"}'), self.request(port, "/list"))
+
+    def test_password_on_standard_input_loses_only_its_line_end(self) -> None:
+        for line, password in (
+            ("  blanks  \n", "  blanks  "),
+            ("with CR LF\r\n", "with CR LF"),
+            ("no line end", "no line end"),
+            ("first line\nsecond\n", "first line"),
+            ("pässwörd ☃\n", "pässwörd ☃"),
+        ):
+            with self.subTest(line):
+                self.run_program("deluser", "alice", "--yes")
+                code, _, errors = self.run_program("adduser", "alice", "--password-stdin", stdin=line)
+                self.assertEqual((0, ""), (code, errors))
+                with contextlib.closing(kvserver.Store(self.database)) as store:
+                    user = store.user("alice")
+                assert user
+                self.assertTrue(kvserver.verify_password(password, user.password_hash))
+
+    def test_bad_passwords_are_refused(self) -> None:
+        for stdin in ("", "\n", "1234567\n", "tab\there too\n", "12345678\r\r\n", "\x7f2345678\n", "nul\0 nul nul\n"):
+            with self.subTest(stdin):
+                code, _, errors = self.run_program("adduser", "alice", "--password-stdin", stdin=stdin)
+                self.assertEqual(1, code)
+                self.assertRegex(errors, r"\Akvserver: a password has [^\n]+\n\Z")
+        for raw in (b"\xff" * 9, b"x" * (kvserver.PASSWORD_BYTES_MAX + 1), b"x" * 100_000):
+            self.assertEqual(1, self.run_program("adduser", "alice", "--password-stdin", stdin=raw)[0])
+        self.assertEqual("NAME  ROLE  PAIRS\n", self.run_program("users")[1])
+        self.assertEqual(0, self.run_program("adduser", "alice", "--password-stdin", stdin="☃" * 8)[0])
+        longest = "x" * kvserver.PASSWORD_BYTES_MAX
+        self.assertEqual(0, self.run_program("adduser", "a" * 64, "--password-stdin", stdin=longest + "\r\n")[0])
+        with self.serving() as (_, port, _):
+            self.assertEqual(200, self.request(port, "/list", "a" * 64, longest)[0])
+
+    def test_bad_names_are_refused(self) -> None:
+        for name in ("", "a:b", "é", "a\nb", "a\x7f", "a" * 65):
+            with self.subTest(name):
+                self.assert_fails("a user name is 1 to 64 printable ASCII characters", "adduser", name)
+        self.assertFalse(os.path.exists(self.database))
+        for name in ("a" * 64, "~! a'\"\\<b>"):
+            self.add_user(name)
+
+    def test_password_is_never_taken_from_the_arguments(self) -> None:
+        for arguments in (("adduser", "alice", "a password"), ("adduser", "alice", "--password", "a password")):
+            self.assertEqual(2, self.run_program(*arguments)[0])
+
+    def test_without_a_terminal_the_password_must_be_piped_in(self) -> None:
+        self.assert_fails("--password-stdin", "adduser", "alice")
+
+    def test_errors_are_one_line(self) -> None:
+        self.assert_fails("cannot use the database", "users")
+        self.assertFalse(os.path.exists(self.database), "a command that only reads made a database")
+        self.add_user("alice", "--admin")
+        self.assert_fails("the user alice exists", "adduser", "alice", "--password-stdin")
+        self.assert_fails("no user bob; add one with: python kvserver.py adduser NAME", "passwd", "bob")
+        self.assert_fails("no user bob", "deluser", "bob", "--yes")
+        self.assert_fails("cannot use the database", "adduser", "bob", "--db", "/nowhere/test.db")
+
+    def test_deluser_without_a_terminal_needs_yes(self) -> None:
+        self.add_user("alice", "--admin")
+        self.add_user("bob")
+        self.assert_fails("add --yes", "deluser", "bob")
+        self.assertEqual(0, self.run_program("deluser", "bob", "--yes")[0])
+
+    def test_last_admin_is_deleted_only_with_yes(self) -> None:
+        self.add_user("alice", "--admin")
+        self.add_user("bob")
+        self.assert_fails("alice is the last admin", "deluser", "alice")
+        with contextlib.closing(kvserver.Store(self.database)) as store, self.assertRaises(kvserver.LastAdmin):
+            store.delete_user("alice", even_last_admin=False)
+        self.add_user("carol", "--admin")
+        with contextlib.closing(kvserver.Store(self.database)) as store:
+            store.delete_user("alice", even_last_admin=False)
+        self.assertEqual(0, self.run_program("deluser", "carol", "--yes")[0])
+
+    def test_commands_may_run_at_the_same_time_on_a_new_database(self) -> None:
+        processes = [
+            subprocess.Popen(
+                [*CHEAP_PROGRAM, "adduser", f"user{number}", "--password-stdin"],
+                stdin=subprocess.PIPE,
+                env=self.environment,
+                stdout=subprocess.DEVNULL,
+            )
+            for number in range(6)
+        ]
+        for process in processes:
+            process.communicate(b"a password\n")
+        self.assertEqual([0] * 6, [process.returncode for process in processes])
+        self.assertEqual(7, len(self.run_program("users")[1].splitlines()))
+
+
+class Terminal(CommandCase):
+    """The commands as somebody sees them who types them."""
+
+    def type_in(self, arguments: list[str], *answers: tuple[bytes, bytes]) -> tuple[int, bytes]:
+        """Run the program on a terminal of its own; answer each prompt. Return exit code and all that was shown."""
+        child, terminal = pty.fork()
+        if child == 0:
+            os.chdir(self.folder)
+            os.execve(sys.executable, [*CHEAP_PROGRAM, *arguments], self.environment)
+        shown = b""
+        with open(terminal, "r+b", buffering=0) as file:
+            for prompt, answer in answers:
+                while not shown.endswith(prompt):
+                    shown += file.read(1024)
+                file.write(answer)
+            with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an I/O error
+                while data := file.read(1024):
+                    shown += data
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown
+
+    def test_password_is_asked_twice_and_not_shown(self) -> None:
+        code, shown = self.type_in(
+            ["adduser", "alice"],
+            (b"Password for alice: ", "pässword1\n".encode()),
+            (b"The same again: ", "pässword1\n".encode()),
+        )
+        self.assertEqual(0, code, shown)
+        self.assertNotIn(b"ssword1", shown)
+        with contextlib.closing(kvserver.Store(self.database)) as store:
+            user = store.user("alice")
+        assert user
+        self.assertTrue(kvserver.verify_password("pässword1", user.password_hash))
+
+    def test_passwords_that_differ_change_nothing(self) -> None:
+        self.add_user("alice")
+        code, shown = self.type_in(
+            ["passwd", "alice"], (b"Password for alice: ", b"password1\n"), (b"The same again: ", b"password2\n")
+        )
+        self.assertEqual(1, code)
+        self.assertIn(b"nothing was changed", shown)
+        with contextlib.closing(kvserver.Store(self.database)) as store:
+            user = store.user("alice")
+        assert user
+        self.assertTrue(kvserver.verify_password("a password", user.password_hash))
+
+    def test_ctrl_c_at_the_prompt_changes_nothing(self) -> None:
+        code, shown = self.type_in(["adduser", "alice"], (b"Password for alice: ", b"\x03"))
+        self.assertEqual(1, code)
+        self.assertIn(b"kvserver: interrupted; nothing was changed", shown)
+        self.assertNotIn(b"Traceback", shown)
+
+    def test_deluser_asks(self) -> None:
+        self.add_user("alice", "--admin")
+        self.add_user("bob")
+        question = b"Delete the user bob and what they stored (pairs: 0)? [y/N] "
+        for answer, code in ((b"\n", 1), (b"n\n", 1), (b"\x04", 1), (b"Y\n", 0)):
+            with self.subTest(answer):
+                self.assertEqual(code, self.type_in(["deluser", "bob"], (question, answer))[0])
+        self.assertNotIn("bob", self.run_program("users")[1])
+
+
+class Serving(CommandCase):
+    """The command serve."""
+
+    def stop(self, process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> float:
+        """Stop a server, check its exit code and return the seconds that it took."""
+        started = time.monotonic()
+        process.send_signal(number)
+        self.assertEqual(0, process.wait(WAIT_SECONDS))
+        return time.monotonic() - started
+
+    def test_one_command_gives_a_working_server(self) -> None:
+        shutil.copy(PROGRAM, self.folder)
+        del self.environment["KVSERVER_DB"]
+        del self.environment["PYTHONPATH"]
+        with self.serving(command=[sys.executable, "kvserver.py"]) as (process, port, lines):
+            self.assertEqual(3, len(lines))
+            self.assertEqual(f"listening on http://127.0.0.1:{port}", lines[2])
+            curl = shlex.split(lines[1].partition(": ")[2])
+            self.assertEqual(["curl", "-u"], curl[:2])
+            name, _, password = curl[2].partition(":")
+            self.assertEqual(f"created the user admin with the password {password} (it is shown only now)", lines[0])
+            target = curl[3].removeprefix(f"http://127.0.0.1:{port}")
+            self.assertEqual((200, b"Success"), self.request(port, target, name, password))
+            self.assertEqual((200, b'{"door": "open"}'), self.request(port, "/list", name, password))
+            if shutil.which("curl"):
+                done = subprocess.run(["sh", "-c", lines[1].partition(": ")[2]], capture_output=True, check=True)
+                self.assertEqual(b"Success", done.stdout)
+            assert process.stderr
+            self.stop(process)
+            self.assertNotIn(password, process.stderr.read())
+        self.assertTrue(
+            os.path.exists(os.path.join(self.folder, "kvserver.db")), "the database is not beside the program"
+        )
+        with self.serving(command=[sys.executable, "kvserver.py"]) as (_, port, lines):
+            self.assertEqual([f"listening on http://127.0.0.1:{port}"], lines)
+            self.assertEqual((200, b'{"door": "open"}'), self.request(port, "/list", name, password))
+
+    def test_all_interfaces_is_the_default_and_warned_of(self) -> None:
+        for host, warned in (("", True), ("0.0.0.0", True), ("127.0.0.1", False), ("localhost", False)):
+            with self.subTest(host), self.serving(environment={"KVSERVER_HOST": host}) as (process, port, lines):
+                shown = {"": "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"}.get(host, host)
+                if host != "localhost":
+                    self.assertEqual(f"listening on http://{shown}:{port}", lines[-1])
+                self.assertEqual((401, b"the user name or the password is wrong"), self.request(port, "/list"))
+                self.stop(process)
+                assert process.stderr
+                self.assertEqual(warned, "WARNING plain HTTP shows passwords" in process.stderr.read())
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no IPv6")
+    def test_ipv6_address_stands_in_brackets(self) -> None:
+        with self.serving("--host", "::1") as (_, port, lines):
+            self.assertEqual(f"listening on http://[::1]:{port}", lines[-1])
+            self.assertIn(f"'http://[::1]:{port}/set?key=door&value=open'", lines[1])
+            if shutil.which("curl"):
+                done = subprocess.run(["sh", "-c", lines[1].partition(": ")[2]], capture_output=True, check=True)
+                self.assertEqual(b"Success", done.stdout)
+
+    def test_flag_beats_environment_beats_file_beats_default(self) -> None:
+        config = os.path.join(self.folder, "config.json")
+        with open(config, "w", encoding="utf-8") as file:
+            json.dump({"base_path": "/file", "log_requests": True, "host": "127.0.0.1", "db": "sub/file.db"}, file)
+        os.mkdir(os.path.join(self.folder, "sub"))
+        self.add_user("alice", "--db", "sub/file.db")
+        del self.environment["KVSERVER_DB"]
+        cases: list[tuple[list[str], dict[str, str], str, bool]] = [
+            ([], {}, "/iotpersistenceapi", False),
+            (["--config", config], {}, "/file", True),
+            ([], {"KVSERVER_CONFIG": config}, "/file", True),
+            (["--config", config], {"KVSERVER_BASE_PATH": "/environment"}, "/environment", True),
+            (["--config", config, "--base-path", "flag/"], {"KVSERVER_BASE_PATH": "/environment"}, "/flag", True),
+            (["--config", config, "--no-log-requests"], {"KVSERVER_LOG_REQUESTS": "true"}, "/file", False),
+            (["--config", config], {"KVSERVER_LOG_REQUESTS": "0"}, "/file", False),
+            (["--log-requests"], {"KVSERVER_DB": "sub/file.db"}, "/iotpersistenceapi", True),
+        ]
+        for arguments, environment, path, logged in cases:
+            with self.subTest(arguments=arguments, environment=environment):
+                if path == "/iotpersistenceapi":
+                    environment = {"KVSERVER_DB": "sub/file.db", **environment}
+                with self.serving(*arguments, environment=environment) as (process, port, _):
+                    self.assertEqual((200, b"{}"), self.request(port, path + "/list"))
+                    self.stop(process)
+                    assert process.stderr
+                    self.assertEqual(logged, f"request: method=GET path='{path}/list'" in process.stderr.read())
+        self.assertIn("alice", self.run_program("users", KVSERVER_CONFIG=config)[1])
+
+    def test_bad_settings_are_named(self) -> None:
+        config = os.path.join(self.folder, "config.json")
+        for text, message in (
+            ('{"prot": 80}', "prot"),
+            ('{"port": 65536}', "port"),
+            ('{"port": "x"}', "port"),
+            ('{"port": true}', "port"),
+            ('{"port": 1.5}', "port"),
+            ('{"db": 5}', "db"),
+            ('{"host": null}', "host"),
+            ('{"log_requests": "perhaps"}', "log_requests"),
+            ('{"base_path": "/a b"}', "base_path"),
+            ('{"config": "x"}', "config"),
+            ('{"port": 1, "port": 2}', "port"),
+            ("[]", "not a JSON object"),
+            ("{", config),
+        ):
+            with self.subTest(text):
+                with open(config, "w", encoding="utf-8") as file:
+                    file.write(text)
+                self.assert_fails(message, "serve", "--config", config)
+        self.assert_fails("missing.json", "serve", "--config", "missing.json")
+        self.assert_fails("KVSERVER_PORT is '65536'", "serve", KVSERVER_PORT="65536")
+        self.assert_fails("KVSERVER_LOG_REQUESTS is 'yes'", "serve", KVSERVER_LOG_REQUESTS="yes")
+        self.assert_fails("KVSERVER_PROT", "serve", KVSERVER_PROT="80")
+        self.assertFalse(os.path.exists(self.database))
+
+    def test_wrong_usage_exits_with_2(self) -> None:
+        for arguments in (
+            [],
+            ["fly"],
+            ["serve", "--port", "65536"],
+            ["serve", "--port", "-1"],
+            ["serve", "--port", "x"],
+            ["serve", "--base-path", "/a b"],
+            ["serve", "--unknown"],
+            ["serve", "extra"],
+            ["adduser"],
+            ["users", "--port", "1"],
+        ):
+            with self.subTest(arguments):
+                code, output, errors = self.run_program(*arguments)
+                self.assertEqual((2, ""), (code, output))
+                self.assertNotIn("Traceback", errors)
+
+    def test_version_and_help(self) -> None:
+        self.assertEqual((0, f"kvserver {kvserver.__version__}\n", ""), self.run_program("--version"))
+        for command in ([], ["serve"], ["adduser"], ["passwd"], ["deluser"], ["users"]):
+            code, output, _ = self.run_program(*command, "--help", COLUMNS="80")
+            self.assertEqual(0, code)
+            self.assertLessEqual(max(map(len, output.splitlines())), 80)
+
+    def test_port_in_use_is_one_line(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            self.assert_fails("cannot listen on 127.0.0.1", "serve", "--host", "127.0.0.1", "--port", port)
+        self.assert_fails("cannot listen on", "serve", "--host", "no.such.host.invalid", "--port", "0")
+
+    def test_unusable_databases_are_one_line_and_left_alone(self) -> None:
+        cases: list[tuple[str, bytes | list[str], str]] = [
+            ("garbage", b"This is not a database. " * 400, "cannot use the database"),
+            ("foreign", ["CREATE TABLE user (name TEXT)"], "database of another program"),
+            ("foreign with version", ["CREATE TABLE x (y)", "PRAGMA user_version = 1"], "database of another program"),
+        ]
+        for name, content, message in cases:
+            with self.subTest(name):
+                path = os.path.join(self.folder, name)
+                if isinstance(content, bytes):
+                    with open(path, "wb") as file:
+                        file.write(content)
+                else:
+                    with contextlib.closing(sqlite3.connect(path)) as connection:
+                        for statement in content:
+                            connection.execute(statement)
+                with open(path, "rb") as file:
+                    before = file.read()
+                self.assert_fails(message, "serve", "--port", "0", KVSERVER_DB=path)
+                self.assert_fails(message, "users", KVSERVER_DB=path)
+                with open(path, "rb") as file:
+                    self.assertEqual(before, file.read())
+        self.assert_fails("cannot use the database", "serve", "--port", "0", KVSERVER_DB=self.folder)
+
+    def test_database_of_a_newer_program_is_refused(self) -> None:
+        self.add_user("alice")
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            connection.execute(f"PRAGMA user_version = {len(kvserver.MIGRATIONS) + 1}")
+        self.assert_fails("written by a newer kvserver.py", "serve", "--port", "0")
+        self.assert_fails("written by a newer kvserver.py", "users")
+
+    def test_empty_file_is_a_new_database(self) -> None:
+        with open(self.database, "wb"):
+            pass
+        self.add_user("alice")
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            self.assertEqual([(len(kvserver.MIGRATIONS),)], connection.execute("PRAGMA user_version").fetchall())
+
+    def test_migrations_run_on_an_older_file(self) -> None:
+        self.add_user("alice")
+        further = ("CREATE TABLE further (x)", "INSERT INTO further VALUES (1)")
+        with mock.patch.object(kvserver, "MIGRATIONS", (*kvserver.MIGRATIONS, further)):
+            for _ in range(2):
+                kvserver.Store(self.database).close()
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            self.assertEqual([(1,)], connection.execute("SELECT x FROM further").fetchall())
+            self.assertEqual([("alice",)], connection.execute("SELECT name FROM user").fetchall())
+
+    def test_stop_is_clean_and_closes_idle_connections(self) -> None:
+        self.add_user("alice")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number), self.serving() as (process, port, _):
+                with contextlib.closing(socket.create_connection(("127.0.0.1", port))) as idle:
+                    self.assertEqual(200, self.request(port, "/set?key=a&value=1")[0])
+                    self.assertLess(self.stop(process, number), 3)
+                    self.assertEqual(b"", idle.recv(1))
+                self.assertEqual(["test.db"], [name for name in os.listdir(self.folder) if name.startswith("test.db")])
+                assert process.stderr
+                self.assertNotIn("Traceback", process.stderr.read())
+
+    def test_stop_finishes_what_is_under_way(self) -> None:
+        self.add_user("alice")
+        head = f"POST /set?key=a HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('alice', 'a password')}\r\n"
+        head += "Content-Length: 4\r\nExpect: 100-continue\r\n\r\n"
+        with self.serving() as (process, port, _), contextlib.ExitStack() as stack:
+            first, second = (
+                stack.enter_context(contextlib.closing(socket.create_connection(("127.0.0.1", port), WAIT_SECONDS)))
+                for _ in range(2)
+            )
+            for connection in (first, second):
+                connection.sendall(head.encode())
+                self.assertEqual(kvserver.CONTINUE, connection.recv(65536))
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            while True:  # until the server refuses connections, it has not seen the signal
+                try:
+                    socket.create_connection(("127.0.0.1", port), WAIT_SECONDS).close()
+                except OSError:
+                    break
+            first.sendall(b"last")
+            answer = first.recv(65536)
+            self.assertTrue(answer.startswith(b"HTTP/1.1 200 OK\r\n"), answer)
+            self.assertIn(b"Connection: close\r\n", answer)
+            self.assertEqual(0, process.wait(WAIT_SECONDS))
+            elapsed = time.monotonic() - started
+            self.assertGreater(elapsed, 2.5, "the request whose body was missing was not waited for")
+            self.assertLess(elapsed, 5)
+            self.assertEqual(b"", second.recv(65536))
+        with self.serving() as (_, port, _):
+            self.assertEqual((200, b"last"), self.request(port, "/get?key=a"))
+
+
+WRITER = """
+import base64, http.client, sys
+port, prefix = int(sys.argv[1]), sys.argv[2]
+login = "Basic " + base64.b64encode(b"alice:a password").decode()
+connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+try:
+    for number in range(100000):
+        print("sent", f"{prefix}-{number}", flush=True)
+        connection.request("GET", f"/set?key={prefix}-{number}&value=of-{prefix}-{number}", headers={"Authorization": login})
+        answer = connection.getresponse()
+        if (answer.status, answer.read()) != (200, b"Success"):
+            break
+        print("answered", f"{prefix}-{number}", flush=True)
+except (OSError, http.client.HTTPException):
+    pass
+"""
+
+
+class Killed(CommandCase):
+    """A server that is killed with -9 in the middle of writes."""
+
+    def test_no_answered_write_is_lost(self) -> None:
+        self.add_user("alice", "--admin")
+        seed = random.randrange(1_000_000)
+        chance = random.Random(seed)
+        lines: list[str] = []
+        for kill in range(20):
+            with self.serving() as (server, port, _):
+                enough = threading.Semaphore(0)
+
+                def collect(writer: subprocess.Popen[str], enough: threading.Semaphore = enough) -> None:
+                    assert writer.stdout
+                    for line in writer.stdout:
+                        lines.append(line)
+                        enough.release()
+                    writer.stdout.close()
+                    writer.wait()
+
+                collectors = []
+                for number in range(4):
+                    command = [sys.executable, "-c", WRITER, str(port), f"{kill}-{number}"]
+                    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+                    collectors.append(threading.Thread(target=collect, args=(writer,)))
+                    collectors[-1].start()
+                for _ in range(chance.randrange(10, 200)):
+                    self.assertTrue(enough.acquire(timeout=WAIT_SECONDS))
+                server.kill()
+                for collector in collectors:
+                    collector.join(WAIT_SECONDS)
+        sent = {line.split()[1] for line in lines if line.startswith("sent ")}
+        answered = {line.split()[1] for line in lines if line.startswith("answered ")}
+        with self.serving() as (_, port, _):
+            pairs = json.loads(self.request(port, "/list")[1])
+        self.assertGreater(len(answered), 300)
+        self.assertEqual(set(), answered - set(pairs), f"answered writes are missing (seed {seed})")
+        self.assertEqual(set(), set(pairs) - sent, f"there are writes that were never sent (seed {seed})")
+        self.assertEqual({key: "of-" + key for key in pairs}, pairs)
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            self.assertEqual([("ok",)], connection.execute("PRAGMA integrity_check").fetchall())
+
+
+class Source(unittest.TestCase):
+    """What is promised about the file itself."""
+
+    def test_only_the_standard_library_is_imported(self) -> None:
+        with open(PROGRAM, encoding="utf-8") as file:
+            modules = set(re.findall(r"^(?:import|from) (\w+)", file.read(), re.MULTILINE)) - {"__future__"}
+        if sys.version_info >= (3, 10):
+            self.assertLessEqual(modules, sys.stdlib_module_names)
+        self.assertIn("sqlite3", modules)
+
+    def test_docstring_names_every_path(self) -> None:
+        for route in kvserver.ROUTES:
+            self.assertIn(route.path, kvserver.__doc__ or "")
+
+
+if __name__ == "__main__":
+    unittest.main()
