@@ -464,6 +464,7 @@ ABSOLUTE_TARGET = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t -~\x80-\xff]*)?")
+NOT_HTTP = re.compile(rb"[^!-~\r]|[^\n]*\r[^\n]")  # what waits in vain for the end of a line, such as TLS
 NOT_IN_FIELD = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 # A second one of these would change whom we believe or where a request ends. Others are joined with a comma.
 SINGLE_FIELDS = frozenset(("authorization", "content-length", "content-type", "host", "transfer-encoding"))
@@ -476,10 +477,6 @@ BODY_TOO_LARGE = f"the body is longer than {BODY_BYTES_MAX} bytes, or the value 
 CHUNKS_MALFORMED = "the chunked body is malformed"
 
 Headers = tuple[tuple[str, str], ...]
-
-
-class Disconnected(Exception):
-    """The client has gone, or its time is up: there is nobody to answer."""
 
 
 class Response(NamedTuple):
@@ -526,13 +523,13 @@ class Request(NamedTuple):
 def read_line(reader: io.BufferedReader, bytes_max: int, status: int, message: str) -> str:
     """Return the next line, decoded as ISO 8859-1 so that no byte is lost.
 
-    Raises HTTPError, with status and message when the line is too long, or Disconnected.
+    Raises HTTPError, with status and message when the line is too long, or ConnectionError at the end of all bytes.
     """
     line = reader.readline(bytes_max + 3)
     if line.endswith(b"\r\n") and len(line) <= bytes_max + 2:
         return line[:-2].decode("iso-8859-1")
     if not line:
-        raise Disconnected
+        raise ConnectionError("the client has gone")
     if len(line) > bytes_max + 1:
         raise HTTPError(status, message)
     raise HTTPError(400, "the request is incomplete, or has a line that does not end in CR LF")
@@ -559,10 +556,10 @@ def read_fields(reader: io.BufferedReader) -> dict[str, str]:
 
 
 def read_exactly(reader: io.BufferedReader, count: int) -> bytes:
-    """Return the next count bytes; raise Disconnected when there are fewer."""
+    """Return the next count bytes; raise ConnectionError when there are fewer."""
     data = reader.read(count)
     if len(data) < count:
-        raise Disconnected
+        raise ConnectionError("the client has gone")
     return data
 
 
@@ -624,7 +621,7 @@ def parse_body_length(headers: Mapping[str, str], is_http_1_0: bool) -> int:
 
 
 def read_head(reader: io.BufferedReader) -> Request:
-    """Return the next request, its body still to be read; raise HTTPError or Disconnected.
+    """Return the next request, its body still to be read; raise HTTPError or ConnectionError.
 
     A minor version that we do not know is served like 1.1 (RFC 9110 section 2.5).
     """
@@ -1065,7 +1062,7 @@ class RequestHandler(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         """Answer one request after the other."""
-        with contextlib.suppress(Disconnected, ConnectionError):
+        with contextlib.suppress(OSError):  # the client has gone, or its time was up
             while self.keep_alive:
                 self.handle_request()
                 self.enter(IDLE, IDLE_SECONDS)
@@ -1077,10 +1074,10 @@ class RequestHandler(socketserver.StreamRequestHandler):
         self.enter(RECEIVING, REQUEST_SECONDS)
         self.request_head, self.keep_alive, self.body_pending = None, False, True  # until the head has proved good
         try:
-            if begin and (begin[0] < 33 or begin[0] > 126) and not begin.startswith(b"\r"):
-                raise HTTPError(400, "this is not HTTP; if it is TLS, use http:// instead of https://")
+            if NOT_HTTP.match(begin):
+                raise HTTPError(400, "this is not HTTP/1.1; if it is TLS, use http:// instead of https://")
             response = self.respond(read_head(self.rfile))
-        except (Disconnected, ConnectionError):
+        except OSError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets an answer
             accept = self.request_head.headers.get("accept", "") if self.request_head else ""
@@ -1105,17 +1102,18 @@ class RequestHandler(socketserver.StreamRequestHandler):
             left_seconds = self.deadline - time.monotonic()
             self.enter(ANSWERING, math.inf)  # what a login takes is not the client's fault
             user = self.server.authenticator.authenticate(request.headers.get("authorization"), self.address)
-            self.enter(RECEIVING, left_seconds)
-            self.request_head = request = request._replace(user=user, body=self.read_body(request))
+            body = self.read_body(request, left_seconds) if self.body_pending else b""
+            self.request_head = request = request._replace(user=user, body=body)
         self.enter(ANSWERING, math.inf)
         return route.endpoint(self.server.store, request)
 
-    def read_body(self, request: Request) -> bytes:
-        """Return the body of a request; raise HTTPError when it is malformed or too large."""
+    def read_body(self, request: Request, seconds: float) -> bytes:
+        """Return the body of a request, waiting that long; raise HTTPError when it is malformed or too large."""
         if request.body_length > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
-        if "expect" in request.headers and request.body_length and not request.is_http_1_0:
+        if "expect" in request.headers and not request.is_http_1_0:
             self.send(CONTINUE)
+        self.enter(RECEIVING, seconds)
         chunked = request.body_length == CHUNKED
         body = read_chunks(self.rfile) if chunked else read_exactly(self.rfile, request.body_length)
         self.body_pending = False
@@ -1234,7 +1232,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log an error that no request is to blame for."""
-        log_exception(sys.exc_info()[1])
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):  # those are about connections that ended before they began
+            log_exception(error)
 
     def _close_overdue(self) -> None:
         """Wake the handlers whose time is up."""

@@ -851,6 +851,7 @@ class Connections(ServerCase):
             (b"GET\t/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
             (b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
             (b"GET / HTTP/1.1\nHost: x\n\n", 400),
+            (b"GET / HTTP/1.1\rHost: x\r\r", 400),
             (b"GET / HTTP/1.1\r\nHost: x\n\r\n", 400),
             (b"GET http://a@b/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
             (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
