@@ -54,7 +54,7 @@ import traceback
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 __version__ = "0.1.0"
 LOG = logging.getLogger("kvserver")
@@ -235,6 +235,9 @@ class User(NamedTuple):
     is_admin: bool
 
 
+NOBODY = User(0, "", "", False)  # SQLite's ids begin with 1
+
+
 class UserSummary(NamedTuple):
     """What the list of users shows of one; pairs is how many they have."""
 
@@ -295,9 +298,9 @@ class Store:
             os.stat(self.path)
             self._writer = self._connect(0.1)  # the rest of the waiting is up to _begin, which can be told to stop
             self._transact(self._migrate)
-            if self._writer.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
-                raise StoreError(f"cannot use the database {self.path}: SQLite's WAL mode does not work on its disk")
             self._reader = self._connect(DATABASE_LOCK_SECONDS)
+            if self._read("PRAGMA journal_mode = WAL") != [("wal",)]:
+                raise StoreError(f"cannot use the database {self.path}: SQLite's WAL mode does not work on its disk")
         except (OSError, sqlite3.Error) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise StoreError(f"cannot use the database {self.path}: {reason}") from error
@@ -439,7 +442,7 @@ class Store:
         try:
             self._change(UPSERT_PAIR, user_id, key, value, time.time())
         except sqlite3.IntegrityError:
-            raise NoSuchUser("of this id") from None
+            raise NoSuchUser(f"with the id {user_id}") from None
 
     def delete_pair(self, user_id: int, key: str) -> bool:
         """Remove a key and its value; tell whether there was one."""
@@ -517,7 +520,7 @@ class Request(NamedTuple):
     keep_alive: bool
     body_length: int  # bytes, or CHUNKED
     body: bytes = b""
-    user: User | None = None
+    user: User = NOBODY
 
 
 def read_line(reader: io.BufferedReader, bytes_max: int, status: int, message: str) -> str:
@@ -722,11 +725,6 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return by_name
 
 
-def refuse_constant(name: str) -> NoReturn:
-    """Refuse NaN and Infinity, which Python's parser takes though they are no JSON."""
-    raise ValueError(name)
-
-
 def check_json_depth(text: str) -> None:
     """Raise ValueError when arrays and objects are nested more than JSON_DEPTH_MAX deep."""
     if text.count("[") + text.count("{") <= JSON_DEPTH_MAX:
@@ -743,7 +741,7 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
     try:
         check_json_depth(text)
         # A byte order mark is no JSON, but a parser may ignore one (RFC 8259 section 8.1), and PowerShell sends it.
-        members = json.loads(text.lstrip("\ufeff"), object_pairs_hook=unique_names, parse_constant=refuse_constant)
+        members = json.loads(text.lstrip("\ufeff"), object_pairs_hook=unique_names)
         if not isinstance(members, dict) or not isinstance(members.get("key", ""), str):
             raise HTTPError(400, "the JSON body is not an object, or its key is not a string")
         if len(members) > PARAMETERS_MAX:
@@ -753,7 +751,8 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
             for name, member in members.items()
         ]
     except ValueError:
-        # Among others a float beyond the range, or an integer of more digits than Python converts.
+        # Also for NaN and Infinity, which are no JSON but come out of Python's parser, also of a number like 1e999; and
+        # for an integer of more digits than Python converts.
         raise HTTPError(400, "the JSON body is malformed, nested too deeply, or has a number too large") from None
 
 
@@ -907,23 +906,16 @@ class Authenticator:
 UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
 
 
-def user_id(request: Request) -> int:
-    """Return the id of the user who sent the request."""
-    if request.user is None:  # then a row in ROUTES is wrong
-        raise HTTPError(401, "log in with a user name and a password", CHALLENGE)
-    return request.user.id
-
-
 def set_value(store: Store, request: Request) -> Response:
     """Store a value under a key."""
     parameters = parse_parameters(request, body_may_be_value=True)
-    store.set_value(user_id(request), require_key(parameters), require_value(parameters))
+    store.set_value(request.user.id, require_key(parameters), require_value(parameters))
     return Response(b"Success")
 
 
 def get_value(store: Store, request: Request) -> Response:
     """Answer with the value of a key as it was stored."""
-    value = store.value(user_id(request), require_key(parse_parameters(request)))
+    value = store.value(request.user.id, require_key(parse_parameters(request)))
     if value is None:
         raise HTTPError(404, UNKNOWN_KEY)
     return Response(value)
@@ -931,7 +923,7 @@ def get_value(store: Store, request: Request) -> Response:
 
 def delete_pair(store: Store, request: Request) -> Response:
     """Remove a key and its value."""
-    if not store.delete_pair(user_id(request), require_key(parse_parameters(request))):
+    if not store.delete_pair(request.user.id, require_key(parse_parameters(request))):
         raise HTTPError(404, UNKNOWN_KEY)
     return Response(b"Successfully removed state")
 
@@ -939,7 +931,7 @@ def delete_pair(store: Store, request: Request) -> Response:
 def list_pairs(store: Store, request: Request) -> Response:
     """Answer with all keys and values of the user as one JSON object."""
     parse_parameters(request)  # for its errors: it takes none
-    pairs = store.pairs(user_id(request))
+    pairs = store.pairs(request.user.id)
     return Response(json.dumps(pairs, ensure_ascii=False).encode("utf-8"), content_type=JSON)
 
 
@@ -1032,9 +1024,8 @@ def log_request(request: Request, status: int, seconds: float, address: str) -> 
     key = None
     with contextlib.suppress(HTTPError):
         key = dict(parse_form(request.query)).get("key") or parse_parameters(request).get("key")
-    user = request.user.name if request.user else None
     line = "request: method=%s path=%r key=%r status=%d milliseconds=%.1f user=%r address=%s"
-    LOG.info(line, request.method, request.path, key, status, seconds * 1000, user, address)
+    LOG.info(line, request.method, request.path, key, status, seconds * 1000, request.user.name, address)
 
 
 class RequestHandler(socketserver.StreamRequestHandler):
@@ -1082,11 +1073,13 @@ class RequestHandler(socketserver.StreamRequestHandler):
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets an answer
             accept = self.request_head.headers.get("accept", "") if self.request_head else ""
             response = as_http_error(error).response(accept)
-        if self.body_pending or self.server.stopping:
-            self.keep_alive = False
-        self.answer(response)
-        if self.server.log_requests and self.request_head:
-            log_request(self.request_head, response.status, time.monotonic() - started, self.address)
+        request = self.request_head
+        self.keep_alive = self.keep_alive and not self.body_pending and not self.server.stopping
+        connection = "close" if not self.keep_alive else "keep-alive" if request and request.is_http_1_0 else ""
+        with_body = not request or request.method != "HEAD"
+        self.send(encode_response(response, self.server.date(), connection, with_body))
+        if request and self.server.log_requests:
+            log_request(request, response.status, time.monotonic() - started, self.address)
         if self.body_pending:
             self.linger()
 
@@ -1119,13 +1112,6 @@ class RequestHandler(socketserver.StreamRequestHandler):
         self.body_pending = False
         return body
 
-    def answer(self, response: Response) -> None:
-        """Send the answer to the current request."""
-        request = self.request_head
-        connection = "close" if not self.keep_alive else "keep-alive" if request and request.is_http_1_0 else ""
-        with_body = not request or request.method != "HEAD"
-        self.send(encode_response(response, self.server.date(), connection, with_body))
-
     def send(self, data: bytes) -> None:
         """Send bytes; the connection is closed when the client takes none for SEND_SECONDS."""
         unsent = memoryview(data)
@@ -1142,7 +1128,7 @@ class RequestHandler(socketserver.StreamRequestHandler):
         self.enter(RECEIVING, LINGER_SECONDS)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            while time.monotonic() < self.deadline and self.connection.recv(BODY_BYTES_MAX):
+            while time.monotonic() < self.deadline and self.connection.recv(64 * 1024):
                 pass
 
 
@@ -1480,6 +1466,7 @@ def serve(arguments: argparse.Namespace) -> None:
             raise CommandError(f"cannot listen on {where}: {error.strerror}; see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
+        LOG.info("started: database=%s", store.path)
         announce(server)
         server.run()
     LOG.info("stopped")
