@@ -35,6 +35,7 @@ from unittest import mock
 import kvserver
 
 PROGRAM = os.path.abspath(kvserver.__file__)
+README = os.path.join(os.path.dirname(PROGRAM), "README.md")
 # The program with cheap scrypt, for the tests that need a process of its own.
 CHEAP_PROGRAM = [
     sys.executable,
@@ -1473,10 +1474,10 @@ class Serving(CommandCase):
                 self.assertEqual(b"Success", done.stdout)
 
     def test_flag_beats_environment_beats_file_beats_default(self) -> None:
-        config = os.path.join(self.folder, "config.json")
-        with open(config, "w", encoding="utf-8") as file:
-            json.dump({"base_path": "/file", "log_requests": True, "host": "127.0.0.1", "db": "sub/file.db"}, file)
         os.mkdir(os.path.join(self.folder, "sub"))
+        config = os.path.join("sub", "config.json")
+        with open(os.path.join(self.folder, config), "w", encoding="utf-8") as file:
+            json.dump({"base_path": "/file", "log_requests": True, "host": "127.0.0.1", "db": "file.db"}, file)
         self.add_user("alice", "--db", "sub/file.db")
         del self.environment["KVSERVER_DB"]
         cases: list[tuple[list[str], dict[str, str], str, bool]] = [
@@ -1618,6 +1619,33 @@ class Serving(CommandCase):
                 assert process.stderr
                 self.assertNotIn("Traceback", process.stderr.read())
 
+    def test_stop_under_load_is_quick_and_loses_nothing(self) -> None:
+        self.add_user("alice")
+        answered: list[str] = []
+        with self.serving() as (process, port, _):
+            busy = threading.Semaphore(0)
+
+            def write(name: str) -> None:
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    for number in range(100_000):
+                        key = f"{name}-{number}"
+                        if self.request(port, f"/set?key={key}&value={key}") == (200, b"Success"):
+                            answered.append(key)
+                            busy.release()
+
+            writers = [threading.Thread(target=write, args=(str(number),)) for number in range(8)]
+            for writer in writers:
+                writer.start()
+            for _ in range(100):
+                self.assertTrue(busy.acquire(timeout=WAIT_SECONDS))
+            self.assertLess(self.stop(process), 5)
+            for writer in writers:
+                writer.join()
+            assert process.stderr
+            self.assertNotIn("ERROR", process.stderr.read())
+        with contextlib.closing(kvserver.Store(self.database)) as store:
+            self.assertLessEqual(set(answered), set(store.pairs(1)))
+
     def test_stop_finishes_what_is_under_way(self) -> None:
         self.add_user("alice")
         head = f"POST /set?key=a HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('alice', 'a password')}\r\n"
@@ -1709,6 +1737,40 @@ class Killed(CommandCase):
         self.assertEqual({key: "of-" + key for key in pairs}, pairs)
         with contextlib.closing(sqlite3.connect(self.database)) as connection:
             self.assertEqual([("ok",)], connection.execute("PRAGMA integrity_check").fetchall())
+
+
+@unittest.skipUnless(os.path.exists(README), "README.md is not beside the tests")
+class Readme(CommandCase):
+    """What the README says."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        with open(README, encoding="utf-8") as file:
+            self.text = file.read()
+
+    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+    def test_every_curl_line_gives_what_it_says(self) -> None:
+        blocks = re.findall(r"```\n((?:curl .*\n)+)```\n(?:each )?prints? `([^`]*)`", self.text)
+        lines = [(line, printed) for block, printed in blocks for line in block.splitlines()]
+        self.assertEqual(len(re.findall("^curl ", self.text, re.MULTILINE)), len(lines), "a line without its result")
+        self.run_program("adduser", "admin", "--password-stdin", stdin="a password")
+        with self.serving() as (_, port, _):
+            for line, printed in lines:
+                with self.subTest(line):
+                    command = line.replace("admin:PASSWORD", "'admin:a password'").replace(":8080", f":{port}")
+                    done = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=WAIT_SECONDS)
+                    self.assertEqual(printed, done.stdout.decode())
+
+    def test_every_setting_is_named(self) -> None:
+        for setting in kvserver.SETTINGS:
+            row = f"| `--{setting.name.replace('_', '-')}"
+            self.assertTrue(
+                any(
+                    line.startswith(row) and setting.variable() in line and f'`"{setting.name}"`' in line
+                    for line in self.text.splitlines()
+                ),
+                setting.name,
+            )
 
 
 class Source(unittest.TestCase):
