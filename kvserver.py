@@ -209,8 +209,8 @@ INSERT_FIRST_ADMIN = (
 UPDATE_PASSWORD = "UPDATE user SET password_hash = ? WHERE name = ?"
 RENEW_PASSWORD_HASH = "UPDATE user SET password_hash = ? WHERE name = ? AND password_hash = ?"
 DELETE_USER = (
-    "DELETE FROM user WHERE name = ?1"
-    " AND (?2 OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admin AND name <> ?1))"
+    "DELETE FROM user WHERE name = ?"
+    " AND (? OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admin AND name <> ?))"
 )
 
 # The cast hands over the UTF-8 bytes that are on the disk: they are what is sent, so that nothing need be decoded.
@@ -295,7 +295,10 @@ class Store:
                 # Readable by the owner only; SQLite gives the files that it puts beside it the same permissions.
                 with contextlib.suppress(FileExistsError):
                     os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            os.stat(self.path)
+            elif not os.path.exists(self.path):
+                raise StoreError(
+                    f"there is no database {self.path}; name it with --db, or make one with adduser or serve"
+                )
             self._writer = self._connect(0.1)  # the rest of the waiting is up to _begin, which can be told to stop
             self._transact(self._migrate)
             self._reader = self._connect(DATABASE_LOCK_SECONDS)
@@ -425,7 +428,7 @@ class Store:
 
     def delete_user(self, name: str, even_last_admin: bool) -> None:
         """Delete a user and all they stored; raise NoSuchUser, or LastAdmin unless that is wanted."""
-        if not self._change(DELETE_USER, name, even_last_admin):
+        if not self._change(DELETE_USER, name, even_last_admin, name):
             raise LastAdmin(name) if self.user(name) else NoSuchUser(name)
 
     def value(self, user_id: int, key: str) -> bytes | None:
@@ -609,18 +612,16 @@ def parse_target(method: str, target: str) -> tuple[str, str, str]:
 
 def parse_body_length(headers: Mapping[str, str], is_http_1_0: bool) -> int:
     """Return how many bytes the body has, or CHUNKED (RFC 9112 section 6); with neither header there is none."""
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-    if coding is None and length is None:
-        return 0
-    if coding is not None:
-        if length is not None or is_http_1_0:
+    length = headers.get("content-length", "0")
+    if "transfer-encoding" in headers:
+        if "content-length" in headers or is_http_1_0:
             raise HTTPError(400, "Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
-        if coding.lower() != "chunked":
+        if headers["transfer-encoding"].lower() != "chunked":
             raise HTTPError(501, "this transfer coding is not supported; send Content-Length, or chunked")
         return CHUNKED
-    if not LENGTH.fullmatch(length or ""):
+    if not LENGTH.fullmatch(length):
         raise HTTPError(400, "the header Content-Length is malformed; it is the number of bytes in the body")
-    return int(length or "")
+    return int(length)
 
 
 def read_head(reader: io.BufferedReader) -> Request:
@@ -872,8 +873,8 @@ class Authenticator:
         name, password = decode_credentials(encoded)
         try:
             user = self._scrypt.submit(self._verify, name, password).result() if name and password else None
-        except (CancelledError, RuntimeError):  # the latter is what submit raises after the shutdown
-            raise HTTPError(503, "the server is stopping; try again", RETRY_AFTER) from None
+        except (CancelledError, RuntimeError):  # the latter from submit, after the shutdown or for want of a thread
+            raise HTTPError(503, "no password can be checked just now; try again", RETRY_AFTER) from None
         if user is None:
             # repr escapes what could forge another line or field, and the address stands last for the same reason.
             LOG.warning("login failed: user=%r address=%s", name, address)

@@ -997,16 +997,17 @@ class Connections(ServerCase):
         self.enter(mock.patch.object(kvserver, "SEND_SECONDS", 0.05))
         for number in range(20):
             self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
+        closed = threading.Event()
+        close = self.server.shutdown_request
+
+        def close_and_tell(request: object) -> None:
+            close(request)
+            closed.set()
+
+        self.enter(mock.patch.object(self.server, "shutdown_request", close_and_tell))
         connection = self.connect()
         connection.sendall(self.raw("GET /list HTTP/1.1"))
-        with self.assertRaises(TimeoutError if sys.version_info >= (3, 10) else socket.timeout):
-            connection.settimeout(0.0001)
-            while True:
-                self.assertTrue(connection.recv(1))
-        deadline = time.monotonic() + WAIT_SECONDS
-        while self.server.connections and time.monotonic() < deadline:
-            threading.Event().wait(0.01)
-        self.assertEqual({}, self.server.connections)
+        self.assertTrue(closed.wait(WAIT_SECONDS))
 
     def test_client_that_goes_away_leaves_no_trace(self) -> None:
         for _ in range(20):
@@ -1314,7 +1315,7 @@ class Accounts(CommandCase):
         self.assert_fails("--password-stdin", "adduser", "alice")
 
     def test_errors_are_one_line(self) -> None:
-        self.assert_fails("cannot use the database", "users")
+        self.assert_fails("there is no database", "users")
         self.assertFalse(os.path.exists(self.database), "a command that only reads made a database")
         self.add_user("alice", "--admin")
         self.assert_fails("the user alice exists", "adduser", "alice", "--password-stdin")
