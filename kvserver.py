@@ -60,8 +60,8 @@ __version__ = "0.1.0"
 LOG = logging.getLogger("kvserver")
 
 # ---- Limits and defaults ---------------------------------------------------------------------------------------------
-# Every number that somebody may want to turn stands here, its unit last in its name. What a client controls has a bound,
-# so that no client can make the server wait for ever or fill a small machine's memory.
+# Every number that somebody may want to turn stands here, its unit last in its name. What a client controls has a
+# bound, so that no client can make the server wait for ever or fill a small machine's memory.
 
 KEY_BYTES_MAX = 512
 VALUE_BYTES_MAX = 1024 * 1024
@@ -299,11 +299,12 @@ class Store:
                 raise StoreError(
                     f"there is no database {self.path}; name it with --db, or make one with adduser or serve"
                 )
-            self._writer = self._connect(0.1)  # the rest of the waiting is up to _begin, which can be told to stop
+            self._writer = self._connect(0.1)  # the rest of the waiting is up to _execute
             self._transact(self._migrate)
-            self._reader = self._connect(DATABASE_LOCK_SECONDS)
-            if self._read("PRAGMA journal_mode = WAL") != [("wal",)]:
+            give_up = time.monotonic() + DATABASE_LOCK_SECONDS
+            if self._execute("PRAGMA journal_mode = WAL", give_up).fetchone() != ("wal",):
                 raise StoreError(f"cannot use the database {self.path}: SQLite's WAL mode does not work on its disk")
+            self._reader = self._connect(DATABASE_LOCK_SECONDS)
         except (OSError, sqlite3.Error) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise StoreError(f"cannot use the database {self.path}: {reason}") from error
@@ -335,20 +336,20 @@ class Store:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
-    def _begin(self, give_up: float) -> None:
-        """Begin a write transaction; raise StoreBusy when there is a lock until give_up, in monotonic seconds."""
-        while not self._closing:
+    def _execute(self, statement: str, give_up: float) -> sqlite3.Cursor:
+        """Run a statement that needs a lock; raise StoreBusy when others have it until give_up, in monotonic seconds.
+
+        SQLite's own waiting does not do: it cannot be told to stop, and it leaves out the change to WAL mode.
+        """
+        while True:
             try:
-                # IMMEDIATE takes the write lock now: a transaction that begins by reading may be refused it later.
-                self._writer.execute("BEGIN IMMEDIATE")
-                return
+                return self._writer.execute(statement)
             except sqlite3.OperationalError as error:
                 # Error codes came with Python 3.11, so the text has to tell.
                 if not str(error).startswith("database is locked"):
                     raise
-                if time.monotonic() > give_up:
+                if self._closing or time.monotonic() > give_up:
                     raise StoreBusy("another process keeps the database locked") from error
-        raise StoreBusy("the server is stopping")
 
     def _transact(self, operation: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run operation in a write transaction and return its result once the commit is on the disk.
@@ -359,9 +360,12 @@ class Store:
         if not self._write_lock.acquire(timeout=DATABASE_LOCK_SECONDS):
             raise StoreBusy("other writes take too long")
         try:
-            self._begin(give_up)
+            if self._closing:
+                raise StoreBusy("the server is stopping")
+            # IMMEDIATE takes the write lock now: a transaction that begins by reading may be refused it later.
+            self._execute("BEGIN IMMEDIATE", give_up)
             result = operation(self._writer)
-            self._writer.execute("COMMIT")
+            self._execute("COMMIT", give_up)
             return result
         finally:
             if self._writer.in_transaction:
@@ -671,8 +675,8 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
-# A request's parameters, from its query and its body. Everything is text, and one name has one value: what is not UTF-8,
-# or is said twice, is refused rather than guessed at.
+# A request's parameters, from its query and its body. Everything is text, and one name has one value: what is not
+# UTF-8, or is said twice, is refused rather than guessed at.
 
 FORM = "application/x-www-form-urlencoded"
 FORM_WITH_VALUE = re.compile(rb"(?:^|&)value=")
@@ -1339,7 +1343,7 @@ def read_config(path: str | None) -> dict[str, str]:
 
 
 def read_settings(arguments: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, Any]:
-    """Return what is set, by name; raise CommandError. A flag that is None was not given; an empty variable is unset."""
+    """Return what is set, by name; raise CommandError. None stands for a flag not given; an empty variable is unset."""
     config = read_config(getattr(arguments, "config", None) or os.environ.get(CONFIG_VARIABLE))
     values = {}
     for setting in settings:
@@ -1367,9 +1371,14 @@ def check_variables() -> None:
 # One function a command: it returns when all is done, or raises an error whose message is the one line that people see.
 
 
-def open_store(arguments: argparse.Namespace, create: bool = False) -> contextlib.closing[Store]:
-    """Open the database of a command."""
-    return contextlib.closing(Store(read_settings(arguments, [DATABASE])[DATABASE.name], create))
+def database_path(arguments: argparse.Namespace) -> str:
+    """Return where the database of a command is."""
+    return str(read_settings(arguments, [DATABASE])[DATABASE.name])
+
+
+def open_store(arguments: argparse.Namespace) -> contextlib.closing[Store]:
+    """Open the database of a command that needs one to exist."""
+    return contextlib.closing(Store(database_path(arguments), create=False))
 
 
 def read_password(arguments: argparse.Namespace) -> str:
@@ -1394,10 +1403,14 @@ def read_password(arguments: argparse.Namespace) -> str:
 def add_user(arguments: argparse.Namespace) -> None:
     """Add a user."""
     check_user_name(arguments.name)
-    with open_store(arguments, create=True) as store:
-        if store.user(arguments.name):
-            raise UserExists(arguments.name)
-        store.add_user(arguments.name, hash_password(read_password(arguments)), arguments.admin)
+    path = database_path(arguments)
+    if os.path.exists(path):
+        with contextlib.closing(Store(path, create=False)) as store:
+            if store.user(arguments.name):
+                raise UserExists(arguments.name)  # known before anybody has typed a password
+    password_hash = hash_password(read_password(arguments))
+    with contextlib.closing(Store(path)) as store:
+        store.add_user(arguments.name, password_hash, arguments.admin)
     print(f"added the {'admin' if arguments.admin else 'user'} {arguments.name}")
 
 

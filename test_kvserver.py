@@ -1290,9 +1290,10 @@ class Accounts(CommandCase):
                 code, _, errors = self.run_program("adduser", "alice", "--password-stdin", stdin=stdin)
                 self.assertEqual(1, code)
                 self.assertRegex(errors, r"\Akvserver: a password has [^\n]+\n\Z")
+        self.assertFalse(os.path.exists(self.database), "a refused password made a database")
         for raw in (b"\xff" * 9, b"x" * (kvserver.PASSWORD_BYTES_MAX + 1), b"x" * 100_000):
             self.assertEqual(1, self.run_program("adduser", "alice", "--password-stdin", stdin=raw)[0])
-        self.assertEqual("NAME  ROLE  PAIRS\n", self.run_program("users")[1])
+        self.assertFalse(os.path.exists(self.database))
         self.assertEqual(0, self.run_program("adduser", "alice", "--password-stdin", stdin="☃" * 8)[0])
         longest = "x" * kvserver.PASSWORD_BYTES_MAX
         self.assertEqual(0, self.run_program("adduser", "a" * 64, "--password-stdin", stdin=longest + "\r\n")[0])
@@ -1321,7 +1322,15 @@ class Accounts(CommandCase):
         self.assert_fails("the user alice exists", "adduser", "alice", "--password-stdin")
         self.assert_fails("no user bob; add one with: python kvserver.py adduser NAME", "passwd", "bob")
         self.assert_fails("no user bob", "deluser", "bob", "--yes")
-        self.assert_fails("cannot use the database", "adduser", "bob", "--db", "/nowhere/test.db")
+        self.assert_fails(
+            "cannot use the database",
+            "adduser",
+            "bob",
+            "--password-stdin",
+            "--db",
+            "/nowhere/test.db",
+            stdin="a password",
+        )
 
     def test_deluser_without_a_terminal_needs_yes(self) -> None:
         self.add_user("alice", "--admin")
