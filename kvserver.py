@@ -66,6 +66,7 @@ LOG = logging.getLogger("kvserver")
 KEY_BYTES_MAX = 512
 VALUE_BYTES_MAX = 1024 * 1024
 PARAMETERS_MAX = 100
+JSON_DIGITS_MAX = 4300  # of an integer; newer Pythons have this bound, older ones take 20 s for a million digits
 JSON_DEPTH_MAX = 100  # CPython 3.13 itself follows nesting until a small thread stack overflows, and the process dies
 
 REQUEST_LINE_BYTES_MAX = 16 * 1024
@@ -94,7 +95,8 @@ THREAD_STACK_BYTES = 512 * 1024  # the usual 8 MiB times the connections would f
 FIRST_BYTE_SECONDS = 10
 REQUEST_SECONDS = 10
 IDLE_SECONDS = 30
-SEND_SECONDS = 10
+SEND_SECONDS = 10  # for each SEND_BYTES of an answer
+SEND_BYTES = 64 * 1024
 LINGER_SECONDS = 2
 DATABASE_LOCK_SECONDS = 5
 RETRY_AFTER_SECONDS = 5
@@ -164,8 +166,11 @@ def verify_password(password: str, stored: str) -> bool:
     match = SCRYPT_HASH.fullmatch(stored)
     if match is None:
         return False
-    salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in match.group(4, 5))
-    return hmac.compare_digest(digest, scrypt(password, salt, int(match[1]), int(match[2]), int(match[3])))
+    try:
+        salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in match.group(4, 5))
+        return hmac.compare_digest(digest, scrypt(password, salt, int(match[1]), int(match[2]), int(match[3])))
+    except (ValueError, OverflowError):  # parameters that scrypt does not take
+        return False
 
 
 # ---- Storage ---------------------------------------------------------------------------------------------------------
@@ -305,13 +310,13 @@ class Store:
             if self._execute("PRAGMA journal_mode = WAL", give_up).fetchone() != ("wal",):
                 raise StoreError(f"cannot use the database {self.path}: SQLite's WAL mode does not work on its disk")
             self._reader = self._connect(DATABASE_LOCK_SECONDS)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
             reason = error.strerror if isinstance(error, OSError) else error
             raise StoreError(f"cannot use the database {self.path}: {reason}") from error
 
     def _connect(self, lock_seconds: float) -> sqlite3.Connection:
         """Open a connection that leaves transactions to us and waits that long for other processes' locks."""
-        uri = f"file:{urllib.parse.quote(self.path)}?mode=rw"  # rw without c: SQLite must not create what is missing
+        uri = f"file://{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"  # rw without c: SQLite must not create what is missing
         connection = sqlite3.connect(uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False)
         try:
             for pragma in PRAGMAS:
@@ -362,14 +367,18 @@ class Store:
         try:
             if self._closing:
                 raise StoreBusy("the server is stopping")
+            if self._writer.in_transaction:  # a disk that failed may have refused the last ROLLBACK
+                self._writer.execute("ROLLBACK")
             # IMMEDIATE takes the write lock now: a transaction that begins by reading may be refused it later.
             self._execute("BEGIN IMMEDIATE", give_up)
-            result = operation(self._writer)
-            self._execute("COMMIT", give_up)
-            return result
+            try:
+                result = operation(self._writer)
+                self._execute("COMMIT", give_up)
+                return result
+            finally:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
         finally:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
             self._write_lock.release()
 
     def _change(self, statement: str, *parameters: Any) -> int:
@@ -483,7 +492,9 @@ ADDRESS_TOO_LONG = f"the address is longer than {REQUEST_LINE_BYTES_MAX} bytes; 
 HEADERS_TOO_LARGE = (
     f"the headers are over {HEADER_FIELDS_MAX} lines of {HEADER_LINE_BYTES_MAX} bytes, or {HEADERS_BYTES_MAX} in all"
 )
-BODY_TOO_LARGE = f"the body is longer than {BODY_BYTES_MAX} bytes, or the value in it than {VALUE_BYTES_MAX}"
+BODY_TOO_LARGE = (
+    f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; send it as it is"
+)
 CHUNKS_MALFORMED = "the chunked body is malformed"
 
 Headers = tuple[tuple[str, str], ...]
@@ -741,12 +752,20 @@ def check_json_depth(text: str) -> None:
             raise ValueError("nested too deeply")
 
 
+def parse_integer(digits: str) -> int:
+    """Return a JSON integer; raise ValueError when it is longer than JSON_DIGITS_MAX."""
+    if len(digits) > JSON_DIGITS_MAX:
+        raise ValueError("too many digits")
+    return int(digits)
+
+
 def parse_json_object(text: str) -> list[tuple[str, str]]:
     """Return names and values of a JSON object, a value that is no string as its JSON text; raise HTTPError."""
     try:
         check_json_depth(text)
         # A byte order mark is no JSON, but a parser may ignore one (RFC 8259 section 8.1), and PowerShell sends it.
-        members = json.loads(text.lstrip("\ufeff"), object_pairs_hook=unique_names)
+        text = text.lstrip("\ufeff")
+        members = json.loads(text, object_pairs_hook=unique_names, parse_int=parse_integer)
         if not isinstance(members, dict) or not isinstance(members.get("key", ""), str):
             raise HTTPError(400, "the JSON body is not an object, or its key is not a string")
         if len(members) > PARAMETERS_MAX:
@@ -756,8 +775,7 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
             for name, member in members.items()
         ]
     except ValueError:
-        # Also for NaN and Infinity, which are no JSON but come out of Python's parser, also of a number like 1e999; and
-        # for an integer of more digits than Python converts.
+        # Also for NaN and Infinity, which are no JSON but come out of Python's parser, and of a number like 1e999.
         raise HTTPError(400, "the JSON body is malformed, nested too deeply, or has a number too large") from None
 
 
@@ -881,7 +899,7 @@ class Authenticator:
             raise HTTPError(503, "no password can be checked just now; try again", RETRY_AFTER) from None
         if user is None:
             # repr escapes what could forge another line or field, and the address stands last for the same reason.
-            LOG.warning("login failed: user=%r address=%s", name, address)
+            LOG.warning("login failed: user=%r address=%s", name[:64], address)
             raise HTTPError(401, "the user name or the password is wrong", CHALLENGE)
         with self._verified_lock:
             if len(self._verified) >= CREDENTIALS_MAX:
@@ -1026,11 +1044,13 @@ def as_http_error(error: Exception) -> HTTPError:
 
 def log_request(request: Request, status: int, seconds: float, address: str) -> None:
     """Log an answered request: its key, but not its value nor the query as it came."""
-    key = None
+    key = ""
     with contextlib.suppress(HTTPError):
-        key = dict(parse_form(request.query)).get("key") or parse_parameters(request).get("key")
+        key = (dict(parse_form(request.query)).get("key") or parse_parameters(request).get("key", ""))[:KEY_BYTES_MAX]
     line = "request: method=%s path=%r key=%r status=%d milliseconds=%.1f user=%r address=%s"
-    LOG.info(line, request.method, request.path, key, status, seconds * 1000, request.user.name, address)
+    LOG.info(
+        line, request.method, request.path[:KEY_BYTES_MAX], key, status, seconds * 1000, request.user.name, address
+    )
 
 
 class RequestHandler(socketserver.StreamRequestHandler):
@@ -1054,7 +1074,8 @@ class RequestHandler(socketserver.StreamRequestHandler):
 
     def enter(self, phase: str, seconds: float) -> None:
         """Note what is done now, and for how long it may be done."""
-        self.phase, self.deadline = phase, time.monotonic() + seconds
+        # One assignment, since the server's thread reads both.
+        self.state = (phase, time.monotonic() + seconds)
 
     def handle(self) -> None:
         """Answer one request after the other."""
@@ -1097,7 +1118,7 @@ class RequestHandler(socketserver.StreamRequestHandler):
         if route is None:
             return answer_without_route(request.method, request.path, list(methods))
         if route.who == USER:
-            left_seconds = self.deadline - time.monotonic()
+            left_seconds = self.state[1] - time.monotonic()
             self.enter(ANSWERING, math.inf)  # what a login takes is not the client's fault
             user = self.server.authenticator.authenticate(request.headers.get("authorization"), self.address)
             body = self.read_body(request, left_seconds) if self.body_pending else b""
@@ -1122,7 +1143,8 @@ class RequestHandler(socketserver.StreamRequestHandler):
         unsent = memoryview(data)
         while unsent:
             self.enter(ANSWERING, SEND_SECONDS)
-            unsent = unsent[self.connection.send(unsent) :]
+            # A blocking send returns when all has been taken, so that a slow client would run out of time with more.
+            unsent = unsent[self.connection.send(unsent[:SEND_BYTES]) :]
 
     def linger(self) -> None:
         """Read on and throw it away, until the client has seen the answer and closes, or LINGER_SECONDS have passed.
@@ -1133,7 +1155,7 @@ class RequestHandler(socketserver.StreamRequestHandler):
         self.enter(RECEIVING, LINGER_SECONDS)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            while time.monotonic() < self.deadline and self.connection.recv(64 * 1024):
+            while time.monotonic() < self.state[1] and self.connection.recv(64 * 1024):
                 pass
 
 
@@ -1227,26 +1249,24 @@ class Server(http.server.ThreadingHTTPServer):
         if not isinstance(error, OSError):  # those are about connections that ended before they began
             log_exception(error)
 
-    def _close_overdue(self) -> None:
-        """Wake the handlers whose time is up."""
+    def _close_overdue(self, stop_begun: float = math.inf) -> None:
+        """Wake the handlers whose time is up; once a stop has begun, the idle ones at once and incomplete ones soon."""
+        stop_seconds = {IDLE: 0, RECEIVING: STOP_REQUEST_SECONDS, ANSWERING: math.inf}
         now = time.monotonic()
         for connection, handler in list(self.connections.items()):
-            if handler and handler.deadline < now:
-                # A request that has not come whole is answered 400, so that direction stays open.
-                shut(connection, socket.SHUT_RDWR if handler.phase == ANSWERING else socket.SHUT_RD)
+            phase, deadline = handler.state if handler else (ANSWERING, math.inf)
+            if min(deadline, stop_begun + stop_seconds[phase]) < now:
+                # The client of an incomplete head is told so (400), for which its direction stays open.
+                shut(connection, socket.SHUT_RDWR if phase == ANSWERING else socket.SHUT_RD)
 
     def _finish(self) -> None:
         """Close idle connections at once, the others when they are done, and all of them after STOP_SECONDS."""
         self.server_close()
         begun = time.monotonic()
         while self.connections and time.monotonic() < begun + STOP_SECONDS:
-            for handler in filter(None, list(self.connections.values())):
-                if handler.phase != ANSWERING:
-                    wait_seconds = 0 if handler.phase == IDLE else STOP_REQUEST_SECONDS
-                    handler.deadline = min(handler.deadline, begun + wait_seconds)
             if time.monotonic() > begun + STOP_REQUEST_SECONDS:
                 self._give_up_waiting()
-            self._close_overdue()
+            self._close_overdue(begun)
             time.sleep(0.01)
         self._give_up_waiting()
         for connection in list(self.connections):
@@ -1390,10 +1410,13 @@ def read_password(arguments: argparse.Namespace) -> str:
         except UnicodeDecodeError:
             raise CommandError("the password on standard input is not UTF-8") from None
     elif sys.stdin.isatty():
-        password = getpass.getpass(f"Password for {arguments.name}: ")
-        check_password(password)
-        if getpass.getpass("The same again: ") != password:
-            raise CommandError("the two are not the same; nothing was changed")
+        try:
+            password = getpass.getpass(f"Password for {arguments.name}: ")
+            check_password(password)
+            if getpass.getpass("The same again: ") != password:
+                raise CommandError("the two are not the same; nothing was changed")
+        except UnicodeDecodeError:
+            raise CommandError("the password is not in the terminal's encoding; nothing was changed") from None
     else:
         raise CommandError("there is no terminal to ask for the password; pipe it in and add --password-stdin")
     check_password(password)
@@ -1416,6 +1439,7 @@ def add_user(arguments: argparse.Namespace) -> None:
 
 def set_password(arguments: argparse.Namespace) -> None:
     """Set a user's password."""
+    check_user_name(arguments.name)
     with open_store(arguments) as store:
         if not store.user(arguments.name):
             raise NoSuchUser(arguments.name)
@@ -1461,8 +1485,12 @@ def announce(server: Server) -> None:
         password = secrets.token_urlsafe(FIRST_PASSWORD_BYTES)
         if server.store.add_first_admin("admin", hash_password(password)):
             url = server.url("127.0.0.1" if address.is_unspecified else server.server_name)
-            print(f"created the user admin with the password {password} (it is shown only now)")
-            print(f"try it: curl -u admin:{password} {shlex.quote(url + '/set?key=door&value=open')}")
+            try:
+                print(f"created the user admin with the password {password} (it is shown only now)")
+                print(f"try it: curl -u admin:{password} {shlex.quote(url + '/set?key=door&value=open')}", flush=True)
+            except OSError:
+                server.store.delete_user("admin", even_last_admin=True)  # nobody has seen the password
+                raise
     print(f"listening on {server.url(server.server_name)}", flush=True)
 
 
@@ -1475,9 +1503,10 @@ def serve(arguments: argparse.Namespace) -> None:
     with contextlib.closing(Store(settings.pop("db"))) as store:
         try:
             server = Server(store, **settings)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one of a host
+            reason = error.strerror if isinstance(error, OSError) else "this is no host name"
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
-            raise CommandError(f"cannot listen on {where}: {error.strerror}; see --host and --port") from None
+            raise CommandError(f"cannot listen on {where}: {reason}; see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         LOG.info("started: database=%s", store.path)

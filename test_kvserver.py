@@ -1097,8 +1097,8 @@ class RequestLog(ServerCase):
                 rf"request: method=GET path='/set' key='the door' status=200 {seconds} user='alice' address=127.0.0.1",
                 rf"request: method=POST path='/set' key='a\\nb' status=200 {seconds} user='alice' address=127.0.0.1",
                 rf"request: method=POST path='/set' key='raw' status=200 {seconds} user='alice' address=127.0.0.1",
-                rf"request: method=GET path='/get' key=None status=401 {seconds} user='' address=127.0.0.1",
-                rf"request: method=GET path='/health' key=None status=200 {seconds} user='' address=127.0.0.1",
+                rf"request: method=GET path='/get' key='' status=401 {seconds} user='' address=127.0.0.1",
+                rf"request: method=GET path='/health' key='' status=200 {seconds} user='' address=127.0.0.1",
             ),
         ):
             self.assertRegex(line, rf"\A{expected}\Z")
