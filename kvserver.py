@@ -169,7 +169,7 @@ def verify_password(password: str, stored: str) -> bool:
     try:
         salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in match.group(4, 5))
         return hmac.compare_digest(digest, scrypt(password, salt, int(match[1]), int(match[2]), int(match[3])))
-    except (ValueError, OverflowError):  # parameters that scrypt does not take
+    except (ValueError, OverflowError, TypeError):  # parameters that scrypt does not take
         return False
 
 
@@ -1512,6 +1512,8 @@ def serve(arguments: argparse.Namespace) -> None:
         LOG.info("started: database=%s", store.path)
         announce(server)
         server.run()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # impatience must not change the exit code
     LOG.info("stopped")
 
 

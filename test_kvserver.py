@@ -536,6 +536,7 @@ class Bodies(ServerCase):
             '{"key": "a", "value": -Infinity}',
             '{"key": "a", "value": [Infinity]}',
             '{"key": "a", "value": 1e999}',
+            '{"key": "a", "value": ' + "9" * (kvserver.JSON_DIGITS_MAX + 1) + "}",
             '{"key": "a", "value": "1", "value": "2"}',
             '{"key": "a", "value": {"b": 1, "b": 2}}',
             '{"key": "a", "value": "1"} x',
@@ -658,6 +659,7 @@ class Logins(ServerCase):
             "Basic",
             "Basic ",
             "Basic !!!!",
+            "Basic " + base64.b64encode(b"alice:" + b"x" * 6000).decode(),
             basic("alice", PASSWORDS["alice"]) + "!",
             "Bearer x",
             PASSWORDS["alice"],
@@ -774,7 +776,14 @@ class Hashes(unittest.TestCase):
         self.assertTrue(kvserver.verify_password("pleaseletmein", stored))
 
     def test_unknown_form_matches_nothing(self) -> None:
-        for stored in ("", "password", "$scrypt$", "$argon2id$v=19$m=65536$c2FsdA$aGFzaA", "$scrypt$ln=1,r=8,p=1$$"):
+        for stored in (
+            "",
+            "password",
+            "$scrypt$",
+            "$argon2id$v=19$m=65536$c2FsdA$aGFzaA",
+            "$scrypt$ln=1,r=8,p=1$$",
+            "$scrypt$ln=99,r=8,p=1$c2FsdA$aGFzaA",
+        ):
             self.assertFalse(kvserver.verify_password("password", stored))
 
 
@@ -1009,6 +1018,26 @@ class Connections(ServerCase):
         connection.sendall(self.raw("GET /list HTTP/1.1"))
         self.assertTrue(closed.wait(WAIT_SECONDS))
 
+    def test_slow_client_that_goes_on_reading_gets_the_whole_answer(self) -> None:
+        for number in range(12):
+            self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
+        self.enter(mock.patch.object(kvserver, "SEND_SECONDS", 0.3))
+        connection = socket.socket()
+        self.addCleanup(connection.close)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        connection.settimeout(WAIT_SECONDS)
+        connection.connect(("127.0.0.1", self.port))
+        started = time.monotonic()
+        connection.sendall(self.raw("GET /list HTTP/1.1", "Connection: close"))
+        size = 0
+        while data := connection.recv(16384):
+            size += len(data)
+            # Slower than the whole answer may wait, and steady: this many bytes take a second in all.
+            while time.monotonic() - started < size / 12_000_000:
+                pass
+        self.assertGreater(size, 12 * kvserver.VALUE_BYTES_MAX)
+        self.assertGreater(time.monotonic() - started, 2 * 0.3)
+
     def test_client_that_goes_away_leaves_no_trace(self) -> None:
         for _ in range(20):
             connection = self.connect()
@@ -1072,6 +1101,16 @@ class Failures(ServerCase):
             self.store._transact(fail)
         self.assertEqual({}, self.pairs())
         self.assertEqual(200, self.request("GET", "/set?key=a&value=2").status)
+
+    def test_a_disk_that_refuses_even_the_rollback_is_503_until_it_is_well(self) -> None:
+        writer = self.store._writer
+        broken = mock.Mock(in_transaction=True)
+        broken.execute.side_effect = sqlite3.OperationalError("disk I/O error")
+        with mock.patch.object(self.store, "_writer", broken):
+            self.assertEqual(503, self.request("GET", "/set?key=a&value=1").status)
+        writer.execute("BEGIN IMMEDIATE")  # what a failed rollback leaves
+        self.assertEqual(200, self.request("GET", "/set?key=a&value=2").status)
+        self.assertEqual({"a": "2"}, self.pairs())
 
     def test_every_commit_is_synced(self) -> None:
         self.assertEqual([("wal",)], self.store._writer.execute("PRAGMA journal_mode").fetchall())
@@ -1305,6 +1344,8 @@ class Accounts(CommandCase):
             with self.subTest(name):
                 self.assert_fails("a user name is 1 to 64 printable ASCII characters", "adduser", name)
         self.assertFalse(os.path.exists(self.database))
+        self.add_user("alice")
+        self.assert_fails("a user name is", "passwd", "a\nb", "--password-stdin")
         for name in ("a" * 64, "~! a'\"\\<b>"):
             self.add_user(name)
 
@@ -1532,6 +1573,9 @@ class Serving(CommandCase):
                 with open(config, "w", encoding="utf-8") as file:
                     file.write(text)
                 self.assert_fails(message, "serve", "--config", config)
+        with open(config, "w", encoding="utf-8") as file:
+            file.write('{"db": "a\\u0000b"}')
+        self.assert_fails("cannot use the database", "serve", "--config", config, KVSERVER_DB="")
         self.assert_fails("missing.json", "serve", "--config", "missing.json")
         self.assert_fails("KVSERVER_PORT is '65536'", "serve", KVSERVER_PORT="65536")
         self.assert_fails("KVSERVER_LOG_REQUESTS is 'yes'", "serve", KVSERVER_LOG_REQUESTS="yes")
@@ -1563,11 +1607,29 @@ class Serving(CommandCase):
             self.assertEqual(0, code)
             self.assertLessEqual(max(map(len, output.splitlines())), 80)
 
+    @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
+    def test_a_first_password_that_cannot_be_shown_is_taken_back(self) -> None:
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            command = [*CHEAP_PROGRAM, "serve", "--host", "127.0.0.1", "--port", "0"]
+            done = subprocess.run(
+                command, stdout=full, stderr=subprocess.DEVNULL, env=self.environment, timeout=WAIT_SECONDS, check=False
+            )
+        self.assertEqual(1, done.returncode)
+        self.assertEqual("NAME  ROLE  PAIRS\n", self.run_program("users")[1])
+
+    def test_database_path_may_be_any(self) -> None:
+        for name in (":memory:", "a b?mode=memory#%41", "/" + self.folder + "/slashes"):
+            with self.subTest(name):
+                self.add_user("alice", "--db", name)
+                self.assertTrue(os.path.exists(os.path.join(self.folder, name)))
+                self.assertIn("alice", self.run_program("users", "--db", name)[1])
+
     def test_port_in_use_is_one_line(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
             self.assert_fails("cannot listen on 127.0.0.1", "serve", "--host", "127.0.0.1", "--port", port)
-        self.assert_fails("cannot listen on", "serve", "--host", "no.such.host.invalid", "--port", "0")
+        for host in ("no.such.host.invalid", "a..b", "x" * 70):
+            self.assert_fails("cannot listen on", "serve", "--host", host, "--port", "0")
 
     def test_unusable_databases_are_one_line_and_left_alone(self) -> None:
         cases: list[tuple[str, bytes | list[str], str]] = [
