@@ -102,7 +102,8 @@ DATABASE_LOCK_SECONDS = 5
 RETRY_AFTER_SECONDS = 5
 POLL_SECONDS = 0.25  # how often the server looks for connections that are overdue, and whether it has to stop
 STOP_REQUEST_SECONDS = 3  # a request that is still incomplete this long after the stop is dropped
-STOP_SECONDS = 4
+STOP_SECONDS = 4  # then all connections are closed
+EXIT_SECONDS = 4.5  # then the process ends, whatever it is doing
 
 DEFAULT_PORT = 8080
 DEFAULT_BASE_PATH = "/iotpersistenceapi"
@@ -1215,10 +1216,11 @@ class Server(http.server.ThreadingHTTPServer):
             self._date = (now, email.utils.formatdate(now, usegmt=True))
         return self._date[1]
 
-    def run(self) -> None:
-        """Serve until stop is called, then finish what is under way."""
+    def run(self, on_stop: Callable[[], object] = lambda: None) -> None:
+        """Serve until stop is called, then call on_stop and finish what is under way."""
         with contextlib.suppress(Stopped):
             self.serve_forever(POLL_SECONDS)
+        on_stop()
         self._finish()
 
     def stop(self) -> None:
@@ -1511,7 +1513,11 @@ def serve(arguments: argparse.Namespace) -> None:
             signal.signal(number, lambda *_: server.stop())
         LOG.info("started: database=%s", store.path)
         announce(server)
-        server.run()
+        # An answer that takes long to compute cannot be called off. What was answered is on the disk, and so is what a
+        # commit has written: an end in the middle of things loses nothing.
+        last_resort = threading.Timer(EXIT_SECONDS, os._exit, [0])
+        last_resort.daemon = True
+        server.run(on_stop=last_resort.start)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # impatience must not change the exit code
     LOG.info("stopped")

@@ -668,7 +668,7 @@ class Logins(ServerCase):
             with self.subTest(authorization):
                 answer = self.request("GET", "/list", user=None, headers={"Authorization": authorization})
                 self.assertEqual(401, answer.status)
-                self.assertIn("www-authenticate", answer.headers)
+                self.assertEqual('Basic realm="kvserver", charset="UTF-8"', answer.headers["www-authenticate"])
 
     def test_scheme_is_case_insensitive(self) -> None:
         authorization = basic("alice", PASSWORDS["alice"]).replace("Basic", "bASIC")
@@ -994,12 +994,13 @@ class Connections(ServerCase):
             self.assertEqual([status], re.findall(rb"HTTP/1.1 (\d+)", answer))
 
     def test_slow_clients_are_closed(self) -> None:
-        for name in ("FIRST_BYTE_SECONDS", "REQUEST_SECONDS", "IDLE_SECONDS"):
-            self.enter(mock.patch.object(kvserver, name, 0.05))
-        self.assertEqual(b"", self.exchange(b""))
-        self.assertTrue(self.exchange(b"GET /health HTTP/1.1\r\nHos").startswith(b"HTTP/1.1 400 "))
-        self.assertEqual(b"", self.exchange(self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 9", body=b"1")))
-        self.assertIn(b"HTTP/1.1 200 OK", self.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
+        with mock.patch.object(kvserver, "FIRST_BYTE_SECONDS", 0.05):
+            self.assertEqual(b"", self.exchange(b""))
+        with mock.patch.object(kvserver, "REQUEST_SECONDS", 0.05):
+            self.assertTrue(self.exchange(b"GET /health HTTP/1.1\r\nHos").startswith(b"HTTP/1.1 400 "))
+            self.assertEqual(b"", self.exchange(self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 9", body=b"1")))
+        with mock.patch.object(kvserver, "IDLE_SECONDS", 0.05):
+            self.assertIn(b"HTTP/1.1 200 OK", self.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
         self.assertEqual({}, self.pairs())
 
     def test_client_that_takes_no_answer_is_closed(self) -> None:
@@ -1045,6 +1046,7 @@ class Connections(ServerCase):
             connection.sendall(self.raw("GET /list HTTP/1.1") * 10)
             connection.close()
         self.assertEqual(200, self.request("GET", "/list").status)
+        self.stop()
         self.assertEqual("", self.log.text())
 
     def test_many_connections_at_once_are_served(self) -> None:
@@ -1717,6 +1719,21 @@ class Serving(CommandCase):
             self.assertNotIn("ERROR", process.stderr.read())
         with contextlib.closing(kvserver.Store(self.database)) as store:
             self.assertLessEqual(set(answered), set(store.pairs(1)))
+
+    def test_stop_does_not_wait_for_an_answer_that_takes_for_ever(self) -> None:
+        program = (
+            "import sys, threading, kvserver\n"
+            "def hang(store, request): print('hanging', flush=True); threading.Event().wait()\n"
+            "kvserver.ROUTES = (kvserver.Route('/hang', ('GET',), hang, kvserver.ANYONE),)\n"
+            "kvserver.SCRYPT_COST_LOG2 = 1\n"
+            "sys.exit(kvserver.main())\n"
+        )
+        with self.serving(command=[sys.executable, "-c", program]) as (process, port, _):
+            with contextlib.closing(socket.create_connection(("127.0.0.1", port))) as connection:
+                connection.sendall(b"GET /hang HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert process.stdout
+                self.assertEqual("hanging\n", process.stdout.readline())
+                self.assertLess(self.stop(process), 5)
 
     def test_stop_finishes_what_is_under_way(self) -> None:
         self.add_user("alice")
