@@ -317,7 +317,8 @@ class Store:
 
     def _connect(self, lock_seconds: float) -> sqlite3.Connection:
         """Open a connection that leaves transactions to us and waits that long for other processes' locks."""
-        uri = f"file://{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"  # rw without c: SQLite must not create what is missing
+        # rw without c: SQLite must not create what is missing.
+        uri = f"file://{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"
         connection = sqlite3.connect(uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False)
         try:
             for pragma in PRAGMAS:
@@ -847,8 +848,9 @@ def decode_credentials(encoded: str) -> tuple[str, str]:
         text = base64.b64decode(encoded.strip(" "), validate=True).decode("utf-8")
     except ValueError:
         return "", ""
-    name, _, password = text.partition(":")
-    return ("", "") if CONTROL_CHARACTER.search(text) else (name, password)
+    name, colon, password = text.partition(":")
+    # Without a colon it may be a lone password, which must not come into the log as a name.
+    return ("", "") if CONTROL_CHARACTER.search(text) or not colon else (name, password)
 
 
 class Authenticator:
@@ -1156,7 +1158,7 @@ class RequestHandler(socketserver.StreamRequestHandler):
         self.enter(RECEIVING, LINGER_SECONDS)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            while time.monotonic() < self.state[1] and self.connection.recv(64 * 1024):
+            while time.monotonic() < self.state[1] and self.connection.recv(16 * 1024):
                 pass
 
 

@@ -729,6 +729,11 @@ class Logins(ServerCase):
                 self.assertEqual(200, self.request("GET", "/list", user=None, headers=headers).status)
                 self.assertEqual(count, scrypt.call_count)
 
+    def test_a_lone_password_does_not_come_into_the_log(self) -> None:
+        headers = {"Authorization": "Basic " + base64.b64encode(PASSWORDS["alice"].encode()).decode()}
+        self.assertEqual(401, self.request("GET", "/list", user=None, headers=headers).status)
+        self.assertEqual(["login failed: user='' address=127.0.0.1"], self.log.lines)
+
     def test_failed_login_is_one_line_in_the_log(self) -> None:
         headers = {"Authorization": basic("eve' address=1.2.3.4 é☃", "a guessed password")}
         self.request("GET", "/list", user=None, headers=headers)
@@ -1729,11 +1734,12 @@ class Serving(CommandCase):
             "sys.exit(kvserver.main())\n"
         )
         with self.serving(command=[sys.executable, "-c", program]) as (process, port, _):
-            with contextlib.closing(socket.create_connection(("127.0.0.1", port))) as connection:
-                connection.sendall(b"GET /hang HTTP/1.1\r\nHost: x\r\n\r\n")
-                assert process.stdout
-                self.assertEqual("hanging\n", process.stdout.readline())
-                self.assertLess(self.stop(process), 5)
+            connection = socket.create_connection(("127.0.0.1", port))
+            self.addCleanup(connection.close)
+            connection.sendall(b"GET /hang HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert process.stdout
+            self.assertEqual("hanging\n", process.stdout.readline())
+            self.assertLess(self.stop(process), 5)
 
     def test_stop_finishes_what_is_under_way(self) -> None:
         self.add_user("alice")
