@@ -115,6 +115,7 @@ DEFAULT_DATABASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kvs
 # that the parameters above can change without a stored password becoming void.
 
 USER_NAME = re.compile(r"[ -9;-~]{1,64}")
+PASSWORD_TOO_LONG = f"a password has at most {PASSWORD_BYTES_MAX} bytes in UTF-8"
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 SCRYPT_HASH = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
 
@@ -134,7 +135,7 @@ def check_password(password: str) -> None:
     if len(password) < PASSWORD_CHARACTERS_MIN:
         raise BadCredential(f"a password has at least {PASSWORD_CHARACTERS_MIN} characters")
     if len(password.encode("utf-8")) > PASSWORD_BYTES_MAX:
-        raise BadCredential(f"a password has at most {PASSWORD_BYTES_MAX} bytes in UTF-8")
+        raise BadCredential(PASSWORD_TOO_LONG)
     if CONTROL_CHARACTER.search(password):
         raise BadCredential("a password has no control characters")
 
@@ -963,6 +964,7 @@ def list_pairs(store: Store, request: Request) -> Response:
 
 def check_health(store: Store, request: Request) -> Response:
     """Answer whether the database can be read."""
+    parse_parameters(request)  # for its errors: it takes none, and no body, which anybody could send, is read
     store.check()
     return Response(b"ok")
 
@@ -1337,7 +1339,14 @@ SETTINGS = (
     Setting("host", str, (str,), "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     Setting("port", parse_port, (int, str), DEFAULT_PORT, "P", f"port, 0 for any (default: {DEFAULT_PORT})"),
     DATABASE,
-    Setting("base_path", parse_base_path, (str,), DEFAULT_BASE_PATH, "P", f"prefix (default: {DEFAULT_BASE_PATH})"),
+    Setting(
+        "base_path",
+        parse_base_path,
+        (str,),
+        DEFAULT_BASE_PATH,
+        "P",
+        f"prefix of all paths, / for none (default: {DEFAULT_BASE_PATH})",
+    ),
     LOG_REQUESTS,
 )
 
@@ -1366,8 +1375,17 @@ def read_config(path: str | None) -> dict[str, str]:
     return config
 
 
+def check_variables() -> None:
+    """Raise CommandError when there is an environment variable that looks like a setting, and is none."""
+    known = [setting.variable() for setting in SETTINGS] + [CONFIG_VARIABLE]
+    for name in os.environ:
+        if name.startswith("KVSERVER_") and name not in known:
+            raise CommandError(f"unknown environment variable {name}; the names are: {', '.join(known)}")
+
+
 def read_settings(arguments: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, Any]:
     """Return what is set, by name; raise CommandError. None stands for a flag not given; an empty variable is unset."""
+    check_variables()
     config = read_config(getattr(arguments, "config", None) or os.environ.get(CONFIG_VARIABLE))
     values = {}
     for setting in settings:
@@ -1381,14 +1399,6 @@ def read_settings(arguments: argparse.Namespace, settings: Sequence[Setting]) ->
             except argparse.ArgumentTypeError as error:
                 raise CommandError(f"{source} is {text!r}; {error}") from None
     return values
-
-
-def check_variables() -> None:
-    """Raise CommandError when there is an environment variable that looks like a setting, and is none."""
-    known = [setting.variable() for setting in SETTINGS] + [CONFIG_VARIABLE]
-    for name in os.environ:
-        if name.startswith("KVSERVER_") and name not in known:
-            raise CommandError(f"unknown environment variable {name}; the names are: {', '.join(known)}")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -1409,6 +1419,8 @@ def read_password(arguments: argparse.Namespace) -> str:
     """Return a new password: never from the arguments, which all users of a machine can see."""
     if arguments.password_stdin:
         line = sys.stdin.buffer.readline(PASSWORD_BYTES_MAX + 3)
+        if len(line) > PASSWORD_BYTES_MAX + 2:  # it is cut, perhaps within a character
+            raise BadCredential(PASSWORD_TOO_LONG)
         try:
             password = re.sub(r"\r?\n\Z", "", line.decode("utf-8"))
         except UnicodeDecodeError:
@@ -1483,6 +1495,7 @@ def list_users(arguments: argparse.Namespace) -> None:
 def announce(server: Server) -> None:
     """Say that the server is there; if there is no user yet, make one and say how to try it."""
     address = ipaddress.ip_address(server.server_name.partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:127.0.0.1 is loopback too
     if not address.is_loopback:
         LOG.warning("plain HTTP shows passwords to the network; put a TLS proxy before it, or use --host 127.0.0.1")
     if not server.store.users():
@@ -1500,7 +1513,6 @@ def announce(server: Server) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until SIGTERM or Ctrl-C."""
-    check_variables()
     settings = read_settings(arguments, SETTINGS)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     threading.stack_size(THREAD_STACK_BYTES)

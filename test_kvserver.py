@@ -216,6 +216,9 @@ class Api(ServerCase):
         self.assertEqual((200, b"ok"), (answer.status, answer.body))
         self.assertEqual(200, self.request("HEAD", "/health", user=None).status)
 
+    def test_health_refuses_a_repeated_name(self) -> None:
+        self.assertEqual(400, self.request("GET", "/health?a=1&a=2", user=None).status)
+
     def test_health_notices_a_damaged_database(self) -> None:
         with open(self.database, "r+b") as file:
             file.write(b"damaged" * 100)
@@ -924,7 +927,7 @@ class Connections(ServerCase):
 
     def test_sizes_have_limits(self) -> None:
         def target(size: int) -> bytes:
-            return b"GET /health?" + b"x" * (size - len("GET /health? HTTP/1.1")) + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+            return b"GET /health?x=" + b"x" * (size - len("GET /health?x= HTTP/1.1")) + b" HTTP/1.1\r\nHost: x\r\n\r\n"
 
         def headers(*lines: bytes) -> bytes:
             return b"GET /health HTTP/1.1\r\nConnection: close\r\nHost: x\r\n" + b"".join(lines) + b"\r\n"
@@ -1337,6 +1340,8 @@ class Accounts(CommandCase):
                 self.assertEqual(1, code)
                 self.assertRegex(errors, r"\Akvserver: a password has [^\n]+\n\Z")
         self.assertFalse(os.path.exists(self.database), "a refused password made a database")
+        too_long = self.run_program("adduser", "alice", "--password-stdin", stdin="ä" * 3000)[2]
+        self.assertIn("a password has at most 4096 bytes", too_long)
         for raw in (b"\xff" * 9, b"x" * (kvserver.PASSWORD_BYTES_MAX + 1), b"x" * 100_000):
             self.assertEqual(1, self.run_program("adduser", "alice", "--password-stdin", stdin=raw)[0])
         self.assertFalse(os.path.exists(self.database))
@@ -1512,10 +1517,11 @@ class Serving(CommandCase):
             self.assertEqual((200, b'{"door": "open"}'), self.request(port, "/list", name, password))
 
     def test_all_interfaces_is_the_default_and_warned_of(self) -> None:
-        for host, warned in (("", True), ("0.0.0.0", True), ("127.0.0.1", False), ("localhost", False)):
+        mapped = (("::ffff:127.0.0.1", False),) if socket.has_dualstack_ipv6() else ()
+        for host, warned in (("", True), ("0.0.0.0", True), ("127.0.0.1", False), ("localhost", False)) + mapped:
             with self.subTest(host), self.serving(environment={"KVSERVER_HOST": host}) as (process, port, lines):
                 shown = {"": "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"}.get(host, host)
-                if host != "localhost":
+                if host != "localhost" and ":" not in host:
                     self.assertEqual(f"listening on http://{shown}:{port}", lines[-1])
                 self.assertEqual((401, b"the user name or the password is wrong"), self.request(port, "/list"))
                 self.stop(process)
@@ -1587,6 +1593,7 @@ class Serving(CommandCase):
         self.assert_fails("KVSERVER_PORT is '65536'", "serve", KVSERVER_PORT="65536")
         self.assert_fails("KVSERVER_LOG_REQUESTS is 'yes'", "serve", KVSERVER_LOG_REQUESTS="yes")
         self.assert_fails("KVSERVER_PROT", "serve", KVSERVER_PROT="80")
+        self.assert_fails("KVSERVER_BD", "adduser", "alice", "--password-stdin", stdin="a password", KVSERVER_BD="x.db")
         self.assertFalse(os.path.exists(self.database))
 
     def test_wrong_usage_exits_with_2(self) -> None:
