@@ -28,20 +28,22 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import contextlib
 import email.utils
 import getpass
 import hashlib
 import hmac
 import http.server
-import io
 import ipaddress
 import json
 import logging
 import math
+import mmap
 import os
 import re
 import secrets
+import selectors
 import shlex
 import signal
 import socket
@@ -53,8 +55,9 @@ import time
 import traceback
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
+from typing import Any, NamedTuple, cast
 
 __version__ = "0.1.0"
 LOG = logging.getLogger("kvserver")
@@ -88,19 +91,29 @@ SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024
 SALT_BYTES = 16
 DIGEST_BYTES = 32
 CREDENTIALS_MAX = 1024  # verified credentials that are remembered
+CHECKS_MAX = 64  # passwords that wait to be checked
+CHECK_SECONDS = 10  # how long a request waits for that
 
-CONNECTIONS_MAX = 256  # connections served at the same time, each by a thread; more wait for their turn
+WAL_HEADERS_BYTES = 96
+COMMIT_COUNTER = slice(8, 12)
+CACHED_ROWS_MAX = 256
+CACHED_VALUE_BYTES_MAX = 4096
+
+CONNECTIONS_MAX = 256  # connections open at the same time; more wait in the listen queue
+RECEIVE_BYTES = 64 * 1024
+WORKERS_MAX = 4  # threads for requests that may take long
 LISTEN_BACKLOG = 128
-THREAD_STACK_BYTES = 512 * 1024  # the usual 8 MiB times the connections would fill a 32-bit address space
 FIRST_BYTE_SECONDS = 10
 REQUEST_SECONDS = 10
 IDLE_SECONDS = 30
-SEND_SECONDS = 10  # for each SEND_BYTES of an answer
-SEND_BYTES = 64 * 1024
+SEND_SECONDS = 10  # without any progress of an answer
 LINGER_SECONDS = 2
-DATABASE_LOCK_SECONDS = 5
+DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
+LOCK_POLL_SECONDS = 0.02
+QUICK_COMMIT_SECONDS = 0.002  # a disk that took no longer for the last commit is not worth a change of threads
 RETRY_AFTER_SECONDS = 5
-POLL_SECONDS = 0.25  # how often the server looks for connections that are overdue, and whether it has to stop
+POLL_SECONDS = 0.25  # how often the server looks for connections that are overdue
+STOP_POLL_SECONDS = 0.01
 STOP_REQUEST_SECONDS = 3  # a request that is still incomplete this long after the stop is dropped
 STOP_SECONDS = 4  # then all connections are closed
 EXIT_SECONDS = 4.5  # then the process ends, whatever it is doing
@@ -222,15 +235,16 @@ DELETE_USER = (
 
 # The cast hands over the UTF-8 bytes that are on the disk: they are what is sent, so that nothing need be decoded.
 SELECT_VALUE = "SELECT CAST(value AS BLOB) FROM pair WHERE user_id = ? AND key = ?"
-SELECT_PAIRS = "SELECT key, value FROM pair WHERE user_id = ? ORDER BY key"
+SELECT_PAIRS = (
+    "SELECT CAST(json_group_object(key, value) AS BLOB)"
+    " FROM (SELECT key, value FROM pair WHERE user_id = ? ORDER BY key)"
+)
 UPSERT_PAIR = (
     "INSERT INTO pair (user_id, key, value, updated) VALUES (?, ?, ?, ?)"
     " ON CONFLICT (user_id, key) DO UPDATE SET value = excluded.value, updated = excluded.updated"
 )
 DELETE_PAIR = "DELETE FROM pair WHERE user_id = ? AND key = ?"
 SELECT_ANY_ROWS = "SELECT (SELECT id FROM user LIMIT 1), (SELECT key FROM pair LIMIT 1)"
-
-Result = TypeVar("Result")
 
 
 class User(NamedTuple):
@@ -283,135 +297,150 @@ class LastAdmin(StoreError):
 
 
 class Store:
-    """The users and their pairs, in an SQLite file.
+    """The users and their pairs, in an SQLite file, through one connection.
 
-    One connection reads and one writes, each behind a lock: opening one for a request costs more than the request, and
-    in WAL mode a reader never waits for a commit. All methods may be called from any thread. What changes something
-    raises StoreBusy when the database stays locked; any method may raise sqlite3.Error when the disk fails.
+    One thread at a time may use a store. What changes something is on the disk when the method returns, unless a
+    transaction has begun: then it is when commit returns. Any method raises sqlite3.Error when the disk fails, and what
+    writes raises StoreBusy when another process keeps the database locked.
     """
 
-    def __init__(self, path: str, create: bool = True) -> None:
-        """Open the file at path; raise StoreError when that is not possible, or there is none and create is false."""
-        # SQLite has special names like ":memory:", but no absolute path is one of them.
+    def __init__(self, path: str, lock_seconds: float = DATABASE_LOCK_SECONDS) -> None:
+        """Open a database that open_store has prepared; wait that long for other processes' locks."""
+        # SQLite has special names like ":memory:", but no absolute path is one of them. rw without c: SQLite must not
+        # create what is missing.
         self.path = os.path.abspath(path)
-        self._closing = False
-        self._read_lock = threading.Lock()
-        self._write_lock = threading.Lock()
-        try:
-            if create:
-                # Readable by the owner only; SQLite gives the files that it puts beside it the same permissions.
-                with contextlib.suppress(FileExistsError):
-                    os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            elif not os.path.exists(self.path):
-                raise StoreError(
-                    f"there is no database {self.path}; name it with --db, or make one with adduser or serve"
-                )
-            self._writer = self._connect(0.1)  # the rest of the waiting is up to _execute
-            self._transact(self._migrate)
-            give_up = time.monotonic() + DATABASE_LOCK_SECONDS
-            if self._execute("PRAGMA journal_mode = WAL", give_up).fetchone() != ("wal",):
-                raise StoreError(f"cannot use the database {self.path}: SQLite's WAL mode does not work on its disk")
-            self._reader = self._connect(DATABASE_LOCK_SECONDS)
-        except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise StoreError(f"cannot use the database {self.path}: {reason}") from error
-
-    def _connect(self, lock_seconds: float) -> sqlite3.Connection:
-        """Open a connection that leaves transactions to us and waits that long for other processes' locks."""
-        # rw without c: SQLite must not create what is missing.
         uri = f"file://{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"
-        connection = sqlite3.connect(uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False)
+        # No isolation level leaves the transactions to us.
+        self._connection = sqlite3.connect(
+            uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False
+        )
+        self.commit_seconds = math.inf  # how long the last commit of a transaction took
+        self.changed_pairs: set[tuple[int, str]] | None = (
+            set()
+        )  # by the transaction; None when it changed users as well
         try:
             for pragma in PRAGMAS:
-                connection.execute(pragma)
+                self._connection.execute(pragma)
         except sqlite3.Error:
-            connection.close()
+            self._connection.close()
             raise
-        return connection
 
-    def _migrate(self, connection: sqlite3.Connection) -> None:
+    def close(self) -> None:
+        """Close the database."""
+        self._connection.close()
+
+    def migrate(self) -> None:
         """Bring the file to the newest schema; raise StoreError when it is not ours, or newer than this program."""
-        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-        is_new = version == 0 and not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
-        if not is_new and connection.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
-            raise StoreError(f"{self.path} is a database of another program; name another file with --db")
-        if version > len(MIGRATIONS):
-            known = f"it has schema version {version}, this program knows up to {len(MIGRATIONS)}"
-            raise StoreError(f"{self.path} was written by a newer kvserver.py ({known}); use that")
-        for statement in (statement for migration in MIGRATIONS[version:] for statement in migration):
-            connection.execute(statement)
-        if version < len(MIGRATIONS):
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-
-    def _execute(self, statement: str, give_up: float) -> sqlite3.Cursor:
-        """Run a statement that needs a lock; raise StoreBusy when others have it until give_up, in monotonic seconds.
-
-        SQLite's own waiting does not do: it cannot be told to stop, and it leaves out the change to WAL mode.
-        """
+        self.begin()
+        try:
+            version: int = self._read("PRAGMA user_version")[0][0]
+            is_new = version == 0 and not self._read("SELECT 1 FROM sqlite_master LIMIT 1")
+            if not is_new and self._read("PRAGMA application_id") != [(APPLICATION_ID,)]:
+                raise StoreError(f"{self.path} is a database of another program; name another file with --db")
+            if version > len(MIGRATIONS):
+                known = f"it has schema version {version}, this program knows up to {len(MIGRATIONS)}"
+                raise StoreError(f"{self.path} was written by a newer kvserver.py ({known}); use that")
+            for statement in (statement for migration in MIGRATIONS[version:] for statement in migration):
+                self._execute(statement)
+            if version < len(MIGRATIONS):
+                self._execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                self._execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            self._execute("COMMIT")
+        finally:
+            if self._connection.in_transaction:
+                self._roll_back()
+        give_up = time.monotonic() + DATABASE_LOCK_SECONDS
         while True:
             try:
-                return self._writer.execute(statement)
-            except sqlite3.OperationalError as error:
-                # Error codes came with Python 3.11, so the text has to tell.
-                if not str(error).startswith("database is locked"):
+                if self._execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+                    raise StoreError(
+                        f"cannot use the database {self.path}: SQLite's WAL mode does not work on its disk"
+                    )
+                return
+            except StoreBusy:  # SQLite's own waiting leaves out this statement
+                if time.monotonic() > give_up:
                     raise
-                if self._closing or time.monotonic() > give_up:
-                    raise StoreBusy("another process keeps the database locked") from error
+                time.sleep(LOCK_POLL_SECONDS)
 
-    def _transact(self, operation: Callable[[sqlite3.Connection], Result]) -> Result:
-        """Run operation in a write transaction and return its result once the commit is on the disk.
-
-        Whatever goes wrong undoes the whole transaction and is raised.
-        """
-        give_up = time.monotonic() + DATABASE_LOCK_SECONDS
-        if not self._write_lock.acquire(timeout=DATABASE_LOCK_SECONDS):
-            raise StoreBusy("other writes take too long")
+    def _execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
+        """Run a statement; raise StoreBusy when another process keeps the database locked."""
         try:
-            if self._closing:
-                raise StoreBusy("the server is stopping")
-            if self._writer.in_transaction:  # a disk that failed may have refused the last ROLLBACK
-                self._writer.execute("ROLLBACK")
-            # IMMEDIATE takes the write lock now: a transaction that begins by reading may be refused it later.
-            self._execute("BEGIN IMMEDIATE", give_up)
-            try:
-                result = operation(self._writer)
-                self._execute("COMMIT", give_up)
-                return result
-            finally:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-        finally:
-            self._write_lock.release()
+            return self._connection.execute(statement, parameters)
+        except sqlite3.OperationalError as error:
+            # Error codes came with Python 3.11, so the text has to tell.
+            if str(error).startswith("database is locked"):
+                raise StoreBusy("another process keeps the database locked") from error
+            raise
 
-    def _change(self, statement: str, *parameters: Any) -> int:
-        """Run one statement in a transaction of its own and return how many rows it changed."""
-        return self._transact(lambda connection: connection.execute(statement, parameters).rowcount)
+    def _change_users(self, statement: str, *parameters: Any) -> int:
+        """Run a statement that changes users and return how many rows it changed."""
+        self.changed_pairs = None
+        return self._execute(statement, *parameters).rowcount
+
+    def _change_pair(self, statement: str, user_id: int, key: str, *parameters: Any) -> int:
+        """Run a statement that changes a pair and return how many rows it changed."""
+        if self.changed_pairs is not None:
+            self.changed_pairs.add((user_id, key))
+        return self._execute(statement, user_id, key, *parameters).rowcount
 
     def _read(self, statement: str, *parameters: Any) -> list[Any]:
         """Return all rows that a statement selects."""
-        with self._read_lock:
-            return self._reader.execute(statement, parameters).fetchall()
+        return self._connection.execute(statement, parameters).fetchall()
 
-    def give_up_waiting(self) -> None:
-        """From now on refuse writes that would have to wait for a lock."""
-        self._closing = True
+    def _roll_back(self) -> None:
+        """Undo what the transaction has done."""
+        with contextlib.suppress(sqlite3.Error):  # the next begin tries again
+            self._connection.execute("ROLLBACK")
 
-    def close(self) -> None:
-        """Close the database; what is under way is finished first."""
-        self.give_up_waiting()
-        with self._read_lock, self._write_lock:
-            self._reader.close()
-            self._writer.close()
+    def begin(self) -> None:
+        """Begin a transaction that writes, with the lock for it: one that begins by reading may be refused it later."""
+        if self._connection.in_transaction:  # a disk that failed may have refused the last ROLLBACK
+            self._execute("ROLLBACK")
+        self.changed_pairs = set()
+        self._execute("BEGIN IMMEDIATE")
+
+    def commit(self, operations: Sequence[Callable[[Store], Any]]) -> list[Any]:
+        """Run operations in the transaction that has begun, commit, and return what each returned or raised.
+
+        They share one commit, but no failure: one that raises has changed nothing. When a failure takes more with it,
+        as a full disk does, each operation is run again in a transaction of its own.
+        """
+        outcomes: list[Any] = []
+        try:
+            for operation in operations:
+                changes_before = self._connection.total_changes
+                try:
+                    outcomes.append(operation(self))
+                except Exception as error:  # it is handed to whoever waits for the outcome
+                    outcomes.append(error)
+                    if self._connection.total_changes != changes_before or not self._connection.in_transaction:
+                        raise
+            begun = time.monotonic()
+            self._execute("COMMIT")
+            self.commit_seconds = time.monotonic() - begun
+            return outcomes
+        except Exception as error:  # noqa: BLE001
+            if len(operations) == 1:
+                return [error]
+        finally:
+            if self._connection.in_transaction:
+                self._roll_back()
+        return [outcome for operation in operations for outcome in self._commit_alone(operation)]
+
+    def _commit_alone(self, operation: Callable[[Store], Any]) -> list[Any]:
+        """Run an operation in a transaction of its own and return what it returned or raised, as a list."""
+        try:
+            self.begin()
+        except (StoreBusy, sqlite3.Error) as error:
+            return [error]
+        return self.commit([operation])
 
     def check(self) -> None:
         """Read a row of each table; raise sqlite3.Error when that fails.
 
-        It does so through a new connection, because those that are open answer from their memory even after the file
-        has become unreadable.
+        A store that has been open for long may answer from its memory even after the file has become unreadable.
         """
-        with contextlib.closing(self._connect(DATABASE_LOCK_SECONDS)) as connection:
-            connection.execute(SELECT_ANY_ROWS).fetchone()
+        self._read(SELECT_ANY_ROWS)
 
     def user(self, name: str) -> User | None:
         """Return the user of that name, if there is one."""
@@ -425,26 +454,26 @@ class Store:
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
         """Add a user; raise UserExists when the name is taken."""
         try:
-            self._change(INSERT_USER, name, password_hash, is_admin)
+            self._change_users(INSERT_USER, name, password_hash, is_admin)
         except sqlite3.IntegrityError:
             raise UserExists(name) from None
 
     def add_first_admin(self, name: str, password_hash: str) -> bool:
         """Add an admin if there is no user at all; tell whether that was so."""
-        return self._change(INSERT_FIRST_ADMIN, name, password_hash) == 1
+        return self._change_users(INSERT_FIRST_ADMIN, name, password_hash) == 1
 
     def set_password_hash(self, name: str, password_hash: str) -> None:
         """Replace what is stored of a user's password; raise NoSuchUser."""
-        if not self._change(UPDATE_PASSWORD, password_hash, name):
+        if not self._change_users(UPDATE_PASSWORD, password_hash, name):
             raise NoSuchUser(name)
 
     def renew_password_hash(self, user: User, password_hash: str) -> None:
         """Replace the hash of the same password, unless the password has been changed meanwhile."""
-        self._change(RENEW_PASSWORD_HASH, password_hash, user.name, user.password_hash)
+        self._change_users(RENEW_PASSWORD_HASH, password_hash, user.name, user.password_hash)
 
     def delete_user(self, name: str, even_last_admin: bool) -> None:
         """Delete a user and all they stored; raise NoSuchUser, or LastAdmin unless that is wanted."""
-        if not self._change(DELETE_USER, name, even_last_admin, name):
+        if not self._change_users(DELETE_USER, name, even_last_admin, name):
             raise LastAdmin(name) if self.user(name) else NoSuchUser(name)
 
     def value(self, user_id: int, key: str) -> bytes | None:
@@ -452,20 +481,114 @@ class Store:
         rows = self._read(SELECT_VALUE, user_id, key)
         return rows[0][0] if rows else None
 
-    def pairs(self, user_id: int) -> dict[str, str]:
-        """Return all of a user's keys and values, sorted by the UTF-8 bytes of the keys."""
-        return dict(self._read(SELECT_PAIRS, user_id))
+    def pairs_as_json(self, user_id: int) -> bytes:
+        """Return all of a user's keys and values as a JSON object in UTF-8, sorted by the UTF-8 bytes of the keys."""
+        json_object: bytes = self._read(SELECT_PAIRS, user_id)[0][0]
+        return json_object
 
     def set_value(self, user_id: int, key: str, value: str) -> None:
         """Store a value under a key; raise NoSuchUser when the user has been deleted meanwhile."""
         try:
-            self._change(UPSERT_PAIR, user_id, key, value, time.time())
+            self._change_pair(UPSERT_PAIR, user_id, key, value, time.time())
         except sqlite3.IntegrityError:
             raise NoSuchUser(f"with the id {user_id}") from None
 
     def delete_pair(self, user_id: int, key: str) -> bool:
         """Remove a key and its value; tell whether there was one."""
-        return self._change(DELETE_PAIR, user_id, key) == 1
+        return self._change_pair(DELETE_PAIR, user_id, key) == 1
+
+
+class CachingStore(Store):
+    """A store to read from that remembers what it has read until the next commit, whichever process makes that.
+
+    SQLite keeps the state of the write-ahead log in memory that all processes share, the file ending in -shm. It begins
+    with two copies of a header that every commit changes, after its data is on the disk and before it returns (SQLite's
+    documentation, "WAL-mode File Format", section 2). To compare them takes a fiftieth of what a SELECT takes.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open a database that open_store has prepared."""
+        super().__init__(path)
+        self._rows: dict[Any, Any] = {}
+        self._rows_state = b""  # the header that _rows belong to
+        self.check()  # the first read makes the file
+        # It stays open, because closing any descriptor of a file drops all locks that the process has on it (POSIX).
+        self._shared_file = open(self.path + "-shm", "rb")  # noqa: SIM115
+        self._shared = mmap.mmap(self._shared_file.fileno(), WAL_HEADERS_BYTES, access=mmap.ACCESS_READ)
+
+    def close(self) -> None:
+        """Close the database."""
+        super().close()
+        self._shared.close()
+        self._shared_file.close()
+
+    def state(self) -> bytes:
+        """Return bytes that every commit changes."""
+        return self._shared[:]
+
+    def _current_rows(self) -> dict[Any, Any]:
+        """Return what has been read since the last commit."""
+        state = self.state()
+        if state != self._rows_state or len(self._rows) >= CACHED_ROWS_MAX:
+            # The state is from before the next read: what is committed between the two makes it differ again.
+            self._rows, self._rows_state = {}, state
+        return self._rows
+
+    def keep_rows(self, state_before: bytes, changed_pairs: set[tuple[int, str]] | None) -> None:
+        """Remember all but these pairs, if they are what has changed since state_before, when their writer had begun.
+
+        That is so when the number of commits has grown by one, the writer's own.
+        """
+        state = self.state()
+        commits_before, commits = (
+            int.from_bytes(header[COMMIT_COUNTER], sys.byteorder) for header in (state_before, state)
+        )
+        if changed_pairs is not None and self._rows_state == state_before and commits == commits_before + 1:
+            for pair in changed_pairs:
+                self._rows.pop(pair, None)
+            self._rows_state = state
+
+    def user(self, name: str) -> User | None:
+        """Return the user of that name, if there is one."""
+        rows = self._current_rows()
+        user: User | None = rows.get(name)
+        if user is None:
+            user = rows[name] = super().user(name)
+        return user
+
+    def value(self, user_id: int, key: str) -> bytes | None:
+        """Return a value as UTF-8 bytes, or None when the user has no such key."""
+        rows = self._current_rows()
+        value: bytes | None = rows.get((user_id, key))
+        if value is None:
+            value = super().value(user_id, key)
+            if value is not None and len(value) <= CACHED_VALUE_BYTES_MAX:
+                rows[user_id, key] = value
+        return value
+
+
+def open_store(path: str, create: bool = True) -> Store:
+    """Open the database at path, with the newest schema; raise StoreError when that is not possible.
+
+    Unless create is true, it has to be there already.
+    """
+    path = os.path.abspath(path)
+    try:
+        if create:
+            # Readable by the owner only; SQLite gives the files that it puts beside it the same permissions.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        elif not os.path.exists(path):
+            raise StoreError(f"there is no database {path}; name it with --db, or make one with adduser or serve")
+        store = Store(path)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(store.close)
+            store.migrate()
+            on_failure.pop_all()
+        return store
+    except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StoreError(f"cannot use the database {path}: {reason}") from error
 
 
 # ---- HTTP messages ---------------------------------------------------------------------------------------------------
@@ -485,7 +608,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9])\.(
 ABSOLUTE_TARGET = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 LENGTH = re.compile(r"[0-9]{1,18}")
-CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t -~\x80-\xff]*)?")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t -~\x80-\xff]*)?")
 NOT_HTTP = re.compile(rb"[^!-~\r]|[^\n]*\r[^\n]")  # what waits in vain for the end of a line, such as TLS
 NOT_IN_FIELD = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 # A second one of these would change whom we believe or where a request ends. Others are joined with a comma.
@@ -498,7 +621,6 @@ HEADERS_TOO_LARGE = (
 BODY_TOO_LARGE = (
     f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; send it as it is"
 )
-CHUNKS_MALFORMED = "the chunked body is malformed"
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -530,81 +652,6 @@ class HTTPError(Exception):
         return Response(json.dumps(problem).encode(), self.status, PROBLEM, self.headers)
 
 
-class Request(NamedTuple):
-    """A request; body and user come last, when they are known. Header names are in lower case, the query is encoded."""
-
-    method: str
-    path: str
-    query: str
-    headers: dict[str, str]
-    is_http_1_0: bool
-    keep_alive: bool
-    body_length: int  # bytes, or CHUNKED
-    body: bytes = b""
-    user: User = NOBODY
-
-
-def read_line(reader: io.BufferedReader, bytes_max: int, status: int, message: str) -> str:
-    """Return the next line, decoded as ISO 8859-1 so that no byte is lost.
-
-    Raises HTTPError, with status and message when the line is too long, or ConnectionError at the end of all bytes.
-    """
-    line = reader.readline(bytes_max + 3)
-    if line.endswith(b"\r\n") and len(line) <= bytes_max + 2:
-        return line[:-2].decode("iso-8859-1")
-    if not line:
-        raise ConnectionError("the client has gone")
-    if len(line) > bytes_max + 1:
-        raise HTTPError(status, message)
-    raise HTTPError(400, "the request is incomplete, or has a line that does not end in CR LF")
-
-
-def read_fields(reader: io.BufferedReader) -> dict[str, str]:
-    """Return the header fields by lower-case name, up to the empty line that ends them (RFC 9112 section 5)."""
-    headers: dict[str, str] = {}
-    lines_left, bytes_left = HEADER_FIELDS_MAX, HEADERS_BYTES_MAX
-    while line := read_line(reader, HEADER_LINE_BYTES_MAX, 431, HEADERS_TOO_LARGE):
-        lines_left, bytes_left = lines_left - 1, bytes_left - len(line) - 2
-        if lines_left < 0 or bytes_left < 0:
-            raise HTTPError(431, HEADERS_TOO_LARGE)
-        name, colon, value = line.partition(":")
-        if not colon or not TOKEN.fullmatch(name) or NOT_IN_FIELD.search(value):
-            raise HTTPError(400, "a header is malformed; it is NAME: VALUE on one line, with no space before the colon")
-        name, value = name.lower(), value.strip(" \t")
-        if name in headers:
-            if name in SINGLE_FIELDS:
-                raise HTTPError(400, f"the header {name} stands twice; send it once")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    return headers
-
-
-def read_exactly(reader: io.BufferedReader, count: int) -> bytes:
-    """Return the next count bytes; raise ConnectionError when there are fewer."""
-    data = reader.read(count)
-    if len(data) < count:
-        raise ConnectionError("the client has gone")
-    return data
-
-
-def read_chunks(reader: io.BufferedReader) -> bytes:
-    """Return a body that comes in chunks (RFC 9112 section 7.1); trailers are checked and thrown away."""
-    body = bytearray()
-    while True:
-        match = CHUNK_SIZE.fullmatch(read_line(reader, HEADER_LINE_BYTES_MAX, 400, CHUNKS_MALFORMED))
-        if not match:
-            raise HTTPError(400, CHUNKS_MALFORMED)
-        size = int(match[1], 16)
-        if size == 0:
-            read_fields(reader)
-            return bytes(body)
-        if len(body) + size > BODY_BYTES_MAX:
-            raise HTTPError(413, BODY_TOO_LARGE)
-        body += read_exactly(reader, size)
-        if read_exactly(reader, 2) != b"\r\n":
-            raise HTTPError(400, CHUNKS_MALFORMED)
-
-
 def parse_target(method: str, target: str) -> tuple[str, str, str]:
     """Return host, path and query of a request target, the host empty unless it stands there (RFC 9112 section 3.2).
 
@@ -614,6 +661,8 @@ def parse_target(method: str, target: str) -> tuple[str, str, str]:
     absolute = ABSOLUTE_TARGET.fullmatch(target)
     if absolute:
         host, target = absolute[1], absolute[2]
+        if not HOST.fullmatch(host):
+            raise HTTPError(400, "the host in the address is malformed")
         target = target if target.startswith("/") else "/" + target
     if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
         raise HTTPError(400, "the path is malformed; it begins with a slash")
@@ -642,35 +691,152 @@ def parse_body_length(headers: Mapping[str, str], is_http_1_0: bool) -> int:
     return int(length)
 
 
-def read_head(reader: io.BufferedReader) -> Request:
-    """Return the next request, its body still to be read; raise HTTPError or ConnectionError.
+class Fields(NamedTuple):
+    """What the header fields of a request say, and their text. Names are in lower case."""
+
+    text: str
+    headers: dict[str, str]
+    is_http_1_0: bool
+    keep_alive: bool
+    body_length: int  # bytes, or CHUNKED
+
+
+class Request:
+    """A request; body and user are set when they are known. The query is still encoded."""
+
+    __slots__ = ("body", "fields", "method", "path", "query", "user")
+
+    def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
+        """Take what the head says."""
+        self.method, self.path, self.query, self.fields = method, path, query, fields
+        self.body = b""
+        self.user = NOBODY
+
+
+def parse_request_line(line: str) -> tuple[str, str, bool]:
+    """Return method, target and whether it is HTTP/1.0; raise HTTPError.
 
     A minor version that we do not know is served like 1.1 (RFC 9110 section 2.5).
     """
-    line = read_line(reader, REQUEST_LINE_BYTES_MAX, 414, ADDRESS_TOO_LONG)
-    if not line:  # an empty line before a request is to be ignored (RFC 9112 section 2.2)
-        line = read_line(reader, REQUEST_LINE_BYTES_MAX, 414, ADDRESS_TOO_LONG)
+    if len(line) > REQUEST_LINE_BYTES_MAX:
+        raise HTTPError(414, ADDRESS_TOO_LONG)
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise HTTPError(400, "the request line is malformed; it is METHOD TARGET HTTP/1.1, with one space between")
     method, target, major, minor = match.groups()
     if major != "1":
         raise HTTPError(505, "this version of HTTP is not supported; use HTTP/1.1")
-    is_http_1_0 = minor == "0"
-    host, path, query = parse_target(method, target)
-    headers = read_fields(reader)
-    if "host" not in headers and not is_http_1_0:
-        raise HTTPError(400, "the header Host is missing; HTTP/1.1 needs it")
-    if host:
-        headers["host"] = host  # RFC 9112 section 3.2.2: the target has the last word
-    if not HOST.fullmatch(headers.get("host", "")):
-        raise HTTPError(400, "the host is malformed; it is a name or an address, and a port perhaps")
+    return method, target, minor == "0"
+
+
+def parse_lines(lines: Sequence[str]) -> dict[str, str]:
+    """Return the header fields on these lines by lower-case name (RFC 9112 section 5); raise HTTPError."""
+    if len(lines) > HEADER_FIELDS_MAX:
+        raise HTTPError(431, HEADERS_TOO_LARGE)
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if len(line) > HEADER_LINE_BYTES_MAX:
+            raise HTTPError(431, HEADERS_TOO_LARGE)
+        if not colon or not TOKEN.fullmatch(name) or NOT_IN_FIELD.search(value):
+            raise HTTPError(400, "a header is malformed; it is NAME: VALUE on one line, with no space before the colon")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            if name in SINGLE_FIELDS:
+                raise HTTPError(400, f"the header {name} stands twice; send it once")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def parse_fields(text: str, is_http_1_0: bool) -> Fields:
+    """Return what the header fields of a request say; raise HTTPError."""
+    if len(text) + 2 > HEADERS_BYTES_MAX:
+        raise HTTPError(431, HEADERS_TOO_LARGE)
+    headers = parse_lines(text.split("\r\n") if text else ())
+    if not HOST.fullmatch(headers.get("host", "" if is_http_1_0 else " ")):
+        raise HTTPError(400, "the header Host is missing or malformed; it is a name or an address, and a port perhaps")
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise HTTPError(417, "this expectation is not supported; only 100-continue is")
     options = [option.strip() for option in headers.get("connection", "").lower().split(",")]
     keep_alive = "close" not in options and (not is_http_1_0 or "keep-alive" in options)
-    body_length = parse_body_length(headers, is_http_1_0)
-    return Request(method, path, query, headers, is_http_1_0, keep_alive, body_length)
+    return Fields(text, headers, is_http_1_0, keep_alive, parse_body_length(headers, is_http_1_0))
+
+
+def parse_head(head: bytes, known: Fields | None = None) -> Request:
+    """Return the request that a head, without the empty line at its end, begins; raise HTTPError.
+
+    Most clients send the same fields with all requests of a connection: the known ones of the last are not parsed anew.
+    """
+    # ISO 8859-1 loses no byte. An empty line before a request is to be ignored (RFC 9112 section 2.2).
+    line, _, text = head.decode("iso-8859-1").removeprefix("\r\n").partition("\r\n")
+    method, target, is_http_1_0 = parse_request_line(line)
+    host, path, query = parse_target(method, target)
+    if known is None or text != known.text or is_http_1_0 != known.is_http_1_0:
+        known = parse_fields(text, is_http_1_0)
+    if host:  # RFC 9112 section 3.2.2: the target has the last word
+        known = known._replace(text="\r\n", headers={**known.headers, "host": host})
+    return Request(method, path, query, known)
+
+
+def check_incomplete_head(received: bytearray, begin: int) -> int:
+    """Raise HTTPError when bytes cannot become a head: there is no need to wait for more.
+
+    Lines before begin, an offset, have been checked already. Returns where the line that is still incomplete begins.
+    """
+    if NOT_HTTP.match(received):
+        raise HTTPError(400, "this is not HTTP/1.1; if it is TLS, use http:// instead of https://")
+    end = received.rfind(b"\n") + 1
+    if end > max(begin, 2):  # an empty first line is ignored
+        lines = received[begin : end - 1].decode("iso-8859-1").removesuffix("\r").removeprefix("\r\n").split("\r\n")
+        if begin == 0:
+            parse_request_line(lines.pop(0))
+        if not received.endswith(b"\r\n", 0, end):
+            raise HTTPError(400, "a line does not end in CR LF")
+        parse_lines(lines)
+        begin = end
+    if len(received) - begin > (HEADER_LINE_BYTES_MAX if begin else REQUEST_LINE_BYTES_MAX) + 1:
+        raise HTTPError(431, HEADERS_TOO_LARGE) if begin else HTTPError(414, ADDRESS_TOO_LONG)
+    if len(received) > REQUEST_LINE_BYTES_MAX + HEADERS_BYTES_MAX:
+        raise HTTPError(431, HEADERS_TOO_LARGE)
+    return begin
+
+
+def take_chunks(received: bytearray, body: bytearray) -> bool:
+    """Move the chunks that have come in full from received to body (RFC 9112 section 7.1); raise HTTPError.
+
+    Tells whether that was the last one. Trailers are checked and thrown away.
+    """
+    while (end := received.find(b"\r\n", 0, HEADER_LINE_BYTES_MAX)) >= 0:
+        match = CHUNK_SIZE.fullmatch(received, 0, end)
+        if not match:
+            break
+        size = int(match[1], 16)
+        if size == 0:
+            return take_trailers(received, end)
+        if len(body) + size > BODY_BYTES_MAX:
+            raise HTTPError(413, BODY_TOO_LARGE)
+        if len(received) < end + 2 + size + 2:
+            return False
+        if not received.startswith(b"\r\n", end + 2 + size):
+            break
+        body += received[end + 2 : end + 2 + size]
+        del received[: end + 2 + size + 2]
+    if end >= 0 or len(received) >= HEADER_LINE_BYTES_MAX or b"\n" in received:
+        raise HTTPError(400, "the chunked body is malformed")
+    return False
+
+
+def take_trailers(received: bytearray, begin: int) -> bool:
+    """Remove the trailers of a body that begin after offset begin; tell whether they have come in full."""
+    end = received.find(b"\r\n\r\n", begin)
+    if end > begin:
+        parse_lines(received[begin + 2 : end].decode("iso-8859-1").split("\r\n"))
+    if (end if end >= 0 else len(received)) > begin + HEADERS_BYTES_MAX:
+        raise HTTPError(431, HEADERS_TOO_LARGE)
+    if end >= 0:
+        del received[: end + 4]
+    return end >= 0
 
 
 def encode_response(response: Response, date: str, connection: str, with_body: bool) -> bytes:
@@ -791,7 +957,7 @@ def parse_parameters(request: Request, body_may_be_value: bool = False) -> dict[
     pairs = parse_form(request.query)
     if request.body:
         in_query = dict(pairs)
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
         is_value = body_may_be_value and "key" in in_query and "value" not in in_query
         if is_value and not (content_type == FORM and FORM_WITH_VALUE.search(request.body)):
             pairs.append(("value", decode_text(request.body)))
@@ -838,6 +1004,7 @@ def require_value(parameters: Mapping[str, str]) -> str:
 
 CHALLENGE = (("WWW-Authenticate", 'Basic realm="kvserver", charset="UTF-8"'),)
 RETRY_AFTER = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
+CHECK_REFUSED = "no password can be checked just now; try again"
 
 
 def decode_credentials(encoded: str) -> tuple[str, str]:
@@ -854,8 +1021,19 @@ def decode_credentials(encoded: str) -> tuple[str, str]:
     return ("", "") if CONTROL_CHARACTER.search(text) or not colon else (name, password)
 
 
+class Check(NamedTuple):
+    """What came of checking credentials: the user, if they are right, and a hash to replace an outdated one with."""
+
+    name: str
+    user: User | None = None
+    renewed_hash: str = ""
+
+
 class Authenticator:
-    """Tells who sends a request."""
+    """Tells who sends a request.
+
+    The store is used by the thread that calls authenticate and check_password, one at a time.
+    """
 
     def __init__(self, store: Store) -> None:
         """Use the users of a store."""
@@ -863,72 +1041,79 @@ class Authenticator:
         # What an unknown name is checked against, so that it takes as long as a wrong password and does not tell which
         # names exist. No password matches a random digest.
         self._unknown_user_hash = format_hash(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES))
-        # From the keyed hash of an Authorization header to the user's name and the stored hash it was verified against.
-        self._verified: dict[bytes, tuple[str, str]] = {}
-        self._verified_lock = threading.Lock()
+        # From the keyed hash of an Authorization header to the user's name and the stored hashes that it matches.
+        self._verified: dict[bytes, tuple[str, tuple[str, ...]]] = {}
         self._secret = secrets.token_bytes(32)
         # One thread runs scrypt, because the allocator keeps 16 MiB for each thread that has ever run it.
         self._scrypt = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scrypt")
+        # The checks that wait for it or are under way, by the same keyed hash.
+        self._checks: dict[bytes, Future[Check]] = {}
 
     def close(self) -> None:
-        """Refuse logins that wait for the scrypt thread, and all further ones."""
+        """Call off the checks that wait for the scrypt thread, and refuse all further ones."""
         self._scrypt.shutdown(wait=False, cancel_futures=True)
 
-    def authenticate(self, authorization: str | None, address: str) -> User:
-        """Return the user whose credentials an Authorization header holds; raise HTTPError 401.
+    def _digest(self, authorization: str) -> bytes:
+        """Return the keyed hash under which an Authorization header is remembered."""
+        return hashlib.blake2b(authorization.encode("iso-8859-1"), key=self._secret).digest()
 
-        The user's row is read with every request, and what is remembered counts only while the row has the hash that it
-        was verified against: a new password or a deletion counts at once, whichever process made it. address is the
-        client's, for the log.
+    def authenticate(self, authorization: str | None) -> User | None:
+        """Return the user whose credentials an Authorization header holds, or None if they have to be checked first.
+
+        The user's row is read with every request, and what is remembered counts only while the row has a hash that it
+        was verified against: a new password or a deletion counts at once, whichever process made it.
         """
         if authorization is None:
             raise HTTPError(401, "log in with a user name and a password, by HTTP Basic authentication", CHALLENGE)
-        digest = hashlib.blake2b(authorization.encode("iso-8859-1"), key=self._secret).digest()
-        name, password_hash = self._verified.get(digest, ("", ""))
-        if name:
-            user = self._store.user(name)
-            if user and user.password_hash == password_hash:
-                return user
-        return self._log_in(authorization, digest, address)
+        name, hashes = self._verified.get(self._digest(authorization), ("", ()))
+        user = self._store.user(name) if name else None
+        return user if user and user.password_hash in hashes else None
 
-    def _log_in(self, authorization: str, digest: bytes, address: str) -> User:
-        """Check credentials that are not remembered, and remember them if they are right."""
+    def check(self, authorization: str) -> Future[Check]:
+        """Check credentials that are not remembered, in the scrypt thread; they are remembered if they are right.
+
+        Requests with the same header share one check. Raises HTTPError for another scheme, or when too many wait.
+        """
+        digest = self._digest(authorization)
+        if digest in self._checks:
+            return self._checks[digest]
         scheme, _, encoded = authorization.partition(" ")
         if scheme.lower() != "basic":
             raise HTTPError(401, "this authentication scheme is not supported; use HTTP Basic", CHALLENGE)
         name, password = decode_credentials(encoded)
+        check: Future[Check]
+        if not name or not password:
+            check = Future()
+            check.set_result(Check(name))
+            return check
+        if len(self._checks) >= CHECKS_MAX:
+            raise HTTPError(503, CHECK_REFUSED, RETRY_AFTER)
         try:
-            user = self._scrypt.submit(self._verify, name, password).result() if name and password else None
-        except (CancelledError, RuntimeError):  # the latter from submit, after the shutdown or for want of a thread
-            raise HTTPError(503, "no password can be checked just now; try again", RETRY_AFTER) from None
-        if user is None:
-            # repr escapes what could forge another line or field, and the address stands last for the same reason.
-            LOG.warning("login failed: user=%r address=%s", name[:64], address)
-            raise HTTPError(401, "the user name or the password is wrong", CHALLENGE)
-        with self._verified_lock:
-            if len(self._verified) >= CREDENTIALS_MAX:
-                del self._verified[next(iter(self._verified))]
-            self._verified[digest] = (user.name, user.password_hash)
-        return user
+            check = self._scrypt.submit(self._verify, digest, name, password, self._store.user(name))
+        except RuntimeError:  # after close, or for want of memory for the thread
+            raise HTTPError(503, CHECK_REFUSED, RETRY_AFTER) from None
+        self._checks[digest] = check
+        check.add_done_callback(lambda _: self._checks.pop(digest, None))
+        return check
 
-    def _verify(self, name: str, password: str) -> User | None:
-        """Return the user if the password is theirs; runs in the scrypt thread."""
-        user = self._store.user(name)
-        matches = verify_password(password, user.password_hash if user else self._unknown_user_hash)
-        if not user or not matches or user.password_hash.startswith(hash_parameters()):
-            return user if matches else None
-        try:  # the parameters have changed since the hash was made, and here is the password to make a new one of
-            renewed = hash_password(password)
-            self._store.renew_password_hash(user, renewed)
-            return user._replace(password_hash=renewed)
-        except (StoreError, sqlite3.Error) as error:
-            LOG.warning("cannot store a new password hash: user=%r error=%s", name, error)
-            return user  # the old hash is good too
+    def _verify(self, digest: bytes, name: str, password: str, user: User | None) -> Check:
+        """Check a password and remember it if it is right; runs in the scrypt thread."""
+        if not verify_password(password, user.password_hash if user else self._unknown_user_hash) or not user:
+            return Check(name)
+        renewed_hash = ""
+        if not user.password_hash.startswith(hash_parameters()):
+            renewed_hash = hash_password(password)  # the parameters have changed, and here is the password
+        if len(self._verified) >= CREDENTIALS_MAX:
+            del self._verified[next(iter(self._verified))]
+        self._verified[digest] = (name, (user.password_hash, renewed_hash))
+        return Check(name, user, renewed_hash)
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
 # One plain function an endpoint: the store and the request in, the response out. The bodies are those that clients of
 # IoT Persistence Api look for.
+
+Endpoint = Callable[[Store, Request], Response]
 
 UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
 
@@ -958,8 +1143,7 @@ def delete_pair(store: Store, request: Request) -> Response:
 def list_pairs(store: Store, request: Request) -> Response:
     """Answer with all keys and values of the user as one JSON object."""
     parse_parameters(request)  # for its errors: it takes none
-    pairs = store.pairs(request.user.id)
-    return Response(json.dumps(pairs, ensure_ascii=False).encode("utf-8"), content_type=JSON)
+    return Response(store.pairs_as_json(request.user.id), content_type=JSON)
 
 
 def check_health(store: Store, request: Request) -> Response:
@@ -975,6 +1159,9 @@ def check_health(store: Store, request: Request) -> Response:
 # closes what is overdue, so that a client that sends a byte now and then gains nothing.
 
 ANYONE, USER = "anyone", "user"  # who may send a request: ANYONE without a login, USER with one
+# Where an endpoint runs: what answers at once in the leading thread; what changes something in the writer's transaction,
+# its answer held back until the commit; what may take long in a thread of a pool, with a store of its own.
+LEADER, WRITER, WORKER = "leader", "writer", "worker"
 
 
 class Route(NamedTuple):
@@ -982,24 +1169,22 @@ class Route(NamedTuple):
 
     path: str
     methods: tuple[str, ...]
-    endpoint: Callable[[Store, Request], Response]
+    endpoint: Endpoint
     who: str
+    where: str
 
 
 ROUTES = (
-    Route("/set", ("GET", "POST", "PUT"), set_value, USER),
-    Route("/get", ("GET", "HEAD"), get_value, USER),
-    Route("/del", ("GET", "POST", "PUT"), delete_pair, USER),
-    Route("/list", ("GET", "HEAD"), list_pairs, USER),
-    Route("/health", ("GET", "HEAD"), check_health, ANYONE),
+    Route("/set", ("GET", "POST", "PUT"), set_value, USER, WRITER),
+    Route("/get", ("GET", "HEAD"), get_value, USER, LEADER),
+    Route("/del", ("GET", "POST", "PUT"), delete_pair, USER, WRITER),
+    Route("/list", ("GET", "HEAD"), list_pairs, USER, WORKER),
+    Route("/health", ("GET", "HEAD"), check_health, ANYONE, WORKER),
 )
 
-# What a handler is doing; it decides how the server closes its connection when the time is up.
-IDLE, RECEIVING, ANSWERING = "idle", "receiving", "answering"
-
-
-class Stopped(Exception):
-    """The server was told to stop."""
+# What a connection is doing; it decides who may use its handler, and what happens when the time for it is up.
+IDLE, RECEIVING, WAITING, SENDING = "idle", "receiving", "waiting", "sending"
+LINGERING, CLOSING, CLOSED = "lingering", "closing", "closed"
 
 
 def route_table(base_path: str) -> dict[str, dict[str, Route]]:
@@ -1040,7 +1225,7 @@ def as_http_error(error: Exception) -> HTTPError:
         return HTTPError(401, "the user has been deleted", CHALLENGE)
     if isinstance(error, StoreBusy):
         return HTTPError(503, f"{error}; try again", RETRY_AFTER)
-    if isinstance(error, sqlite3.Error):
+    if isinstance(error, (StoreError, sqlite3.Error)):
         LOG.error("the database failed: %s", error)
         return HTTPError(503, "the database cannot be used; the server's log says why", RETRY_AFTER)
     log_exception(error)
@@ -1058,110 +1243,251 @@ def log_request(request: Request, status: int, seconds: float, address: str) -> 
     )
 
 
-class RequestHandler(socketserver.StreamRequestHandler):
-    """Serves one connection: request after request, until one side closes it."""
+class RequestHandler:
+    """Serves one connection: request after request, until one side closes it.
 
-    disable_nagle_algorithm = True
-    server: Server
-    rfile: io.BufferedReader
+    It never waits. The leading thread of the server calls it when bytes have come or can go, and it does what can be
+    done with them. Only finish may be called by another thread, the one that made the answer it was WAITING for.
+    """
 
-    def setup(self) -> None:
-        """Take over the connection."""
-        super().setup()
+    def __init__(self, connection: socket.socket, address: tuple[Any, ...], server: Server) -> None:
+        """Take over a connection that has been accepted."""
+        self.connection, self.server = connection, server
         # An IPv6 socket that serves IPv4 too gives such an address a prefix, which no other program would recognise.
-        address: str = self.client_address[0]
-        self.address = address[7:] if address.startswith("::ffff:") and "." in address else address
-        self.request_head: Request | None = None
-        self.keep_alive = True
-        self.body_pending = False  # whether bytes of the request may still be on their way
+        host: str = address[0]
+        self.address = host[7:] if host.startswith("::ffff:") and "." in host else host
+        self.received = bytearray()
+        self.unsent: bytes | memoryview = b""
+        self.after_answer = IDLE
+        self.watched = 0  # the selector's events
+        self.started = 0.0
+        self.fields: Fields | None = None  # of the last request
+        self.forget_request()
         self.enter(IDLE, FIRST_BYTE_SECONDS)
-        self.server.connections[self.connection] = self
+
+    def forget_request(self) -> None:
+        """Be ready for the next request."""
+        self.checked = 0  # offset of the line at which an incomplete head ends
+        self.request: Request | None = None
+        self.route: Route | None = None
+        self.body: bytearray | None = None  # what has come of a chunked body
+        self.body_pending = True  # whether bytes of the request may still be on their way, as until its head is good
+        self.waiting_for: Any = None
 
     def enter(self, phase: str, seconds: float) -> None:
         """Note what is done now, and for how long it may be done."""
-        # One assignment, since the server's thread reads both.
+        # One assignment, since two threads may read both.
         self.state = (phase, time.monotonic() + seconds)
 
-    def handle(self) -> None:
-        """Answer one request after the other."""
-        with contextlib.suppress(OSError):  # the client has gone, or its time was up
-            while self.keep_alive:
-                self.handle_request()
-                self.enter(IDLE, IDLE_SECONDS)
+    def watch(self, events: int) -> None:
+        """Have on_ready called when the connection is ready for these events of the selector."""
+        if events == self.watched:
+            return
+        if not events:
+            self.server.selector.unregister(self.connection)
+        elif self.watched:
+            self.server.selector.modify(self.connection, events, self.on_ready)
+        else:
+            self.server.selector.register(self.connection, events, self.on_ready)
+        self.watched = events
 
-    def handle_request(self) -> None:
-        """Receive a request and answer it: the only place where an exception becomes an answer."""
-        begin = self.rfile.peek(1)
-        started = time.monotonic()
-        self.enter(RECEIVING, REQUEST_SECONDS)
-        self.request_head, self.keep_alive, self.body_pending = None, False, True  # until the head has proved good
+    def on_ready(self) -> None:
+        """Receive or send."""
+        phase = self.state[0]
+        if phase == WAITING:
+            self.watch(0)  # what the client sends now, or that it has gone, is looked at when it has its answer
+        elif phase == SENDING:
+            self.send()
+        elif phase != CLOSED:
+            self.receive()
+        self.settle()
+
+    def settle(self) -> None:
+        """Go on as far as possible, and then watch for what is needed."""
+        while self.received and self.state[0] in (IDLE, RECEIVING):
+            if self.state[0] == IDLE:
+                self.started = time.monotonic()
+                self.enter(RECEIVING, REQUEST_SECONDS)
+            if not self.proceed():
+                break
+        phase = self.state[0]
+        if phase == CLOSING:
+            self.watch(0)
+            self.enter(CLOSED, math.inf)
+            self.server.shutdown_request(self.connection)
+        elif phase not in (WAITING, CLOSED):
+            self.watch(selectors.EVENT_WRITE if phase == SENDING else selectors.EVENT_READ)
+
+    def receive(self) -> None:
+        """Receive what has come."""
         try:
-            if NOT_HTTP.match(begin):
-                raise HTTPError(400, "this is not HTTP/1.1; if it is TLS, use http:// instead of https://")
-            response = self.respond(read_head(self.rfile))
+            data = self.connection.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
         except OSError:
-            raise
+            self.enter(CLOSING, 0)
+            return
+        if not data and self.state[0] == RECEIVING:
+            self.answer(HTTPError(400, "the request is incomplete").response(self.accept()))
+        elif not data:
+            self.enter(CLOSING, 0)
+        elif self.state[0] != LINGERING:
+            self.received += data
+
+    def accept(self) -> str:
+        """Return the request's Accept header."""
+        return self.request.fields.headers.get("accept", "") if self.request else ""
+
+    def proceed(self) -> bool:
+        """Go on with a request and tell whether it was answered: the only place where an exception becomes an answer."""
+        try:
+            response = self.respond()
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets an answer
-            accept = self.request_head.headers.get("accept", "") if self.request_head else ""
-            response = as_http_error(error).response(accept)
-        request = self.request_head
-        self.keep_alive = self.keep_alive and not self.body_pending and not self.server.stopping
-        connection = "close" if not self.keep_alive else "keep-alive" if request and request.is_http_1_0 else ""
-        with_body = not request or request.method != "HEAD"
-        self.send(encode_response(response, self.server.date(), connection, with_body))
-        if request and self.server.log_requests:
-            log_request(request, response.status, time.monotonic() - started, self.address)
-        if self.body_pending:
-            self.linger()
+            response = as_http_error(error).response(self.accept())
+        if response:
+            self.answer(response)
+        return response is not None
 
-    def respond(self, request: Request) -> Response:
-        """Return the answer to a request; what it raises is answered above."""
-        self.request_head, self.keep_alive = request, request.keep_alive
-        self.body_pending = request.body_length != 0
-        methods = self.server.routes.get(request.path, {})
-        route = methods.get(request.method)
-        if route is None:
-            return answer_without_route(request.method, request.path, list(methods))
-        if route.who == USER:
-            left_seconds = self.state[1] - time.monotonic()
-            self.enter(ANSWERING, math.inf)  # what a login takes is not the client's fault
-            user = self.server.authenticator.authenticate(request.headers.get("authorization"), self.address)
-            body = self.read_body(request, left_seconds) if self.body_pending else b""
-            self.request_head = request = request._replace(user=user, body=body)
-        self.enter(ANSWERING, math.inf)
-        return route.endpoint(self.server.store, request)
+    def respond(self) -> Response | None:
+        """Return the answer to the request, or None if something is waited for; what it raises is answered above."""
+        request = self.request
+        if request is None:
+            end = self.received.find(b"\r\n\r\n", max(self.checked - 2, 0))
+            if end < 0:
+                self.checked = check_incomplete_head(self.received, self.checked)
+                return None
+            request = self.request = parse_head(bytes(self.received[:end]), self.fields)
+            self.fields = request.fields
+            del self.received[: end + 4]
+            self.body_pending = request.fields.body_length != 0
+            methods = self.server.routes.get(request.path, {})
+            self.route = methods.get(request.method)
+            if self.route is None:
+                return answer_without_route(request.method, request.path, list(methods))
+        assert self.route
+        if self.route.who == USER:
+            if request.user is NOBODY and not self.authenticate(request):
+                return None
+            if self.body_pending and not self.take_body(request):
+                return None
+        return self.run(self.route, request)
 
-    def read_body(self, request: Request, seconds: float) -> bytes:
-        """Return the body of a request, waiting that long; raise HTTPError when it is malformed or too large."""
-        if request.body_length > BODY_BYTES_MAX:
+    def authenticate(self, request: Request) -> bool:
+        """Note the user who sends a request, or wait for the check of their password and return False."""
+        authenticator, authorization = self.server.authenticator, request.fields.headers.get("authorization")
+        user = authenticator.authenticate(authorization)
+        if user is None:
+            self.waiting_for = check = authenticator.check(authorization or "")
+            body_seconds = self.state[1] - time.monotonic()  # what a login takes is not the client's fault
+            self.enter(WAITING, CHECK_SECONDS)
+            check.add_done_callback(lambda _: self.server.post(lambda: self.resume(check, body_seconds)))
+            return False
+        request.user = user
+        if request.fields.body_length > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
-        if "expect" in request.headers and not request.is_http_1_0:
-            self.send(CONTINUE)
-        self.enter(RECEIVING, seconds)
-        chunked = request.body_length == CHUNKED
-        body = read_chunks(self.rfile) if chunked else read_exactly(self.rfile, request.body_length)
+        if self.body_pending and "expect" in request.fields.headers and not request.fields.is_http_1_0:
+            with contextlib.suppress(OSError):  # a client that does not get it sends the body after a while
+                self.connection.send(CONTINUE)
+        return True
+
+    def resume(self, check: Future[Check], body_seconds: float) -> None:
+        """Go on after the check of a password, unless that has taken too long for the client."""
+        if self.waiting_for is not check:
+            return
+        self.waiting_for = None
+        self.enter(RECEIVING, body_seconds)
+        if check.cancelled():
+            self.answer(HTTPError(503, CHECK_REFUSED, RETRY_AFTER).response(self.accept()))
+        elif check.result().user:
+            self.server.renew_hash(check.result())
+            self.proceed()
+        else:
+            # repr escapes what could forge another line or field, and the address stands last for the same reason.
+            LOG.warning("login failed: user=%r address=%s", check.result().name[:64], self.address)
+            self.answer(HTTPError(401, "the user name or the password is wrong", CHALLENGE).response(self.accept()))
+        self.settle()
+
+    def take_body(self, request: Request) -> bool:
+        """Take the body of a request from what has been received; tell whether it was there in full."""
+        if request.fields.body_length == CHUNKED:
+            self.body = bytearray() if self.body is None else self.body
+            if not take_chunks(self.received, self.body):
+                return False
+            request.body = bytes(self.body)
+        else:
+            if len(self.received) < request.fields.body_length:
+                return False
+            request.body = bytes(self.received[: request.fields.body_length])
+            del self.received[: request.fields.body_length]
         self.body_pending = False
-        return body
+        return True
 
-    def send(self, data: bytes) -> None:
-        """Send bytes; the connection is closed when the client takes none for SEND_SECONDS."""
-        unsent = memoryview(data)
-        while unsent:
-            self.enter(ANSWERING, SEND_SECONDS)
-            # A blocking send returns when all has been taken, so that a slow client would run out of time with more.
-            unsent = unsent[self.connection.send(unsent[:SEND_BYTES]) :]
+    def run(self, route: Route, request: Request) -> Response | None:
+        """Run the endpoint of a request here, or elsewhere if it may have to wait, and then return None."""
+        if route.where == LEADER:
+            return route.endpoint(self.server.reader, request)
+        if route.where == WRITER:
+            self.enter(WAITING, DATABASE_LOCK_SECONDS)
+            self.waiting_for = Change(lambda store: route.endpoint(store, request), self.finish)
+            self.server.changes.append(self.waiting_for)
+        else:
+            self.enter(WAITING, math.inf)
+            self.server.work(route.endpoint, request, self.finish)
+        return None
 
-    def linger(self) -> None:
-        """Read on and throw it away, until the client has seen the answer and closes, or LINGER_SECONDS have passed.
+    def finish(self, outcome: Response | Exception) -> None:
+        """Send the answer that was waited for; called by the thread that made it."""
+        response = outcome if isinstance(outcome, Response) else as_http_error(outcome).response(self.accept())
+        self.answer(response)
+        if self.state[0] != IDLE or self.received or self.watched != selectors.EVENT_READ:
+            self.server.post(self.settle)
 
-        To close a connection with unread bytes is to reset it, and a reset takes the answer with it (RFC 9112 section
-        9.6).
-        """
-        self.enter(RECEIVING, LINGER_SECONDS)
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            while time.monotonic() < self.state[1] and self.connection.recv(16 * 1024):
-                pass
+    def answer(self, response: Response) -> None:
+        """Send the answer to the request."""
+        request = self.request
+        keep_alive = request and request.fields.keep_alive and not self.body_pending and not self.server.stopping
+        connection = "close" if not keep_alive else "keep-alive" if request and request.fields.is_http_1_0 else ""
+        if request and self.server.log_requests:
+            log_request(request, response.status, time.monotonic() - self.started, self.address)
+        with_body = not request or request.method != "HEAD"
+        self.unsent = encode_response(response, self.server.date(), connection, with_body)
+        self.after_answer = IDLE if keep_alive else LINGERING if self.body_pending else CLOSING
+        if not keep_alive:
+            self.received.clear()
+        self.forget_request()
+        self.send()
+
+    def send(self) -> None:
+        """Send what the client takes; the connection is closed when it takes nothing for SEND_SECONDS."""
+        try:
+            sent = self.connection.send(self.unsent)
+        except BlockingIOError:
+            sent = 0
+        except OSError:  # the client has gone
+            self.enter(CLOSING, 0)
+            return
+        if sent < len(self.unsent):
+            self.unsent = memoryview(self.unsent)[sent:]
+            self.enter(SENDING, SEND_SECONDS)
+            return
+        self.unsent = b""
+        if self.after_answer == LINGERING:
+            # To close a connection with unread bytes is to reset it, and a reset takes the answer with it (RFC 9112
+            # section 9.6): what comes is read and thrown away until the client has seen the answer and closes.
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+        self.enter(self.after_answer, LINGER_SECONDS if self.after_answer == LINGERING else IDLE_SECONDS)
+
+    def give_up(self) -> None:
+        """Do what is to be done when the time for the phase is up."""
+        phase = self.state[0]
+        if phase == RECEIVING:
+            self.answer(HTTPError(408, "the request has not come in time").response(self.accept()))
+        elif phase != WAITING:
+            self.enter(CLOSING, 0)
+        elif self.server.withdraw(self.waiting_for):
+            self.answer(HTTPError(503, "the server is too busy; try again", RETRY_AFTER).response(self.accept()))
+        self.settle()
 
 
 def bind_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
@@ -1173,41 +1499,74 @@ def bind_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][::4]
 
 
-def shut(connection: socket.socket, how: int) -> None:
-    """End one direction of a connection, or both; the thread that waits for it wakes up."""
-    with contextlib.suppress(OSError):
-        connection.shutdown(how)
+class Change(NamedTuple):
+    """What the writer is to do in its next transaction, and what is to be done with the outcome after the commit."""
+
+    operation: Callable[[Store], Any]
+    done: Callable[[Any], None]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections and hands each to a thread of a pool, until it is told to stop."""
+    """Accepts connections and serves them until it is told to stop.
+
+    A request that need not wait is answered by the thread that received it, since to wake another one would take longer
+    than the request. Two threads run serve_forever: one leads, that is, waits for connections and serves them; when
+    there is something to commit, and the disk is slow, it leaves the lead to the other one and commits. The pools'
+    threads check passwords and run what may take long.
+    """
 
     request_queue_size = LISTEN_BACKLOG
     allow_reuse_port = False  # a second server on the port must fail, not take half of the connections
 
     def __init__(
-        self, store: Store, host: str, port: int, base_path: str = DEFAULT_BASE_PATH, log_requests: bool = False
+        self, path: str, host: str, port: int, base_path: str = DEFAULT_BASE_PATH, log_requests: bool = False
     ) -> None:
-        """Bind host and port and listen; raise OSError when that is not possible."""
-        self.store = store
-        self.authenticator = Authenticator(store)
+        """Use the database at path, bind host and port and listen; raise OSError when that is not possible."""
+        self.address_family, address = bind_address(host, port)
+        self.path = path
+        self.reader = CachingStore(path)
+        self.writer = Store(path, lock_seconds=0)
+        self.authenticator = Authenticator(self.reader)
         self.routes = route_table(base_path)
         self.log_requests = log_requests
         self.stopping = False
-        # All that have been accepted; None until a thread serves the connection.
-        self.connections: dict[socket.socket, RequestHandler | None] = {}
-        self._workers = ThreadPoolExecutor(CONNECTIONS_MAX, thread_name_prefix="connection")
+        self.connections: dict[socket.socket, RequestHandler] = {}
+        self.selector = selectors.DefaultSelector()
+        self.changes: list[Change] = []  # to be made by the next transaction
+        self._changes_lock = threading.Lock()
+        self._committing = False
+        self._leading = threading.Lock()
+        self._leader = 0  # its thread identifier
+        self._posted: collections.deque[Callable[[], None]] = collections.deque()
+        self._woken, self._waker = socket.socketpair()
+        self._workers = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="worker")
+        self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
+        self._finished = False
         self._date = (0, "")
-        self.address_family, address = bind_address(host, port)
-        super().__init__(address, RequestHandler)
+        super().__init__(address, cast(Any, RequestHandler))
+        for end in (self.socket, self._woken, self._waker):
+            end.setblocking(False)
+        self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
+        self.selector.register(self._woken, selectors.EVENT_READ, lambda: self._woken.recv(RECEIVE_BYTES))
 
     def server_bind(self) -> None:
         """Bind the socket. HTTPServer's own method would ask the DNS for our name, which can take seconds."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
+        # Every connection inherits this: an answer must not wait until the client has acknowledged the one before.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def server_close(self) -> None:
+        """Close all that the server has opened."""
+        super().server_close()
+        self.selector.close()
+        self._woken.close()
+        self._waker.close()
+        self.reader.close()
+        self.writer.close()
 
     def url(self, host: str) -> str:
         """Return the URL of this server under the given host."""
@@ -1222,67 +1581,197 @@ class Server(http.server.ThreadingHTTPServer):
 
     def run(self, on_stop: Callable[[], object] = lambda: None) -> None:
         """Serve until stop is called, then call on_stop and finish what is under way."""
-        with contextlib.suppress(Stopped):
-            self.serve_forever(POLL_SECONDS)
-        on_stop()
-        self._finish()
+        self._on_stop = on_stop
+        second = threading.Thread(target=self.serve_forever, name="second")
+        second.start()
+        self.serve_forever()
+        second.join()
+        self._workers.shutdown()
+        self.authenticator.close()
+        self.server_close()
 
     def stop(self) -> None:
-        """Make run end. This is safe in a signal handler: it only sets a flag."""
+        """Make run end. This is safe in a signal handler: it only sets a flag, and wakes the leader."""
         self.stopping = True
+        self._wake()
 
-    def service_actions(self) -> None:
-        """Do what is due; serve_forever calls this after each accept and every POLL_SECONDS."""
-        if self.stopping:
-            raise Stopped
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + POLL_SECONDS
-            self._close_overdue()
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Lead or commit, in turns with the other thread, until the server has stopped."""
+        while not self._finished:
+            with self._leading:
+                self._leader = threading.get_ident()
+                while not (may_commit := self._may_commit()) and not self._finished:
+                    self._serve_ready()
+            if may_commit:
+                self._commit(leading=False)
+
+    def _serve_ready(self) -> None:
+        """Serve what is ready, then commit at once if the disk is quick."""
+        for key, _ in self.selector.select(STOP_POLL_SECONDS if self.stopping else POLL_SECONDS):
+            self._call(key.data, key.fileobj)
+        if self.writer.commit_seconds < QUICK_COMMIT_SECONDS and self._may_commit():
+            self._commit(leading=True)
+        while self._posted:
+            self._call(self._posted.popleft())
+        self.service_actions()
+
+    def _call(self, function: Callable[[], object], connection: Any = None) -> None:
+        """Call what is due, and let no mistake in it end the server."""
+        try:
+            function()
+        except Exception:  # noqa: BLE001
+            self.handle_error(connection, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log an error that no request is to blame for, and close its connection."""
+        log_exception(sys.exc_info()[1])
+        handler = self.connections.get(request)
+        if handler:
+            handler.enter(CLOSING, 0)
+            handler.settle()
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Have the leader call a function soon."""
+        self._posted.append(function)
+        if threading.get_ident() != self._leader:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake the leader."""
+        with contextlib.suppress(OSError):  # it is full of wake-up calls already
+            self._waker.send(b"\0")
+
+    def accept(self) -> None:
+        """Accept a connection, and serve its first request if that is there already."""
+        try:
+            connection, address = self.get_request()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            LOG.error("cannot accept a connection: %s", error.strerror)
+            self._pause_accepting()  # until the next look at what is due
+            return
+        self.process_request(connection, address)
+        if len(self.connections) >= CONNECTIONS_MAX:
+            self._pause_accepting()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a new connection to a thread."""
-        self.connections[request] = None
-        self._workers.submit(self.process_request_thread, request, client_address)
+        """Serve a connection."""
+        request.setblocking(False)
+        self.connections[request] = handler = RequestHandler(request, client_address, self)
+        self._call(handler.on_ready, request)
+
+    def _pause_accepting(self) -> None:
+        """Leave further connections to the listen queue."""
+        self.selector.unregister(self.socket)
+
+    def _resume_accepting(self) -> None:
+        """Accept connections again, if that was paused."""
+        if not self.stopping and len(self.connections) < CONNECTIONS_MAX and self.socket not in self.selector.get_map():
+            self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
+        was_full = len(self.connections) >= CONNECTIONS_MAX
         self.connections.pop(request, None)
-        super().shutdown_request(request)
+        self.close_request(request)
+        if was_full:
+            self._resume_accepting()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an error that no request is to blame for."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # those are about connections that ended before they began
-            log_exception(error)
+    def work(self, endpoint: Endpoint, request: Request, done: Callable[[Any], None]) -> None:
+        """Run an endpoint in a thread of the pool, with a store of its own."""
 
-    def _close_overdue(self, stop_begun: float = math.inf) -> None:
-        """Wake the handlers whose time is up; once a stop has begun, the idle ones at once and incomplete ones soon."""
-        stop_seconds = {IDLE: 0, RECEIVING: STOP_REQUEST_SECONDS, ANSWERING: math.inf}
+        def run() -> Response:
+            with contextlib.closing(Store(self.path)) as store:
+                return endpoint(store, request)
+
+        def finish(future: Future[Response]) -> None:
+            self.post(lambda: done(future.exception() or future.result()))
+
+        self._workers.submit(run).add_done_callback(finish)
+
+    def renew_hash(self, check: Check) -> None:
+        """Store the hash that is to replace an outdated one."""
+        user = check.user
+        if check.renewed_hash and user:
+
+            def report(outcome: object) -> None:
+                if isinstance(outcome, Exception):  # the old hash is good too
+                    LOG.warning("cannot store a new password hash: user=%r error=%s", check.name, outcome)
+
+            self.changes.append(Change(lambda store: store.renew_password_hash(user, check.renewed_hash), report))
+
+    def withdraw(self, waited_for: object) -> bool:
+        """Call off what a request waits for; return whether that was possible."""
+        with self._changes_lock:
+            if waited_for in self.changes:
+                self.changes.remove(waited_for)
+                return True
+        return isinstance(waited_for, Future)
+
+    def _may_commit(self) -> bool:
+        """Tell whether the caller is to commit: there are changes, and no other thread is at it."""
+        with self._changes_lock:
+            if not self.changes or self._committing:
+                return False
+            self._committing = True
+            return True
+
+    def _commit(self, leading: bool) -> None:
+        """Make the changes that wait, all in one transaction, and then those that have come meanwhile."""
+        while True:
+            committed = self._commit_once(leading)
+            if not committed:
+                self.writer.commit_seconds = math.inf  # the leader must not wait: it answers those who wait too long
+                if not leading:
+                    time.sleep(LOCK_POLL_SECONDS)
+            with self._changes_lock:
+                self._committing = bool(self.changes) and (committed or not leading)
+                if not self._committing:
+                    return
+
+    def _commit_once(self, leading: bool) -> bool:
+        """Make the changes that wait in one transaction; return whether the lock for it was free."""
+        failure: sqlite3.Error | None = None
+        try:
+            self.writer.begin()
+        except StoreBusy:
+            return False
+        except sqlite3.Error as error:
+            failure = error
+        with self._changes_lock:
+            changes, self.changes = self.changes, []
+        state = self.reader.state()
+        outcomes = repeat(failure) if failure else self.writer.commit([change.operation for change in changes])
+        if leading:
+            self.reader.keep_rows(state, self.writer.changed_pairs)
+        for change, outcome in zip(changes, outcomes):
+            change.done(outcome)
+        return True
+
+    def service_actions(self) -> None:
+        """Look now and then for what is overdue."""
         now = time.monotonic()
+        if self.stopping and self._stop_begun == math.inf:
+            self._begin_stop(now)
+        if now < self._next_look:
+            return
+        self._next_look = now + (STOP_POLL_SECONDS if self.stopping else POLL_SECONDS)
+        self._resume_accepting()
+        stop_seconds = {IDLE: 0.0, SENDING: STOP_SECONDS}
         for connection, handler in list(self.connections.items()):
-            phase, deadline = handler.state if handler else (ANSWERING, math.inf)
-            if min(deadline, stop_begun + stop_seconds[phase]) < now:
-                # The client of an incomplete head is told so (400), for which its direction stays open.
-                shut(connection, socket.SHUT_RDWR if phase == ANSWERING else socket.SHUT_RD)
+            phase, deadline = handler.state
+            if min(deadline, self._stop_begun + stop_seconds.get(phase, STOP_REQUEST_SECONDS)) < now:
+                self._call(handler.give_up, connection)
+        self._finished = self.stopping and not self.connections or now > self._stop_begun + STOP_SECONDS
 
-    def _finish(self) -> None:
-        """Close idle connections at once, the others when they are done, and all of them after STOP_SECONDS."""
-        self.server_close()
-        begun = time.monotonic()
-        while self.connections and time.monotonic() < begun + STOP_SECONDS:
-            if time.monotonic() > begun + STOP_REQUEST_SECONDS:
-                self._give_up_waiting()
-            self._close_overdue(begun)
-            time.sleep(0.01)
-        self._give_up_waiting()
-        for connection in list(self.connections):
-            shut(connection, socket.SHUT_RDWR)
-        self._workers.shutdown()
-
-    def _give_up_waiting(self) -> None:
-        """Refuse requests that wait for a password check or for a lock."""
-        self.authenticator.close()
-        self.store.give_up_waiting()
+    def _begin_stop(self, now: float) -> None:
+        """Accept no more connections."""
+        self._stop_begun = now
+        if self.socket in self.selector.get_map():
+            self._pause_accepting()
+        self.socket.close()
+        self._on_stop()
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -1410,9 +1899,9 @@ def database_path(arguments: argparse.Namespace) -> str:
     return str(read_settings(arguments, [DATABASE])[DATABASE.name])
 
 
-def open_store(arguments: argparse.Namespace) -> contextlib.closing[Store]:
+def existing_store(arguments: argparse.Namespace) -> contextlib.closing[Store]:
     """Open the database of a command that needs one to exist."""
-    return contextlib.closing(Store(database_path(arguments), create=False))
+    return contextlib.closing(open_store(database_path(arguments), create=False))
 
 
 def read_password(arguments: argparse.Namespace) -> str:
@@ -1444,11 +1933,11 @@ def add_user(arguments: argparse.Namespace) -> None:
     check_user_name(arguments.name)
     path = database_path(arguments)
     if os.path.exists(path):
-        with contextlib.closing(Store(path, create=False)) as store:
+        with contextlib.closing(open_store(path, create=False)) as store:
             if store.user(arguments.name):
                 raise UserExists(arguments.name)  # known before anybody has typed a password
     password_hash = hash_password(read_password(arguments))
-    with contextlib.closing(Store(path)) as store:
+    with contextlib.closing(open_store(path)) as store:
         store.add_user(arguments.name, password_hash, arguments.admin)
     print(f"added the {'admin' if arguments.admin else 'user'} {arguments.name}")
 
@@ -1456,7 +1945,7 @@ def add_user(arguments: argparse.Namespace) -> None:
 def set_password(arguments: argparse.Namespace) -> None:
     """Set a user's password."""
     check_user_name(arguments.name)
-    with open_store(arguments) as store:
+    with existing_store(arguments) as store:
         if not store.user(arguments.name):
             raise NoSuchUser(arguments.name)
         store.set_password_hash(arguments.name, hash_password(read_password(arguments)))
@@ -1465,7 +1954,7 @@ def set_password(arguments: argparse.Namespace) -> None:
 
 def delete_user(arguments: argparse.Namespace) -> None:
     """Delete a user and all they stored, after asking."""
-    with open_store(arguments) as store:
+    with existing_store(arguments) as store:
         users = store.users()
         user = next((user for user in users if user.name == arguments.name), None)
         if user is None:
@@ -1484,7 +1973,7 @@ def delete_user(arguments: argparse.Namespace) -> None:
 
 def list_users(arguments: argparse.Namespace) -> None:
     """Print the users as a table."""
-    with open_store(arguments) as store:
+    with existing_store(arguments) as store:
         rows = [(user.name, "admin" if user.is_admin else "user", str(user.pairs)) for user in store.users()]
     rows.insert(0, ("NAME", "ROLE", "PAIRS"))
     name_width, role_width, pairs_width = (max(map(len, column)) for column in zip(*rows))
@@ -1492,21 +1981,21 @@ def list_users(arguments: argparse.Namespace) -> None:
         print(f"{name:{name_width}}  {role:{role_width}}  {pairs:>{pairs_width}}")
 
 
-def announce(server: Server) -> None:
+def announce(server: Server, store: Store) -> None:
     """Say that the server is there; if there is no user yet, make one and say how to try it."""
     address = ipaddress.ip_address(server.server_name.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:127.0.0.1 is loopback too
     if not address.is_loopback:
         LOG.warning("plain HTTP shows passwords to the network; put a TLS proxy before it, or use --host 127.0.0.1")
-    if not server.store.users():
+    if not store.users():
         password = secrets.token_urlsafe(FIRST_PASSWORD_BYTES)
-        if server.store.add_first_admin("admin", hash_password(password)):
+        if store.add_first_admin("admin", hash_password(password)):
             url = server.url("127.0.0.1" if address.is_unspecified else server.server_name)
             try:
                 print(f"created the user admin with the password {password} (it is shown only now)")
                 print(f"try it: curl -u admin:{password} {shlex.quote(url + '/set?key=door&value=open')}", flush=True)
             except OSError:
-                server.store.delete_user("admin", even_last_admin=True)  # nobody has seen the password
+                store.delete_user("admin", even_last_admin=True)  # nobody has seen the password
                 raise
     print(f"listening on {server.url(server.server_name)}", flush=True)
 
@@ -1515,10 +2004,9 @@ def serve(arguments: argparse.Namespace) -> None:
     """Run the server until SIGTERM or Ctrl-C."""
     settings = read_settings(arguments, SETTINGS)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    threading.stack_size(THREAD_STACK_BYTES)
-    with contextlib.closing(Store(settings.pop("db"))) as store:
+    with contextlib.closing(open_store(settings.pop("db"))) as store:
         try:
-            server = Server(store, **settings)
+            server = Server(store.path, **settings)
         except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one of a host
             reason = error.strerror if isinstance(error, OSError) else "this is no host name"
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
@@ -1526,7 +2014,7 @@ def serve(arguments: argparse.Namespace) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         LOG.info("started: database=%s", store.path)
-        announce(server)
+        announce(server, store)
         # An answer that takes long to compute cannot be called off. What was answered is on the disk, and so is what a
         # commit has written: an end in the middle of things loses nothing.
         last_resort = threading.Timer(EXIT_SECONDS, os._exit, [0])

@@ -28,7 +28,7 @@ import threading
 import time
 import unittest
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 from unittest import mock
 
@@ -118,9 +118,9 @@ class ServerCase(unittest.TestCase):
 
     def start(self) -> None:
         """Start a server on the database."""
-        self.store = kvserver.Store(self.database)
+        self.store = kvserver.open_store(self.database)
         self.addCleanup(self.store.close)
-        self.server = kvserver.Server(self.store, "127.0.0.1", 0, self.base_path, self.log_requests)
+        self.server = kvserver.Server(self.database, "127.0.0.1", 0, self.base_path, self.log_requests)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
@@ -262,7 +262,7 @@ class Api(ServerCase):
         self.assertEqual(b"Success", self.request("GET", "/iotpersistenceapi/set?key=a&value=1").body)
         self.assertEqual(b"1", self.request("GET", "/get?key=a").body)
         self.assertEqual(b"1", self.request("GET", "/iotpersistenceapi/get?key=a").body)
-        self.assertEqual(b'{"a": "1"}', self.request("GET", "/iotpersistenceapi/list").body)
+        self.assertEqual(b'{"a":"1"}', self.request("GET", "/iotpersistenceapi/list").body)
         self.assertEqual(b"ok", self.request("GET", "/iotpersistenceapi/health", user=None).body)
         self.assertEqual(200, self.request("GET", "/iotpersistenceapi/del?key=a").status)
 
@@ -760,7 +760,7 @@ class Logins(ServerCase):
     def test_a_login_is_good_even_if_its_renewed_hash_cannot_be_stored(self) -> None:
         with (
             mock.patch.object(kvserver, "SCRYPT_COST_LOG2", 2),
-            mock.patch.object(self.store, "renew_password_hash", side_effect=sqlite3.OperationalError("disk full")),
+            mock.patch.object(kvserver.Store, "renew_password_hash", side_effect=sqlite3.OperationalError("disk full")),
         ):
             self.assertEqual(200, self.request("GET", "/list").status)
         self.assertEqual(200, self.request("GET", "/list").status)
@@ -1005,8 +1005,11 @@ class Connections(ServerCase):
         with mock.patch.object(kvserver, "FIRST_BYTE_SECONDS", 0.05):
             self.assertEqual(b"", self.exchange(b""))
         with mock.patch.object(kvserver, "REQUEST_SECONDS", 0.05):
-            self.assertTrue(self.exchange(b"GET /health HTTP/1.1\r\nHos").startswith(b"HTTP/1.1 400 "))
-            self.assertEqual(b"", self.exchange(self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 9", body=b"1")))
+            for data in (
+                b"GET /health HTTP/1.1\r\nHos",
+                self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 9", body=b"1"),
+            ):
+                self.assertTrue(self.exchange(data).startswith(b"HTTP/1.1 408 "))
         with mock.patch.object(kvserver, "IDLE_SECONDS", 0.05):
             self.assertIn(b"HTTP/1.1 200 OK", self.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
         self.assertEqual({}, self.pairs())
@@ -1069,7 +1072,7 @@ class Failures(ServerCase):
     """Errors below, and what clients and the log learn of them."""
 
     def test_a_mistake_is_500_and_logged_without_what_the_client_sent(self) -> None:
-        with mock.patch.object(self.store, "set_value", side_effect=RuntimeError("value was s3cr3t")):
+        with mock.patch.object(kvserver.Store, "set_value", side_effect=RuntimeError("value was s3cr3t")):
             answer = self.request("GET", "/set?key=a&value=s3cr3t")
         self.assertEqual(500, answer.status)
         self.assertNotIn(b"s3cr3t", answer.body)
@@ -1077,7 +1080,7 @@ class Failures(ServerCase):
         self.assertNotIn("s3cr3t", self.log.text())
 
     def test_a_failing_disk_is_503(self) -> None:
-        with mock.patch.object(self.store, "value", side_effect=sqlite3.OperationalError("disk I/O error")):
+        with mock.patch.object(kvserver.Store, "value", side_effect=sqlite3.OperationalError("disk I/O error")):
             self.assertEqual(503, self.request("GET", "/get?key=a").status)
         self.assertIn("the database failed: disk I/O error", self.log.text())
 
@@ -1102,29 +1105,52 @@ class Failures(ServerCase):
         self.assertEqual(200, self.request("GET", "/set?key=a&value=1").status)
         timer.join()
 
-    def test_a_failed_write_changes_nothing(self) -> None:
-        def fail(connection: sqlite3.Connection) -> None:
-            connection.execute(kvserver.UPSERT_PAIR, (1, "a", "1", 0.0))
-            raise RuntimeError
+    def test_a_write_that_fails_does_not_fail_its_neighbours(self) -> None:
+        def write(value: str) -> Callable[[kvserver.Store], str]:
+            def operation(store: kvserver.Store) -> str:
+                store.set_value(1, value, value)
+                return value
 
-        with self.assertRaises(RuntimeError):
-            self.store._transact(fail)
-        self.assertEqual({}, self.pairs())
-        self.assertEqual(200, self.request("GET", "/set?key=a&value=2").status)
+            return operation
+
+        def fail_late(store: kvserver.Store) -> None:
+            store.set_value(1, "undone", "")
+            raise RuntimeError("after a change")
+
+        def fail_early(store: kvserver.Store) -> None:
+            raise RuntimeError("before a change")
+
+        def unknown_user(store: kvserver.Store) -> None:
+            store.set_value(3, "undone", "")
+
+        def lose_the_transaction(store: kvserver.Store) -> None:  # as SQLite does when the disk is full
+            store._execute("ROLLBACK")
+            raise sqlite3.OperationalError("database or disk is full")
+
+        for number, fail in enumerate((fail_early, fail_late, unknown_user, lose_the_transaction)):
+            with self.subTest(fail.__name__):
+                self.store.begin()
+                first, failed, last = self.store.commit([write(f"first{number}"), fail, write(f"last{number}")])
+                self.assertEqual((f"first{number}", f"last{number}"), (first, last))
+                self.assertIsInstance(failed, Exception)
+        written = {f"{which}{number}": f"{which}{number}" for which in ("first", "last") for number in range(4)}
+        self.assertEqual(written, self.pairs())
 
     def test_a_disk_that_refuses_even_the_rollback_is_503_until_it_is_well(self) -> None:
-        writer = self.store._writer
+        writer = self.server.writer
+        connection = writer._connection
         broken = mock.Mock(in_transaction=True)
         broken.execute.side_effect = sqlite3.OperationalError("disk I/O error")
-        with mock.patch.object(self.store, "_writer", broken):
+        with mock.patch.object(writer, "_connection", broken):
             self.assertEqual(503, self.request("GET", "/set?key=a&value=1").status)
-        writer.execute("BEGIN IMMEDIATE")  # what a failed rollback leaves
+        connection.execute("BEGIN IMMEDIATE")  # what a failed rollback leaves
         self.assertEqual(200, self.request("GET", "/set?key=a&value=2").status)
         self.assertEqual({"a": "2"}, self.pairs())
 
     def test_every_commit_is_synced(self) -> None:
-        self.assertEqual([("wal",)], self.store._writer.execute("PRAGMA journal_mode").fetchall())
-        self.assertEqual([(2,)], self.store._writer.execute("PRAGMA synchronous").fetchall())  # 2 is FULL
+        connection = self.server.writer._connection
+        self.assertEqual([("wal",)], connection.execute("PRAGMA journal_mode").fetchall())
+        self.assertEqual([(2,)], connection.execute("PRAGMA synchronous").fetchall())  # 2 is FULL
 
 
 class RequestLog(ServerCase):
@@ -1161,9 +1187,9 @@ class Addresses(unittest.TestCase):
     def serve(self, host: str) -> kvserver.Server:
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
-        store = kvserver.Store(os.path.join(folder, "test.db"))
+        store = kvserver.open_store(os.path.join(folder, "test.db"))
         self.addCleanup(store.close)
-        server = kvserver.Server(store, host, 0)
+        server = kvserver.Server(store.path, host, 0)
         thread = threading.Thread(target=server.run)
         thread.start()
         self.addCleanup(thread.join)
@@ -1278,7 +1304,7 @@ class Accounts(CommandCase):
     def test_users_are_listed_in_columns(self) -> None:
         self.add_user("zoe")
         self.add_user("bob the second", "--admin")
-        with contextlib.closing(kvserver.Store(self.database)) as store:
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
             for number in range(12):
                 store.set_value(1, str(number), "")
         self.assertEqual(
@@ -1308,13 +1334,13 @@ class Accounts(CommandCase):
             code, output, _ = self.run_program("passwd", "bob", "--password-stdin", stdin="another password")
             self.assertEqual((0, "set the password of bob\n"), (code, output))
             self.assertEqual(401, self.request(port, "/list", "bob")[0])
-            self.assertEqual((200, b'{"a": "2"}'), self.request(port, "/list", "bob", "another password"))
+            self.assertEqual((200, b'{"a":"2"}'), self.request(port, "/list", "bob", "another password"))
             code, output, _ = self.run_program("deluser", "bob", "--yes")
             self.assertEqual((0, "deleted the user bob and what they stored (pairs: 1)\n"), (code, output))
             self.assertEqual(401, self.request(port, "/list", "bob", "another password")[0])
             self.add_user("bob")
             self.assertEqual((200, b"{}"), self.request(port, "/list", "bob"))
-            self.assertEqual((200, b'{"a": "1"}'), self.request(port, "/list"))
+            self.assertEqual((200, b'{"a":"1"}'), self.request(port, "/list"))
 
     def test_password_on_standard_input_loses_only_its_line_end(self) -> None:
         for line, password in (
@@ -1328,7 +1354,7 @@ class Accounts(CommandCase):
                 self.run_program("deluser", "alice", "--yes")
                 code, _, errors = self.run_program("adduser", "alice", "--password-stdin", stdin=line)
                 self.assertEqual((0, ""), (code, errors))
-                with contextlib.closing(kvserver.Store(self.database)) as store:
+                with contextlib.closing(kvserver.open_store(self.database)) as store:
                     user = store.user("alice")
                 assert user
                 self.assertTrue(kvserver.verify_password(password, user.password_hash))
@@ -1395,10 +1421,10 @@ class Accounts(CommandCase):
         self.add_user("alice", "--admin")
         self.add_user("bob")
         self.assert_fails("alice is the last admin", "deluser", "alice")
-        with contextlib.closing(kvserver.Store(self.database)) as store, self.assertRaises(kvserver.LastAdmin):
+        with contextlib.closing(kvserver.open_store(self.database)) as store, self.assertRaises(kvserver.LastAdmin):
             store.delete_user("alice", even_last_admin=False)
         self.add_user("carol", "--admin")
-        with contextlib.closing(kvserver.Store(self.database)) as store:
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
             store.delete_user("alice", even_last_admin=False)
         self.assertEqual(0, self.run_program("deluser", "carol", "--yes")[0])
 
@@ -1446,7 +1472,7 @@ class Terminal(CommandCase):
         )
         self.assertEqual(0, code, shown)
         self.assertNotIn(b"ssword1", shown)
-        with contextlib.closing(kvserver.Store(self.database)) as store:
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
             user = store.user("alice")
         assert user
         self.assertTrue(kvserver.verify_password("pässword1", user.password_hash))
@@ -1458,7 +1484,7 @@ class Terminal(CommandCase):
         )
         self.assertEqual(1, code)
         self.assertIn(b"nothing was changed", shown)
-        with contextlib.closing(kvserver.Store(self.database)) as store:
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
             user = store.user("alice")
         assert user
         self.assertTrue(kvserver.verify_password("a password", user.password_hash))
@@ -1502,7 +1528,7 @@ class Serving(CommandCase):
             self.assertEqual(f"created the user admin with the password {password} (it is shown only now)", lines[0])
             target = curl[3].removeprefix(f"http://127.0.0.1:{port}")
             self.assertEqual((200, b"Success"), self.request(port, target, name, password))
-            self.assertEqual((200, b'{"door": "open"}'), self.request(port, "/list", name, password))
+            self.assertEqual((200, b'{"door":"open"}'), self.request(port, "/list", name, password))
             if shutil.which("curl"):
                 done = subprocess.run(["sh", "-c", lines[1].partition(": ")[2]], capture_output=True, check=True)
                 self.assertEqual(b"Success", done.stdout)
@@ -1514,7 +1540,7 @@ class Serving(CommandCase):
         )
         with self.serving(command=[sys.executable, "kvserver.py"]) as (_, port, lines):
             self.assertEqual([f"listening on http://127.0.0.1:{port}"], lines)
-            self.assertEqual((200, b'{"door": "open"}'), self.request(port, "/list", name, password))
+            self.assertEqual((200, b'{"door":"open"}'), self.request(port, "/list", name, password))
 
     def test_all_interfaces_is_the_default_and_warned_of(self) -> None:
         mapped = (("::ffff:127.0.0.1", False),) if socket.has_dualstack_ipv6() else ()
@@ -1688,7 +1714,7 @@ class Serving(CommandCase):
         further = ("CREATE TABLE further (x)", "INSERT INTO further VALUES (1)")
         with mock.patch.object(kvserver, "MIGRATIONS", (*kvserver.MIGRATIONS, further)):
             for _ in range(2):
-                kvserver.Store(self.database).close()
+                kvserver.open_store(self.database).close()
         with contextlib.closing(sqlite3.connect(self.database)) as connection:
             self.assertEqual([(1,)], connection.execute("SELECT x FROM further").fetchall())
             self.assertEqual([("alice",)], connection.execute("SELECT name FROM user").fetchall())
@@ -1729,14 +1755,14 @@ class Serving(CommandCase):
                 writer.join()
             assert process.stderr
             self.assertNotIn("ERROR", process.stderr.read())
-        with contextlib.closing(kvserver.Store(self.database)) as store:
-            self.assertLessEqual(set(answered), set(store.pairs(1)))
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            self.assertLessEqual(set(answered), set(json.loads(store.pairs_as_json(1))))
 
     def test_stop_does_not_wait_for_an_answer_that_takes_for_ever(self) -> None:
         program = (
             "import sys, threading, kvserver\n"
             "def hang(store, request): print('hanging', flush=True); threading.Event().wait()\n"
-            "kvserver.ROUTES = (kvserver.Route('/hang', ('GET',), hang, kvserver.ANYONE),)\n"
+            "kvserver.ROUTES = (kvserver.Route('/hang', ('GET',), hang, kvserver.ANYONE, kvserver.WORKER),)\n"
             "kvserver.SCRYPT_COST_LOG2 = 1\n"
             "sys.exit(kvserver.main())\n"
         )
@@ -1775,7 +1801,7 @@ class Serving(CommandCase):
             elapsed = time.monotonic() - started
             self.assertGreater(elapsed, 2.5, "the request whose body was missing was not waited for")
             self.assertLess(elapsed, 4, "the request whose body was missing was waited for too long")
-            self.assertEqual(b"", second.recv(65536))
+            self.assertTrue(second.recv(65536).startswith(b"HTTP/1.1 408 "))
         with self.serving() as (_, port, _):
             self.assertEqual((200, b"last"), self.request(port, "/get?key=a"))
 
