@@ -33,18 +33,14 @@ import contextlib
 import email.utils
 import getpass
 import hashlib
-import hmac
 import http.server
-import ipaddress
 import json
-import logging
 import math
 import mmap
 import os
 import re
 import secrets
 import selectors
-import shlex
 import signal
 import socket
 import socketserver
@@ -52,15 +48,12 @@ import sqlite3
 import sys
 import threading
 import time
-import traceback
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import repeat
 from typing import Any, NamedTuple, cast
 
 __version__ = "0.1.0"
-LOG = logging.getLogger("kvserver")
 
 # ---- Limits and defaults ---------------------------------------------------------------------------------------------
 # Every number that somebody may want to turn stands here, its unit last in its name. What a client controls has a
@@ -123,6 +116,14 @@ DEFAULT_BASE_PATH = "/iotpersistenceapi"
 DEFAULT_DATABASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kvserver.db")
 
 
+def log(level: str, message: str) -> None:
+    """Write a line to standard error: the time, how grave it is, and the message."""
+    # The logging module, with all that it imports, would take a tenth of the time that a start takes.
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be nobody to read it
+        sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {message}\n")
+        sys.stderr.flush()
+
+
 # ---- Names and passwords ---------------------------------------------------------------------------------------------
 # What a user name and a password may be, and how a password is stored: as a string that says itself how it was made, so
 # that the parameters above can change without a stored password becoming void.
@@ -183,7 +184,7 @@ def verify_password(password: str, stored: str) -> bool:
         return False
     try:
         salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in match.group(4, 5))
-        return hmac.compare_digest(digest, scrypt(password, salt, int(match[1]), int(match[2]), int(match[3])))
+        return secrets.compare_digest(digest, scrypt(password, salt, int(match[1]), int(match[2]), int(match[3])))
     except (ValueError, OverflowError, TypeError):  # parameters that scrypt does not take
         return False
 
@@ -223,9 +224,6 @@ PRAGMAS = (
 SELECT_USER = "SELECT id, name, password_hash, is_admin FROM user WHERE name = ?"
 SELECT_USERS = "SELECT name, is_admin, (SELECT count(*) FROM pair WHERE user_id = user.id) FROM user ORDER BY name"
 INSERT_USER = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?)"
-INSERT_FIRST_ADMIN = (
-    "INSERT INTO user (name, password_hash, is_admin) SELECT ?, ?, 1 WHERE NOT EXISTS (SELECT 1 FROM user)"
-)
 UPDATE_PASSWORD = "UPDATE user SET password_hash = ? WHERE name = ?"
 RENEW_PASSWORD_HASH = "UPDATE user SET password_hash = ? WHERE name = ? AND password_hash = ?"
 DELETE_USER = (
@@ -457,10 +455,6 @@ class Store:
             self._change_users(INSERT_USER, name, password_hash, is_admin)
         except sqlite3.IntegrityError:
             raise UserExists(name) from None
-
-    def add_first_admin(self, name: str, password_hash: str) -> bool:
-        """Add an admin if there is no user at all; tell whether that was so."""
-        return self._change_users(INSERT_FIRST_ADMIN, name, password_hash) == 1
 
     def set_password_hash(self, name: str, password_hash: str) -> None:
         """Replace what is stored of a user's password; raise NoSuchUser."""
@@ -1029,15 +1023,41 @@ class Check(NamedTuple):
     renewed_hash: str = ""
 
 
+class Pool:
+    """Threads that run functions one after the other."""
+
+    def __init__(self, threads_max: int) -> None:
+        """Be ready to start so many threads."""
+        self._threads_left = threads_max
+        self._jobs: collections.deque[tuple[Callable[[], Any], Callable[[Any], object]]] = collections.deque()
+        self._jobs_count = threading.Semaphore(0)
+
+    def submit(self, function: Callable[[], Any], done: Callable[[Any], object]) -> None:
+        """Run function, and then done with what it returned or raised, both in a thread of the pool."""
+        if self._threads_left:
+            # A daemon does not hold up the end of the process.
+            threading.Thread(target=self._run, daemon=True).start()
+            self._threads_left -= 1
+        self._jobs.append((function, done))
+        self._jobs_count.release()
+
+    def _run(self) -> None:
+        """Run what is submitted."""
+        while self._jobs_count.acquire():
+            function, done = self._jobs.popleft()
+            try:
+                outcome = function()
+            except Exception as error:  # noqa: BLE001 - it is handed to whoever waits for the outcome
+                outcome = error
+            done(outcome)
+
+
 class Authenticator:
-    """Tells who sends a request.
+    """Tells who sends a request. All but _verify runs in one thread, the one to which post hands what it is given."""
 
-    The store is used by the thread that calls authenticate and check_password, one at a time.
-    """
-
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, post: Callable[[Callable[[], None]], None]) -> None:
         """Use the users of a store."""
-        self._store = store
+        self._store, self._post = store, post
         # What an unknown name is checked against, so that it takes as long as a wrong password and does not tell which
         # names exist. No password matches a random digest.
         self._unknown_user_hash = format_hash(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES))
@@ -1045,13 +1065,9 @@ class Authenticator:
         self._verified: dict[bytes, tuple[str, tuple[str, ...]]] = {}
         self._secret = secrets.token_bytes(32)
         # One thread runs scrypt, because the allocator keeps 16 MiB for each thread that has ever run it.
-        self._scrypt = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scrypt")
-        # The checks that wait for it or are under way, by the same keyed hash.
-        self._checks: dict[bytes, Future[Check]] = {}
-
-    def close(self) -> None:
-        """Call off the checks that wait for the scrypt thread, and refuse all further ones."""
-        self._scrypt.shutdown(wait=False, cancel_futures=True)
+        self._scrypt = Pool(1)
+        # Who waits for a check in that thread, by the same keyed hash.
+        self._waiting: dict[bytes, list[Callable[[Any], None]]] = {}
 
     def _digest(self, authorization: str) -> bytes:
         """Return the keyed hash under which an Authorization header is remembered."""
@@ -1069,44 +1085,46 @@ class Authenticator:
         user = self._store.user(name) if name else None
         return user if user and user.password_hash in hashes else None
 
-    def check(self, authorization: str) -> Future[Check]:
-        """Check credentials that are not remembered, in the scrypt thread; they are remembered if they are right.
+    def check(self, authorization: str, done: Callable[[Any], None]) -> None:
+        """Check credentials that are not remembered, and call done later with a Check, or an exception.
 
-        Requests with the same header share one check. Raises HTTPError for another scheme, or when too many wait.
+        They are remembered if they are right. Requests with the same header share one check. Raises HTTPError when too
+        many wait, or for another scheme.
         """
         digest = self._digest(authorization)
-        if digest in self._checks:
-            return self._checks[digest]
+        if digest in self._waiting:
+            self._waiting[digest].append(done)
+            return
         scheme, _, encoded = authorization.partition(" ")
         if scheme.lower() != "basic":
             raise HTTPError(401, "this authentication scheme is not supported; use HTTP Basic", CHALLENGE)
         name, password = decode_credentials(encoded)
-        check: Future[Check]
         if not name or not password:
-            check = Future()
-            check.set_result(Check(name))
-            return check
-        if len(self._checks) >= CHECKS_MAX:
+            self._post(lambda: done(Check(name)))
+            return
+        if len(self._waiting) >= CHECKS_MAX:
             raise HTTPError(503, CHECK_REFUSED, RETRY_AFTER)
-        try:
-            check = self._scrypt.submit(self._verify, digest, name, password, self._store.user(name))
-        except RuntimeError:  # after close, or for want of memory for the thread
-            raise HTTPError(503, CHECK_REFUSED, RETRY_AFTER) from None
-        self._checks[digest] = check
-        check.add_done_callback(lambda _: self._checks.pop(digest, None))
-        return check
+        user = self._store.user(name)
+        self._scrypt.submit(
+            lambda: self._verify(name, password, user), lambda check: self._post(lambda: self._finish(digest, check))
+        )
+        self._waiting[digest] = [done]
 
-    def _verify(self, digest: bytes, name: str, password: str, user: User | None) -> Check:
-        """Check a password and remember it if it is right; runs in the scrypt thread."""
+    def _verify(self, name: str, password: str, user: User | None) -> Check:
+        """Check a password; runs in the scrypt thread."""
         if not verify_password(password, user.password_hash if user else self._unknown_user_hash) or not user:
             return Check(name)
-        renewed_hash = ""
-        if not user.password_hash.startswith(hash_parameters()):
-            renewed_hash = hash_password(password)  # the parameters have changed, and here is the password
-        if len(self._verified) >= CREDENTIALS_MAX:
-            del self._verified[next(iter(self._verified))]
-        self._verified[digest] = (name, (user.password_hash, renewed_hash))
-        return Check(name, user, renewed_hash)
+        is_current = user.password_hash.startswith(hash_parameters())
+        return Check(name, user, "" if is_current else hash_password(password))
+
+    def _finish(self, digest: bytes, check: Any) -> None:
+        """Remember credentials that are right, and tell all who wait."""
+        if isinstance(check, Check) and check.user:
+            if len(self._verified) >= CREDENTIALS_MAX:
+                del self._verified[next(iter(self._verified))]
+            self._verified[digest] = (check.name, (check.user.password_hash, check.renewed_hash))
+        for done in self._waiting.pop(digest):
+            done(check)
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
@@ -1212,9 +1230,11 @@ def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Resp
 
 def log_exception(error: BaseException | None) -> None:
     """Log where an exception was raised. Its message is left out, since it may quote what a client sent."""
-    frames = traceback.extract_tb(error.__traceback__) if error else []
-    places = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
-    LOG.error("internal error: %s in %s", type(error).__name__, places)
+    place, places = error.__traceback__ if error else None, []
+    while place:
+        places.append(f"{place.tb_frame.f_code.co_name}:{place.tb_lineno}")
+        place = place.tb_next
+    log("ERROR", f"internal error: {type(error).__name__} in {' > '.join(places)}")
 
 
 def as_http_error(error: Exception) -> HTTPError:
@@ -1226,7 +1246,7 @@ def as_http_error(error: Exception) -> HTTPError:
     if isinstance(error, StoreBusy):
         return HTTPError(503, f"{error}; try again", RETRY_AFTER)
     if isinstance(error, (StoreError, sqlite3.Error)):
-        LOG.error("the database failed: %s", error)
+        log("ERROR", f"the database failed: {error}")
         return HTTPError(503, "the database cannot be used; the server's log says why", RETRY_AFTER)
     log_exception(error)
     return HTTPError(500, "the server made a mistake; its log says where")
@@ -1237,10 +1257,9 @@ def log_request(request: Request, status: int, seconds: float, address: str) -> 
     key = ""
     with contextlib.suppress(HTTPError):
         key = (dict(parse_form(request.query)).get("key") or parse_parameters(request).get("key", ""))[:KEY_BYTES_MAX]
-    line = "request: method=%s path=%r key=%r status=%d milliseconds=%.1f user=%r address=%s"
-    LOG.info(
-        line, request.method, request.path[:KEY_BYTES_MAX], key, status, seconds * 1000, request.user.name, address
-    )
+    path = request.path[:KEY_BYTES_MAX]
+    line = f"request: method={request.method} path={path!r} key={key!r} status={status}"
+    log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={request.user.name!r} address={address}")
 
 
 class RequestHandler:
@@ -1377,10 +1396,13 @@ class RequestHandler:
         authenticator, authorization = self.server.authenticator, request.fields.headers.get("authorization")
         user = authenticator.authenticate(authorization)
         if user is None:
-            self.waiting_for = check = authenticator.check(authorization or "")
-            body_seconds = self.state[1] - time.monotonic()  # what a login takes is not the client's fault
+            ticket, body_seconds = (
+                object(),
+                self.state[1] - time.monotonic(),
+            )  # a login's time is not the client's fault
+            authenticator.check(authorization or "", lambda check: self.resume(ticket, check, body_seconds))
+            self.waiting_for = ticket
             self.enter(WAITING, CHECK_SECONDS)
-            check.add_done_callback(lambda _: self.server.post(lambda: self.resume(check, body_seconds)))
             return False
         request.user = user
         if request.fields.body_length > BODY_BYTES_MAX:
@@ -1390,20 +1412,19 @@ class RequestHandler:
                 self.connection.send(CONTINUE)
         return True
 
-    def resume(self, check: Future[Check], body_seconds: float) -> None:
-        """Go on after the check of a password, unless that has taken too long for the client."""
-        if self.waiting_for is not check:
+    def resume(self, ticket: object, check: Any, body_seconds: float) -> None:
+        """Go on after the check of a password, unless that has taken too long."""
+        if self.waiting_for is not ticket:
             return
-        self.waiting_for = None
         self.enter(RECEIVING, body_seconds)
-        if check.cancelled():
-            self.answer(HTTPError(503, CHECK_REFUSED, RETRY_AFTER).response(self.accept()))
-        elif check.result().user:
-            self.server.renew_hash(check.result())
+        if isinstance(check, Exception):
+            self.answer(as_http_error(check).response(self.accept()))
+        elif check.user:
+            self.server.renew_hash(check)
             self.proceed()
         else:
             # repr escapes what could forge another line or field, and the address stands last for the same reason.
-            LOG.warning("login failed: user=%r address=%s", check.result().name[:64], self.address)
+            log("WARNING", f"login failed: user={check.name[:64]!r} address={self.address}")
             self.answer(HTTPError(401, "the user name or the password is wrong", CHALLENGE).response(self.accept()))
         self.settle()
 
@@ -1526,7 +1547,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.path = path
         self.reader = CachingStore(path)
         self.writer = Store(path, lock_seconds=0)
-        self.authenticator = Authenticator(self.reader)
+        self.authenticator = Authenticator(self.reader, self.post)
         self.routes = route_table(base_path)
         self.log_requests = log_requests
         self.stopping = False
@@ -1539,7 +1560,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._leader = 0  # its thread identifier
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._woken, self._waker = socket.socketpair()
-        self._workers = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="worker")
+        self._workers = Pool(WORKERS_MAX)
         self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
         self._finished = False
@@ -1579,15 +1600,12 @@ class Server(http.server.ThreadingHTTPServer):
             self._date = (now, email.utils.formatdate(now, usegmt=True))
         return self._date[1]
 
-    def run(self, on_stop: Callable[[], object] = lambda: None) -> None:
-        """Serve until stop is called, then call on_stop and finish what is under way."""
-        self._on_stop = on_stop
-        second = threading.Thread(target=self.serve_forever, name="second")
+    def run(self) -> None:
+        """Serve until stop is called, and finish what is under way."""
+        second = threading.Thread(target=self.serve_forever)
         second.start()
         self.serve_forever()
         second.join()
-        self._workers.shutdown()
-        self.authenticator.close()
         self.server_close()
 
     def stop(self) -> None:
@@ -1648,7 +1666,7 @@ class Server(http.server.ThreadingHTTPServer):
         except BlockingIOError:
             return
         except OSError as error:
-            LOG.error("cannot accept a connection: %s", error.strerror)
+            log("ERROR", f"cannot accept a connection: {error.strerror}")
             self._pause_accepting()  # until the next look at what is due
             return
         self.process_request(connection, address)
@@ -1685,10 +1703,7 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.closing(Store(self.path)) as store:
                 return endpoint(store, request)
 
-        def finish(future: Future[Response]) -> None:
-            self.post(lambda: done(future.exception() or future.result()))
-
-        self._workers.submit(run).add_done_callback(finish)
+        self._workers.submit(run, lambda outcome: self.post(lambda: done(outcome)))
 
     def renew_hash(self, check: Check) -> None:
         """Store the hash that is to replace an outdated one."""
@@ -1697,17 +1712,19 @@ class Server(http.server.ThreadingHTTPServer):
 
             def report(outcome: object) -> None:
                 if isinstance(outcome, Exception):  # the old hash is good too
-                    LOG.warning("cannot store a new password hash: user=%r error=%s", check.name, outcome)
+                    log("WARNING", f"cannot store a new password hash: user={check.name!r} error={outcome}")
 
             self.changes.append(Change(lambda store: store.renew_password_hash(user, check.renewed_hash), report))
 
     def withdraw(self, waited_for: object) -> bool:
-        """Call off what a request waits for; return whether that was possible."""
+        """Call off a change or the check of a password that a request waits for; return whether that was possible."""
+        if not isinstance(waited_for, Change):
+            return waited_for is not None
         with self._changes_lock:
-            if waited_for in self.changes:
-                self.changes.remove(waited_for)
-                return True
-        return isinstance(waited_for, Future)
+            if waited_for not in self.changes:
+                return False
+            self.changes.remove(waited_for)
+            return True
 
     def _may_commit(self) -> bool:
         """Tell whether the caller is to commit: there are changes, and no other thread is at it."""
@@ -1771,7 +1788,6 @@ class Server(http.server.ThreadingHTTPServer):
         if self.socket in self.selector.get_map():
             self._pause_accepting()
         self.socket.close()
-        self._on_stop()
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -1981,19 +1997,21 @@ def list_users(arguments: argparse.Namespace) -> None:
         print(f"{name:{name_width}}  {role:{role_width}}  {pairs:>{pairs_width}}")
 
 
+LOOPBACK = re.compile(r"(?:::ffff:)?127\.|::1\Z")
+
+
 def announce(server: Server, store: Store) -> None:
     """Say that the server is there; if there is no user yet, make one and say how to try it."""
-    address = ipaddress.ip_address(server.server_name.partition("%")[0])
-    address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:127.0.0.1 is loopback too
-    if not address.is_loopback:
-        LOG.warning("plain HTTP shows passwords to the network; put a TLS proxy before it, or use --host 127.0.0.1")
-    if not store.users():
-        password = secrets.token_urlsafe(FIRST_PASSWORD_BYTES)
-        if store.add_first_admin("admin", hash_password(password)):
-            url = server.url("127.0.0.1" if address.is_unspecified else server.server_name)
+    if not LOOPBACK.match(server.server_name):
+        log("WARNING", "plain HTTP shows passwords to the network; put a TLS proxy before it, or use --host 127.0.0.1")
+    with contextlib.suppress(UserExists):  # another process was quicker
+        if not store.users():
+            password = secrets.token_urlsafe(FIRST_PASSWORD_BYTES)
+            store.add_user("admin", hash_password(password), is_admin=True)
+            url = server.url("127.0.0.1" if server.server_name in ("::", "0.0.0.0") else server.server_name)
             try:
                 print(f"created the user admin with the password {password} (it is shown only now)")
-                print(f"try it: curl -u admin:{password} {shlex.quote(url + '/set?key=door&value=open')}", flush=True)
+                print(f"try it: curl -u admin:{password} '{url}/set?key=door&value=open'", flush=True)
             except OSError:
                 store.delete_user("admin", even_last_admin=True)  # nobody has seen the password
                 raise
@@ -2003,7 +2021,6 @@ def announce(server: Server, store: Store) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until SIGTERM or Ctrl-C."""
     settings = read_settings(arguments, SETTINGS)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with contextlib.closing(open_store(settings.pop("db"))) as store:
         try:
             server = Server(store.path, **settings)
@@ -2011,18 +2028,22 @@ def serve(arguments: argparse.Namespace) -> None:
             reason = error.strerror if isinstance(error, OSError) else "this is no host name"
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
             raise CommandError(f"cannot listen on {where}: {reason}; see --host and --port") from None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.stop())
-        LOG.info("started: database=%s", store.path)
-        announce(server, store)
-        # An answer that takes long to compute cannot be called off. What was answered is on the disk, and so is what a
-        # commit has written: an end in the middle of things loses nothing.
+        # What a commit has written is on the disk, and an answer that takes long to compute cannot be called off: an end
+        # in the middle of things loses nothing.
         last_resort = threading.Timer(EXIT_SECONDS, os._exit, [0])
         last_resort.daemon = True
-        server.run(on_stop=last_resort.start)
+
+        def stop(*_: object) -> None:
+            if not server.stopping:  # impatience changes nothing
+                last_resort.start()
+                server.stop()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # impatience must not change the exit code
-    LOG.info("stopped")
+            signal.signal(number, stop)
+        log("INFO", f"started: database={store.path}")
+        announce(server, store)
+        server.run()
+    log("INFO", "stopped")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ import base64
 import contextlib
 import http.client
 import json
-import logging
 import os
 import pty
 import random
@@ -64,15 +63,15 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
 
 
-class CapturedLog(logging.Handler):
+class CapturedLog:
     """Keeps what the program logs."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.lines: list[str] = []
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+    def write(self, level: str, message: str) -> None:
+        """Take the place of kvserver.log."""
+        self.lines.append(message)
 
     def text(self) -> str:
         """Return the whole log."""
@@ -83,14 +82,8 @@ class CapturedLog(logging.Handler):
 def captured_log() -> Iterator[CapturedLog]:
     """Keep what the program logs from the terminal, and give it."""
     log = CapturedLog()
-    kvserver.LOG.addHandler(log)
-    kvserver.LOG.setLevel(logging.INFO)
-    kvserver.LOG.propagate = False
-    try:
+    with mock.patch.object(kvserver, "log", log.write):
         yield log
-    finally:
-        kvserver.LOG.removeHandler(log)
-        kvserver.LOG.propagate = True
 
 
 class ServerCase(unittest.TestCase):
