@@ -27,7 +27,7 @@ import threading
 import time
 import unittest
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 from unittest import mock
 
@@ -84,6 +84,23 @@ def captured_log() -> Iterator[CapturedLog]:
     log = CapturedLog()
     with mock.patch.object(kvserver, "log", log.write):
         yield log
+
+
+@contextlib.contextmanager
+def locked(database: str) -> Iterator[sqlite3.Connection]:
+    """Keep a database locked against writes, as another process might, and give the connection that does it."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection
+        connection.execute("COMMIT")
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Return as soon as something is so; fail if that takes too long."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise AssertionError("this takes too long")
 
 
 class ServerCase(unittest.TestCase):
@@ -759,6 +776,285 @@ class Logins(ServerCase):
         self.assertEqual(200, self.request("GET", "/list").status)
 
 
+class Checks(ServerCase):
+    """Passwords that wait to be checked, in the one thread that does it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.checked: list[tuple[str, int]] = []  # passwords, and the thread that checked them
+        self.release = threading.Event()
+        self.addCleanup(self.release.set)
+        self.assertEqual(200, self.request("GET", "/list", user="bob").status)
+        verify = kvserver.verify_password
+
+        def wait_and_verify(password: str, stored: str) -> bool:
+            self.checked.append((password, threading.get_ident()))
+            self.assertTrue(self.release.wait(WAIT_SECONDS))
+            return verify(password, stored)
+
+        self.enter(mock.patch.object(kvserver, "verify_password", wait_and_verify))
+
+    def send_login(self, password: str) -> socket.socket:
+        """Send a request of alice's with a password."""
+        connection = self.connect()
+        login = "Authorization: " + basic("alice", password)
+        connection.sendall(f"GET /get?key=a HTTP/1.1\r\nHost: x\r\n{login}\r\n\r\n".encode())
+        return connection
+
+    def test_requests_with_the_same_header_share_one_check(self) -> None:
+        connections = [self.send_login(PASSWORDS["alice"]) for _ in range(20)]
+        wait_until(lambda: len(self.server.connections) >= 20 and bool(self.checked))
+        self.release.set()
+        for connection in connections:
+            self.assertIn(b" 404 ", connection.recv(65536))
+        self.assertEqual(1, len(self.checked))
+
+    def test_known_clients_do_not_wait(self) -> None:
+        connection = self.send_login(PASSWORDS["alice"])
+        self.assertEqual(200, self.request("GET", "/set?key=a&value=1", user="bob").status)
+        self.assertEqual(b"1", self.get("a", user="bob"))
+        self.release.set()
+        self.assertIn(b" 404 ", connection.recv(65536))
+
+    def test_one_thread_makes_all_checks(self) -> None:
+        self.release.set()
+        for number in range(10):
+            self.assertIn(b" 401 ", self.send_login(f"wrong {number}").recv(65536))
+        self.assertEqual(1, len({thread for _, thread in self.checked}))
+
+    def test_too_many_that_wait_are_503_at_once(self) -> None:
+        waiting = [self.send_login(f"wrong {number}") for number in range(kvserver.CHECKS_MAX)]
+        wait_until(lambda: len(self.server.authenticator._waiting) == kvserver.CHECKS_MAX)
+        answer = self.send_login("one more").recv(65536)
+        self.assertIn(b"HTTP/1.1 503 ", answer)
+        self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
+        self.release.set()
+        for connection in waiting:
+            self.assertIn(b" 401 ", connection.recv(65536))
+        self.assertIn(b" 401 ", self.send_login("one more").recv(65536))
+
+    def test_waiting_too_long_is_503_and_the_check_counts_for_the_next_try(self) -> None:
+        with mock.patch.object(kvserver, "CHECK_SECONDS", 0.05):
+            answer = self.send_login(PASSWORDS["alice"]).recv(65536)
+        self.assertIn(b"HTTP/1.1 503 ", answer)
+        self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
+        self.release.set()
+        wait_until(lambda: not self.server.authenticator._waiting)
+        self.assertIn(b" 404 ", self.send_login(PASSWORDS["alice"]).recv(65536))
+        self.assertEqual(1, len(self.checked))
+
+    def test_a_password_changed_during_its_check_is_checked_again(self) -> None:
+        connection = self.send_login(PASSWORDS["alice"])
+        wait_until(lambda: bool(self.checked))
+        self.store.set_password_hash("alice", kvserver.hash_password("another password"))
+        self.release.set()
+        self.assertIn(b" 401 ", connection.recv(65536))
+        self.assertEqual(2, len(self.checked))
+
+    def test_a_start_runs_no_scrypt(self) -> None:
+        self.release.set()
+        self.stop()
+        with mock.patch.object(kvserver, "scrypt") as scrypt:
+            self.start()
+            self.assertEqual(200, self.request("GET", "/health", user=None).status)
+            scrypt.assert_not_called()
+
+
+class Commits(ServerCase):
+    """Writes that share a commit, reads that go on meanwhile, and what is remembered of the database."""
+
+    def count_commits(self) -> list[int]:
+        """Return a list to which each further commit adds how many changes it was of."""
+        sizes: list[int] = []
+        commit = self.server.writer.commit
+
+        def count_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
+            sizes.append(len(operations))
+            return commit(operations)
+
+        self.enter(mock.patch.object(self.server.writer, "commit", count_and_commit))
+        return sizes
+
+    def test_writes_that_wait_share_one_commit(self) -> None:
+        self.get("a")  # the password is known from here on
+        sizes = self.count_commits()
+        with locked(self.database):
+            connections = [self.connect() for _ in range(20)]
+            for number, connection in enumerate(connections):
+                connection.sendall(self.raw(f"GET /set?key={number}&value={number} HTTP/1.1"))
+            wait_until(lambda: len(self.server.changes) == 20)
+        for connection in connections:
+            self.assertTrue(connection.recv(65536).endswith(b"Success"))
+        self.assertEqual([20], sizes)
+        self.assertEqual({str(number): str(number) for number in range(20)}, self.pairs())
+
+    def test_a_write_that_fails_does_not_fail_its_neighbours(self) -> None:
+        self.get("a")
+        self.get("a", user="bob")
+        bob = self.raw("GET /set?key=b&value=1 HTTP/1.1").replace(
+            basic("alice", PASSWORDS["alice"]).encode(), basic("bob", PASSWORDS["bob"]).encode()
+        )
+        sizes = self.count_commits()
+        with locked(self.database) as other:
+            connections = [self.connect() for _ in range(4)]
+            for connection, data in zip(
+                connections,
+                (
+                    self.raw("GET /set?key=a&value=1 HTTP/1.1"),
+                    bob,
+                    self.raw("GET /set?key=%00&value=1 HTTP/1.1"),
+                    self.raw("GET /set?key=c&value=1 HTTP/1.1"),
+                ),
+            ):
+                connection.sendall(data)
+            wait_until(lambda: len(self.server.changes) == 4)
+            other.execute("DELETE FROM user WHERE name = 'bob'")
+        statuses = [re.findall(rb"HTTP/1.1 (\d+)", connection.recv(65536)) for connection in connections]
+        self.assertEqual([[b"200"], [b"401"], [b"400"], [b"200"]], statuses)
+        self.assertEqual([4], sizes)
+        self.assertEqual({"a": "1", "c": "1"}, self.pairs())
+
+    def test_reads_do_not_wait_for_a_slow_commit(self) -> None:
+        self.request("GET", "/set?key=a&value=1")
+        committing, release = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+        commit = self.server.writer.commit
+
+        def commit_slowly(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
+            committing.set()
+            self.assertTrue(release.wait(WAIT_SECONDS))
+            return commit(operations)
+
+        self.server.writer.commit_seconds = 1
+        with mock.patch.object(self.server.writer, "commit", commit_slowly):
+            first, second = self.connect(), self.connect()
+            first.sendall(self.raw("GET /set?key=a&value=2 HTTP/1.1"))
+            self.assertTrue(committing.wait(WAIT_SECONDS))
+            second.sendall(self.raw("GET /set?key=b&value=2 HTTP/1.1"))  # a further write does not disturb them either
+            wait_until(lambda: len(self.server.changes) == 1)
+            self.assertEqual((b"1", None), (self.get("a"), self.get("b")))
+            release.set()
+            for connection in (first, second):
+                self.assertTrue(connection.recv(65536).endswith(b"Success"))
+        self.assertEqual((b"2", b"2"), (self.get("a"), self.get("b")))
+
+    def test_a_write_that_waits_behind_a_slow_commit_is_503_after_a_while(self) -> None:
+        self.request("GET", "/set?key=a&value=1")
+        committing, release = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+        commit = self.server.writer.commit
+
+        def commit_slowly(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
+            committing.set()
+            self.assertTrue(release.wait(WAIT_SECONDS))
+            return commit(operations)
+
+        self.enter(mock.patch.object(kvserver, "DATABASE_LOCK_SECONDS", 0.05))
+        self.server.writer.commit_seconds = 1
+        with mock.patch.object(self.server.writer, "commit", commit_slowly):
+            first = self.connect()
+            first.sendall(self.raw("GET /set?key=a&value=2 HTTP/1.1"))
+            self.assertTrue(committing.wait(WAIT_SECONDS))
+            answer = self.request("GET", "/set?key=b&value=2")
+            self.assertEqual((503, "5"), (answer.status, answer.headers["retry-after"]))
+            release.set()
+            # Nobody can know whether a commit under way will succeed, so its write is answered only when it ends.
+            self.assertTrue(first.recv(65536).endswith(b"Success"))
+        self.assertEqual({"a": "2"}, self.pairs())
+
+    def test_one_thread_at_a_time_commits_and_no_write_is_lost(self) -> None:
+        inside: list[int] = []
+        problems: list[str] = []
+        commit = self.server.writer.commit
+        rates = random.Random(1)
+
+        def watch_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
+            inside.append(threading.get_ident())
+            outcomes = commit(operations)
+            if len(inside) != 1:
+                problems.append("two commits at once")
+            inside.clear()
+            self.server.writer.commit_seconds = rates.choice((0, 1))  # a disk that is quick at times and slow at times
+            return outcomes
+
+        def write(name: str) -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
+            headers = {"Authorization": basic("alice", PASSWORDS["alice"])}
+            with contextlib.closing(connection):
+                for number in range(100):
+                    connection.request("GET", f"/set?key={name}&value={number}", headers=headers)
+                    if (answer := read_answer(connection.getresponse())).body != b"Success":
+                        problems.append(f"{name} {number}: {answer}")
+                    connection.request("GET", f"/get?key={name}", headers=headers)
+                    if (answer := read_answer(connection.getresponse())).body != str(number).encode():
+                        problems.append(f"{name} {number}: {answer}")
+
+        with mock.patch.object(self.server.writer, "commit", watch_commit):
+            writers = [threading.Thread(target=write, args=(f"writer{number}",)) for number in range(8)]
+            for writer in writers:
+                writer.start()
+            for writer in writers:
+                writer.join()
+        self.assertEqual([], problems)
+        self.assertEqual({f"writer{number}": "99" for number in range(8)}, self.pairs())
+
+    def test_what_another_process_writes_is_read_at_once(self) -> None:
+        for number in range(100):
+            self.store.set_value(1, "a", str(number))
+            self.assertEqual(str(number).encode(), self.get("a"))
+            self.store.set_value(1, "b", str(number))
+            self.request("GET", "/set?key=c&value=" + str(number))
+            self.assertEqual((str(number).encode(),) * 3, (self.get("a"), self.get("b"), self.get("c")))
+
+    def test_rows_are_remembered_until_somebody_commits(self) -> None:
+        reader = kvserver.CachingStore(self.database)
+        self.addCleanup(reader.close)
+        self.store.set_value(1, "a", "1")
+        with mock.patch.object(reader, "_read", wraps=reader._read) as read:
+            for value, count in (("1", 2), ("1", 2), ("2", 4), ("2", 4)):
+                if reader.value(1, "a") != value.encode():
+                    self.store.set_value(1, "a", value)
+                self.assertEqual(value.encode(), reader.value(1, "a"))
+                self.assertEqual("alice", getattr(reader.user("alice"), "name", None))
+                self.assertEqual(count, read.call_count)
+
+    def test_rows_are_kept_over_a_commit_of_ones_own_only(self) -> None:
+        reader = kvserver.CachingStore(self.database)
+        self.addCleanup(reader.close)
+        other = kvserver.Store(self.database)
+        self.addCleanup(other.close)
+        for is_alone, changed in ((True, "a"), (False, "a"), (True, None)):
+            with self.subTest(is_alone=is_alone, changed=changed):
+                for key in ("a", "b"):
+                    self.store.set_value(1, key, "before")
+                self.assertEqual([b"before"] * 2, [reader.value(1, key) for key in ("a", "b")])
+                self.store.begin()
+                state = reader.state()
+                self.store.set_value(1, "a", "after")
+                if changed is None:
+                    self.store.set_password_hash("bob", "changed")
+                self.assertEqual([None], self.store.commit([lambda store: None]))
+                if not is_alone:
+                    other.set_value(1, "b", "after")
+                reader.keep_rows(state, self.store.changed_pairs)
+                with mock.patch.object(reader, "_read", wraps=reader._read) as read:
+                    self.assertEqual(b"before" if is_alone else b"after", reader.value(1, "b"))
+                    self.assertEqual(b"after", reader.value(1, "a"))
+                    self.assertEqual(1 if is_alone and changed else 2, read.call_count)
+
+    def test_what_is_remembered_is_bounded(self) -> None:
+        reader = kvserver.CachingStore(self.database)
+        self.addCleanup(reader.close)
+        for number in range(3 * kvserver.CACHED_ROWS_MAX):
+            self.store.set_value(1, str(number), "x")
+        for number in range(3 * kvserver.CACHED_ROWS_MAX):
+            self.assertEqual(b"x", reader.value(1, str(number)))
+            self.assertLessEqual(len(reader._rows), kvserver.CACHED_ROWS_MAX)
+        self.store.set_value(1, "long", "x" * (kvserver.CACHED_VALUE_BYTES_MAX + 1))
+        self.assertEqual(kvserver.CACHED_VALUE_BYTES_MAX + 1, len(reader.value(1, "long") or b""))
+        self.assertEqual({}, reader._rows)
+
+
 class Hashes(unittest.TestCase):
     """What is stored of a password."""
 
@@ -1052,6 +1348,45 @@ class Connections(ServerCase):
         self.assertEqual(200, self.request("GET", "/list").status)
         self.stop()
         self.assertEqual("", self.log.text())
+
+    def test_connections_over_the_limit_wait_for_their_turn(self) -> None:
+        self.enter(mock.patch.object(kvserver, "CONNECTIONS_MAX", 2))
+        first, second, third = self.connect(), self.connect(), self.connect()
+        for connection in (first, second, third):
+            connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+        for connection in (first, second):
+            self.assertIn(b" 404 ", connection.recv(65536))
+        self.assertEqual(2, len(self.server.connections))
+        first.close()
+        self.assertIn(b" 404 ", third.recv(65536))
+
+    def test_answers_do_not_wait_for_acknowledgements(self) -> None:
+        connection = self.connect()
+        connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertIn(b" 404 ", connection.recv(65536))
+        (accepted,) = self.server.connections
+        self.assertTrue(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    def test_what_comes_while_a_request_waits_is_answered_after_it(self) -> None:
+        with locked(self.database):
+            connection = self.connect()
+            connection.sendall(self.raw("GET /set?key=a&value=1 HTTP/1.1"))
+            for _ in range(3):
+                connection.sendall(self.raw("GET /get?key=a HTTP/1.1"))
+            self.assertIsNone(self.get("a"))
+        connection.sendall(self.raw("GET /nowhere HTTP/1.1", "Connection: close"))
+        answers = b"".join(iter(lambda: connection.recv(65536), b""))
+        self.assertEqual([b"200", b"200", b"200", b"200", b"404"], re.findall(rb"HTTP/1.1 (\d+)", answers))
+        self.assertEqual(3, answers.count(b"\r\n\r\n1"))
+
+    def test_a_write_whose_client_has_gone_is_made_all_the_same(self) -> None:
+        with locked(self.database):
+            connection = self.connect()
+            connection.sendall(self.raw("GET /set?key=a&value=1 HTTP/1.1"))
+            wait_until(lambda: len(self.server.changes) == 1)
+            connection.close()
+        wait_until(lambda: self.get("a") == b"1")
+        wait_until(lambda: not self.server.connections)
 
     def test_many_connections_at_once_are_served(self) -> None:
         connections = [self.connect() for _ in range(100)]
