@@ -1380,11 +1380,24 @@ class Connections(ServerCase):
         self.assertEqual(3, answers.count(b"\r\n\r\n1"))
 
     def test_a_write_whose_client_has_gone_is_made_all_the_same(self) -> None:
+        self.get("a")  # the password is known from here on
+        calls: list[kvserver.RequestHandler] = []
+        on_ready = kvserver.RequestHandler.on_ready
+
+        def count_and_call(handler: kvserver.RequestHandler) -> None:
+            calls.append(handler)
+            on_ready(handler)
+
+        self.enter(mock.patch.object(kvserver.RequestHandler, "on_ready", count_and_call))
         with locked(self.database):
             connection = self.connect()
             connection.sendall(self.raw("GET /set?key=a&value=1 HTTP/1.1"))
             wait_until(lambda: len(self.server.changes) == 1)
+            (handler,) = (each for each in self.server.connections.values() if each.state[0] == kvserver.WAITING)
             connection.close()
+            for _ in range(20):
+                self.get("a")
+            self.assertLessEqual(calls.count(handler), 3, "the server looks at it again and again")
         wait_until(lambda: self.get("a") == b"1")
         wait_until(lambda: not self.server.connections)
 

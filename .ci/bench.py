@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import functools
 import http.server
 import json
 import os
@@ -445,8 +446,8 @@ class Bench:
             ("fresh", "fresh", 16, 4_000),
         ):
             ours, stock = self.both(
-                lambda kind=kind, connections=connections, count=count: self.load(self.main, kind, connections, count),
-                lambda kind=kind, connections=connections, count=count: self.load(self.stock, kind, connections, count),
+                functools.partial(self.load, self.main, kind, connections, count),
+                functools.partial(self.load, self.stock, kind, connections, count),
             )
             if key == "get1":
                 self.note(key, ours["cpu"] * 1e6, stock["cpu"] * 1e6)
