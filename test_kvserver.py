@@ -1389,8 +1389,10 @@ class Connections(ServerCase):
             on_ready(handler)
 
         self.enter(mock.patch.object(kvserver.RequestHandler, "on_ready", count_and_call))
+        connection = self.connect()
+        connection.sendall(self.raw("GET /get?key=a HTTP/1.1"))
+        self.assertIn(b" 404 ", connection.recv(65536))
         with locked(self.database):
-            connection = self.connect()
             connection.sendall(self.raw("GET /set?key=a&value=1 HTTP/1.1"))
             wait_until(lambda: len(self.server.changes) == 1)
             (handler,) = (each for each in self.server.connections.values() if each.state[0] == kvserver.WAITING)
