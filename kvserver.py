@@ -885,8 +885,10 @@ def parse_form(text: str) -> list[tuple[str, str]]:
         name, equals, value = field.partition("=")
         if equals:
             try:
-                name = urllib.parse.unquote_plus(name, errors="strict")
-                pairs.append((name, urllib.parse.unquote_plus(value, errors="strict")))
+                if "%" in field or "+" in field:
+                    name = urllib.parse.unquote_plus(name, errors="strict")
+                    value = urllib.parse.unquote_plus(value, errors="strict")
+                pairs.append((name, value))
             except UnicodeDecodeError:
                 raise HTTPError(400, "a parameter is not UTF-8; percent-encode the bytes of its UTF-8 form") from None
         elif field:
@@ -1280,18 +1282,19 @@ class RequestHandler:
         self.after_answer = IDLE
         self.watched = 0  # the selector's events
         self.started = 0.0
+        self.waiting_for: Any = None
+        self.route: Route | None = None
         self.fields: Fields | None = None  # of the last request
+        self.login: tuple[Fields | None, User] = (None, NOBODY)  # fields that were found to be those of a user
         self.forget_request()
         self.enter(IDLE, FIRST_BYTE_SECONDS)
 
     def forget_request(self) -> None:
         """Be ready for the next request."""
-        self.checked = 0  # offset of the line at which an incomplete head ends
         self.request: Request | None = None
-        self.route: Route | None = None
+        self.checked = 0  # offset of the line at which an incomplete head ends
         self.body: bytearray | None = None  # what has come of a chunked body
         self.body_pending = True  # whether bytes of the request may still be on their way, as until its head is good
-        self.waiting_for: Any = None
 
     def enter(self, phase: str, seconds: float) -> None:
         """Note what is done now, and for how long it may be done."""
@@ -1324,10 +1327,11 @@ class RequestHandler:
     def settle(self) -> None:
         """Go on as far as possible, and then watch for what is needed."""
         while self.received and self.state[0] in (IDLE, RECEIVING):
-            if self.state[0] == IDLE:
+            if self.request is None and not self.checked:
                 self.started = time.monotonic()
-                self.enter(RECEIVING, REQUEST_SECONDS)
             if not self.proceed():
+                if self.state[0] == IDLE:
+                    self.enter(RECEIVING, REQUEST_SECONDS)
                 break
         phase = self.state[0]
         if phase == CLOSING:
@@ -1393,17 +1397,16 @@ class RequestHandler:
 
     def authenticate(self, request: Request) -> bool:
         """Note the user who sends a request, or wait for the check of their password and return False."""
-        authenticator, authorization = self.server.authenticator, request.fields.headers.get("authorization")
-        user = authenticator.authenticate(authorization)
-        if user is None:
-            ticket, body_seconds = (
-                object(),
-                self.state[1] - time.monotonic(),
-            )  # a login's time is not the client's fault
-            authenticator.check(authorization or "", lambda check: self.resume(ticket, check, body_seconds))
-            self.waiting_for = ticket
-            self.enter(WAITING, CHECK_SECONDS)
-            return False
+        known_fields, user = self.login
+        # A row that is the very same object has not changed since it was compared with these fields.
+        if request.fields is not known_fields or self.server.reader.user(user.name) is not user:
+            authorization = request.fields.headers.get("authorization")
+            verified = self.server.authenticator.authenticate(authorization)
+            if verified is None:
+                self.wait_for_check(authorization or "")
+                return False
+            self.login = (request.fields, verified)
+            user = verified
         request.user = user
         if request.fields.body_length > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
@@ -1412,10 +1415,20 @@ class RequestHandler:
                 self.connection.send(CONTINUE)
         return True
 
+    def wait_for_check(self, authorization: str) -> None:
+        """Have a password checked before the request goes on."""
+        ticket = object()
+        # What a login takes is not the client's fault.
+        body_seconds = self.started + REQUEST_SECONDS - time.monotonic()
+        self.server.authenticator.check(authorization, lambda check: self.resume(ticket, check, body_seconds))
+        self.waiting_for = ticket
+        self.enter(WAITING, CHECK_SECONDS)
+
     def resume(self, ticket: object, check: Any, body_seconds: float) -> None:
         """Go on after the check of a password, unless that has taken too long."""
         if self.waiting_for is not ticket:
             return
+        self.waiting_for = None
         self.enter(RECEIVING, body_seconds)
         if isinstance(check, Exception):
             self.answer(as_http_error(check).response(self.accept()))
@@ -1452,6 +1465,7 @@ class RequestHandler:
             self.waiting_for = Change(lambda store: route.endpoint(store, request), self.finish)
             self.server.changes.append(self.waiting_for)
         else:
+            self.waiting_for = None
             self.enter(WAITING, math.inf)
             self.server.work(route.endpoint, request, self.finish)
         return None
@@ -1507,6 +1521,7 @@ class RequestHandler:
         elif phase != WAITING:
             self.enter(CLOSING, 0)
         elif self.server.withdraw(self.waiting_for):
+            self.waiting_for = None
             self.answer(HTTPError(503, "the server is too busy; try again", RETRY_AFTER).response(self.accept()))
         self.settle()
 
@@ -1728,6 +1743,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _may_commit(self) -> bool:
         """Tell whether the caller is to commit: there are changes, and no other thread is at it."""
+        if not self.changes:
+            return False
         with self._changes_lock:
             if not self.changes or self._committing:
                 return False
