@@ -31,9 +31,11 @@ import base64
 import collections
 import contextlib
 import email.utils
+import functools
 import getpass
 import hashlib
 import http.server
+import itertools
 import json
 import math
 import mmap
@@ -50,7 +52,6 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
 from typing import Any, NamedTuple, cast
 
 __version__ = "0.1.0"
@@ -94,6 +95,7 @@ CACHED_VALUE_BYTES_MAX = 4096
 
 CONNECTIONS_MAX = 256  # connections open at the same time; more wait in the listen queue
 RECEIVE_BYTES = 64 * 1024
+QUICK_BODY_BYTES_MAX = 16 * 1024  # to parse a longer body may take up to a second, during which others are served
 WORKERS_MAX = 4  # threads for requests that may take long
 LISTEN_BACKLOG = 128
 FIRST_BYTE_SECONDS = 10
@@ -696,15 +698,16 @@ class Fields(NamedTuple):
 
 
 class Request:
-    """A request; body and user are set when they are known. The query is still encoded."""
+    """A request; user, body and parameters are set when they are known. The query is still encoded."""
 
-    __slots__ = ("body", "fields", "method", "path", "query", "user")
+    __slots__ = ("body", "fields", "method", "parameters", "path", "query", "user")
 
     def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
         """Take what the head says."""
         self.method, self.path, self.query, self.fields = method, path, query, fields
-        self.body = b""
         self.user = NOBODY
+        self.body = b""
+        self.parameters: dict[str, str] | None = None
 
 
 def parse_request_line(line: str) -> tuple[str, str, bool]:
@@ -833,6 +836,9 @@ def take_trailers(received: bytearray, begin: int) -> bool:
     return end >= 0
 
 
+format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
+
+
 def encode_response(response: Response, date: str, connection: str, with_body: bool) -> bytes:
     """Return an answer as one string of bytes: a second write would wait for the first one's acknowledgement.
 
@@ -854,7 +860,7 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
 
 FORM = "application/x-www-form-urlencoded"
 FORM_WITH_VALUE = re.compile(rb"(?:^|&)value=")
-JSON_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|([\[{])|[\]}]', re.DOTALL)
+JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 TOO_MANY_PARAMETERS = f"there are more than {PARAMETERS_MAX} parameters"
 
 
@@ -908,12 +914,10 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_json_depth(text: str) -> None:
     """Raise ValueError when arrays and objects are nested more than JSON_DEPTH_MAX deep."""
-    if text.count("[") + text.count("{") <= JSON_DEPTH_MAX:
-        return
-    depth = 0
-    for match in JSON_STRING_OR_BRACKET.finditer(text):
-        depth += 1 if match[1] else -1 if match[0] in "]}" else 0
-        if depth > JSON_DEPTH_MAX:
+    if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
+        brackets = re.sub(r"[^][{}]", "", JSON_STRING.sub("", text))
+        depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
+        if max(depths, default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
 
 
@@ -944,7 +948,7 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
         raise HTTPError(400, "the JSON body is malformed, nested too deeply, or has a number too large") from None
 
 
-def parse_parameters(request: Request, body_may_be_value: bool = False) -> dict[str, str]:
+def parse_parameters(request: Request, body_may_be_value: bool) -> dict[str, str]:
     """Return the parameters of the query joined with those of a form body or of a JSON object; raise HTTPError.
 
     With body_may_be_value, a query that has a key but no value makes the body the value, whatever its declared type:
@@ -974,9 +978,9 @@ def utf8_length(name: str, text: str) -> int:
         raise HTTPError(400, f"the {name} has half of a surrogate pair, which is no character") from None
 
 
-def require_key(parameters: Mapping[str, str]) -> str:
+def require_key(request: Request) -> str:
     """Return the parameter key; raise HTTPError when it is missing or cannot be a key."""
-    key = parameters.get("key")
+    key = (request.parameters or {}).get("key")
     if key is None:
         raise HTTPError(400, "the parameter key is missing; send it as in ?key=door")
     if not 1 <= utf8_length("key", key) <= KEY_BYTES_MAX or "\0" in key:
@@ -984,9 +988,9 @@ def require_key(parameters: Mapping[str, str]) -> str:
     return key
 
 
-def require_value(parameters: Mapping[str, str]) -> str:
+def require_value(request: Request) -> str:
     """Return the parameter value; raise HTTPError when it is missing or cannot be a value."""
-    value = parameters.get("value")
+    value = (request.parameters or {}).get("value")
     if value is None:
         raise HTTPError(400, "the parameter value is missing; send it as in ?key=door&value=open, or as the body")
     if utf8_length("value", value) > VALUE_BYTES_MAX:
@@ -1140,14 +1144,13 @@ UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
 
 def set_value(store: Store, request: Request) -> Response:
     """Store a value under a key."""
-    parameters = parse_parameters(request, body_may_be_value=True)
-    store.set_value(request.user.id, require_key(parameters), require_value(parameters))
+    store.set_value(request.user.id, require_key(request), require_value(request))
     return Response(b"Success")
 
 
 def get_value(store: Store, request: Request) -> Response:
     """Answer with the value of a key as it was stored."""
-    value = store.value(request.user.id, require_key(parse_parameters(request)))
+    value = store.value(request.user.id, require_key(request))
     if value is None:
         raise HTTPError(404, UNKNOWN_KEY)
     return Response(value)
@@ -1155,20 +1158,18 @@ def get_value(store: Store, request: Request) -> Response:
 
 def delete_pair(store: Store, request: Request) -> Response:
     """Remove a key and its value."""
-    if not store.delete_pair(request.user.id, require_key(parse_parameters(request))):
+    if not store.delete_pair(request.user.id, require_key(request)):
         raise HTTPError(404, UNKNOWN_KEY)
     return Response(b"Successfully removed state")
 
 
 def list_pairs(store: Store, request: Request) -> Response:
     """Answer with all keys and values of the user as one JSON object."""
-    parse_parameters(request)  # for its errors: it takes none
     return Response(store.pairs_as_json(request.user.id), content_type=JSON)
 
 
 def check_health(store: Store, request: Request) -> Response:
     """Answer whether the database can be read."""
-    parse_parameters(request)  # for its errors: it takes none, and no body, which anybody could send, is read
     store.check()
     return Response(b"ok")
 
@@ -1192,10 +1193,11 @@ class Route(NamedTuple):
     endpoint: Endpoint
     who: str
     where: str
+    body_may_be_value: bool = False
 
 
 ROUTES = (
-    Route("/set", ("GET", "POST", "PUT"), set_value, USER, WRITER),
+    Route("/set", ("GET", "POST", "PUT"), set_value, USER, WRITER, body_may_be_value=True),
     Route("/get", ("GET", "HEAD"), get_value, USER, LEADER),
     Route("/del", ("GET", "POST", "PUT"), delete_pair, USER, WRITER),
     Route("/list", ("GET", "HEAD"), list_pairs, USER, WORKER),
@@ -1256,9 +1258,7 @@ def as_http_error(error: Exception) -> HTTPError:
 
 def log_request(request: Request, status: int, seconds: float, address: str) -> None:
     """Log an answered request: its key, but not its value nor the query as it came."""
-    key = ""
-    with contextlib.suppress(HTTPError):
-        key = (dict(parse_form(request.query)).get("key") or parse_parameters(request).get("key", ""))[:KEY_BYTES_MAX]
+    key = (request.parameters or {}).get("key", "")[:KEY_BYTES_MAX]
     path = request.path[:KEY_BYTES_MAX]
     line = f"request: method={request.method} path={path!r} key={key!r} status={status}"
     log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={request.user.name!r} address={address}")
@@ -1393,6 +1393,8 @@ class RequestHandler:
                 return None
             if self.body_pending and not self.take_body(request):
                 return None
+        if request.parameters is None and not self.parse(self.route, request):
+            return None
         return self.run(self.route, request)
 
     def authenticate(self, request: Request) -> bool:
@@ -1456,6 +1458,25 @@ class RequestHandler:
         self.body_pending = False
         return True
 
+    def parse(self, route: Route, request: Request) -> bool:
+        """Note the parameters of a request, or have that done elsewhere if it may take long and return False."""
+        if len(request.body) <= QUICK_BODY_BYTES_MAX:
+            request.parameters = parse_parameters(request, route.body_may_be_value)
+            return True
+
+        def go_on(outcome: Any) -> None:
+            if isinstance(outcome, Exception):
+                self.finish(outcome)
+                return
+            request.parameters = outcome
+            self.enter(RECEIVING, REQUEST_SECONDS)
+            self.proceed()
+            self.settle()
+
+        self.enter(WAITING, math.inf)
+        self.server.work(lambda: parse_parameters(request, route.body_may_be_value), go_on)
+        return False
+
     def run(self, route: Route, request: Request) -> Response | None:
         """Run the endpoint of a request here, or elsewhere if it may have to wait, and then return None."""
         if route.where == LEADER:
@@ -1465,9 +1486,13 @@ class RequestHandler:
             self.waiting_for = Change(lambda store: route.endpoint(store, request), self.finish)
             self.server.changes.append(self.waiting_for)
         else:
-            self.waiting_for = None
+
+            def run() -> Response:
+                with contextlib.closing(Store(self.server.path)) as store:
+                    return route.endpoint(store, request)
+
             self.enter(WAITING, math.inf)
-            self.server.work(route.endpoint, request, self.finish)
+            self.server.work(run, self.finish)
         return None
 
     def finish(self, outcome: Response | Exception) -> None:
@@ -1485,7 +1510,7 @@ class RequestHandler:
         if request and self.server.log_requests:
             log_request(request, response.status, time.monotonic() - self.started, self.address)
         with_body = not request or request.method != "HEAD"
-        self.unsent = encode_response(response, self.server.date(), connection, with_body)
+        self.unsent = encode_response(response, format_date(int(time.time()), usegmt=True), connection, with_body)
         self.after_answer = IDLE if keep_alive else LINGERING if self.body_pending else CLOSING
         if not keep_alive:
             self.received.clear()
@@ -1579,7 +1604,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
         self._finished = False
-        self._date = (0, "")
         super().__init__(address, cast(Any, RequestHandler))
         for end in (self.socket, self._woken, self._waker):
             end.setblocking(False)
@@ -1607,13 +1631,6 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self, host: str) -> str:
         """Return the URL of this server under the given host."""
         return f"http://[{host}]:{self.server_port}" if ":" in host else f"http://{host}:{self.server_port}"
-
-    def date(self) -> str:
-        """Return the value of the Date header, formatted once a second."""
-        now = int(time.time())
-        if self._date[0] != now:
-            self._date = (now, email.utils.formatdate(now, usegmt=True))
-        return self._date[1]
 
     def run(self) -> None:
         """Serve until stop is called, and finish what is under way."""
@@ -1711,14 +1728,9 @@ class Server(http.server.ThreadingHTTPServer):
         if was_full:
             self._resume_accepting()
 
-    def work(self, endpoint: Endpoint, request: Request, done: Callable[[Any], None]) -> None:
-        """Run an endpoint in a thread of the pool, with a store of its own."""
-
-        def run() -> Response:
-            with contextlib.closing(Store(self.path)) as store:
-                return endpoint(store, request)
-
-        self._workers.submit(run, lambda outcome: self.post(lambda: done(outcome)))
+    def work(self, function: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Run a function in a thread of the pool, and have the leader call done with what it returned or raised."""
+        self._workers.submit(function, lambda outcome: self.post(lambda: done(outcome)))
 
     def renew_hash(self, check: Check) -> None:
         """Store the hash that is to replace an outdated one."""
@@ -1776,7 +1788,9 @@ class Server(http.server.ThreadingHTTPServer):
         with self._changes_lock:
             changes, self.changes = self.changes, []
         state = self.reader.state()
-        outcomes = repeat(failure) if failure else self.writer.commit([change.operation for change in changes])
+        outcomes = (
+            itertools.repeat(failure) if failure else self.writer.commit([change.operation for change in changes])
+        )
         if leading:
             self.reader.keep_rows(state, self.writer.changed_pairs)
         for change, outcome in zip(changes, outcomes):

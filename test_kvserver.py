@@ -637,6 +637,28 @@ class Bodies(ServerCase):
         self.assertIn(b"HTTP/1.1 400 ", self.exchange(self.raw("POST /set?key=c HTTP/1.0")))
         self.assertEqual({"a": "1", "b": "1"}, self.pairs())
 
+    def test_a_long_body_is_read_while_others_are_served(self) -> None:
+        parsing, release = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+        parse = kvserver.parse_parameters
+
+        def parse_slowly(request: kvserver.Request, body_may_be_value: bool) -> dict[str, str]:
+            if request.body:
+                parsing.set()
+                self.assertTrue(release.wait(WAIT_SECONDS))
+            return parse(request, body_may_be_value)
+
+        self.enter(mock.patch.object(kvserver, "parse_parameters", parse_slowly))
+        connection = self.connect()
+        body = b"key=a&value=" + b"%41" * kvserver.QUICK_BODY_BYTES_MAX
+        headers = ("Content-Type: " + kvserver.FORM, f"Content-Length: {len(body)}")
+        connection.sendall(self.raw("POST /set HTTP/1.1", *headers, body=body))
+        self.assertTrue(parsing.wait(WAIT_SECONDS))
+        self.assertIsNone(self.get("a"))
+        release.set()
+        self.assertTrue(connection.recv(65536).endswith(b"Success"))
+        self.assertEqual(b"A" * kvserver.QUICK_BODY_BYTES_MAX, self.get("a"))
+
     def test_chunked_body(self) -> None:
         chunks = b'2;x="y"\r\nop\r\n2\r\nen\r\n0\r\nTrailer: x\r\n\r\n'
         answer = self.exchange(
