@@ -1176,8 +1176,8 @@ def check_health(store: Store, request: Request) -> Response:
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
 # The HTTP surface in one table, the handler that serves one connection, and the server that accepts connections and
-# hands them to threads. Sockets have no time-outs of their own: a handler notes until when it may wait, and the server
-# closes what is overdue, so that a client that sends a byte now and then gains nothing.
+# calls the handlers when there is something to do. No socket blocks: a handler notes until when it may wait, and the
+# server ends what is overdue, so that a client that sends a byte now and then gains nothing.
 
 ANYONE, USER = "anyone", "user"  # who may send a request: ANYONE without a login, USER with one
 # Where an endpoint runs: what answers at once in the leading thread; what changes something in the writer's transaction,
@@ -1484,7 +1484,7 @@ class RequestHandler:
         if route.where == WRITER:
             self.enter(WAITING, DATABASE_LOCK_SECONDS)
             self.waiting_for = Change(lambda store: route.endpoint(store, request), self.finish)
-            self.server.changes.append(self.waiting_for)
+            self.server.change(self.waiting_for)
         else:
 
             def run() -> Response:
@@ -1597,7 +1597,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._changes_lock = threading.Lock()
         self._committing = False
         self._leading = threading.Lock()
-        self._leader = 0  # its thread identifier
+        self._leader = 0  # the thread identifier of who leads, while anybody does
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._woken, self._waker = socket.socketpair()
         self._workers = Pool(WORKERS_MAX)
@@ -1652,6 +1652,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._leader = threading.get_ident()
                 while not (may_commit := self._may_commit()) and not self._finished:
                     self._serve_ready()
+                self._leader = 0
             if may_commit:
                 self._commit(leading=False)
 
@@ -1695,7 +1696,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept a connection, and serve its first request if that is there already."""
         try:
             connection, address = self.get_request()
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionError):  # the client did not wait
             return
         except OSError as error:
             log("ERROR", f"cannot accept a connection: {error.strerror}")
@@ -1741,7 +1742,12 @@ class Server(http.server.ThreadingHTTPServer):
                 if isinstance(outcome, Exception):  # the old hash is good too
                     log("WARNING", f"cannot store a new password hash: user={check.name!r} error={outcome}")
 
-            self.changes.append(Change(lambda store: store.renew_password_hash(user, check.renewed_hash), report))
+            self.change(Change(lambda store: store.renew_password_hash(user, check.renewed_hash), report))
+
+    def change(self, change: Change) -> None:
+        """Have a change made by the next transaction."""
+        with self._changes_lock:  # or it might be added to a list that has just been taken
+            self.changes.append(change)
 
     def withdraw(self, waited_for: object) -> bool:
         """Call off a change or the check of a password that a request waits for; return whether that was possible."""
@@ -1794,7 +1800,7 @@ class Server(http.server.ThreadingHTTPServer):
         if leading:
             self.reader.keep_rows(state, self.writer.changed_pairs)
         for change, outcome in zip(changes, outcomes):
-            change.done(outcome)
+            self._call(functools.partial(change.done, outcome))
         return True
 
     def service_actions(self) -> None:
