@@ -106,6 +106,7 @@ LINGER_SECONDS = 2
 DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
 LOCK_POLL_SECONDS = 0.02
 QUICK_COMMIT_SECONDS = 0.002  # a disk that took no longer for the last commit is not worth a change of threads
+STALL_SECONDS = 0.1  # how long such a disk may hold up the leading thread before the other one leads
 RETRY_AFTER_SECONDS = 5
 POLL_SECONDS = 0.25  # how often the server looks for connections that are overdue
 STOP_POLL_SECONDS = 0.01
@@ -1571,9 +1572,9 @@ class Server(http.server.ThreadingHTTPServer):
     """Accepts connections and serves them until it is told to stop.
 
     A request that need not wait is answered by the thread that received it, since to wake another one would take longer
-    than the request. Two threads run serve_forever: one leads, that is, waits for connections and serves them; when
-    there is something to commit, and the disk is slow, it leaves the lead to the other one and commits. The pools'
-    threads check passwords and run what may take long.
+    than the request. Two threads run serve_forever. One leads: it waits for connections and serves them. When there is
+    something to commit it does so itself if the disk is quick, and else leaves the lead to the other one first; that
+    one also takes the lead when a quick disk is slow for once. Pools of threads check passwords and do what takes long.
     """
 
     request_queue_size = LISTEN_BACKLOG
@@ -1596,6 +1597,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.changes: list[Change] = []  # to be made by the next transaction
         self._changes_lock = threading.Lock()
         self._committing = False
+        self._commit_begun = math.inf  # monotonic seconds, while the leader commits
         self._leading = threading.Lock()
         self._leader = 0  # the thread identifier of who leads, while anybody does
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
@@ -1634,10 +1636,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def run(self) -> None:
         """Serve until stop is called, and finish what is under way."""
-        second = threading.Thread(target=self.serve_forever)
-        second.start()
-        self.serve_forever()
-        second.join()
+        # The caller's thread only waits: signal handlers run there, also while a disk holds up a commit.
+        threads = [threading.Thread(target=self.serve_forever, args=(POLL_SECONDS,), daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         self.server_close()
 
     def stop(self) -> None:
@@ -1648,23 +1652,37 @@ class Server(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Lead or commit, in turns with the other thread, until the server has stopped."""
         while not self._finished:
-            with self._leading:
-                self._leader = threading.get_ident()
-                while not (may_commit := self._may_commit()) and not self._finished:
-                    self._serve_ready()
+            self._take_lead(poll_interval)
+            leads, may_commit = True, False
+            while leads and not self._finished and not may_commit:
+                leads = self._serve_ready(poll_interval)
+                may_commit = leads and self._may_commit()
+            if leads:
                 self._leader = 0
+                self._leading.release()
             if may_commit:
                 self._commit(leading=False)
 
-    def _serve_ready(self) -> None:
-        """Serve what is ready, then commit at once if the disk is quick."""
-        for key, _ in self.selector.select(STOP_POLL_SECONDS if self.stopping else POLL_SECONDS):
+    def _take_lead(self, poll_interval: float) -> None:
+        """Wait until nobody leads, or until who leads has been held up by a commit for long, and lead."""
+        while not self._leading.acquire(timeout=poll_interval):
+            with self._changes_lock:
+                if self._commit_begun + STALL_SECONDS < time.monotonic():
+                    self._commit_begun = math.inf
+                    self._leader = threading.get_ident()
+                    return
+        self._leader = threading.get_ident()
+
+    def _serve_ready(self, poll_interval: float) -> bool:
+        """Serve what is ready, then commit at once if the disk is quick; tell whether the caller still leads."""
+        for key, _ in self.selector.select(STOP_POLL_SECONDS if self.stopping else poll_interval):
             self._call(key.data, key.fileobj)
-        if self.writer.commit_seconds < QUICK_COMMIT_SECONDS and self._may_commit():
-            self._commit(leading=True)
+        if self.writer.commit_seconds < QUICK_COMMIT_SECONDS and self._may_commit() and not self._commit(leading=True):
+            return False
         while self._posted:
             self._call(self._posted.popleft())
         self.service_actions()
+        return True
 
     def _call(self, function: Callable[[], object], connection: Any = None) -> None:
         """Call what is due, and let no mistake in it end the server."""
@@ -1769,10 +1787,11 @@ class Server(http.server.ThreadingHTTPServer):
             self._committing = True
             return True
 
-    def _commit(self, leading: bool) -> None:
-        """Make the changes that wait, all in one transaction, and then those that have come meanwhile."""
+    def _commit(self, leading: bool) -> bool:
+        """Make the changes that wait in one transaction, then those that have come meanwhile; return if still leading."""
         while True:
             committed = self._commit_once(leading)
+            leading = leading and self._leader == threading.get_ident()
             if not committed:
                 self.writer.commit_seconds = math.inf  # the leader must not wait: it answers those who wait too long
                 if not leading:
@@ -1780,7 +1799,7 @@ class Server(http.server.ThreadingHTTPServer):
             with self._changes_lock:
                 self._committing = bool(self.changes) and (committed or not leading)
                 if not self._committing:
-                    return
+                    return leading
 
     def _commit_once(self, leading: bool) -> bool:
         """Make the changes that wait in one transaction; return whether the lock for it was free."""
@@ -1793,10 +1812,16 @@ class Server(http.server.ThreadingHTTPServer):
             failure = error
         with self._changes_lock:
             changes, self.changes = self.changes, []
+            if leading:
+                self._commit_begun = time.monotonic()
         state = self.reader.state()
         outcomes = (
             itertools.repeat(failure) if failure else self.writer.commit([change.operation for change in changes])
         )
+        with self._changes_lock:
+            leading = leading and self._leader == threading.get_ident()
+            if leading:
+                self._commit_begun = math.inf
         if leading:
             self.reader.keep_rows(state, self.writer.changed_pairs)
         for change, outcome in zip(changes, outcomes):

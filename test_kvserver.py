@@ -936,53 +936,51 @@ class Commits(ServerCase):
         self.assertEqual([4], sizes)
         self.assertEqual({"a": "1", "c": "1"}, self.pairs())
 
-    def test_reads_do_not_wait_for_a_slow_commit(self) -> None:
+    @contextlib.contextmanager
+    def held_up_commit(self, last_commit_seconds: float) -> Iterator[tuple[socket.socket, threading.Event]]:
+        """Have a write of 2 to the key a wait for its commit, and give its connection and what lets it go on."""
         self.request("GET", "/set?key=a&value=1")
         committing, release = threading.Event(), threading.Event()
-        self.addCleanup(release.set)
         commit = self.server.writer.commit
 
-        def commit_slowly(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
+        def wait_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
             committing.set()
             self.assertTrue(release.wait(WAIT_SECONDS))
             return commit(operations)
 
-        self.server.writer.commit_seconds = 1
-        with mock.patch.object(self.server.writer, "commit", commit_slowly):
-            first, second = self.connect(), self.connect()
-            first.sendall(self.raw("GET /set?key=a&value=2 HTTP/1.1"))
-            self.assertTrue(committing.wait(WAIT_SECONDS))
-            second.sendall(self.raw("GET /set?key=b&value=2 HTTP/1.1"))  # a further write does not disturb them either
-            wait_until(lambda: len(self.server.changes) == 1)
-            self.assertEqual((b"1", None), (self.get("a"), self.get("b")))
-            release.set()
-            for connection in (first, second):
-                self.assertTrue(connection.recv(65536).endswith(b"Success"))
-        self.assertEqual((b"2", b"2"), (self.get("a"), self.get("b")))
+        self.server.writer.commit_seconds = last_commit_seconds
+        with mock.patch.object(self.server.writer, "commit", wait_and_commit):
+            try:
+                connection = self.connect()
+                connection.sendall(self.raw("GET /set?key=a&value=2 HTTP/1.1"))
+                self.assertTrue(committing.wait(WAIT_SECONDS))
+                yield connection, release
+            finally:
+                release.set()
+
+    def test_reads_do_not_wait_for_a_commit(self) -> None:
+        for last_commit_seconds in (1, 0):  # also when the disk was quick the last time
+            with self.subTest(last_commit_seconds), self.held_up_commit(last_commit_seconds) as (first, release):
+                second = self.connect()
+                second.sendall(self.raw("GET /set?key=b&value=2 HTTP/1.1"))
+                wait_until(lambda: len(self.server.changes) == 1)
+                self.assertEqual((b"1", None), (self.get("a"), self.get("b")))
+                release.set()
+                for connection in (first, second):
+                    self.assertTrue(connection.recv(65536).endswith(b"Success"))
+                self.assertEqual((b"2", b"2"), (self.get("a"), self.get("b")))
+                self.request("GET", "/del?key=b")
 
     def test_a_write_that_waits_behind_a_slow_commit_is_503_after_a_while(self) -> None:
-        self.request("GET", "/set?key=a&value=1")
-        committing, release = threading.Event(), threading.Event()
-        self.addCleanup(release.set)
-        commit = self.server.writer.commit
-
-        def commit_slowly(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
-            committing.set()
-            self.assertTrue(release.wait(WAIT_SECONDS))
-            return commit(operations)
-
         self.enter(mock.patch.object(kvserver, "DATABASE_LOCK_SECONDS", 0.05))
-        self.server.writer.commit_seconds = 1
-        with mock.patch.object(self.server.writer, "commit", commit_slowly):
-            first = self.connect()
-            first.sendall(self.raw("GET /set?key=a&value=2 HTTP/1.1"))
-            self.assertTrue(committing.wait(WAIT_SECONDS))
-            answer = self.request("GET", "/set?key=b&value=2")
-            self.assertEqual((503, "5"), (answer.status, answer.headers["retry-after"]))
-            release.set()
-            # Nobody can know whether a commit under way will succeed, so its write is answered only when it ends.
-            self.assertTrue(first.recv(65536).endswith(b"Success"))
-        self.assertEqual({"a": "2"}, self.pairs())
+        for last_commit_seconds in (1, 0):
+            with self.subTest(last_commit_seconds), self.held_up_commit(last_commit_seconds) as (first, release):
+                answer = self.request("GET", "/set?key=b&value=2")
+                self.assertEqual((503, "5"), (answer.status, answer.headers["retry-after"]))
+                release.set()
+                # Nobody can know whether a commit under way will succeed, so its write is answered only when it ends.
+                self.assertTrue(first.recv(65536).endswith(b"Success"))
+                self.assertEqual({"a": "2"}, self.pairs())
 
     def test_one_thread_at_a_time_commits_and_no_write_is_lost(self) -> None:
         inside: list[int] = []
