@@ -426,7 +426,9 @@ class Store:
         finally:
             if self._connection.in_transaction:
                 self._roll_back()
-        return [outcome for operation in operations for outcome in self._commit_alone(operation)]
+        outcomes = [outcome for operation in operations for outcome in self._commit_alone(operation)]
+        self.changed_pairs = None  # several commits, of which only the last one's pairs are known
+        return outcomes
 
     def _commit_alone(self, operation: Callable[[Store], Any]) -> list[Any]:
         """Run an operation in a transaction of its own and return what it returned or raised, as a list."""
@@ -510,7 +512,7 @@ class CachingStore(Store):
         self._rows_state = b""  # the header that _rows belong to
         self.check()  # the first read makes the file
         # It stays open, because closing any descriptor of a file drops all locks that the process has on it (POSIX).
-        self._shared_file = open(self.path + "-shm", "rb")  # noqa: SIM115
+        self._shared_file = open(os.path.realpath(self.path) + "-shm", "rb")  # noqa: SIM115
         self._shared = mmap.mmap(self._shared_file.fileno(), WAL_HEADERS_BYTES, access=mmap.ACCESS_READ)
 
     def close(self) -> None:
@@ -1073,8 +1075,8 @@ class Authenticator:
         self._secret = secrets.token_bytes(32)
         # One thread runs scrypt, because the allocator keeps 16 MiB for each thread that has ever run it.
         self._scrypt = Pool(1)
-        # Who waits for a check in that thread, by the same keyed hash.
-        self._waiting: dict[bytes, list[Callable[[Any], None]]] = {}
+        # Who waits for a check in that thread, by the same keyed hash and the row that is checked against.
+        self._waiting: dict[tuple[bytes, User | None], list[Callable[[Any], None]]] = {}
 
     def _digest(self, authorization: str) -> bytes:
         """Return the keyed hash under which an Authorization header is remembered."""
@@ -1098,10 +1100,6 @@ class Authenticator:
         They are remembered if they are right. Requests with the same header share one check. Raises HTTPError when too
         many wait, or for another scheme.
         """
-        digest = self._digest(authorization)
-        if digest in self._waiting:
-            self._waiting[digest].append(done)
-            return
         scheme, _, encoded = authorization.partition(" ")
         if scheme.lower() != "basic":
             raise HTTPError(401, "this authentication scheme is not supported; use HTTP Basic", CHALLENGE)
@@ -1109,13 +1107,19 @@ class Authenticator:
         if not name or not password:
             self._post(lambda: done(Check(name)))
             return
+        user = self._store.user(name)
+        # With the row in it, a request that comes after a change of the password does not join an older check.
+        check_key = (self._digest(authorization), user)
+        if check_key in self._waiting:
+            self._waiting[check_key].append(done)
+            return
         if len(self._waiting) >= CHECKS_MAX:
             raise HTTPError(503, CHECK_REFUSED, RETRY_AFTER)
-        user = self._store.user(name)
         self._scrypt.submit(
-            lambda: self._verify(name, password, user), lambda check: self._post(lambda: self._finish(digest, check))
+            lambda: self._verify(name, password, user),
+            lambda check: self._post(lambda: self._finish(check_key, check)),
         )
-        self._waiting[digest] = [done]
+        self._waiting[check_key] = [done]
 
     def _verify(self, name: str, password: str, user: User | None) -> Check:
         """Check a password; runs in the scrypt thread."""
@@ -1124,13 +1128,14 @@ class Authenticator:
         is_current = user.password_hash.startswith(hash_parameters())
         return Check(name, user, "" if is_current else hash_password(password))
 
-    def _finish(self, digest: bytes, check: Any) -> None:
+    def _finish(self, check_key: tuple[bytes, User | None], check: Any) -> None:
         """Remember credentials that are right, and tell all who wait."""
         if isinstance(check, Check) and check.user:
             if len(self._verified) >= CREDENTIALS_MAX:
                 del self._verified[next(iter(self._verified))]
-            self._verified[digest] = (check.name, (check.user.password_hash, check.renewed_hash))
-        for done in self._waiting.pop(digest):
+            hashes = (check.user.password_hash, check.renewed_hash or check.user.password_hash)
+            self._verified[check_key[0]] = (check.name, hashes)
+        for done in self._waiting.pop(check_key):
             done(check)
 
 
@@ -1327,13 +1332,14 @@ class RequestHandler:
 
     def settle(self) -> None:
         """Go on as far as possible, and then watch for what is needed."""
-        while self.received and self.state[0] in (IDLE, RECEIVING):
+        if self.received and self.state[0] in (IDLE, RECEIVING):
             if self.request is None and not self.checked:
                 self.started = time.monotonic()
             if not self.proceed():
                 if self.state[0] == IDLE:
                     self.enter(RECEIVING, REQUEST_SECONDS)
-                break
+            elif self.received and self.state[0] == IDLE:
+                self.server.post(self.settle)  # the next request waits until the other connections have had their turn
         phase = self.state[0]
         if phase == CLOSING:
             self.watch(0)
@@ -1539,16 +1545,18 @@ class RequestHandler:
                 self.connection.shutdown(socket.SHUT_WR)
         self.enter(self.after_answer, LINGER_SECONDS if self.after_answer == LINGERING else IDLE_SECONDS)
 
-    def give_up(self) -> None:
-        """Do what is to be done when the time for the phase is up."""
-        phase = self.state[0]
+    def give_up(self, phase: str) -> None:
+        """Do what is to be done when the time for a phase is up."""
+        if phase == IDLE:
+            self.receive()  # a request may have come at the last moment
+            self.settle()
         if phase == RECEIVING:
             self.answer(HTTPError(408, "the request has not come in time").response(self.accept()))
-        elif phase != WAITING:
-            self.enter(CLOSING, 0)
-        elif self.server.withdraw(self.waiting_for):
+        elif phase == WAITING and self.server.withdraw(self.waiting_for):
             self.waiting_for = None
             self.answer(HTTPError(503, "the server is too busy; try again", RETRY_AFTER).response(self.accept()))
+        elif phase == self.state[0] != WAITING:
+            self.enter(CLOSING, 0)
         self.settle()
 
 
@@ -1634,15 +1642,21 @@ class Server(http.server.ThreadingHTTPServer):
         """Return the URL of this server under the given host."""
         return f"http://[{host}]:{self.server_port}" if ":" in host else f"http://{host}:{self.server_port}"
 
-    def run(self) -> None:
-        """Serve until stop is called, and finish what is under way."""
+    def run(self) -> bool:
+        """Serve until stop is called, finish what is under way, and tell whether that came to an end in time."""
         # The caller's thread only waits: signal handlers run there, also while a disk holds up a commit.
         threads = [threading.Thread(target=self.serve_forever, args=(POLL_SECONDS,), daemon=True) for _ in range(2)]
         for thread in threads:
             thread.start()
+        while not self.stopping:
+            time.sleep(POLL_SECONDS)
+        give_up = time.monotonic() + EXIT_SECONDS
         for thread in threads:
-            thread.join()
+            thread.join(max(0, give_up - time.monotonic()))
+        if any(thread.is_alive() for thread in threads):
+            return False
         self.server_close()
+        return True
 
     def stop(self) -> None:
         """Make run end. This is safe in a signal handler: it only sets a flag, and wakes the leader."""
@@ -1675,14 +1689,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _serve_ready(self, poll_interval: float) -> bool:
         """Serve what is ready, then commit at once if the disk is quick; tell whether the caller still leads."""
-        for key, _ in self.selector.select(STOP_POLL_SECONDS if self.stopping else poll_interval):
+        seconds = 0 if self._posted else STOP_POLL_SECONDS if self.stopping else poll_interval
+        for key, _ in self.selector.select(seconds):
             self._call(key.data, key.fileobj)
-        if self.writer.commit_seconds < QUICK_COMMIT_SECONDS and self._may_commit() and not self._commit(leading=True):
-            return False
-        while self._posted:
+        for _ in range(len(self._posted)):  # what these post in turn waits for the next round
             self._call(self._posted.popleft())
         self.service_actions()
-        return True
+        quick = self.writer.commit_seconds < QUICK_COMMIT_SECONDS
+        return not quick or not self._may_commit() or self._commit(leading=True)
 
     def _call(self, function: Callable[[], object], connection: Any = None) -> None:
         """Call what is due, and let no mistake in it end the server."""
@@ -1797,7 +1811,7 @@ class Server(http.server.ThreadingHTTPServer):
                 if not leading:
                     time.sleep(LOCK_POLL_SECONDS)
             with self._changes_lock:
-                self._committing = bool(self.changes) and (committed or not leading)
+                self._committing = bool(self.changes) and (committed or not leading) and not self._finished
                 if not self._committing:
                     return leading
 
@@ -1841,7 +1855,7 @@ class Server(http.server.ThreadingHTTPServer):
         for connection, handler in list(self.connections.items()):
             phase, deadline = handler.state
             if min(deadline, self._stop_begun + stop_seconds.get(phase, STOP_REQUEST_SECONDS)) < now:
-                self._call(handler.give_up, connection)
+                self._call(functools.partial(handler.give_up, phase), connection)
         self._finished = self.stopping and not self.connections or now > self._stop_begun + STOP_SECONDS
 
     def _begin_stop(self, now: float) -> None:
@@ -2090,22 +2104,17 @@ def serve(arguments: argparse.Namespace) -> None:
             reason = error.strerror if isinstance(error, OSError) else "this is no host name"
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
             raise CommandError(f"cannot listen on {where}: {reason}; see --host and --port") from None
-        # What a commit has written is on the disk, and an answer that takes long to compute cannot be called off: an end
-        # in the middle of things loses nothing.
-        last_resort = threading.Timer(EXIT_SECONDS, os._exit, [0])
-        last_resort.daemon = True
-
-        def stop(*_: object) -> None:
-            if not server.stopping:  # impatience changes nothing
-                last_resort.start()
-                server.stop()
-
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+            signal.signal(number, lambda *_: server.stop())
         log("INFO", f"started: database={store.path}")
         announce(server, store)
-        server.run()
-    log("INFO", "stopped")
+        finished = server.run()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # impatience must not change the exit code
+        log("INFO", "stopped")
+        if not finished:
+            # A disk holds up a commit. What was answered is on it, so an end in the middle of things loses nothing.
+            os._exit(0)
 
 
 def build_parser() -> argparse.ArgumentParser:
