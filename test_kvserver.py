@@ -873,6 +873,16 @@ class Checks(ServerCase):
         self.assertIn(b" 401 ", connection.recv(65536))
         self.assertEqual(2, len(self.checked))
 
+    def test_a_request_after_a_change_of_password_does_not_join_an_older_check(self) -> None:
+        early = self.send_login("the new password")
+        wait_until(lambda: bool(self.checked))
+        self.store.set_password_hash("alice", kvserver.hash_password("the new password"))
+        late = self.send_login("the new password")
+        wait_until(lambda: len(self.server.authenticator._waiting) == 2)
+        self.release.set()
+        self.assertIn(b" 401 ", early.recv(65536))
+        self.assertIn(b" 404 ", late.recv(65536))
+
     def test_a_start_runs_no_scrypt(self) -> None:
         self.release.set()
         self.stop()
@@ -1017,6 +1027,23 @@ class Commits(ServerCase):
                 writer.join()
         self.assertEqual([], problems)
         self.assertEqual({f"writer{number}": "99" for number in range(8)}, self.pairs())
+
+    def test_a_commit_that_fails_leaves_no_stale_row(self) -> None:
+        self.request("GET", "/set?key=a&value=old")
+        reader = kvserver.CachingStore(self.database)
+        self.addCleanup(reader.close)
+        self.assertEqual(b"old", reader.value(1, "a"))
+
+        def fail(store: kvserver.Store) -> None:
+            store._execute("ROLLBACK")  # as SQLite does when the disk is full
+            raise sqlite3.OperationalError("database or disk is full")
+
+        self.store.begin()
+        state = reader.state()
+        outcomes = self.store.commit([lambda store: store.set_value(1, "a", "new"), fail])
+        reader.keep_rows(state, self.store.changed_pairs)
+        self.assertIsNone(outcomes[0])
+        self.assertEqual(b"new", reader.value(1, "a"))
 
     def test_what_another_process_writes_is_read_at_once(self) -> None:
         for number in range(100):
@@ -1386,6 +1413,31 @@ class Connections(ServerCase):
         self.assertIn(b" 404 ", connection.recv(65536))
         (accepted,) = self.server.connections
         self.assertTrue(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    def test_who_sends_many_requests_at_once_gets_one_answer_a_round(self) -> None:
+        self.stop()
+        server = kvserver.Server(self.database, "127.0.0.1", 0)
+        answered: list[str] = []
+        answer = kvserver.RequestHandler.answer
+
+        def note_and_answer(handler: kvserver.RequestHandler, response: kvserver.Response) -> None:
+            answered.append(handler.request.path if handler.request else "")
+            answer(handler, response)
+
+        self.enter(mock.patch.object(kvserver.RequestHandler, "answer", note_and_answer))
+        clients = [socket.create_connection(("127.0.0.1", server.server_port), WAIT_SECONDS) for _ in range(2)]
+        for client, path, count in zip(clients, ("many", "one"), (500, 1)):
+            self.addCleanup(client.close)
+            client.sendall(f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * count)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            self.assertIn(b" 404 ", clients[1].recv(65536))
+            wait_until(lambda: answered.count("/many") == 500)
+        finally:
+            server.stop()
+            thread.join(WAIT_SECONDS)
+        self.assertLess(answered.index("/one"), 10)
 
     def test_what_comes_while_a_request_waits_is_answered_after_it(self) -> None:
         with locked(self.database):
@@ -2094,6 +2146,27 @@ class Serving(CommandCase):
                 self.assertEqual(["test.db"], [name for name in os.listdir(self.folder) if name.startswith("test.db")])
                 assert process.stderr
                 self.assertNotIn("Traceback", process.stderr.read())
+
+    def test_signals_that_come_twice_change_nothing(self) -> None:
+        self.add_user("alice")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            for _ in range(3):
+                with self.subTest(number), self.serving() as (process, _, _):
+                    process.send_signal(signal.SIGTERM)
+                    process.send_signal(number)
+                    self.assertEqual(0, process.wait(WAIT_SECONDS))
+                    assert process.stderr
+                    self.assertNotIn("Traceback", process.stderr.read())
+
+    def test_a_database_may_be_a_symbolic_link(self) -> None:
+        self.add_user("alice")
+        link = os.path.join(self.folder, "link.db")
+        folder = os.path.join(self.folder, "elsewhere")
+        os.mkdir(folder)
+        os.rename(self.database, os.path.join(folder, "real.db"))
+        os.symlink(os.path.join(folder, "real.db"), link)
+        with self.serving(environment={"KVSERVER_DB": link}) as (_, port, _):
+            self.assertEqual(200, self.request(port, "/set?key=a&value=1")[0])
 
     def test_stop_under_load_is_quick_and_loses_nothing(self) -> None:
         self.add_user("alice")
