@@ -618,7 +618,7 @@ HEADERS_TOO_LARGE = (
     f"the headers are over {HEADER_FIELDS_MAX} lines of {HEADER_LINE_BYTES_MAX} bytes, or {HEADERS_BYTES_MAX} in all"
 )
 BODY_TOO_LARGE = (
-    f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; send it as it is"
+    f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; store it in parts"
 )
 
 Headers = tuple[tuple[str, str], ...]
