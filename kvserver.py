@@ -1332,6 +1332,7 @@ class RequestHandler:
 
     def settle(self) -> None:
         """Go on as far as possible, and then watch for what is needed."""
+        events = selectors.EVENT_READ
         if self.received and self.state[0] in (IDLE, RECEIVING):
             if self.request is None and not self.checked:
                 self.started = time.monotonic()
@@ -1340,13 +1341,14 @@ class RequestHandler:
                     self.enter(RECEIVING, REQUEST_SECONDS)
             elif self.received and self.state[0] == IDLE:
                 self.server.post(self.settle)  # the next request waits until the other connections have had their turn
+                events = 0  # and more need not be received before that
         phase = self.state[0]
         if phase == CLOSING:
             self.watch(0)
             self.enter(CLOSED, math.inf)
             self.server.shutdown_request(self.connection)
         elif phase not in (WAITING, CLOSED):
-            self.watch(selectors.EVENT_WRITE if phase == SENDING else selectors.EVENT_READ)
+            self.watch(selectors.EVENT_WRITE if phase == SENDING else events)
 
     def receive(self) -> None:
         """Receive what has come."""

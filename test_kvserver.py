@@ -1418,26 +1418,29 @@ class Connections(ServerCase):
         self.stop()
         server = kvserver.Server(self.database, "127.0.0.1", 0)
         answered: list[str] = []
+        waiting_bytes: list[int] = []
         answer = kvserver.RequestHandler.answer
 
         def note_and_answer(handler: kvserver.RequestHandler, response: kvserver.Response) -> None:
             answered.append(handler.request.path if handler.request else "")
+            waiting_bytes.append(len(handler.received))
             answer(handler, response)
 
         self.enter(mock.patch.object(kvserver.RequestHandler, "answer", note_and_answer))
         clients = [socket.create_connection(("127.0.0.1", server.server_port), WAIT_SECONDS) for _ in range(2)]
-        for client, path, count in zip(clients, ("many", "one"), (500, 1)):
+        for client, path, count in zip(clients, ("many", "one"), (4000, 1)):
             self.addCleanup(client.close)
             client.sendall(f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * count)
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
             self.assertIn(b" 404 ", clients[1].recv(65536))
-            wait_until(lambda: answered.count("/many") == 500)
+            wait_until(lambda: answered.count("/many") == 4000)
         finally:
             server.stop()
             thread.join(WAIT_SECONDS)
         self.assertLess(answered.index("/one"), 10)
+        self.assertLess(max(waiting_bytes), 2 * kvserver.RECEIVE_BYTES)
 
     def test_what_comes_while_a_request_waits_is_answered_after_it(self) -> None:
         with locked(self.database):
