@@ -1428,14 +1428,15 @@ class Connections(ServerCase):
 
         self.enter(mock.patch.object(kvserver.RequestHandler, "answer", note_and_answer))
         clients = [socket.create_connection(("127.0.0.1", server.server_port), WAIT_SECONDS) for _ in range(2)]
-        for client, path, count in zip(clients, ("many", "one"), (4000, 1)):
+        for client, path, count in zip(clients, ("many", "one"), (10_000, 1)):
             self.addCleanup(client.close)
             client.sendall(f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * count)
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
             self.assertIn(b" 404 ", clients[1].recv(65536))
-            wait_until(lambda: answered.count("/many") == 4000)
+            threading.Thread(target=lambda: all(iter(lambda: clients[0].recv(65536), b""))).start()
+            wait_until(lambda: answered.count("/many") == 10_000)
         finally:
             server.stop()
             thread.join(WAIT_SECONDS)
