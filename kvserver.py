@@ -28,13 +28,16 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import email.utils
+import errno
 import functools
 import getpass
 import hashlib
 import http.server
+import ipaddress
 import itertools
 import json
 import math
@@ -52,7 +55,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Union, cast
 
 __version__ = "0.1.0"
 
@@ -87,14 +90,21 @@ DIGEST_BYTES = 32
 CREDENTIALS_MAX = 1024  # verified credentials that are remembered
 CHECKS_MAX = 64  # passwords that wait to be checked
 CHECK_SECONDS = 10  # how long a request waits for that
+FAILURES_MAX = 10  # failed logins that a client address may have at once
+FAILURE_SECONDS = 30  # after which it may have one more
+IPV6_CLIENT_BITS = 64  # of an address; who has one has all that begin like it
+THROTTLED_ADDRESSES_MAX = 10_000
 
-WAL_HEADERS_BYTES = 96
-COMMIT_COUNTER = slice(8, 12)
 CACHED_ROWS_MAX = 256
 CACHED_VALUE_BYTES_MAX = 4096
+LIST_BYTES_MAX = 32 * 1024 * 1024
+TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, but for the last one
+WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log is begun anew, even if readers have to be waited for
+CHECKPOINT_SECONDS = 2  # how long they are waited for
+CHECKPOINT_RETRY_SECONDS = 10
 
-CONNECTIONS_MAX = 256  # connections open at the same time; more wait in the listen queue
 RECEIVE_BYTES = 64 * 1024
+THREAD_STACK_BYTES = 512 * 1024  # the usual 8 MiB a thread are much for a machine with 512
 QUICK_BODY_BYTES_MAX = 16 * 1024  # to parse a longer body may take up to a second, during which others are served
 WORKERS_MAX = 4  # threads for requests that may take long
 LISTEN_BACKLOG = 128
@@ -113,18 +123,44 @@ STOP_POLL_SECONDS = 0.01
 STOP_REQUEST_SECONDS = 3  # a request that is still incomplete this long after the stop is dropped
 STOP_SECONDS = 4  # then all connections are closed
 EXIT_SECONDS = 4.5  # then the process ends, whatever it is doing
+ERROR_SECONDS = 1  # until the same error is logged again
+ERRORS_MAX = 64  # different ones that are remembered for that
 
 DEFAULT_PORT = 8080
+DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
+DEFAULT_DATABASE_MB_MAX = 1024
 DEFAULT_BASE_PATH = "/iotpersistenceapi"
 DEFAULT_DATABASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kvserver.db")
+
+
+def escape_unprintable(text: str) -> str:
+    """Return a text as one line that cannot pass for two, nor turn the terminal red."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def log(level: str, message: str) -> None:
     """Write a line to standard error: the time, how grave it is, and the message."""
     # The logging module, with all that it imports, would take a tenth of the time that a start takes.
     with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be nobody to read it
-        sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {message}\n")
+        sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {escape_unprintable(message)}\n")
         sys.stderr.flush()
+
+
+class ErrorLog:
+    """Logs errors, each at most once in ERROR_SECONDS: what fails may fail with every request."""
+
+    def __init__(self) -> None:
+        self._logged: dict[str, float] = {}  # monotonic seconds by message
+
+    def write(self, message: str) -> None:
+        """Log an error, unless that was done just now."""
+        now = time.monotonic()
+        if now - self._logged.get(message, -math.inf) < ERROR_SECONDS:
+            return
+        if len(self._logged) >= ERRORS_MAX:
+            self._logged.clear()
+        self._logged[message] = now
+        log("ERROR", message)
 
 
 # ---- Names and passwords ---------------------------------------------------------------------------------------------
@@ -222,6 +258,8 @@ PRAGMAS = (
     "PRAGMA synchronous = FULL",  # in WAL mode only FULL syncs at each commit: an answered write survives a power cut
     "PRAGMA fullfsync = ON",  # on macOS fsync alone leaves data in the drive's cache; elsewhere this does nothing
     "PRAGMA foreign_keys = ON",  # off by default; without it a deleted user's pairs would stay
+    # Some builds of SQLite overwrite all that is deleted: a mebibyte in the log for one that is deleted.
+    "PRAGMA secure_delete = FAST",
 )
 
 SELECT_USER = "SELECT id, name, password_hash, is_admin FROM user WHERE name = ?"
@@ -240,6 +278,7 @@ SELECT_PAIRS = (
     "SELECT CAST(json_group_object(key, value) AS BLOB)"
     " FROM (SELECT key, value FROM pair WHERE user_id = ? ORDER BY key)"
 )
+SELECT_PAIRS_BYTES = "SELECT total(length(key) + length(CAST(value AS BLOB))) FROM pair WHERE user_id = ?"
 UPSERT_PAIR = (
     "INSERT INTO pair (user_id, key, value, updated) VALUES (?, ?, ?, ?)"
     " ON CONFLICT (user_id, key) DO UPDATE SET value = excluded.value, updated = excluded.updated"
@@ -276,6 +315,14 @@ class StoreBusy(StoreError):
     """A write had to wait too long for a lock."""
 
 
+class StoreFull(StoreError):
+    """There is no room for what is to be written."""
+
+
+class TooMuch(StoreError):
+    """What is asked for is too much for one answer."""
+
+
 class NoSuchUser(StoreError):
     """There is no user of that name, or no longer."""
 
@@ -297,6 +344,12 @@ class LastAdmin(StoreError):
         super().__init__(f"{name} is the last admin; to delete it all the same, add --yes")
 
 
+def file_identity(path: str) -> tuple[int, int]:
+    """Return what tells the file at path from any other; raise OSError."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
 class Store:
     """The users and their pairs, in an SQLite file, through one connection.
 
@@ -305,8 +358,11 @@ class Store:
     writes raises StoreBusy when another process keeps the database locked.
     """
 
-    def __init__(self, path: str, lock_seconds: float = DATABASE_LOCK_SECONDS) -> None:
-        """Open a database that open_store has prepared; wait that long for other processes' locks."""
+    def __init__(self, path: str, lock_seconds: float = DATABASE_LOCK_SECONDS, mb_max: int = 0) -> None:
+        """Open a database that open_store has prepared; wait that long for other processes' locks.
+
+        With mb_max, writes that would make it larger than so many megabytes raise StoreFull.
+        """
         # SQLite has special names like ":memory:", but no absolute path is one of them. rw without c: SQLite must not
         # create what is missing.
         self.path = os.path.abspath(path)
@@ -316,13 +372,17 @@ class Store:
             uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False
         )
         self.commit_seconds = math.inf  # how long the last commit of a transaction took
-        self.changed_pairs: set[tuple[int, str]] | None = (
-            set()
-        )  # by the transaction; None when it changed users as well
+        # By the transaction; None when it changed users as well.
+        self.changed_pairs: set[tuple[int, str]] | None = set()
+        self._lock_milliseconds = int(lock_seconds * 1000)
         try:
+            self._file = file_identity(self.path)
             for pragma in PRAGMAS:
                 self._connection.execute(pragma)
-        except sqlite3.Error:
+            if mb_max:
+                page_bytes: int = self._read("PRAGMA page_size")[0][0]
+                self._connection.execute(f"PRAGMA max_page_count = {mb_max * 1024 * 1024 // page_bytes}")
+        except (OSError, sqlite3.Error):
             self._connection.close()
             raise
 
@@ -371,6 +431,8 @@ class Store:
             # Error codes came with Python 3.11, so the text has to tell.
             if str(error).startswith("database is locked"):
                 raise StoreBusy("another process keeps the database locked") from error
+            if str(error).startswith("database or disk is full"):
+                raise StoreFull("the database has reached its limit, or the disk is full; delete something") from error
             raise
 
     def _change_users(self, statement: str, *parameters: Any) -> int:
@@ -393,8 +455,31 @@ class Store:
         with contextlib.suppress(sqlite3.Error):  # the next begin tries again
             self._connection.execute("ROLLBACK")
 
+    def check_file(self) -> None:
+        """Raise StoreError when the file that is open is no longer the one at the path: what it gets would be lost."""
+        try:
+            if file_identity(self.path) == self._file:
+                return
+        except OSError:
+            pass
+        raise StoreError(f"{self.path} has been removed or replaced; stop the server before, and start it now")
+
+    def checkpoint(self) -> bool:
+        """Move all of the write-ahead log into the database, so that the next commit begins it anew; tell if done.
+
+        SQLite tries so by itself after every thousand pages, but does not wait for readers: with readers at all times
+        the log would grow without a bound (SQLite's documentation, "Write-Ahead Logging", section 6).
+        """
+        self._execute(f"PRAGMA busy_timeout = {CHECKPOINT_SECONDS * 1000}")
+        try:
+            is_busy, _, _ = self._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+            return not is_busy
+        finally:
+            self._execute(f"PRAGMA busy_timeout = {self._lock_milliseconds}")
+
     def begin(self) -> None:
         """Begin a transaction that writes, with the lock for it: one that begins by reading may be refused it later."""
+        self.check_file()
         if self._connection.in_transaction:  # a disk that failed may have refused the last ROLLBACK
             self._execute("ROLLBACK")
         self.changed_pairs = set()
@@ -434,7 +519,7 @@ class Store:
         """Run an operation in a transaction of its own and return what it returned or raised, as a list."""
         try:
             self.begin()
-        except (StoreBusy, sqlite3.Error) as error:
+        except (StoreError, sqlite3.Error) as error:
             return [error]
         return self.commit([operation])
 
@@ -481,7 +566,15 @@ class Store:
         return rows[0][0] if rows else None
 
     def pairs_as_json(self, user_id: int) -> bytes:
-        """Return all of a user's keys and values as a JSON object in UTF-8, sorted by the UTF-8 bytes of the keys."""
+        """Return all of a user's keys and values as a JSON object in UTF-8, sorted by the UTF-8 bytes of the keys.
+
+        Raises TooMuch when they have more than LIST_BYTES_MAX.
+        """
+        size: int = self._read(SELECT_PAIRS_BYTES, user_id)[0][0]
+        if size > LIST_BYTES_MAX:
+            raise TooMuch(
+                f"all pairs have {size} bytes, and the list at most {LIST_BYTES_MAX}; delete what is not used"
+            )
         json_object: bytes = self._read(SELECT_PAIRS, user_id)[0][0]
         return json_object
 
@@ -495,6 +588,12 @@ class Store:
     def delete_pair(self, user_id: int, key: str) -> bool:
         """Remove a key and its value; tell whether there was one."""
         return self._change_pair(DELETE_PAIR, user_id, key) == 1
+
+
+# Of the file that CachingStore speaks of: the two copies of the header, and two numbers in it.
+WAL_HEADERS_BYTES = 96
+COMMIT_COUNTER = slice(8, 12)
+WAL_PAGES = slice(16, 20)
 
 
 class CachingStore(Store):
@@ -524,6 +623,10 @@ class CachingStore(Store):
     def state(self) -> bytes:
         """Return bytes that every commit changes."""
         return self._shared[:]
+
+    def wal_pages(self) -> int:
+        """Return how many pages the write-ahead log has."""
+        return int.from_bytes(self._shared[WAL_PAGES], sys.byteorder)
 
     def _current_rows(self) -> dict[Any, Any]:
         """Return what has been read since the last commit."""
@@ -566,10 +669,10 @@ class CachingStore(Store):
         return value
 
 
-def open_store(path: str, create: bool = True) -> Store:
+def open_store(path: str, create: bool = True, mb_max: int = 0) -> Store:
     """Open the database at path, with the newest schema; raise StoreError when that is not possible.
 
-    Unless create is true, it has to be there already.
+    Unless create is true, it has to be there already. mb_max is its limit in megabytes, if it is to have one.
     """
     path = os.path.abspath(path)
     try:
@@ -579,7 +682,7 @@ def open_store(path: str, create: bool = True) -> Store:
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         elif not os.path.exists(path):
             raise StoreError(f"there is no database {path}; name it with --db, or make one with adduser or serve")
-        store = Store(path)
+        store = Store(path, mb_max=mb_max)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(store.close)
             store.migrate()
@@ -1008,6 +1111,100 @@ def require_value(request: Request) -> str:
 CHALLENGE = (("WWW-Authenticate", 'Basic realm="kvserver", charset="UTF-8"'),)
 RETRY_AFTER = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 CHECK_REFUSED = "no password can be checked just now; try again"
+NETWORK_PORTS = {"http": "80", "https": "443"}
+ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
+HOST_AND_PORT = re.compile(r"(.*?)(?::([0-9]*))?")
+FOREIGN = "another site's page may change nothing here; a proxy has to hand on the header Host as it came"
+
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
+
+
+def is_foreign(url: str, host: str) -> bool:
+    """Tell whether a URL, of which only the origin counts, leads elsewhere than to the host of a Host header.
+
+    A port that is not said is the usual one of the URL's scheme: a proxy that does TLS hides the scheme from us.
+    """
+    origin = ORIGIN.match(url)
+    if not origin:  # "null" for example
+        return True
+    matches = [HOST_AND_PORT.fullmatch(text.lower()) for text in (origin[2], host)]
+    theirs, ours = ((match[1], match[2] or NETWORK_PORTS[origin[1].lower()]) for match in matches if match)
+    return theirs != ours
+
+
+def check_same_site(headers: Mapping[str, str]) -> None:
+    """Raise HTTPError when a browser sends a request for a page of another site.
+
+    Browsers add the credentials that they know to whatever any page has them send. Programs send none of these headers.
+    """
+    site = headers.get("sec-fetch-site")
+    url = headers.get("origin", headers.get("referer"))
+    if site is None:
+        refused = url is not None and is_foreign(url, headers.get("host", ""))
+    else:
+        refused = site not in ("same-origin", "none")
+    if refused:
+        raise HTTPError(403, FOREIGN)
+
+
+def parse_address(text: str) -> Address | None:
+    """Return an IP address, one that stands for an IPv4 address within IPv6 as that; None if it is none."""
+    try:
+        address = ipaddress.ip_address(text.strip())
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def client_address(peer: str, forwarded_for: str, proxies: Networks) -> Address | None:
+    """Return who sends a request that comes from peer: if that is a trusted proxy, whom X-Forwarded-For names.
+
+    Every proxy adds at the end of this header from whom it has the request. Read from there, the first address that is
+    no trusted proxy's is the last one that somebody trusted has written; those before it may be made up.
+    """
+    address = parse_address(peer)
+    for hop in reversed(forwarded_for.split(",")):
+        hop_address = parse_address(hop)
+        if address is None or hop_address is None or not any(address in network for network in proxies):
+            break
+        address = hop_address
+    return address
+
+
+class Throttle:
+    """Bounds the failed logins of a client address: FAILURES_MAX at once, and then one in FAILURE_SECONDS.
+
+    It does not know of user names: to lock a name would let anybody lock its owner out.
+    """
+
+    def __init__(self) -> None:
+        self._paid_off: dict[Any, float] = {}  # when the last failure of an address is forgotten, monotonic seconds
+
+    @staticmethod
+    def _client(address: Address | None) -> Any:
+        """Return what is counted: all addresses that one client can easily take."""
+        is_ipv6 = address is not None and address.version == 6
+        return int(cast(Address, address)) >> (128 - IPV6_CLIENT_BITS) if is_ipv6 else address
+
+    def charge(self, address: Address | None) -> None:
+        """Count a failed login; raise HTTPError when that is one too many."""
+        client, now = self._client(address), time.monotonic()
+        paid_off = max(self._paid_off.get(client, now), now) + FAILURE_SECONDS
+        wait_seconds = round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3)
+        if wait_seconds > 0:
+            retry_after = (("Retry-After", str(math.ceil(wait_seconds))),)
+            raise HTTPError(429, f"too many failed logins; try again in {math.ceil(wait_seconds)} seconds", retry_after)
+        self._paid_off.pop(client, None)
+        if len(self._paid_off) >= THROTTLED_ADDRESSES_MAX:
+            del self._paid_off[next(iter(self._paid_off))]  # the one that has been quiet longest
+        self._paid_off[client] = paid_off
+
+    def give_back(self, address: Address | None) -> None:
+        """Take a failure back that was charged and has not come about."""
+        client = self._client(address)
+        if client in self._paid_off:
+            self._paid_off[client] -= FAILURE_SECONDS
 
 
 def decode_credentials(encoded: str) -> tuple[str, str]:
@@ -1032,21 +1229,33 @@ class Check(NamedTuple):
     renewed_hash: str = ""
 
 
+class Login(NamedTuple):
+    """A request that waits for a check: the address that it comes from, and what to call with what comes of it."""
+
+    address: Address | None
+    done: Callable[[Any], None]  # takes a Check, or an exception
+
+
 class Pool:
     """Threads that run functions one after the other."""
 
     def __init__(self, threads_max: int) -> None:
         """Be ready to start so many threads."""
-        self._threads_left = threads_max
+        self._threads, self._threads_left = 0, threads_max
         self._jobs: collections.deque[tuple[Callable[[], Any], Callable[[Any], object]]] = collections.deque()
         self._jobs_count = threading.Semaphore(0)
 
     def submit(self, function: Callable[[], Any], done: Callable[[Any], object]) -> None:
         """Run function, and then done with what it returned or raised, both in a thread of the pool."""
         if self._threads_left:
-            # A daemon does not hold up the end of the process.
-            threading.Thread(target=self._run, daemon=True).start()
-            self._threads_left -= 1
+            try:
+                # A daemon does not hold up the end of the process.
+                threading.Thread(target=self._run, daemon=True).start()
+                self._threads_left -= 1
+                self._threads += 1
+            except RuntimeError:  # there is no memory for it
+                if not self._threads:
+                    raise HTTPError(503, "the server is short of memory; try again", RETRY_AFTER) from None
         self._jobs.append((function, done))
         self._jobs_count.release()
 
@@ -1076,7 +1285,8 @@ class Authenticator:
         # One thread runs scrypt, because the allocator keeps 16 MiB for each thread that has ever run it.
         self._scrypt = Pool(1)
         # Who waits for a check in that thread, by the same keyed hash and the row that is checked against.
-        self._waiting: dict[tuple[bytes, User | None], list[Callable[[Any], None]]] = {}
+        self._waiting: dict[tuple[bytes, User | None], list[Login]] = {}
+        self._throttle = Throttle()
 
     def _digest(self, authorization: str) -> bytes:
         """Return the keyed hash under which an Authorization header is remembered."""
@@ -1094,49 +1304,73 @@ class Authenticator:
         user = self._store.user(name) if name else None
         return user if user and user.password_hash in hashes else None
 
-    def check(self, authorization: str, done: Callable[[Any], None]) -> None:
-        """Check credentials that are not remembered, and call done later with a Check, or an exception.
+    def check(self, authorization: str, login: Login) -> None:
+        """Check credentials that are not remembered, and tell the login later what has come of it.
 
         They are remembered if they are right. Requests with the same header share one check. Raises HTTPError when too
-        many wait, or for another scheme.
+        many wait, or too many have failed, or for another scheme. A failure is charged beforehand, or else all that
+        come before the first one has failed would be free.
         """
         scheme, _, encoded = authorization.partition(" ")
         if scheme.lower() != "basic":
             raise HTTPError(401, "this authentication scheme is not supported; use HTTP Basic", CHALLENGE)
         name, password = decode_credentials(encoded)
         if not name or not password:
-            self._post(lambda: done(Check(name)))
+            self._throttle.charge(login.address)
+            self._post(lambda: login.done(Check(name)))
             return
         user = self._store.user(name)
         # With the row in it, a request that comes after a change of the password does not join an older check.
         check_key = (self._digest(authorization), user)
         if check_key in self._waiting:
-            self._waiting[check_key].append(done)
+            self._waiting[check_key].append(login)
             return
         if len(self._waiting) >= CHECKS_MAX:
             raise HTTPError(503, CHECK_REFUSED, RETRY_AFTER)
+        self._throttle.charge(login.address)
         self._scrypt.submit(
-            lambda: self._verify(name, password, user),
-            lambda check: self._post(lambda: self._finish(check_key, check)),
+            lambda: self._verify(check_key, name, password),
+            lambda check: self._post(lambda: self._finish(check_key, login, check)),
         )
-        self._waiting[check_key] = [done]
+        self._waiting[check_key] = [login]
 
-    def _verify(self, name: str, password: str, user: User | None) -> Check:
-        """Check a password; runs in the scrypt thread."""
+    def withdraw(self, login: Login) -> None:
+        """Forget a request that has waited too long; a check that nobody waits for will not be made."""
+        for check_key, logins in list(self._waiting.items()):
+            self._waiting[check_key] = [other for other in logins if other is not login]
+            if not self._waiting[check_key]:
+                del self._waiting[check_key]
+
+    def _verify(self, check_key: tuple[bytes, User | None], name: str, password: str) -> Check | None:
+        """Check a password, if anybody still waits for that; runs in the scrypt thread."""
+        user = check_key[1]
+        if check_key not in self._waiting:
+            return None
         if not verify_password(password, user.password_hash if user else self._unknown_user_hash) or not user:
             return Check(name)
         is_current = user.password_hash.startswith(hash_parameters())
         return Check(name, user, "" if is_current else hash_password(password))
 
-    def _finish(self, check_key: tuple[bytes, User | None], check: Any) -> None:
-        """Remember credentials that are right, and tell all who wait."""
+    def _finish(self, check_key: tuple[bytes, User | None], charged: Login, check: Any) -> None:
+        """Remember credentials that are right, and tell all who wait: those who joined are charged only now."""
+        if check is None:  # nobody waited
+            return
+        has_failed = isinstance(check, Check) and not check.user
+        if not has_failed:
+            self._throttle.give_back(charged.address)
         if isinstance(check, Check) and check.user:
             if len(self._verified) >= CREDENTIALS_MAX:
                 del self._verified[next(iter(self._verified))]
             hashes = (check.user.password_hash, check.renewed_hash or check.user.password_hash)
             self._verified[check_key[0]] = (check.name, hashes)
-        for done in self._waiting.pop(check_key):
-            done(check)
+        for login in self._waiting.pop(check_key, ()):
+            outcome = check
+            if has_failed and login is not charged:
+                try:
+                    self._throttle.charge(login.address)
+                except HTTPError as error:
+                    outcome = error
+            login.done(outcome)
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
@@ -1238,31 +1472,35 @@ def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Resp
     return Response(status=204, headers=allow)
 
 
-def log_exception(error: BaseException | None) -> None:
-    """Log where an exception was raised. Its message is left out, since it may quote what a client sent."""
+def describe_mistake(error: BaseException | None) -> str:
+    """Return where an exception was raised. Its message is left out, since it may quote what a client sent."""
     place, places = error.__traceback__ if error else None, []
     while place:
         places.append(f"{place.tb_frame.f_code.co_name}:{place.tb_lineno}")
         place = place.tb_next
-    log("ERROR", f"internal error: {type(error).__name__} in {' > '.join(places)}")
+    return f"internal error: {type(error).__name__} in {' > '.join(places)}"
 
 
-def as_http_error(error: Exception) -> HTTPError:
+def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
     """Return the answer to an exception: the one place where errors of the sections above get their status."""
     if isinstance(error, HTTPError):
         return error
     if isinstance(error, NoSuchUser):
         return HTTPError(401, "the user has been deleted", CHALLENGE)
+    if isinstance(error, TooMuch):
+        return HTTPError(409, str(error))
     if isinstance(error, StoreBusy):
         return HTTPError(503, f"{error}; try again", RETRY_AFTER)
     if isinstance(error, (StoreError, sqlite3.Error)):
-        log("ERROR", f"the database failed: {error}")
+        errors.write(f"the database failed: {error}")
+        if isinstance(error, StoreFull):
+            return HTTPError(507, str(error))
         return HTTPError(503, "the database cannot be used; the server's log says why", RETRY_AFTER)
-    log_exception(error)
+    errors.write(describe_mistake(error))
     return HTTPError(500, "the server made a mistake; its log says where")
 
 
-def log_request(request: Request, status: int, seconds: float, address: str) -> None:
+def log_request(request: Request, status: int, seconds: float, address: Address | None) -> None:
     """Log an answered request: its key, but not its value nor the query as it came."""
     key = (request.parameters or {}).get("key", "")[:KEY_BYTES_MAX]
     path = request.path[:KEY_BYTES_MAX]
@@ -1280,15 +1518,13 @@ class RequestHandler:
     def __init__(self, connection: socket.socket, address: tuple[Any, ...], server: Server) -> None:
         """Take over a connection that has been accepted."""
         self.connection, self.server = connection, server
-        # An IPv6 socket that serves IPv4 too gives such an address a prefix, which no other program would recognise.
-        host: str = address[0]
-        self.address = host[7:] if host.startswith("::ffff:") and "." in host else host
+        self.peer: str = address[0]
         self.received = bytearray()
         self.unsent: bytes | memoryview = b""
         self.after_answer = IDLE
         self.watched = 0  # the selector's events
-        self.started = 0.0
-        self.waiting_for: Any = None
+        self.started = time.monotonic()  # the connection, and later the request
+        self.waiting_for: Change | Login | None = None
         self.route: Route | None = None
         self.fields: Fields | None = None  # of the last request
         self.login: tuple[Fields | None, User] = (None, NOBODY)  # fields that were found to be those of a user
@@ -1306,6 +1542,18 @@ class RequestHandler:
         """Note what is done now, and for how long it may be done."""
         # One assignment, since two threads may read both.
         self.state = (phase, time.monotonic() + seconds)
+
+    def address(self) -> Address | None:
+        """Return who sends the request: the other end of the connection, or whom a trusted proxy names."""
+        forwarded_for = self.request.fields.headers.get("x-forwarded-for", "") if self.request else ""
+        return client_address(self.peer, forwarded_for, self.server.trusted_proxy)
+
+    def rank(self) -> tuple[int, float] | None:
+        """Return when it is the connection's turn to give way if there are too many, the least first; None: never."""
+        phase, deadline = self.state
+        if phase in (RECEIVING, LINGERING) or (phase == IDLE and self.fields is None):
+            return 0, self.started
+        return (1, deadline) if phase == IDLE and not self.received else None
 
     def watch(self, events: int) -> None:
         """Have on_ready called when the connection is ready for these events of the selector."""
@@ -1334,7 +1582,7 @@ class RequestHandler:
         """Go on as far as possible, and then watch for what is needed."""
         events = selectors.EVENT_READ
         if self.received and self.state[0] in (IDLE, RECEIVING):
-            if self.request is None and not self.checked:
+            if self.state[0] == IDLE:
                 self.started = time.monotonic()
             if not self.proceed():
                 if self.state[0] == IDLE:
@@ -1360,28 +1608,25 @@ class RequestHandler:
             self.enter(CLOSING, 0)
             return
         if not data and self.state[0] == RECEIVING:
-            self.answer(HTTPError(400, "the request is incomplete").response(self.accept()))
+            self.answer(HTTPError(400, "the request is incomplete"))
         elif not data:
             self.enter(CLOSING, 0)
         elif self.state[0] != LINGERING:
             self.received += data
 
-    def accept(self) -> str:
-        """Return the request's Accept header."""
-        return self.request.fields.headers.get("accept", "") if self.request else ""
-
     def proceed(self) -> bool:
-        """Go on with a request and tell whether it was answered: the only place where an exception becomes an answer."""
+        """Go on with a request and tell whether it was answered."""
+        outcome: Response | Exception | None
         try:
-            response = self.respond()
+            outcome = self.respond()
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets an answer
-            response = as_http_error(error).response(self.accept())
-        if response:
-            self.answer(response)
-        return response is not None
+            outcome = error
+        if outcome:
+            self.answer(outcome)
+        return outcome is not None
 
     def respond(self) -> Response | None:
-        """Return the answer to the request, or None if something is waited for; what it raises is answered above."""
+        """Return the answer to the request, or None if something is waited for; what it raises is answered too."""
         request = self.request
         if request is None:
             end = self.received.find(b"\r\n\r\n", max(self.checked - 2, 0))
@@ -1419,6 +1664,8 @@ class RequestHandler:
             self.login = (request.fields, verified)
             user = verified
         request.user = user
+        if self.route and self.route.where == WRITER:
+            check_same_site(request.fields.headers)
         if request.fields.body_length > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
         if self.body_pending and "expect" in request.fields.headers and not request.fields.is_http_1_0:
@@ -1428,28 +1675,28 @@ class RequestHandler:
 
     def wait_for_check(self, authorization: str) -> None:
         """Have a password checked before the request goes on."""
-        ticket = object()
         # What a login takes is not the client's fault.
         body_seconds = self.started + REQUEST_SECONDS - time.monotonic()
-        self.server.authenticator.check(authorization, lambda check: self.resume(ticket, check, body_seconds))
-        self.waiting_for = ticket
+        login = Login(self.address(), lambda check: self.resume(login, check, body_seconds))
+        self.server.authenticator.check(authorization, login)
+        self.waiting_for = login
         self.enter(WAITING, CHECK_SECONDS)
 
-    def resume(self, ticket: object, check: Any, body_seconds: float) -> None:
+    def resume(self, login: Login, check: Any, body_seconds: float) -> None:
         """Go on after the check of a password, unless that has taken too long."""
-        if self.waiting_for is not ticket:
+        if self.waiting_for is not login:
             return
         self.waiting_for = None
         self.enter(RECEIVING, body_seconds)
         if isinstance(check, Exception):
-            self.answer(as_http_error(check).response(self.accept()))
+            self.answer(check)
         elif check.user:
             self.server.renew_hash(check)
             self.proceed()
         else:
             # repr escapes what could forge another line or field, and the address stands last for the same reason.
-            log("WARNING", f"login failed: user={check.name[:64]!r} address={self.address}")
-            self.answer(HTTPError(401, "the user name or the password is wrong", CHALLENGE).response(self.accept()))
+            log("WARNING", f"login failed: user={check.name[:64]!r} address={login.address}")
+            self.answer(HTTPError(401, "the user name or the password is wrong", CHALLENGE))
         self.settle()
 
     def take_body(self, request: Request) -> bool:
@@ -1492,12 +1739,14 @@ class RequestHandler:
             return route.endpoint(self.server.reader, request)
         if route.where == WRITER:
             self.enter(WAITING, DATABASE_LOCK_SECONDS)
-            self.waiting_for = Change(lambda store: route.endpoint(store, request), self.finish)
+            size = len(request.query) + len(request.body)
+            self.waiting_for = Change(lambda store: route.endpoint(store, request), self.finish, size)
             self.server.change(self.waiting_for)
         else:
 
             def run() -> Response:
                 with contextlib.closing(Store(self.server.path)) as store:
+                    self.server.writer.check_file()
                     return route.endpoint(store, request)
 
             self.enter(WAITING, math.inf)
@@ -1506,18 +1755,26 @@ class RequestHandler:
 
     def finish(self, outcome: Response | Exception) -> None:
         """Send the answer that was waited for; called by the thread that made it."""
-        response = outcome if isinstance(outcome, Response) else as_http_error(outcome).response(self.accept())
-        self.answer(response)
+        try:
+            self.answer(outcome)
+        except Exception as error:  # noqa: BLE001 - the connection must not wait for ever
+            self.server.errors.write(describe_mistake(error))
+            self.enter(CLOSING, 0)
         if self.state[0] != IDLE or self.received or self.watched != selectors.EVENT_READ:
             self.server.post(self.settle)
 
-    def answer(self, response: Response) -> None:
-        """Send the answer to the request."""
+    def answer(self, outcome: Response | Exception) -> None:
+        """Send the answer to the request: the only place where an exception becomes one."""
         request = self.request
+        if isinstance(outcome, Exception):
+            accept = request.fields.headers.get("accept", "") if request else ""
+            response = as_http_error(outcome, self.server.errors).response(accept)
+        else:
+            response = outcome
         keep_alive = request and request.fields.keep_alive and not self.body_pending and not self.server.stopping
         connection = "close" if not keep_alive else "keep-alive" if request and request.fields.is_http_1_0 else ""
         if request and self.server.log_requests:
-            log_request(request, response.status, time.monotonic() - self.started, self.address)
+            log_request(request, response.status, time.monotonic() - self.started, self.address())
         with_body = not request or request.method != "HEAD"
         self.unsent = encode_response(response, format_date(int(time.time()), usegmt=True), connection, with_body)
         self.after_answer = IDLE if keep_alive else LINGERING if self.body_pending else CLOSING
@@ -1547,17 +1804,26 @@ class RequestHandler:
                 self.connection.shutdown(socket.SHUT_WR)
         self.enter(self.after_answer, LINGER_SECONDS if self.after_answer == LINGERING else IDLE_SECONDS)
 
+    def give_way(self) -> None:
+        """Close the connection for another one's sake."""
+        if self.state[0] == IDLE:
+            self.give_up(IDLE)
+        else:
+            self.enter(CLOSING, 0)
+            self.settle()
+
     def give_up(self, phase: str) -> None:
         """Do what is to be done when the time for a phase is up."""
+        state = self.state
         if phase == IDLE:
             self.receive()  # a request may have come at the last moment
             self.settle()
         if phase == RECEIVING:
-            self.answer(HTTPError(408, "the request has not come in time").response(self.accept()))
+            self.answer(HTTPError(408, "the request has not come in time"))
         elif phase == WAITING and self.server.withdraw(self.waiting_for):
             self.waiting_for = None
-            self.answer(HTTPError(503, "the server is too busy; try again", RETRY_AFTER).response(self.accept()))
-        elif phase == self.state[0] != WAITING:
+            self.answer(HTTPError(503, "the server is too busy; try again", RETRY_AFTER))
+        elif phase != WAITING and self.state is state:
             self.enter(CLOSING, 0)
         self.settle()
 
@@ -1576,6 +1842,7 @@ class Change(NamedTuple):
 
     operation: Callable[[Store], Any]
     done: Callable[[Any], None]
+    size: int  # bytes of the request, about
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -1591,16 +1858,27 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False  # a second server on the port must fail, not take half of the connections
 
     def __init__(
-        self, path: str, host: str, port: int, base_path: str = DEFAULT_BASE_PATH, log_requests: bool = False
+        self,
+        path: str,
+        host: str,
+        port: int,
+        base_path: str = DEFAULT_BASE_PATH,
+        log_requests: bool = False,
+        max_connections: int = DEFAULT_CONNECTIONS_MAX,
+        max_db_mb: int = DEFAULT_DATABASE_MB_MAX,
+        trusted_proxy: Networks = (),
     ) -> None:
         """Use the database at path, bind host and port and listen; raise OSError when that is not possible."""
         self.address_family, address = bind_address(host, port)
         self.path = path
         self.reader = CachingStore(path)
-        self.writer = Store(path, lock_seconds=0)
+        self.writer = Store(path, lock_seconds=0, mb_max=max_db_mb)
         self.authenticator = Authenticator(self.reader, self.post)
         self.routes = route_table(base_path)
         self.log_requests = log_requests
+        self.max_connections = max_connections
+        self.trusted_proxy = trusted_proxy
+        self.errors = ErrorLog()
         self.stopping = False
         self.connections: dict[socket.socket, RequestHandler] = {}
         self.selector = selectors.DefaultSelector()
@@ -1615,11 +1893,13 @@ class Server(http.server.ThreadingHTTPServer):
         self._workers = Pool(WORKERS_MAX)
         self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
+        self._next_checkpoint = 0.0  # monotonic seconds
         self._finished = False
         super().__init__(address, cast(Any, RequestHandler))
         for end in (self.socket, self._woken, self._waker):
             end.setblocking(False)
-        self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
+        self._accepting = False
+        self._resume_accepting()
         self.selector.register(self._woken, selectors.EVENT_READ, lambda: self._woken.recv(RECEIVE_BYTES))
 
     def server_bind(self) -> None:
@@ -1709,7 +1989,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log an error that no request is to blame for, and close its connection."""
-        log_exception(sys.exc_info()[1])
+        self.errors.write(describe_mistake(sys.exc_info()[1]))
         handler = self.connections.get(request)
         if handler:
             handler.enter(CLOSING, 0)
@@ -1728,17 +2008,28 @@ class Server(http.server.ThreadingHTTPServer):
 
     def accept(self) -> None:
         """Accept a connection, and serve its first request if that is there already."""
+        if len(self.connections) >= self.max_connections and not self._make_room():
+            self._pause_accepting()
+            return
         try:
             connection, address = self.get_request()
         except (BlockingIOError, ConnectionError):  # the client did not wait
             return
         except OSError as error:
-            log("ERROR", f"cannot accept a connection: {error.strerror}")
-            self._pause_accepting()  # until the next look at what is due
+            self.errors.write(f"cannot accept a connection: {error.strerror}")
+            if error.errno != errno.EMFILE or not self._make_room():
+                self._pause_accepting()
             return
         self.process_request(connection, address)
-        if len(self.connections) >= CONNECTIONS_MAX:
-            self._pause_accepting()
+
+    def _make_room(self) -> bool:
+        """Close the connection whose request has been incomplete longest, else the one idle longest, if there is one."""
+        before = len(self.connections)
+        ranks = ((handler.rank(), handler) for handler in self.connections.values())
+        spare = min(((rank, id(handler), handler) for rank, handler in ranks if rank), default=None)
+        if spare:
+            spare[2].give_way()
+        return len(self.connections) < before
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection."""
@@ -1747,21 +2038,21 @@ class Server(http.server.ThreadingHTTPServer):
         self._call(handler.on_ready, request)
 
     def _pause_accepting(self) -> None:
-        """Leave further connections to the listen queue."""
+        """Leave further connections to the listen queue until the next look at what is due, or until one is closed."""
         self.selector.unregister(self.socket)
+        self._accepting = False
 
     def _resume_accepting(self) -> None:
         """Accept connections again, if that was paused."""
-        if not self.stopping and len(self.connections) < CONNECTIONS_MAX and self.socket not in self.selector.get_map():
+        if not self._accepting and not self.stopping:
             self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
+            self._accepting = True
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
-        was_full = len(self.connections) >= CONNECTIONS_MAX
         self.connections.pop(request, None)
         self.close_request(request)
-        if was_full:
-            self._resume_accepting()
+        self._resume_accepting()
 
     def work(self, function: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Run a function in a thread of the pool, and have the leader call done with what it returned or raised."""
@@ -1776,17 +2067,18 @@ class Server(http.server.ThreadingHTTPServer):
                 if isinstance(outcome, Exception):  # the old hash is good too
                     log("WARNING", f"cannot store a new password hash: user={check.name!r} error={outcome}")
 
-            self.change(Change(lambda store: store.renew_password_hash(user, check.renewed_hash), report))
+            self.change(Change(lambda store: store.renew_password_hash(user, check.renewed_hash), report, 0))
 
     def change(self, change: Change) -> None:
         """Have a change made by the next transaction."""
         with self._changes_lock:  # or it might be added to a list that has just been taken
             self.changes.append(change)
 
-    def withdraw(self, waited_for: object) -> bool:
+    def withdraw(self, waited_for: Change | Login | None) -> bool:
         """Call off a change or the check of a password that a request waits for; return whether that was possible."""
-        if not isinstance(waited_for, Change):
-            return waited_for is not None
+        if isinstance(waited_for, Login):
+            self.authenticator.withdraw(waited_for)
+            return True
         with self._changes_lock:
             if waited_for not in self.changes:
                 return False
@@ -1819,21 +2111,25 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _commit_once(self, leading: bool) -> bool:
         """Make the changes that wait in one transaction; return whether the lock for it was free."""
-        failure: sqlite3.Error | None = None
+        failure: Exception | None = None
         try:
             self.writer.begin()
         except StoreBusy:
             return False
-        except sqlite3.Error as error:
+        except (StoreError, sqlite3.Error) as error:
             failure = error
         with self._changes_lock:
-            changes, self.changes = self.changes, []
+            # What a transaction writes is in the write-ahead log at once, so a bound for one is a bound for the other.
+            sizes = list(itertools.accumulate(change.size for change in self.changes))
+            count = bisect.bisect(sizes, TRANSACTION_BYTES_MAX) + 1
+            changes, self.changes = self.changes[:count], self.changes[count:]
             if leading:
                 self._commit_begun = time.monotonic()
         state = self.reader.state()
         outcomes = (
             itertools.repeat(failure) if failure else self.writer.commit([change.operation for change in changes])
         )
+        self._restart_long_log()
         with self._changes_lock:
             leading = leading and self._leader == threading.get_ident()
             if leading:
@@ -1843,6 +2139,18 @@ class Server(http.server.ThreadingHTTPServer):
         for change, outcome in zip(changes, outcomes):
             self._call(functools.partial(change.done, outcome))
         return True
+
+    def _restart_long_log(self) -> None:
+        """Have the write-ahead log begun anew if it has become long."""
+        now = time.monotonic()
+        if self.reader.wal_pages() <= WAL_PAGES_MAX or now < self._next_checkpoint:
+            return
+        try:
+            if self.writer.checkpoint():
+                return
+        except (StoreError, sqlite3.Error) as error:
+            self.errors.write(f"the write-ahead log cannot be emptied: {error}")
+        self._next_checkpoint = now + CHECKPOINT_RETRY_SECONDS
 
     def service_actions(self) -> None:
         """Look now and then for what is overdue."""
@@ -1863,7 +2171,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _begin_stop(self, now: float) -> None:
         """Accept no more connections."""
         self._stop_begun = now
-        if self.socket in self.selector.get_map():
+        if self._accepting:
             self._pause_accepting()
         self.socket.close()
 
@@ -1901,6 +2209,21 @@ def parse_port(text: str) -> int:
     return int(text)
 
 
+def parse_count(text: str) -> int:
+    """Return a limit."""
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError("this limit is a number from 1 to 999999")
+    return int(text)
+
+
+def parse_networks(text: str) -> Networks:
+    """Return networks, of which an address is the smallest kind, separated by commas."""
+    try:
+        return tuple(ipaddress.ip_network(network.strip()) for network in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError("a trusted proxy is an address, or a network such as 10.1.0.0/16") from None
+
+
 def parse_base_path(text: str) -> str:
     """Return a prefix of paths, with a slash before it and none behind, or nothing for no prefix."""
     path = ("/" + text.strip("/")).rstrip("/")
@@ -1918,6 +2241,14 @@ def parse_switch(text: str) -> bool:
 
 DATABASE = Setting("db", str, (str,), DEFAULT_DATABASE, "FILE", "database (default: kvserver.db beside the program)")
 LOG_REQUESTS = Setting("log_requests", parse_switch, (bool, int, str), False, "", "log a line for each request")
+TRUSTED_PROXY = Setting(
+    "trusted_proxy",
+    parse_networks,
+    (list, str),
+    (),
+    "A",
+    "address or network whose X-Forwarded-For is believed; may be repeated",
+)
 SETTINGS = (
     Setting("host", str, (str,), "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     Setting("port", parse_port, (int, str), DEFAULT_PORT, "P", f"port, 0 for any (default: {DEFAULT_PORT})"),
@@ -1931,6 +2262,23 @@ SETTINGS = (
         f"prefix of all paths, / for none (default: {DEFAULT_BASE_PATH})",
     ),
     LOG_REQUESTS,
+    Setting(
+        "max_connections",
+        parse_count,
+        (int, str),
+        DEFAULT_CONNECTIONS_MAX,
+        "N",
+        f"connections open at a time (default: {DEFAULT_CONNECTIONS_MAX})",
+    ),
+    Setting(
+        "max_db_mb",
+        parse_count,
+        (int, str),
+        DEFAULT_DATABASE_MB_MAX,
+        "N",
+        f"megabytes that the database may have (default: {DEFAULT_DATABASE_MB_MAX})",
+    ),
+    TRUSTED_PROXY,
 )
 
 
@@ -1952,6 +2300,8 @@ def read_config(path: str | None) -> dict[str, str]:
             raise CommandError(f"unknown name {name!r} in {path}; the names are: {', '.join(settings)}")
         if type(member) not in settings[name].json_types:
             raise CommandError(f"{name} in {path} cannot be {json.dumps(member)}")
+        if isinstance(member, list):
+            member = ",".join(map(str, member))
         config[name] = member if isinstance(member, str) else json.dumps(member)
     if DATABASE.name in config:
         config[DATABASE.name] = os.path.join(os.path.dirname(path), config[DATABASE.name])
@@ -2000,6 +2350,8 @@ def existing_store(arguments: argparse.Namespace) -> contextlib.closing[Store]:
 
 def read_password(arguments: argparse.Namespace) -> str:
     """Return a new password: never from the arguments, which all users of a machine can see."""
+    if sys.stdin is None:
+        raise CommandError("standard input is closed")
     if arguments.password_stdin:
         line = sys.stdin.buffer.readline(PASSWORD_BYTES_MAX + 3)
         if len(line) > PASSWORD_BYTES_MAX + 2:  # it is cut, perhaps within a character
@@ -2099,7 +2451,8 @@ def announce(server: Server, store: Store) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until SIGTERM or Ctrl-C."""
     settings = read_settings(arguments, SETTINGS)
-    with contextlib.closing(open_store(settings.pop("db"))) as store:
+    threading.stack_size(THREAD_STACK_BYTES)
+    with contextlib.closing(open_store(settings.pop("db"), mb_max=settings["max_db_mb"])) as store:
         try:
             server = Server(store.path, **settings)
         except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one of a host
@@ -2137,7 +2490,10 @@ def build_parser() -> argparse.ArgumentParser:
             if setting is LOG_REQUESTS:
                 command.add_argument(flag, action=argparse.BooleanOptionalAction, help=setting.help)
             else:
-                command.add_argument(flag, type=setting.parse, metavar=setting.metavar, help=setting.help)
+                action = "extend" if setting is TRUSTED_PROXY else "store"
+                command.add_argument(
+                    flag, type=setting.parse, action=action, metavar=setting.metavar, help=setting.help
+                )
         return command
 
     command = add_command("serve", serve, "run the server", SETTINGS)
@@ -2168,7 +2524,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"the database failed: {error}"
     except (KeyboardInterrupt, EOFError):
         message = "interrupted; nothing was changed"
-    print(f"kvserver: {message}", file=sys.stderr)
+    print(f"kvserver: {escape_unprintable(message)}", file=sys.stderr)
     return 1
 
 

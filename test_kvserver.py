@@ -108,9 +108,10 @@ class ServerCase(unittest.TestCase):
 
     base_path = kvserver.DEFAULT_BASE_PATH
     log_requests = False
+    failures_max = 1000  # most tests are not about the throttle
 
     def setUp(self) -> None:
-        for name, value in (("SCRYPT_COST_LOG2", 1), ("POLL_SECONDS", 0.01)):
+        for name, value in (("SCRYPT_COST_LOG2", 1), ("POLL_SECONDS", 0.01), ("FAILURES_MAX", self.failures_max)):
             self.enter(mock.patch.object(kvserver, name, value))
         self.folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.folder)
@@ -1397,7 +1398,7 @@ class Connections(ServerCase):
         self.assertEqual("", self.log.text())
 
     def test_connections_over_the_limit_wait_for_their_turn(self) -> None:
-        self.enter(mock.patch.object(kvserver, "CONNECTIONS_MAX", 2))
+        self.server.max_connections = 2
         first, second, third = self.connect(), self.connect(), self.connect()
         for connection in (first, second, third):
             connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
