@@ -54,7 +54,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Union, cast
 
 __version__ = "0.1.0"
@@ -1745,8 +1745,8 @@ class RequestHandler:
         else:
 
             def run() -> Response:
+                self.server.writer.check_file()
                 with contextlib.closing(Store(self.server.path)) as store:
-                    self.server.writer.check_file()
                     return route.endpoint(store, request)
 
             self.enter(WAITING, math.inf)
@@ -1976,7 +1976,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._call(key.data, key.fileobj)
         for _ in range(len(self._posted)):  # what these post in turn waits for the next round
             self._call(self._posted.popleft())
-        self.service_actions()
+        self._call(self.service_actions)
         quick = self.writer.commit_seconds < QUICK_COMMIT_SECONDS
         return not quick or not self._may_commit() or self._commit(leading=True)
 
@@ -2126,10 +2126,15 @@ class Server(http.server.ThreadingHTTPServer):
             if leading:
                 self._commit_begun = time.monotonic()
         state = self.reader.state()
-        outcomes = (
-            itertools.repeat(failure) if failure else self.writer.commit([change.operation for change in changes])
-        )
-        self._restart_long_log()
+        outcomes: Iterable[Any] = ()
+        try:
+            if not failure:
+                outcomes = self.writer.commit([change.operation for change in changes])
+                self._restart_long_log()
+        except Exception as error:  # noqa: BLE001 - all who wait get it as their answer
+            failure = error
+        if failure:
+            outcomes = itertools.repeat(failure)
         with self._changes_lock:
             leading = leading and self._leader == threading.get_ident()
             if leading:

@@ -9,17 +9,22 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
+import io
+import itertools
 import json
+import math
 import os
 import pty
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
 import socket
 import sqlite3
 import stat
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +39,7 @@ from unittest import mock
 import kvserver
 
 PROGRAM = os.path.abspath(kvserver.__file__)
+REAL_LOG = kvserver.log
 README = os.path.join(os.path.dirname(PROGRAM), "README.md")
 # The program with cheap scrypt, for the tests that need a process of its own.
 CHEAP_PROGRAM = [
@@ -109,6 +115,8 @@ class ServerCase(unittest.TestCase):
     base_path = kvserver.DEFAULT_BASE_PATH
     log_requests = False
     failures_max = 1000  # most tests are not about the throttle
+    max_db_mb = kvserver.DEFAULT_DATABASE_MB_MAX
+    trusted_proxy: kvserver.Networks = ()
 
     def setUp(self) -> None:
         for name, value in (("SCRYPT_COST_LOG2", 1), ("POLL_SECONDS", 0.01), ("FAILURES_MAX", self.failures_max)):
@@ -131,7 +139,15 @@ class ServerCase(unittest.TestCase):
         """Start a server on the database."""
         self.store = kvserver.open_store(self.database)
         self.addCleanup(self.store.close)
-        self.server = kvserver.Server(self.database, "127.0.0.1", 0, self.base_path, self.log_requests)
+        self.server = kvserver.Server(
+            self.database,
+            "127.0.0.1",
+            0,
+            self.base_path,
+            self.log_requests,
+            max_db_mb=self.max_db_mb,
+            trusted_proxy=self.trusted_proxy,
+        )
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
@@ -1397,17 +1413,6 @@ class Connections(ServerCase):
         self.stop()
         self.assertEqual("", self.log.text())
 
-    def test_connections_over_the_limit_wait_for_their_turn(self) -> None:
-        self.server.max_connections = 2
-        first, second, third = self.connect(), self.connect(), self.connect()
-        for connection in (first, second, third):
-            connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
-        for connection in (first, second):
-            self.assertIn(b" 404 ", connection.recv(65536))
-        self.assertEqual(2, len(self.server.connections))
-        first.close()
-        self.assertIn(b" 404 ", third.recv(65536))
-
     def test_answers_do_not_wait_for_acknowledgements(self) -> None:
         connection = self.connect()
         connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -1487,6 +1492,336 @@ class Connections(ServerCase):
             connection.sendall(self.raw("GET /list HTTP/1.1"))
         for connection in connections:
             self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n"))
+
+
+class Throttled(ServerCase):
+    """Failed logins, by the address that they come from."""
+
+    failures_max = kvserver.FAILURES_MAX
+    trusted_proxy = kvserver.parse_networks("127.0.0.0/8,::1")
+
+    def login(
+        self, password: str, address: str = "", source: str = "127.0.0.1", name: str = "alice"
+    ) -> tuple[int, dict[str, str]]:
+        """Try a password, as the proxy of a client's address if one is given; return status and headers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, WAIT_SECONDS, (source, 0))
+        headers = {"Authorization": basic(name, password), **({"X-Forwarded-For": address} if address else {})}
+        with contextlib.closing(connection):
+            connection.request("GET", "/list", headers=headers)
+            answer = read_answer(connection.getresponse())
+            return answer.status, answer.headers
+
+    def fail_often(self, address: str = "") -> None:
+        """Use up what an address may fail."""
+        for number in range(kvserver.FAILURES_MAX):
+            self.assertEqual(401, self.login(f"wrong password {number}", address)[0])
+
+    def test_an_address_has_ten_failures(self) -> None:
+        self.assertEqual(200, self.login(PASSWORDS["bob"], name="bob")[0])
+        self.fail_often()
+        with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
+            status, headers = self.login("wrong password")
+            self.assertEqual(429, status)
+            self.assertIn(
+                int(headers["retry-after"]), range(kvserver.FAILURE_SECONDS - 10, kvserver.FAILURE_SECONDS + 1)
+            )
+            self.assertEqual(429, self.login(PASSWORDS["alice"])[0], "right, but not known")
+            self.assertEqual(200, self.login(PASSWORDS["bob"], name="bob")[0], "known")
+            scrypt.assert_not_called()
+        self.assertEqual(200, self.login(PASSWORDS["alice"], source="127.0.0.2")[0], "the user is not locked")
+        self.assertEqual(200, self.login(PASSWORDS["alice"])[0], "known now")
+
+    def test_a_failure_is_forgotten_after_a_while(self) -> None:
+        self.fail_often()
+        self.assertEqual(429, self.login("wrong password")[0])
+        now = time.monotonic()
+        with mock.patch("time.monotonic", lambda: now + kvserver.FAILURE_SECONDS + 1):
+            self.server.authenticator._throttle.charge(kvserver.parse_address("127.0.0.1"))
+            with self.assertRaises(kvserver.HTTPError):
+                self.server.authenticator._throttle.charge(kvserver.parse_address("127.0.0.1"))
+
+    def test_right_logins_are_free(self) -> None:
+        for number in range(3 * kvserver.FAILURES_MAX):
+            password = f"password {number}"
+            self.store.set_password_hash("alice", kvserver.hash_password(password))
+            self.assertEqual(200, self.login(password)[0])
+
+    def test_only_what_guesses_is_charged(self) -> None:
+        def send(authorization: str | None) -> int:
+            headers = {"Authorization": authorization} if authorization is not None else {}
+            return self.request("GET", "/list", user=None, headers=headers).status
+
+        for _ in range(2 * kvserver.FAILURES_MAX):
+            self.assertEqual(401, send(None))
+            self.assertEqual(401, send("Bearer x"))
+        with mock.patch.object(kvserver, "scrypt") as scrypt:
+            for _ in range(kvserver.FAILURES_MAX):
+                self.assertEqual(401, send("Basic !!!!"))
+            self.assertEqual(429, send("Basic !!!!"))
+            scrypt.assert_not_called()
+        self.assertEqual(401, send(None))
+        self.assertEqual(401, send("Bearer x"))
+
+    def login_at_once(self, passwords: Sequence[str], address: str) -> list[int]:
+        """Try passwords at the same time; return the statuses."""
+        statuses: list[int] = []
+
+        def try_one(password: str) -> None:
+            statuses.append(self.login(password, address)[0])
+
+        threads = [threading.Thread(target=try_one, args=(password,)) for password in passwords]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_SECONDS)
+        return sorted(statuses)
+
+    def test_parallel_guesses_do_not_get_past_it(self) -> None:
+        expected = [401] * kvserver.FAILURES_MAX + [429] * (40 - kvserver.FAILURES_MAX)
+        self.assertEqual(expected, self.login_at_once([f"guess {number}" for number in range(40)], "192.0.2.1"))
+        self.assertEqual(expected, self.login_at_once(["the same guess"] * 40, "192.0.2.2"))
+
+    def test_parallel_requests_of_one_client_are_all_let_in(self) -> None:
+        self.assertEqual([200] * 40, self.login_at_once([PASSWORDS["alice"]] * 40, "192.0.2.1"))
+
+    def test_addresses_are_counted_apart_and_ipv6_by_network(self) -> None:
+        self.fail_often("192.0.2.1")
+        self.assertEqual(429, self.login("wrong password", "192.0.2.1")[0])
+        self.assertEqual(429, self.login("wrong password", "::ffff:192.0.2.1")[0])
+        self.assertEqual(401, self.login("wrong password", "192.0.2.2")[0])
+        self.fail_often("2001:db8:0:1::1")
+        self.assertEqual(429, self.login("wrong password", "2001:db8:0:1:ffff::2")[0])
+        self.assertEqual(401, self.login("wrong password", "2001:db8:0:2::1")[0])
+        self.assertIn("address=2001:db8:0:2::1", self.log.text())
+
+    def test_only_trusted_proxies_are_believed(self) -> None:
+        proxies = kvserver.parse_networks("10.0.0.0/8, 2001:db8::5")
+        for peer, forwarded_for, expected in (
+            ("192.0.2.1", "", "192.0.2.1"),
+            ("192.0.2.1", "203.0.113.9", "192.0.2.1"),
+            ("10.0.0.1", "", "10.0.0.1"),
+            ("10.0.0.1", "nonsense", "10.0.0.1"),
+            ("10.0.0.1", "203.0.113.9", "203.0.113.9"),
+            ("::ffff:10.0.0.1", "203.0.113.9", "203.0.113.9"),
+            ("2001:db8::5", " 2001:DB8::9 ", "2001:db8::9"),
+            ("10.0.0.1", "198.51.100.7, 203.0.113.9", "203.0.113.9"),
+            ("10.0.0.1", "198.51.100.7, 203.0.113.9, 10.0.0.2,10.0.0.3", "203.0.113.9"),
+            ("10.0.0.1", "203.0.113.9, nonsense, 10.0.0.2", "10.0.0.2"),
+            ("10.0.0.1", "203.0.113.9,", "10.0.0.1"),
+            ("10.0.0.1", "10.0.0.7, 10.0.0.2", "10.0.0.7"),
+        ):
+            with self.subTest(peer=peer, forwarded_for=forwarded_for):
+                self.assertEqual(expected, str(kvserver.client_address(peer, forwarded_for, proxies)))
+
+    def test_what_is_remembered_of_addresses_is_bounded(self) -> None:
+        self.enter(mock.patch.object(kvserver, "THROTTLED_ADDRESSES_MAX", 3))
+        for number in range(10):
+            self.login("wrong password", f"192.0.2.{number}")
+        self.assertEqual(3, len(self.server.authenticator._throttle._paid_off))
+
+    def test_an_unknown_user_takes_as_long_as_a_wrong_password(self) -> None:
+        seconds: dict[str, list[float]] = {"alice": [], "nobody": []}
+        with mock.patch.object(kvserver, "SCRYPT_COST_LOG2", 11):
+            self.store.set_password_hash("alice", kvserver.hash_password("a password"))
+            self.stop()
+            self.start()
+            for number in range(20):
+                for name, times in seconds.items():
+                    begun = time.perf_counter()
+                    self.assertEqual(401, self.login("wrong password", f"192.0.2.{number}", name=name)[0])
+                    times.append(time.perf_counter() - begun)
+        ratio = statistics.median(seconds["nobody"]) / statistics.median(seconds["alice"])
+        self.assertGreater(ratio, 0.8)
+        self.assertLess(ratio, 1.25)
+
+
+class Sites(ServerCase):
+    """Requests that a browser sends for a page, of this site or of another."""
+
+    def status(self, target: str = "/set?key=a&value=1", method: str = "GET", **headers: str) -> int:
+        """Return what a request is answered with these headers."""
+        return self.request(
+            method, target, headers={name.replace("_", "-"): text for name, text in headers.items()}
+        ).status
+
+    def test_sec_fetch_site_has_the_first_word(self) -> None:
+        for site, status in (
+            ("same-origin", 200),
+            ("none", 200),
+            ("cross-site", 403),
+            ("same-site", 403),
+            ("Same-Origin", 403),
+            ("same-origin, cross-site", 403),
+            ("", 403),
+        ):
+            with self.subTest(site):
+                self.assertEqual(
+                    status, self.status(Sec_Fetch_Site=site, Origin="null" if status == 200 else "http://x")
+                )
+
+    def test_a_foreign_origin_or_else_referer_is_refused(self) -> None:
+        for host, url, status in (
+            ("kv.example", "http://kv.example", 200),
+            ("kv.example", "https://kv.example", 200),
+            ("KV.example", "http://kv.EXAMPLE", 200),
+            ("kv.example:80", "http://kv.example", 200),
+            ("kv.example:443", "https://kv.example", 200),
+            ("kv.example:", "http://kv.example:80", 200),
+            ("kv.example:8080", "http://kv.example:8080", 200),
+            ("[::1]:8080", "http://[::1]:8080", 200),
+            ("[::1]", "http://[::1]", 200),
+            ("kv.example:443", "http://kv.example", 403),
+            ("kv.example:8080", "http://kv.example", 403),
+            ("kv.example", "http://kv.example:8080", 403),
+            ("kv.example", "http://other.example", 403),
+            ("kv.example", "http://kv.example.other.example", 403),
+            ("kv.example", "http://kv.example@other.example", 403),
+            ("kv.example", "chrome-extension://kv.example", 403),
+            ("kv.example", "kv.example", 403),
+            ("kv.example", "null", 403),
+            ("kv.example", "", 403),
+            ("[::1]", "http://[::2]", 403),
+        ):
+            with self.subTest(host=host, url=url):
+                self.assertEqual(status, self.status(Host=host, Origin=url))
+                self.assertEqual(status, self.status(Host=host, Origin=url, Referer="http://another.example/"))
+                self.assertEqual(status, self.status(Host=host, Referer=url + "/page?query#fragment" if url else url))
+
+    def test_every_way_to_change_something_is_refused_and_nothing_changed(self) -> None:
+        self.assertEqual(200, self.status("/set?key=a&value=1"))
+        for method in ("GET", "POST", "PUT"):
+            for target in ("/set?key=a&value=2", "/del?key=a", "/iotpersistenceapi/set?key=a&value=2"):
+                self.assertEqual(403, self.status(target, method, Origin="http://other.example"))
+        self.assertEqual(b"1", self.get("a"))
+        self.assertEqual(200, self.status("/get?key=a", Origin="http://other.example"))
+
+    def test_login_comes_first_and_the_body_is_not_asked_for(self) -> None:
+        self.assertEqual(401, self.request("GET", "/set", user=None, headers={"Origin": "null"}).status)
+        lines = ("Origin: null", "Expect: 100-continue", "Content-Length: 1")
+        self.assertTrue(
+            self.exchange(self.raw("POST /set?key=a HTTP/1.1", *lines), end=True).startswith(b"HTTP/1.1 403 ")
+        )
+
+    def test_the_host_of_an_absolute_target_counts(self) -> None:
+        for host, status in ((b"kv.example", b"200"), (b"localhost", b"403")):
+            request_line = f"GET http://{host.decode()}/set?key=a&value=1 HTTP/1.1"
+            answer = self.exchange(self.raw(request_line, "Origin: http://kv.example", "Connection: close"))
+            self.assertEqual([status], re.findall(rb"HTTP/1.1 (\d+)", answer))
+
+
+class Overload(ServerCase):
+    """More clients than the server serves."""
+
+    def open(self, data: bytes = b"") -> socket.socket:
+        """Return a further connection that the server has taken and whose bytes it has seen."""
+        before = set(self.server.connections.values())
+        connection = self.connect()
+        connection.sendall(data)
+        wait_until(lambda: any(h.received == data for h in set(self.server.connections.values()) - before))
+        return connection
+
+    def ask(self) -> socket.socket:
+        """Return a further connection that has been answered."""
+        connection = self.connect()
+        connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertIn(b" 404 ", connection.recv(65536))
+        return connection
+
+    def test_the_longest_incomplete_request_gives_way_then_the_longest_idle_connection(self) -> None:
+        self.server.max_connections = 4
+        first_idle = self.ask()
+        silent = self.open()
+        half = self.open(b"GET / HTTP/1.1\r\n")
+        second_idle = self.ask()
+        for closed in (silent, half, first_idle, second_idle):
+            self.ask()
+            self.assertEqual(b"", closed.recv(65536))
+        self.assertEqual(4, len(self.server.connections))
+
+    def test_who_waits_for_an_answer_never_gives_way(self) -> None:
+        self.server.max_connections = 2
+        self.assertEqual(200, self.request("GET", "/list").status)
+        with locked(self.database):
+            waiting = [self.connect() for _ in range(2)]
+            for number, connection in enumerate(waiting):
+                connection.sendall(self.raw(f"GET /set?key={number}&value=1 HTTP/1.1"))
+            wait_until(lambda: len(self.server.changes) == 2)
+            late = self.connect()
+            late.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+            wait_until(lambda: not self.server._accepting)
+            self.assertEqual(2, len(self.server.connections))
+        for connection in waiting:
+            self.assertIn(b" 200 ", connection.recv(65536))
+        self.assertIn(b" 404 ", late.recv(65536))
+
+    def test_slow_clients_do_not_keep_others_out(self) -> None:
+        slow = [self.connect() for _ in range(300)]
+        seconds: list[float] = []
+        for _ in range(10):
+            for number, connection in enumerate(slow):
+                try:
+                    connection.sendall(b"x" if number % 2 else b"GET /x HTTP/1.1\r\nX: ")
+                except OSError:  # it had to give way, and comes back
+                    connection.close()
+                    slow[number] = self.connect()
+            for _ in range(20):
+                begun = time.monotonic()
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    self.assertEqual(404, self.request("GET", "/get?key=a").status)
+                    seconds.append(time.monotonic() - begun)
+        self.assertGreaterEqual(len([each for each in seconds if each < 1]), 190)
+
+    def test_a_thread_that_cannot_start_is_503_and_no_mistake(self) -> None:
+        real_start = threading.Thread.start
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            self.assertEqual(503, self.request("GET", "/list").status)
+            self.assertEqual(503, self.request("GET", "/health", user=None).status)
+        self.assertIs(real_start, threading.Thread.start)
+        self.assertEqual(200, self.request("GET", "/list").status)
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            self.assertEqual(200, self.request("GET", "/list").status, "one worker is enough")
+        self.assertNotIn("internal error", self.log.text())
+
+    def test_an_answer_that_cannot_be_made_closes_the_connection(self) -> None:
+        self.assertEqual(200, self.request("GET", "/list").status)
+        with mock.patch.object(kvserver, "encode_response", side_effect=MemoryError):
+            for target in ("/get?key=a", "/set?key=a&value=1", "/list", "/nowhere"):
+                self.assertEqual(b"", self.exchange(self.raw(f"GET {target} HTTP/1.1")))
+        wait_until(lambda: not self.server.connections)
+        self.assertIn("internal error: MemoryError", self.log.text())
+
+    def test_an_abandoned_check_is_not_made(self) -> None:
+        release, checked = threading.Event(), []
+        self.addCleanup(release.set)
+
+        def wait_and_verify(password: str, stored: str) -> bool:
+            checked.append(password)
+            return release.wait(WAIT_SECONDS) and False
+
+        self.enter(mock.patch.object(kvserver, "verify_password", wait_and_verify))
+        self.enter(mock.patch.object(kvserver, "CHECK_SECONDS", 0.05))
+        for number in range(5):
+            headers = {"Authorization": basic("alice", f"wrong password {number}")}
+            self.assertEqual(503, self.request("GET", "/list", user=None, headers=headers).status)
+        self.assertEqual({}, self.server.authenticator._waiting)
+        release.set()
+        with mock.patch.object(kvserver, "CHECK_SECONDS", WAIT_SECONDS):
+            headers = {"Authorization": basic("alice", "the last one")}
+            self.assertEqual(401, self.request("GET", "/list", user=None, headers=headers).status)
+        self.assertEqual(["wrong password 0", "the last one"], checked)
+
+    def test_the_same_error_is_logged_once_a_second(self) -> None:
+        with mock.patch.object(kvserver.Store, "value", side_effect=sqlite3.OperationalError("disk I/O error")):
+            for _ in range(20):
+                self.assertEqual(503, self.request("GET", "/get?key=a").status)
+        self.assertLess(self.log.text().count("disk I/O error"), 5)
+
+    def test_what_is_remembered_of_errors_is_bounded(self) -> None:
+        errors = kvserver.ErrorLog()
+        for number in range(1000):
+            errors.write(f"error {number}")
+        self.assertEqual(1000, len(self.log.lines))
+        self.assertLessEqual(len(errors._logged), kvserver.ERRORS_MAX)
 
 
 class Failures(ServerCase):
@@ -1600,6 +1935,366 @@ class RequestLog(ServerCase):
             self.assertRegex(line, rf"\A{expected}\Z")
         self.assertEqual(5, len(self.log.lines))
         self.assertNotIn("s3cr3t", self.log.text())
+
+
+class Disk(ServerCase):
+    """A disk that is full, broken or gone, and what still works then."""
+
+    max_db_mb = 1
+
+    def test_a_full_database_is_507_until_something_is_deleted(self) -> None:
+        value = "x" * 50_000
+        stored = 0
+        while (answer := self.request("POST", f"/set?key={stored}", value)).status == 200:
+            stored += 1
+        self.assertEqual(507, answer.status)
+        self.assertIn(b"delete something", answer.body)
+        self.assertIn(stored, range(15, 22))
+        self.assertEqual(value.encode(), self.get("0"))
+        self.assertEqual(stored, len(self.pairs()))
+        self.assertEqual(200, self.request("GET", "/del?key=0").status)
+        self.assertEqual(200, self.request("POST", "/set?key=again", value).status)
+        self.assertEqual(507, self.request("POST", "/set?key=more", value).status)
+        self.assertLessEqual(os.path.getsize(self.database), 1024 * 1024)
+        self.assertIn("the database failed", self.log.text())
+
+    def test_a_write_that_fits_is_made_beside_one_that_does_not(self) -> None:
+        self.assertEqual(404, self.request("GET", "/get?key=a").status)
+        statuses: dict[str, bytes] = {}
+        with locked(self.database):
+            connections = {}
+            for key, size in (("a", 10), ("b", 1024 * 1024), ("c", 10)):
+                connections[key] = self.connect()
+                length = f"Content-Length: {size}"
+                connections[key].sendall(self.raw(f"POST /set?key={key} HTTP/1.1", length, body=b"x" * size))
+            wait_until(lambda: len(self.server.changes) == 3)
+        for key, connection in connections.items():
+            statuses[key] = connection.recv(12)[9:]
+        self.assertEqual({"a": b"200", "b": b"507", "c": b"200"}, statuses)
+        self.assertEqual({"a", "c"}, set(self.pairs()))
+
+    def test_a_file_that_was_removed_or_replaced_gets_no_write(self) -> None:
+        self.assertEqual(200, self.request("GET", "/set?key=a&value=1").status)
+        elsewhere = self.database + ".elsewhere"
+        os.rename(self.database, elsewhere)
+        for replaced in (False, True):
+            with self.subTest(replaced=replaced):
+                if replaced:
+                    shutil.copy(elsewhere, self.database)
+                self.assertEqual(503, self.request("GET", "/set?key=a&value=2").status)
+                self.assertEqual(503, self.request("GET", "/list").status)
+                self.assertEqual(503, self.request("GET", "/health", user=None).status)
+        self.assertIn("has been removed or replaced", self.log.text())
+        os.rename(elsewhere, self.database)
+        self.assertEqual(200, self.request("GET", "/set?key=a&value=3").status)
+        self.assertEqual({"a": "3"}, self.pairs())
+
+    def test_a_damaged_file_is_503_for_who_meets_it_and_is_left_as_it_is(self) -> None:
+        for number in range(10):
+            self.assertEqual(200, self.request("POST", f"/set?key={number}", "x" * 50_000).status)
+        self.stop()
+        self.store.close()
+        self.start()
+        with open(self.database, "r+b") as file:
+            file.seek(20 * 4096)
+            file.write(b"\xff" * 60 * 4096)
+            file.seek(0)
+            damaged = file.read()
+        self.assertEqual(503, self.request("GET", "/list").status)
+        self.assertIn("the database failed", self.log.text())
+        with open(self.database, "rb") as file:
+            self.assertEqual(damaged, file.read())
+
+    def test_a_list_that_is_too_long_is_409(self) -> None:
+        self.enter(mock.patch.object(kvserver, "LIST_BYTES_MAX", 10))
+        self.request("GET", "/set?key=k&value=123456789")
+        self.assertEqual({"k": "123456789"}, self.pairs())
+        self.request("GET", "/set?key=k&value=%C3%A9123456789")
+        answer = self.request("GET", "/list")
+        self.assertEqual(409, answer.status)
+        self.assertIn(b"delete", answer.body)
+
+
+class Log(ServerCase):
+    """The write-ahead log, which must not grow without a bound."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.enter(mock.patch.object(kvserver, "TRANSACTION_BYTES_MAX", 100_000))
+
+    def write_much(self) -> int:
+        """Write some megabytes and return how long the log has been at most."""
+        longest = 0
+        for number in range(60):
+            self.assertEqual(200, self.request("POST", f"/set?key={number % 3}", "x" * 100_000).status)
+            longest = max(longest, self.server.reader.wal_pages())
+        return longest
+
+    def test_it_is_begun_anew_although_there_are_always_readers(self) -> None:
+        done = threading.Event()
+
+        def read() -> None:  # one reader begins before the other ends
+            with contextlib.ExitStack() as stack:
+                readers = [stack.enter_context(contextlib.closing(sqlite3.connect(self.database))) for _ in range(2)]
+                for reader in readers:
+                    reader.isolation_level = None
+                readers[0].execute("BEGIN")
+                readers[0].execute("SELECT * FROM pair").fetchall()
+                for number in itertools.count(1):
+                    late, early = readers[number % 2], readers[1 - number % 2]
+                    late.execute("BEGIN")
+                    late.execute("SELECT * FROM pair").fetchall()
+                    early.execute("ROLLBACK")
+                    if done.is_set():
+                        return
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        try:
+            with mock.patch.object(kvserver, "WAL_PAGES_MAX", 200):
+                restarted = self.write_much()
+            with mock.patch.object(kvserver, "WAL_PAGES_MAX", 100_000):
+                self.write_much()
+        finally:
+            done.set()
+            thread.join(WAIT_SECONDS)
+        self.assertLess(restarted, 300)
+
+    def test_a_reader_that_does_not_end_holds_up_one_write_only(self) -> None:
+        self.enter(mock.patch.object(kvserver, "WAL_PAGES_MAX", 50))
+        self.enter(mock.patch.object(kvserver, "CHECKPOINT_SECONDS", 0))
+        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM user").fetchall()
+            with mock.patch.object(self.server.writer, "checkpoint", wraps=self.server.writer.checkpoint) as checkpoint:
+                self.write_much()
+                checkpoint.assert_called_once()
+            reader.execute("ROLLBACK")
+        self.server._next_checkpoint = 0
+        self.write_much()
+        self.assertLess(self.write_much(), 150)
+
+    def test_a_checkpoint_that_fails_is_logged_and_loses_nothing(self) -> None:
+        self.enter(mock.patch.object(kvserver, "WAL_PAGES_MAX", 0))
+        with mock.patch.object(
+            self.server.writer, "checkpoint", side_effect=sqlite3.OperationalError("disk I/O error")
+        ):
+            self.assertEqual(200, self.request("GET", "/set?key=a&value=1").status)
+        self.assertIn("the write-ahead log cannot be emptied: disk I/O error", self.log.text())
+        self.assertEqual({"a": "1"}, self.pairs())
+
+    def test_many_large_writes_are_not_one_transaction(self) -> None:
+        self.get("a")
+        with mock.patch.object(self.server.writer, "commit", wraps=self.server.writer.commit) as commit:
+            with locked(self.database):
+                connections = [self.connect() for _ in range(6)]
+                for number, connection in enumerate(connections):
+                    lines = ("Content-Length: 60000",)
+                    connection.sendall(self.raw(f"POST /set?key={number} HTTP/1.1", *lines, body=b"x" * 60_000))
+                wait_until(lambda: len(self.server.changes) == 6)
+            for connection in connections:
+                self.assertIn(b" 200 ", connection.recv(65536))
+            self.assertEqual([2, 2, 2], [len(call.args[0]) for call in commit.call_args_list])
+
+
+class Model(ServerCase):
+    """Long runs of random requests, compared with dictionaries."""
+
+    KEYS = ("a", "door", "front door", "tür", "😀", "a\nb", "%41", "..", "x" * 512)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.seed = random.randrange(1_000_000)
+        self.random = random.Random(self.seed)
+
+    def send_value(self, user: str, key: str, value: str) -> Answer:
+        """Store a value in one of the ways that there are."""
+        way = self.random.randrange(4)
+        if way == 0:
+            return self.request("GET", "/set?" + urllib.parse.urlencode({"key": key, "value": value}), user=user)
+        if way == 1:
+            form = urllib.parse.urlencode({"key": key, "value": value})
+            return self.request("POST", "/set", form, kvserver.FORM, user=user)
+        if way == 2:
+            return self.request("PUT", "/set", json.dumps({"key": key, "value": value}), kvserver.JSON, user=user)
+        return self.request(
+            "POST", "/set?" + urllib.parse.urlencode({"key": key}), value or "x", "text/plain", user=user
+        )
+
+    def run_operations(self, count: int, users: Sequence[str], restarts: int = 0) -> None:
+        """Compare the answers to so many random requests with what a dictionary for each user says."""
+        models: dict[str, dict[str, str]] = {user: {} for user in users}
+        for number in range(count):
+            user, key = self.random.choice(users), self.random.choice(self.KEYS)
+            model = models[user]
+            query = urllib.parse.urlencode({"key": key})
+            what = f"request {number} of {user} for {key!r}, seed {self.seed}"
+            kind = self.random.choice(("set", "set", "get", "get", "get", "del", "list"))
+            if kind == "set":
+                value = self.random.choice(("", "0", "open", "é☃", "\0\r\n", "x" * 5000)) + str(number)
+                self.assertEqual(200, self.send_value(user, key, value).status, what)
+                model[key] = value
+            elif kind == "get":
+                answer = self.request("GET", "/get?" + query, user=user)
+                expected = (200, model[key].encode()) if key in model else (404, answer.body)
+                self.assertEqual(expected, (answer.status, answer.body), what)
+            elif kind == "del":
+                self.assertEqual(
+                    200 if key in model else 404, self.request("GET", "/del?" + query, user=user).status, what
+                )
+                model.pop(key, None)
+            else:
+                self.assertEqual(model, self.pairs(user), what)
+            if restarts and number % (count // restarts) == 0:
+                self.stop()
+                self.store.close()
+                self.start()
+        self.assertEqual(models, {user: self.pairs(user) for user in users})
+
+    def test_it_is_a_dictionary_that_survives_restarts(self) -> None:
+        self.run_operations(2000, ["alice"], restarts=10)
+
+    def test_users_do_not_see_or_change_each_others_pairs(self) -> None:
+        self.run_operations(1000, ["alice", "bob"])
+
+
+class Fuzz(ServerCase):
+    """Requests with random mistakes."""
+
+    COUNT = 20_000
+    SEED = 4
+    failures_max = 10**9
+
+    PIECES = (
+        *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%", b"\xff", b"\x80", b"#", b"?", b"&", b"=", b","),
+        *(b"chunked", b"0\r\n\r\n", b"99999999999", b"-1", b"HTTP/1.1", b"HTTP/1.0", b"Host: y\r\n", b"Expect: x\r\n"),
+    )
+
+    def mutate(self, request: bytes, chance: random.Random) -> bytes:
+        """Return a request with a few mistakes."""
+        mutated = bytearray(request)
+        for _ in range(chance.choice((0, 1, 1, 2, 3, 6))):
+            begin = chance.randrange(len(mutated) + 1)
+            end = min(len(mutated), begin + chance.choice((0, 1, 1, 2, 5, 20)))
+            kind = chance.random()
+            if kind < 0.4:
+                mutated[begin:end] = chance.choice(self.PIECES)
+            elif kind < 0.6:
+                mutated[begin:end] = bytes(chance.randrange(256) for _ in range(chance.choice((1, 2, 4))))
+            elif kind < 0.8:
+                del mutated[begin:end]
+            else:
+                mutated[begin:begin] = mutated[begin:end] * chance.choice((1, 2, 50))
+        return bytes(mutated)
+
+    def test_no_request_gets_anything_but_proper_answers(self) -> None:
+        chance = random.Random(self.SEED)
+        form = b"5\r\nkey=a\r\n8;x=y\r\n&value=1\r\n0\r\nA: b\r\n\r\n"
+        members = b'{"key":"a","value":[1]}'
+        requests = (
+            self.raw("GET /get?key=a HTTP/1.1"),
+            self.raw("HEAD /get?key=%C3%A9 HTTP/1.1"),
+            self.raw("GET http://x/del?key=a&z=%41 HTTP/1.0", "Connection: keep-alive"),
+            self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 5", body=b"hello"),
+            self.raw("POST /set HTTP/1.1", f"Content-Type: {kvserver.JSON}", "Content-Length: 23", body=members),
+            self.raw("PUT /set HTTP/1.1", "Transfer-Encoding: chunked", f"Content-Type: {kvserver.FORM}", body=form),
+            self.raw(
+                "POST /set?key=a HTTP/1.1", "Expect: 100-continue", "Content-Length: 1", "Origin: null", body=b"x"
+            ),
+            b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+        )
+        for number in range(self.COUNT):
+            data = b"".join(self.mutate(chance.choice(requests), chance) for _ in range(chance.choice((1, 1, 2))))
+            connection = socket.create_connection(("127.0.0.1", self.port), WAIT_SECONDS)
+            with contextlib.closing(connection), contextlib.suppress(ConnectionError):
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                answers = b"".join(iter(lambda: connection.recv(65536), b""))  # noqa: B023
+                heads = re.findall(rb"HTTP/1\.1 (\d\d\d) [A-Za-z ]+\r\n((?:[A-Za-z-]+: [^\r\n]*\r\n)*)\r\n", answers)
+                what = f"request {number}: {data!r}, answers: {answers!r}"
+                self.assertTrue(answers.startswith(b"HTTP/1.1 ") if answers else not data.strip(b"\r\n"), what)
+                self.assertEqual(len(heads), answers.count(b"HTTP/1.1 "), what)
+                for status, fields in heads:
+                    self.assertTrue(status < b"500" or status in (b"501", b"505"), what)
+                    self.assertTrue(b"Connection: close" not in fields or (status, fields) == heads[-1], what)
+        self.assertNotIn("internal error", self.log.text())
+        self.assertEqual(200, self.request("GET", "/list").status)
+
+
+class Secrets(ServerCase):
+    """What must not come out."""
+
+    log_requests = True
+    WORDS = ("s3cr3t-value", "s3cr3t-password", base64.b64encode(b"alice:s3cr3t-password").decode())
+
+    def test_no_path_tells_passwords_or_values(self) -> None:
+        self.store.set_password_hash("alice", kvserver.hash_password("s3cr3t-password"))
+        login = {"Authorization": basic("alice", "s3cr3t-password")}
+        answers: list[Answer] = []
+
+        def send(method: str, target: str, body: str | None = None, content_type: str | None = None) -> None:
+            answers.append(self.request(method, target, body, content_type, user=None, headers=login))
+            wrong = {"Authorization": basic("alice", "s3cr3t-password x"), "Accept": "application/json"}
+            answers.append(self.request(method, target, body, content_type, user=None, headers=wrong))
+            lone = {"Authorization": "Basic " + base64.b64encode(b"s3cr3t-password").decode()}
+            answers.append(self.request(method, target, body, content_type, user=None, headers=lone))
+
+        def send_all() -> None:
+            send("GET", "/set?key=a&value=s3cr3t-value")
+            send("GET", "/set?value=s3cr3t-value&value=x")
+            send("POST", "/set?key=a", "s3cr3t-value", "text/plain")
+            send("POST", "/set", "value=s3cr3t-value", kvserver.FORM)
+            send("POST", "/set", '{"key": "a", "value": "s3cr3t-value"', kvserver.JSON)
+            send("POST", "/del", '{"key": ["s3cr3t-value"]}', kvserver.JSON)
+            send("DELETE", "/set?key=a&value=s3cr3t-value")
+            send("GET", "/nowhere?key=a&value=s3cr3t-value")
+
+        send_all()
+        for owner, name in (
+            (kvserver, "parse_parameters"),
+            (kvserver, "decode_credentials"),
+            (kvserver, "verify_password"),
+            (kvserver, "check_same_site"),
+            (kvserver.Store, "set_value"),
+            (kvserver.Store, "commit"),
+            (kvserver.Authenticator, "authenticate"),
+            (kvserver.RequestHandler, "respond"),
+        ):
+            for error in (RuntimeError, UnicodeError, OSError, MemoryError):
+                with mock.patch.object(owner, name, side_effect=error("s3cr3t-value s3cr3t-password")):
+                    send("GET", "/set?key=a&value=s3cr3t-value")
+        self.assertGreater(len([answer for answer in answers if answer.status == 500]), 20)
+        for text in (self.log.text(), str(answers)):
+            for word in self.WORDS:
+                self.assertNotIn(word, text)
+
+    def test_nothing_a_client_sends_becomes_a_header(self) -> None:
+        self.request("GET", "/set?" + urllib.parse.urlencode({"key": "a", "value": "1\r\nInjected: 1\r\n\r\n"}))
+        for target in (
+            "/get?key=a",
+            "/get?key=a%0d%0aInjected:%201",
+            "/list",
+            "/nowhere%0d%0aInjected:%201",
+            "/set?key=a&value=1&%0d%0aInjected:%201&%0d%0aInjected:%201=",
+        ):
+            for method in ("GET", "HEAD", "DELETE", "OPTIONS"):
+                answer = self.exchange(self.raw(f"{method} {target} HTTP/1.1", "Connection: close"))
+                self.assertNotIn(b"Injected", answer.partition(b"\r\n\r\n")[0])
+
+    def test_log_lines_cannot_be_forged(self) -> None:
+        real_log = self.enter(mock.patch("sys.stderr", io.StringIO()))
+        name = "x' address=192.0.2.1 \u2028\u202e\x1b[31m\u0085"
+        headers = {"Authorization": basic(name, "wrong password")}
+        self.request("GET", "/get?key=a", user=None, headers=headers)
+        self.exchange(self.raw("GET /get%0a\u2028\u202e?key=%0aERROR&value=1 HTTP/1.1", "Connection: close"))
+        self.exchange(self.raw("GET /get?key=%0aERROR%e2%80%a8 HTTP/1.1", "Connection: close"))
+        with mock.patch.object(kvserver, "log", REAL_LOG):
+            for line in self.log.lines:
+                kvserver.log("INFO", line)
+            kvserver.log("INFO", "a\nb")
+        lines = real_log.getvalue().split("\n")
+        self.assertEqual(len(self.log.lines) + 2, len(lines))
+        self.assertTrue(all(line.isprintable() for line in lines), lines)
 
 
 class Addresses(unittest.TestCase):
@@ -2307,6 +3002,313 @@ class Killed(CommandCase):
         self.assertEqual({key: "of-" + key for key in pairs}, pairs)
         with contextlib.closing(sqlite3.connect(self.database)) as connection:
             self.assertEqual([("ok",)], connection.execute("PRAGMA integrity_check").fetchall())
+
+
+class Operation(NamedTuple):
+    """A request of a history: when it was sent and answered, and what it did to its key or saw there."""
+
+    begun: float
+    ended: float  # infinite when no answer came
+    kind: str
+    value: str | None  # what was set or got
+    found: bool  # whether del found the key
+
+
+def is_linearizable(history: Sequence[Operation]) -> bool:
+    """Tell whether there is an order of the operations on one key that explains all answers.
+
+    An operation takes place at one moment between its request and its answer; one without an answer at any moment
+    after the request, or never (Herlihy and Wing, 1990). The search is that of Wing and Gong, with what has been
+    tried remembered.
+    """
+    operations = sorted(operation for operation in history if operation.kind != "get" or operation.ended < math.inf)
+    answered = sum(1 << i for i, operation in enumerate(operations) if operation.ended < math.inf)
+    todo: list[tuple[int, str | None]] = [(0, None)]
+    tried = set(todo)
+    while todo:
+        done, state = todo.pop()
+        if done & answered == answered:
+            return True
+        first_open = (~done & (done + 1)).bit_length() - 1
+        earliest_end = math.inf
+        for i in range(first_open, len(operations)):
+            operation = operations[i]
+            if operation.begun > earliest_end:
+                break
+            if done >> i & 1:
+                continue
+            earliest_end = min(earliest_end, operation.ended)
+            if operation.kind == "get" and operation.value != state:
+                continue
+            if operation.kind == "del" and operation.ended < math.inf and operation.found != (state is not None):
+                continue
+            following = (
+                done | 1 << i,
+                operation.value if operation.kind == "set" else None if operation.kind == "del" else state,
+            )
+            if following not in tried:
+                tried.add(following)
+                todo.append(following)
+    return False
+
+
+class Histories(CommandCase):
+    """What parallel clients see, while the server is killed and started again."""
+
+    def test_the_checker_knows_good_from_bad(self) -> None:
+        def history(*rows: tuple[float, float, str, str | None]) -> list[Operation]:
+            return [Operation(begun, ended, kind, value, True) for begun, ended, kind, value in rows]
+
+        for is_good, rows in (
+            (True, [(0, 1, "set", "a"), (2, 3, "get", "a"), (4, 5, "del", None), (6, 7, "get", None)]),
+            (False, [(0, 1, "set", "a"), (2, 3, "get", None)]),
+            (False, [(0, 1, "set", "a"), (2, 3, "set", "b"), (4, 5, "get", "a")]),
+            (True, [(0, 9, "set", "a"), (1, 2, "get", None), (3, 4, "get", "a")]),
+            (False, [(0, 9, "set", "a"), (1, 2, "get", "a"), (3, 4, "get", None)]),
+            (False, [(0, 1, "del", None)]),
+            (True, [(0, math.inf, "set", "a"), (1, 2, "get", None), (3, 4, "get", "a")]),
+            (True, [(0, math.inf, "set", "a"), (1, 2, "get", None)]),
+            (False, [(0, math.inf, "set", "a"), (1, 2, "get", "a"), (3, 4, "get", None)]),
+            (True, [(0, 1, "set", "a"), (2, math.inf, "del", None), (3, 4, "get", "a"), (5, 6, "get", None)]),
+        ):
+            with self.subTest(rows):
+                self.assertEqual(is_good, is_linearizable(history(*rows)))
+
+    def test_they_are_linearizable_over_kills(self) -> None:
+        self.add_user("alice")
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+            port = free.getsockname()[1]
+        environment = {"KVSERVER_PORT": str(port)}
+        seed = random.randrange(1_000_000)
+        histories: dict[str, list[Operation]] = {"x": [], "y": []}
+        answered = threading.Semaphore(0)
+        done = threading.Event()
+
+        def work(client: int) -> None:
+            chance = random.Random(seed + client)
+            number = 0
+            while not done.is_set():
+                with contextlib.closing(
+                    http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS)
+                ) as connection:
+                    connected = True
+                    while connected and not done.is_set():
+                        number += 1
+                        key, kind = chance.choice("xy"), chance.choice(("set", "set", "get", "get", "del"))
+                        value = f"{client}-{number}" if kind == "set" else None
+                        target = f"/{kind}?key={key}" + (f"&value={value}" if value else "")
+                        begun, ended, found = time.monotonic(), math.inf, False
+                        try:
+                            connection.request("GET", target, headers={"Authorization": basic("alice", "a password")})
+                            answer = read_answer(connection.getresponse())
+                            ended, found = time.monotonic(), answer.status == 200
+                            self.assertIn(answer.status, (200, 404))
+                            value = answer.body.decode() if kind == "get" and found else value
+                            answered.release()
+                        except (OSError, http.client.HTTPException) as error:
+                            connected = False
+                            if isinstance(error, ConnectionRefusedError):
+                                continue  # it was never sent
+                        histories[key].append(Operation(begun, ended, kind, value, found))
+
+        clients = [threading.Thread(target=work, args=(client,)) for client in range(6)]
+        for client in clients:
+            client.start()
+        try:
+            for _ in range(4):
+                with self.serving(environment=environment) as (server, _, _):
+                    for _ in range(400):
+                        self.assertTrue(answered.acquire(timeout=WAIT_SECONDS))
+                    server.kill()
+        finally:
+            done.set()
+            for client in clients:
+                client.join(WAIT_SECONDS)
+        for key, history in histories.items():
+            self.assertGreater(len(history), 500)
+            self.assertTrue(is_linearizable(history), f"key {key}, seed {seed}")
+
+
+@unittest.skipUnless(hasattr(resource, "prlimit"), "only Linux can change the limits of a running process")
+class Exhausted(CommandCase):
+    """A machine that runs out of something."""
+
+    @contextlib.contextmanager
+    def limited(self, process: subprocess.Popen[str], kind: int, limit: int) -> Iterator[None]:
+        """Limit a resource of a process for a while."""
+        before = resource.prlimit(process.pid, kind, (limit, resource.prlimit(process.pid, kind)[1]))
+        try:
+            yield
+        finally:
+            resource.prlimit(process.pid, kind, before)
+
+    def cpu_seconds(self, process: subprocess.Popen[str]) -> float:
+        """Return how much CPU time a process has used."""
+        with open(f"/proc/{process.pid}/stat", encoding="ascii") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def test_without_descriptors_it_neither_spins_nor_fills_the_log_and_recovers(self) -> None:
+        self.add_user("alice")
+        with self.serving() as (process, port, _), locked(self.database), contextlib.ExitStack() as stack:
+            assert process.stderr
+            # It waits for its answer, so it is not closed to make room.
+            waiting = stack.enter_context(
+                contextlib.closing(socket.create_connection(("127.0.0.1", port), WAIT_SECONDS))
+            )
+            login = basic("alice", "a password")
+            waiting.sendall(f"GET /set?key=a&value=1 HTTP/1.1\r\nHost: x\r\nAuthorization: {login}\r\n\r\n".encode())
+            self.assertEqual(
+                (404, b"there is no"), (self.request(port, "/get?key=a")[0], self.request(port, "/get?key=a")[1][:11])
+            )
+            with self.limited(process, resource.RLIMIT_NOFILE, 3):
+                late = stack.enter_context(
+                    contextlib.closing(socket.create_connection(("127.0.0.1", port), WAIT_SECONDS))
+                )
+                late.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+                lines = [process.stderr.readline() for _ in range(2)]
+                begun, cpu_begun = time.monotonic(), self.cpu_seconds(process)
+                while len(lines) < 4:
+                    lines.append(process.stderr.readline())
+                seconds, cpu_seconds = time.monotonic() - begun, self.cpu_seconds(process) - cpu_begun
+            self.assertIn("started: ", lines[0])
+            self.assertTrue(all("cannot accept a connection: Too many open files" in line for line in lines[1:]), lines)
+            self.assertGreater(seconds, 1.5)
+            self.assertLess(cpu_seconds, 0.3 * seconds)
+            self.assertIn(b" 404 ", late.recv(65536))
+
+    def test_a_disk_that_takes_nothing_is_503_and_reads_go_on(self) -> None:
+        self.add_user("alice")
+        with self.serving() as (process, port, _):
+            self.assertEqual(200, self.request(port, "/set?key=a&value=1")[0])
+            with self.limited(process, resource.RLIMIT_FSIZE, 1000):
+                status, body = self.request(port, "/set?key=a&value=2")
+                self.assertIn(status, (503, 507))
+                self.assertRegex(body, rb"\A[a-z].*[a-z]\Z")
+                self.assertEqual((200, b"1"), self.request(port, "/get?key=a"))
+                self.assertEqual(b'{"a":"1"}', self.request(port, "/list")[1])
+            self.assertEqual((200, b"Success"), self.request(port, "/set?key=a&value=3"))
+            self.assertEqual((200, b"3"), self.request(port, "/get?key=a"))
+
+    def test_a_flood_of_guesses_costs_little_memory_and_no_time_of_others(self) -> None:
+        self.add_user("alice")
+        with self.serving(command=[sys.executable, PROGRAM]) as (process, port, _):
+
+            def status(name: str) -> int:
+                with open(f"/proc/{process.pid}/status", encoding="ascii") as file:
+                    return int(re.findall(rf"^{name}:\s*(\d+)", file.read(), re.MULTILINE)[0])
+
+            self.assertEqual(404, self.request(port, "/get?key=a")[0])
+            before = status("VmRSS")
+            done = threading.Event()
+            answered = threading.Semaphore(0)
+
+            def guess(address: int) -> None:
+                for number in itertools.count():
+                    source = (f"127.0.1.{address}", 0)
+                    connection = http.client.HTTPConnection("127.0.0.1", port, WAIT_SECONDS, source)
+                    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+                        login = basic("alice", f"guess {address} {number}")
+                        connection.request("GET", "/list", headers={"Authorization": login})
+                        connection.getresponse().read()
+                    answered.release()
+                    if done.is_set():
+                        return
+
+            guessers = [threading.Thread(target=guess, args=(address,)) for address in range(1, 41)]
+            for guesser in guessers:
+                guesser.start()
+            seconds, grown, threads = [], 0, 0
+            for _ in range(100):
+                self.assertTrue(answered.acquire(timeout=WAIT_SECONDS))
+                begun = time.monotonic()
+                self.assertEqual(404, self.request(port, "/get?key=a")[0])
+                seconds.append(time.monotonic() - begun)
+                grown, threads = max(grown, status("VmRSS") - before), max(threads, status("Threads"))
+            done.set()
+            process.kill()
+            for guesser in guessers:
+                guesser.join(WAIT_SECONDS)
+        self.assertLess(sorted(seconds)[94], 1)
+        self.assertLess(grown, 60_000)  # kB
+        self.assertLess(threads, 10)
+
+
+def can_trace() -> bool:
+    """Tell whether strace is there and may trace."""
+    try:
+        return subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+class Durable(CommandCase):
+    """Writes that are on the disk."""
+
+    @unittest.skipUnless(can_trace(), "strace is not installed, or may not trace")
+    def test_the_log_is_synced_before_each_answer(self) -> None:
+        self.add_user("alice")
+        trace = os.path.join(self.folder, "trace")
+        calls = "pwrite64,fdatasync,fsync,sendto,ftruncate"
+        command = ["strace", "-f", "-y", "-s", "20", "-e", f"trace={calls}", "-o", trace, *CHEAP_PROGRAM]
+        with self.serving(command=command) as (process, port, _):
+            for number in range(50):
+                self.assertEqual(200, self.request(port, f"/set?key=a&value={number}")[0])
+            self.assertEqual(b"49", self.request(port, "/get?key=a")[1])
+            os.kill(int(subprocess.check_output(["pgrep", "-P", str(process.pid)])), signal.SIGTERM)
+            self.assertEqual(0, process.wait(WAIT_SECONDS))
+        answers, synced, unsynced = 0, False, False
+        with open(trace, encoding="utf-8") as file:
+            for line in file:
+                if "pwrite64(" in line and "-wal>" in line:
+                    unsynced = True
+                elif "sync" in line and line.rstrip().endswith("= 0"):  # also of a call that was interrupted
+                    synced, unsynced = synced or unsynced, False
+                elif "sendto(" in line and '"HTTP/1.1 200 ' in line and answers < 50:
+                    self.assertTrue(synced and not unsynced, f"answer {answers} was sent before it was on the disk")
+                    answers, synced = answers + 1, False
+        self.assertEqual(50, answers)
+
+    def test_two_servers_on_one_database_lose_nothing(self) -> None:
+        self.add_user("alice")
+        with self.serving() as (_, first, _), self.serving() as (_, second, _):
+
+            def write(port: int, name: str) -> None:
+                for number in range(50):
+                    key = f"{name}-{number}"
+                    answers.append(self.request(port, f"/set?key={key}&value={key}")[0])
+                    other = second if port == first else first
+                    answers.append(self.request(other, f"/get?key={key}")[0])
+
+            answers: list[int] = []
+            threads = [
+                threading.Thread(target=write, args=(port, f"{port}-{name}"))
+                for port in (first, second)
+                for name in "ab"
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(WAIT_SECONDS)
+            self.assertEqual([200] * 400, answers)
+            self.assertEqual(200, len(json.loads(self.request(second, "/list")[1])))
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            self.assertEqual([("ok",)], connection.execute("PRAGMA integrity_check").fetchall())
+
+    def test_a_truncated_database_is_one_line_and_left_alone(self) -> None:
+        self.add_user("alice")
+        with self.serving() as (process, port, _):
+            for number in range(20):
+                self.request(port, f"/set?key={number}&value={'x' * 5000}")
+            process.send_signal(signal.SIGTERM)
+            process.wait(WAIT_SECONDS)
+        for size in (os.path.getsize(self.database) // 2, 5000, 100):
+            os.truncate(self.database, size)
+            with open(self.database, "rb") as file:
+                before = file.read()
+            self.assert_fails("cannot use the database", "serve", "--port", "0")
+            with open(self.database, "rb") as file:
+                self.assertEqual(before, file.read())
 
 
 @unittest.skipUnless(os.path.exists(README), "README.md is not beside the tests")
