@@ -873,12 +873,12 @@ class Checks(ServerCase):
         self.assertIn(b" 401 ", self.send_login("one more").recv(65536))
 
     def test_waiting_too_long_is_503_and_the_check_counts_for_the_next_try(self) -> None:
-        with mock.patch.object(kvserver, "CHECK_SECONDS", 0.05):
+        with mock.patch.object(kvserver, "CHECK_SECONDS", 0.3):
             answer = self.send_login(PASSWORDS["alice"]).recv(65536)
         self.assertIn(b"HTTP/1.1 503 ", answer)
         self.assertIn(b"\r\nRetry-After: 5\r\n", answer)
         self.release.set()
-        wait_until(lambda: not self.server.authenticator._waiting)
+        wait_until(lambda: len(self.server.authenticator._verified) == 2)
         self.assertIn(b" 404 ", self.send_login(PASSWORDS["alice"]).recv(65536))
         self.assertEqual(1, len(self.checked))
 
@@ -1434,7 +1434,7 @@ class Connections(ServerCase):
 
         self.enter(mock.patch.object(kvserver.RequestHandler, "answer", note_and_answer))
         clients = [socket.create_connection(("127.0.0.1", server.server_port), WAIT_SECONDS) for _ in range(2)]
-        for client, path, count in zip(clients, ("many", "one"), (10_000, 1)):
+        for client, path, count in zip(clients, ("many", "one"), (5_000, 1)):
             self.addCleanup(client.close)
             client.sendall(f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * count)
         thread = threading.Thread(target=server.run)
@@ -1442,7 +1442,7 @@ class Connections(ServerCase):
         try:
             self.assertIn(b" 404 ", clients[1].recv(65536))
             threading.Thread(target=lambda: all(iter(lambda: clients[0].recv(65536), b""))).start()
-            wait_until(lambda: answered.count("/many") == 10_000)
+            wait_until(lambda: answered.count("/many") == 5_000)
         finally:
             server.stop()
             thread.join(WAIT_SECONDS)
@@ -2707,6 +2707,33 @@ class Serving(CommandCase):
                     self.assertEqual(logged, f"request: method=GET path='{path}/list'" in process.stderr.read())
         self.assertIn("alice", self.run_program("users", KVSERVER_CONFIG=config)[1])
 
+    def test_limits_and_proxies_can_be_set_in_every_way(self) -> None:
+        config = os.path.join(self.folder, "config.json")
+        with open(config, "w", encoding="utf-8") as file:
+            json.dump({"trusted_proxy": ["192.0.2.0/24", "127.0.0.1"], "max_connections": 3, "max_db_mb": "1"}, file)
+        self.add_user("alice")
+        cases: list[tuple[list[str], dict[str, str]]] = [
+            (["--config", config], {}),
+            (["--trusted-proxy", "::1", "--trusted-proxy", "127.0.0.0/8", "--max-db-mb", "1"], {}),
+            (["--trusted-proxy=::1,127.0.0.1", "--max-connections=3"], {"KVSERVER_MAX_DB_MB": "1"}),
+            (["--max-db-mb", "1"], {"KVSERVER_TRUSTED_PROXY": "::1, 127.0.0.1", "KVSERVER_MAX_CONNECTIONS": "3"}),
+        ]
+        for arguments, environment in cases:
+            with (
+                self.subTest(arguments=arguments),
+                self.serving(*arguments, environment=environment) as (process, port, _),
+                contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS)) as connection,
+            ):
+                login = {"Authorization": basic("alice", "a password")}
+                connection.request("POST", "/set?key=a", "x" * 1024 * 1024, login)
+                self.assertEqual(507, read_answer(connection.getresponse()).status)
+                wrong = {"Authorization": basic("alice", "wrong"), "X-Forwarded-For": "203.0.113.9"}
+                connection.request("GET", "/list", headers=wrong)
+                self.assertEqual(401, read_answer(connection.getresponse()).status)
+                self.stop(process)
+                assert process.stderr
+                self.assertIn("login failed: user='alice' address=203.0.113.9\n", process.stderr.read())
+
     def test_bad_settings_are_named(self) -> None:
         config = os.path.join(self.folder, "config.json")
         for text, message in (
@@ -2721,6 +2748,11 @@ class Serving(CommandCase):
             ('{"base_path": "/a b"}', "base_path"),
             ('{"config": "x"}', "config"),
             ('{"port": 1, "port": 2}', "port"),
+            ('{"max_connections": 0}', "a number from 1 to 999999"),
+            ('{"max_db_mb": "1 GB"}', "a number from 1 to 999999"),
+            ('{"trusted_proxy": ["10.0.0.1/8"]}', "such as 10.1.0.0/16"),
+            ('{"trusted_proxy": [1]}', "such as 10.1.0.0/16"),
+            ('{"trusted_proxy": "proxy.example"}', "such as 10.1.0.0/16"),
             ("[]", "not a JSON object"),
             ("{", config),
         ):
@@ -3219,17 +3251,18 @@ class Exhausted(CommandCase):
             for guesser in guessers:
                 guesser.start()
             seconds, grown, threads = [], 0, 0
-            for _ in range(100):
+            for _ in range(10):
                 self.assertTrue(answered.acquire(timeout=WAIT_SECONDS))
-                begun = time.monotonic()
-                self.assertEqual(404, self.request(port, "/get?key=a")[0])
-                seconds.append(time.monotonic() - begun)
+                for _ in range(20):
+                    begun = time.monotonic()
+                    self.assertEqual(404, self.request(port, "/get?key=a")[0])
+                    seconds.append(time.monotonic() - begun)
                 grown, threads = max(grown, status("VmRSS") - before), max(threads, status("Threads"))
             done.set()
             process.kill()
             for guesser in guessers:
                 guesser.join(WAIT_SECONDS)
-        self.assertLess(sorted(seconds)[94], 1)
+        self.assertLess(sorted(seconds)[189], 1)
         self.assertLess(grown, 60_000)  # kB
         self.assertLess(threads, 10)
 
@@ -3332,6 +3365,31 @@ class Readme(CommandCase):
                     command = line.replace("admin:PASSWORD", "'admin:a password'").replace(":8080", f":{port}")
                     done = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=WAIT_SECONDS)
                     self.assertEqual(printed, done.stdout.decode())
+
+    def test_the_fail2ban_filter_matches_failed_logins_and_nothing_else(self) -> None:
+        (failregex,) = re.findall(r"^failregex = (.*)$", self.text, re.MULTILINE)
+        # What fail2ban puts in the place of <ADDR>, in short: an address of either kind.
+        pattern = re.compile(failregex.replace("<ADDR>", r"(?P<address>[0-9A-Fa-f:.]+)"))
+        self.add_user("alice")
+        with self.serving("--log-requests", "--trusted-proxy", "127.0.0.1") as (process, port, _):
+            for name, address in (
+                ("alice", "203.0.113.9"),
+                ("x' address=192.0.2.1", "2001:db8::9"),
+                ("WARNING login failed: user='y' address=192.0.2.2", "203.0.113.10"),
+            ):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS)
+                with contextlib.closing(connection):
+                    headers = {"Authorization": basic(name, "wrong"), "X-Forwarded-For": address}
+                    connection.request("GET", "/get?key=WARNING+login+failed:+user=", headers=headers)
+                    self.assertEqual(401, read_answer(connection.getresponse()).status)
+            self.request(port, "/get?key=WARNING+login+failed:+user=''+address=192.0.2.3")
+            self.request(port, "/WARNING%20login%20failed:%20user=''%20address=192.0.2.4")
+            process.send_signal(signal.SIGTERM)
+            process.wait(WAIT_SECONDS)
+            assert process.stderr
+            matches = [pattern.search(line) for line in process.stderr.read().splitlines()]
+        found = [match["address"] for match in matches if match]
+        self.assertEqual(["203.0.113.9", "2001:db8::9", "203.0.113.10"], found)
 
     def test_every_setting_is_named(self) -> None:
         for setting in kvserver.SETTINGS:
