@@ -104,7 +104,9 @@ def locked(database: str) -> Iterator[sqlite3.Connection]:
 def wait_until(is_so: Callable[[], bool]) -> None:
     """Return as soon as something is so; fail if that takes too long."""
     deadline = time.monotonic() + WAIT_SECONDS
+    pause = threading.Event()  # without one, who looks again and again would hold up what is looked at
     while not is_so():
+        pause.wait(0.001)
         if time.monotonic() > deadline:
             raise AssertionError("this takes too long")
 
