@@ -905,6 +905,18 @@ def check_incomplete_head(received: bytearray, begin: int) -> int:
     return begin
 
 
+def take_trailers(received: bytearray, begin: int) -> bool:
+    """Remove the trailers of a body that begin after offset begin; tell whether they have come in full."""
+    end = received.find(b"\r\n\r\n", begin)
+    if end > begin:
+        parse_lines(received[begin + 2 : end].decode("iso-8859-1").split("\r\n"))
+    if (end if end >= 0 else len(received)) > begin + HEADERS_BYTES_MAX:
+        raise HTTPError(431, HEADERS_TOO_LARGE)
+    if end >= 0:
+        del received[: end + 4]
+    return end >= 0
+
+
 def take_chunks(received: bytearray, body: bytearray) -> bool:
     """Move the chunks that have come in full from received to body (RFC 9112 section 7.1); raise HTTPError.
 
@@ -928,18 +940,6 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
     if end >= 0 or len(received) >= HEADER_LINE_BYTES_MAX or b"\n" in received:
         raise HTTPError(400, "the chunked body is malformed")
     return False
-
-
-def take_trailers(received: bytearray, begin: int) -> bool:
-    """Remove the trailers of a body that begin after offset begin; tell whether they have come in full."""
-    end = received.find(b"\r\n\r\n", begin)
-    if end > begin:
-        parse_lines(received[begin + 2 : end].decode("iso-8859-1").split("\r\n"))
-    if (end if end >= 0 else len(received)) > begin + HEADERS_BYTES_MAX:
-        raise HTTPError(431, HEADERS_TOO_LARGE)
-    if end >= 0:
-        del received[: end + 4]
-    return end >= 0
 
 
 format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
@@ -1508,6 +1508,14 @@ def log_request(request: Request, status: int, seconds: float, address: Address 
     log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={request.user.name!r} address={address}")
 
 
+class Change(NamedTuple):
+    """What the writer is to do in its next transaction, and what is to be done with the outcome after the commit."""
+
+    operation: Callable[[Store], Any]
+    done: Callable[[Any], None]
+    size: int  # bytes of the request, about
+
+
 class RequestHandler:
     """Serves one connection: request after request, until one side closes it.
 
@@ -1835,14 +1843,6 @@ def bind_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
     """
     host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][::4]
-
-
-class Change(NamedTuple):
-    """What the writer is to do in its next transaction, and what is to be done with the outcome after the commit."""
-
-    operation: Callable[[Store], Any]
-    done: Callable[[Any], None]
-    size: int  # bytes of the request, about
 
 
 class Server(http.server.ThreadingHTTPServer):
