@@ -1443,11 +1443,13 @@ class Connections(ServerCase):
         thread.start()
         try:
             self.assertIn(b" 404 ", clients[1].recv(65536))
-            threading.Thread(target=lambda: all(iter(lambda: clients[0].recv(65536), b""))).start()
+            reader = threading.Thread(target=lambda: all(iter(lambda: clients[0].recv(65536), b"")))
+            reader.start()
             wait_until(lambda: answered.count("/many") == 5_000)
         finally:
             server.stop()
             thread.join(WAIT_SECONDS)
+        reader.join(WAIT_SECONDS)
         self.assertLess(answered.index("/one"), 10)
         self.assertLess(max(waiting_bytes), 2 * kvserver.RECEIVE_BYTES)
 
