@@ -8,20 +8,25 @@ answered only after it is on the disk.
     python kvserver.py serve             run the server; the first start creates the user admin and prints its password
     python kvserver.py adduser NAME      add a user            passwd NAME     set a user's password
     python kvserver.py users             list the users        deluser NAME    delete a user and all they stored
+    python kvserver.py addtoken USER     add a token for a device; tokens USER lists them, deltoken USER ID deletes one
 
     request                      answer
-    GET /set?key=K&value=V       200 Success
-    GET /get?key=K               200 and the value as text, byte for byte; 404 when the key is unknown
-    GET /del?key=K               200 Successfully removed state; 404 when the key is unknown
-    GET /list                    200 and a JSON object of all keys and values
+    GET /set?key=K&value=V       200 Success; ttl=SECONDS, nx=1 (409 if the key exists), old=V (409 unless that is stored)
+    GET /get?key=K               200 and the value as text, byte for byte; 404 when the key is unknown, or default=D
+                                 format=json or age; wait=SECONDS&unless=V answers when the value is another one
+    GET /del?key=K               200 Successfully removed state; 404 when the key is unknown, or missing=ok
+    GET /incr?key=K              200 and the number that is stored, plus 1, or plus by=N
+    GET /toggle?key=K            200 and off if on was stored, else on, or other words with values=A,B
+    GET /list                    200 and a JSON object of all keys and values; prefix=P, limit=N, after=K, format=json
+    GET PUT DELETE /kv/KEY       the same pairs as resources, the body being the value
     GET /health                  200 ok, without a login; 503 when the database cannot be read
 
-/set and /del take POST and PUT too; /get, /list and /health take HEAD. Parameters may stand in the query, in a form or
-in a JSON object; the body of /set?key=K may be the value itself. All paths also exist below /iotpersistenceapi, or the
-prefix that --base-path names. An error is one line of text that says what to do.
+/set and /del take POST and PUT too, /incr and /toggle POST; /get, /list, /kv/KEY and /health take HEAD. Parameters may
+stand in the query, in a form or in a JSON object; the body of /set?key=K may be the value itself. All paths also exist
+below /iotpersistenceapi, or the prefix that --base-path names. An error is one line of text that says what to do.
 
-The file is built from the ground up, each section using only what stands above it: Limits and defaults, Names and
-passwords, Storage, HTTP messages, Parameters, Authentication, API, Server, Settings, Command line.
+The file is built from the ground up, each section using only what stands above it: Limits and defaults, Names,
+passwords and tokens, Storage, HTTP messages, Parameters, Authentication, API, Server, Settings, Command line.
 """
 
 from __future__ import annotations
@@ -54,7 +59,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Union, cast
 
 __version__ = "0.1.0"
@@ -126,11 +131,26 @@ EXIT_SECONDS = 4.5  # then the process ends, whatever it is doing
 ERROR_SECONDS = 1  # until the same error is logged again
 ERRORS_MAX = 64  # different ones that are remembered for that
 
+TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
+WAIT_SECONDS_MAX = 60
+NUMBER_DIGITS_MAX = 100
+LIST_LIMIT_MAX = 10_000
+LIST_TIMES_BYTES = 150  # what the times of a pair and the JSON around them take, about
+EXPIRED_PAIRS_MAX = 1000  # that one transaction removes in passing
+ENTITY_TAG_BYTES = 16
+TOKEN_BYTES = 32
+LABEL_CHARACTERS_MAX = 64
+DAY_SECONDS = 24 * 3600
+
 DEFAULT_PORT = 8080
 DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
 DEFAULT_DATABASE_MB_MAX = 1024
 DEFAULT_BASE_PATH = "/iotpersistenceapi"
 DEFAULT_DATABASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kvserver.db")
+
+
+TOKEN_PREFIX = "kv_"
+TOKEN_IN_TEXT = re.compile(TOKEN_PREFIX + "[A-Za-z0-9_-]{8,}")
 
 
 def escape_unprintable(text: str) -> str:
@@ -139,10 +159,11 @@ def escape_unprintable(text: str) -> str:
 
 
 def log(level: str, message: str) -> None:
-    """Write a line to standard error: the time, how grave it is, and the message."""
+    """Write a line to standard error: the time, how grave it is, and the message, in which tokens are masked."""
     # The logging module, with all that it imports, would take a tenth of the time that a start takes.
+    line = escape_unprintable(TOKEN_IN_TEXT.sub(TOKEN_PREFIX + "...", message))
     with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be nobody to read it
-        sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {escape_unprintable(message)}\n")
+        sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {line}\n")
         sys.stderr.flush()
 
 
@@ -163,9 +184,10 @@ class ErrorLog:
         log("ERROR", message)
 
 
-# ---- Names and passwords ---------------------------------------------------------------------------------------------
+# ---- Names, passwords and tokens -------------------------------------------------------------------------------------
 # What a user name and a password may be, and how a password is stored: as a string that says itself how it was made, so
-# that the parameters above can change without a stored password becoming void.
+# that the parameters above can change without a stored password becoming void. A token is what a device logs in with in
+# place of its user.
 
 USER_NAME = re.compile(r"[ -9;-~]{1,64}")
 PASSWORD_TOO_LONG = f"a password has at most {PASSWORD_BYTES_MAX} bytes in UTF-8"
@@ -228,6 +250,16 @@ def verify_password(password: str, stored: str) -> bool:
         return False
 
 
+def make_token() -> str:
+    """Return a new token."""
+    return TOKEN_PREFIX + secrets.token_urlsafe(TOKEN_BYTES)
+
+
+def hash_token(token: str) -> bytes:
+    """Return what is stored of a token: its SHA-256 digest, since nobody can guess 256 random bits, however quickly."""
+    return hashlib.sha256(token.encode("utf-8")).digest()
+
+
 # ---- Storage ---------------------------------------------------------------------------------------------------------
 # The database: its schema, its statements, and one class that runs them. A method that changes something returns after
 # its commit is on the disk. Nothing here knows of HTTP.
@@ -250,6 +282,20 @@ MIGRATIONS = (
             updated REAL NOT NULL, -- unix seconds
             PRIMARY KEY (user_id, key)) WITHOUT ROWID""",
     ),
+    (
+        "ALTER TABLE pair ADD COLUMN expires REAL",  # unix seconds; NULL for never
+        "CREATE INDEX pair_expires ON pair (expires) WHERE expires IS NOT NULL",
+        """CREATE TABLE token (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
+            digest BLOB NOT NULL UNIQUE, -- of hash_token
+            label TEXT NOT NULL,
+            is_read_only INTEGER NOT NULL,
+            prefix TEXT NOT NULL, -- of the keys that it may see
+            created REAL NOT NULL, -- unix seconds
+            last_used_day INTEGER) -- days since 1970; NULL for never""",
+        "CREATE INDEX token_user_id ON token (user_id)",
+    ),
 )
 APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id tells our files from those of other programs
 
@@ -263,7 +309,10 @@ PRAGMAS = (
 )
 
 SELECT_USER = "SELECT id, name, password_hash, is_admin FROM user WHERE name = ?"
-SELECT_USERS = "SELECT name, is_admin, (SELECT count(*) FROM pair WHERE user_id = user.id) FROM user ORDER BY name"
+SELECT_USERS = (
+    "SELECT name, is_admin, (SELECT count(*) FROM pair WHERE user_id = user.id)"
+    " - (SELECT count(*) FROM pair WHERE expires <= ? AND user_id = user.id) FROM user ORDER BY name"
+)
 INSERT_USER = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?)"
 UPDATE_PASSWORD = "UPDATE user SET password_hash = ? WHERE name = ?"
 RENEW_PASSWORD_HASH = "UPDATE user SET password_hash = ? WHERE name = ? AND password_hash = ?"
@@ -272,28 +321,75 @@ DELETE_USER = (
     " AND (? OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admin AND name <> ?))"
 )
 
+SELECT_TOKENS = (
+    "SELECT token.id, digest, label, is_read_only, prefix, created, last_used_day"
+    " FROM token JOIN user ON user.id = user_id WHERE name = ? ORDER BY token.id"
+)
+SELECT_TOKEN_USER = (
+    "SELECT user.id, name, password_hash, is_admin, token.id, digest, label, is_read_only, prefix, created,"
+    " last_used_day FROM token JOIN user ON user.id = user_id WHERE digest = ?"
+)
+INSERT_TOKEN = (
+    "INSERT INTO token (user_id, digest, label, is_read_only, prefix, created)"
+    " SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"
+)
+UPDATE_TOKEN_USE = "UPDATE token SET last_used_day = ? WHERE id = ?"
+DELETE_TOKEN = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
+
 # The cast hands over the UTF-8 bytes that are on the disk: they are what is sent, so that nothing need be decoded.
-SELECT_VALUE = "SELECT CAST(value AS BLOB) FROM pair WHERE user_id = ? AND key = ?"
-SELECT_PAIRS = (
-    "SELECT CAST(json_group_object(key, value) AS BLOB)"
-    " FROM (SELECT key, value FROM pair WHERE user_id = ? ORDER BY key)"
+SELECT_PAIR = (
+    "SELECT CAST(value AS BLOB), updated, expires FROM pair"
+    " WHERE user_id = ? AND key = ? AND (expires IS NULL OR expires > ?)"
 )
-SELECT_PAIRS_BYTES = "SELECT total(length(key) + length(CAST(value AS BLOB))) FROM pair WHERE user_id = ?"
+# Times are RFC 3339 in UTC, with milliseconds; the age is in seconds at the time that is the parameter.
+PAIR_AS_JSON = (
+    "json_object('key', key, 'value', value, 'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'),"
+    " 'age', max(0, CAST(? - updated AS INTEGER)), 'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"
+)
+SELECT_AS_JSON = (
+    f"SELECT CAST({PAIR_AS_JSON} AS BLOB) FROM (SELECT ? AS key, CAST(? AS TEXT) AS value, ? AS updated, ? AS expires)"
+)
+PAGE = (
+    "FROM (SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ?"
+    " AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT ?)"
+)
+SELECT_PAGE_SIZE = f"SELECT count(*), max(key), total(? + length(key) + length(CAST(value AS BLOB))) {PAGE}"
+SELECT_PAGE = f"SELECT CAST(json_group_object(key, value) AS BLOB) {PAGE}"
+SELECT_PAGE_WITH_TIMES = f"SELECT CAST(json_group_object(key, {PAIR_AS_JSON}) AS BLOB) {PAGE}"
 UPSERT_PAIR = (
-    "INSERT INTO pair (user_id, key, value, updated) VALUES (?, ?, ?, ?)"
-    " ON CONFLICT (user_id, key) DO UPDATE SET value = excluded.value, updated = excluded.updated"
+    "INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) ON CONFLICT (user_id, key)"
+    " DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"
 )
-DELETE_PAIR = "DELETE FROM pair WHERE user_id = ? AND key = ?"
+DELETE_PAIR = "DELETE FROM pair WHERE user_id = ? AND key = ? AND (expires IS NULL OR expires > ?)"
+DELETE_EXPIRED = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
 SELECT_ANY_ROWS = "SELECT (SELECT id FROM user LIMIT 1), (SELECT key FROM pair LIMIT 1)"
+
+# No key that begins like another one comes after that one with this behind it: it is as long as a key can be, of the
+# last character that there is. Without NUL in it, no key lies between another one and that one with NUL behind it.
+LAST_KEY = "\U0010ffff" * (KEY_BYTES_MAX // 4)
+NEXT_KEY = "\0"
+
+
+class Token(NamedTuple):
+    """A token's row; digest is what hash_token returned, prefix that of the keys that it may see."""
+
+    id: int
+    digest: bytes
+    label: str
+    is_read_only: bool
+    prefix: str
+    created: float  # unix seconds
+    last_used_day: int | None  # days since 1970, in UTC
 
 
 class User(NamedTuple):
-    """A user's row; password_hash is what hash_password returned."""
+    """A user's row; password_hash is what hash_password returned. Who logged in with a token has that one's rights."""
 
     id: int
     name: str
     password_hash: str
     is_admin: bool
+    token: Token | None = None
 
 
 NOBODY = User(0, "", "", False)  # SQLite's ids begin with 1
@@ -305,6 +401,14 @@ class UserSummary(NamedTuple):
     name: str
     is_admin: bool
     pairs: int
+
+
+class Pair(NamedTuple):
+    """What is stored under a key."""
+
+    value: bytes  # UTF-8
+    updated: float  # unix seconds, when it was last set
+    expires: float | None  # unix seconds
 
 
 class StoreError(Exception):
@@ -335,6 +439,13 @@ class UserExists(StoreError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"the user {name} exists; set a password with: python kvserver.py passwd NAME")
+
+
+class NoSuchToken(StoreError):
+    """The user has no token of that id, or no longer."""
+
+    def __init__(self, name: str, token_id: int) -> None:
+        super().__init__(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
 
 
 class LastAdmin(StoreError):
@@ -537,7 +648,7 @@ class Store:
 
     def users(self) -> list[UserSummary]:
         """Return all users, sorted by name."""
-        return [UserSummary(*row) for row in self._read(SELECT_USERS)]
+        return [UserSummary(*row) for row in self._read(SELECT_USERS, time.time())]
 
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
         """Add a user; raise UserExists when the name is taken."""
@@ -560,34 +671,76 @@ class Store:
         if not self._change_users(DELETE_USER, name, even_last_admin, name):
             raise LastAdmin(name) if self.user(name) else NoSuchUser(name)
 
-    def value(self, user_id: int, key: str) -> bytes | None:
-        """Return a value as UTF-8 bytes, or None when the user has no such key."""
-        rows = self._read(SELECT_VALUE, user_id, key)
-        return rows[0][0] if rows else None
+    def tokens(self, name: str) -> list[Token]:
+        """Return a user's tokens, the oldest first."""
+        return [Token(*row) for row in self._read(SELECT_TOKENS, name)]
 
-    def pairs_as_json(self, user_id: int) -> bytes:
-        """Return all of a user's keys and values as a JSON object in UTF-8, sorted by the UTF-8 bytes of the keys.
+    def token_user(self, digest: bytes) -> User | None:
+        """Return the user whose token has that digest, with the token, if there is one."""
+        rows = self._read(SELECT_TOKEN_USER, digest)
+        return User(*rows[0][:4], Token(*rows[0][4:])) if rows else None
 
-        Raises TooMuch when they have more than LIST_BYTES_MAX.
-        """
-        size: int = self._read(SELECT_PAIRS_BYTES, user_id)[0][0]
-        if size > LIST_BYTES_MAX:
-            raise TooMuch(
-                f"all pairs have {size} bytes, and the list at most {LIST_BYTES_MAX}; delete what is not used"
-            )
-        json_object: bytes = self._read(SELECT_PAIRS, user_id)[0][0]
+    def add_token(self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str) -> None:
+        """Add a token of a user; raise NoSuchUser."""
+        if not self._change_users(INSERT_TOKEN, digest, label, is_read_only, prefix, time.time(), name):
+            raise NoSuchUser(name)
+
+    def note_token_use(self, token_id: int, day: int) -> None:
+        """Note on which day a token was last used, in days since 1970."""
+        self._change_users(UPDATE_TOKEN_USE, day, token_id)
+
+    def delete_token(self, name: str, token_id: int) -> None:
+        """Delete a token of a user; raise NoSuchToken."""
+        if not self._change_users(DELETE_TOKEN, token_id, name):
+            raise NoSuchToken(name, token_id)
+
+    def pair(self, user_id: int, key: str) -> Pair | None:
+        """Return what is stored under a key, or None when the user has no such key."""
+        rows = self._read(SELECT_PAIR, user_id, key, time.time())
+        return Pair(*rows[0]) if rows else None
+
+    def as_json(self, key: str, pair: Pair) -> bytes:
+        """Return a pair with its times as a JSON object in UTF-8."""
+        json_object: bytes = self._read(SELECT_AS_JSON, time.time(), key, *pair)[0][0]
         return json_object
 
-    def set_value(self, user_id: int, key: str, value: str) -> None:
-        """Store a value under a key; raise NoSuchUser when the user has been deleted meanwhile."""
+    def page_as_json(
+        self, user_id: int, prefix: str = "", after: str = "", limit: int = -1, with_times: bool = False
+    ) -> tuple[bytes, str | None]:
+        """Return a user's pairs as a JSON object in UTF-8, sorted by the UTF-8 bytes of the keys.
+
+        They are those whose keys begin with prefix and come after the key after: limit of them, or all if that is
+        negative. With times, each value is an object like that of as_json. Returns the last key too if more follow it,
+        else None. Raises TooMuch when they have more than LIST_BYTES_MAX.
+        """
+
+        def read(statement: str, *parameters: object, after: str = after, limit: int = limit) -> list[Any]:
+            begin = max(prefix, after + NEXT_KEY if after else "")
+            return list(self._read(statement, *parameters, user_id, begin, prefix + LAST_KEY, now, limit)[0])
+
+        now = time.time()
+        count, last_key, size = read(SELECT_PAGE_SIZE, LIST_TIMES_BYTES if with_times else 0)
+        if size > LIST_BYTES_MAX:
+            raise TooMuch(f"the list would have about {size} bytes, and has at most {LIST_BYTES_MAX}; use limit=N")
+        json_object: bytes = (read(SELECT_PAGE_WITH_TIMES, now) if with_times else read(SELECT_PAGE))[0]
+        has_more = count == limit and read(SELECT_PAGE_SIZE, 0, after=last_key, limit=1)[0]
+        return json_object, last_key if has_more else None
+
+    def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
+        """Store a value under a key, until expires in unix seconds; raise NoSuchUser when the user has been deleted."""
         try:
-            self._change_pair(UPSERT_PAIR, user_id, key, value, time.time())
+            self._change_pair(UPSERT_PAIR, user_id, key, value, time.time(), expires)
         except sqlite3.IntegrityError:
             raise NoSuchUser(f"with the id {user_id}") from None
 
     def delete_pair(self, user_id: int, key: str) -> bool:
         """Remove a key and its value; tell whether there was one."""
-        return self._change_pair(DELETE_PAIR, user_id, key) == 1
+        return self._change_pair(DELETE_PAIR, user_id, key, time.time()) == 1
+
+    def remove_expired(self) -> None:
+        """Remove pairs that have expired, the longest ago first, EXPIRED_PAIRS_MAX at most."""
+        if self._execute(DELETE_EXPIRED, time.time(), EXPIRED_PAIRS_MAX).rowcount:
+            self.changed_pairs = None  # which ones they were is not known
 
 
 # Of the file that CachingStore speaks of: the two copies of the header, and two numbers in it.
@@ -658,15 +811,31 @@ class CachingStore(Store):
             user = rows[name] = super().user(name)
         return user
 
-    def value(self, user_id: int, key: str) -> bytes | None:
-        """Return a value as UTF-8 bytes, or None when the user has no such key."""
+    def token_user(self, digest: bytes) -> User | None:
+        """Return the user whose token has that digest, with the token, if there is one."""
         rows = self._current_rows()
-        value: bytes | None = rows.get((user_id, key))
-        if value is None:
-            value = super().value(user_id, key)
-            if value is not None and len(value) <= CACHED_VALUE_BYTES_MAX:
-                rows[user_id, key] = value
-        return value
+        user: User | None = rows.get(digest)
+        if user is None:
+            user = super().token_user(digest)
+            if user is not None:
+                rows[digest] = user
+        return user
+
+    def is_current(self, user: User) -> bool:
+        """Tell whether a user that was read here is still what is stored: the very same object then."""
+        return self._current_rows().get(user.token.digest if user.token else user.name) is user
+
+    def pair(self, user_id: int, key: str) -> Pair | None:
+        """Return what is stored under a key, or None when the user has no such key."""
+        rows = self._current_rows()
+        pair: Pair | None = rows.get((user_id, key))
+        if pair is None:
+            pair = super().pair(user_id, key)
+            if pair is not None and len(pair.value) <= CACHED_VALUE_BYTES_MAX:
+                rows[user_id, key] = pair
+        elif pair.expires is not None and pair.expires <= time.time():
+            return None
+        return pair
 
 
 def open_store(path: str, create: bool = True, mb_max: int = 0) -> Store:
@@ -723,6 +892,9 @@ HEADERS_TOO_LARGE = (
 BODY_TOO_LARGE = (
     f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; store it in parts"
 )
+
+ENTITY_TAGS = re.compile(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+')
+ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -793,6 +965,11 @@ def parse_body_length(headers: Mapping[str, str], is_http_1_0: bool) -> int:
     return int(length)
 
 
+def entity_tag(value: bytes) -> str:
+    """Return the strong entity tag of a value: a hash of it, so that equal values have equal tags (RFC 9110 8.8.3)."""
+    return f'"{hashlib.blake2b(value, digest_size=ENTITY_TAG_BYTES).hexdigest()}"'
+
+
 class Fields(NamedTuple):
     """What the header fields of a request say, and their text. Names are in lower case."""
 
@@ -803,17 +980,65 @@ class Fields(NamedTuple):
     body_length: int  # bytes, or CHUNKED
 
 
+NOT_PARSED: dict[str, str] = {}
+
+
 class Request:
     """A request; user, body and parameters are set when they are known. The query is still encoded."""
 
-    __slots__ = ("body", "fields", "method", "parameters", "path", "query", "user")
+    __slots__ = (
+        *("begun", "body", "fields", "key_in_path", "may_wait", "method", "parameters", "path", "query", "user"),
+        "was_there",
+    )
 
     def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
         """Take what the head says."""
         self.method, self.path, self.query, self.fields = method, path, query, fields
+        self.key_in_path = ""  # still encoded
         self.user = NOBODY
         self.body = b""
-        self.parameters: dict[str, str] | None = None
+        self.parameters = NOT_PARSED
+        self.begun = time.monotonic()
+        self.may_wait = True  # for a change
+        self.was_there = False  # what it waits for a change of
+
+    def names_tag(self, header: str, tag: str) -> bool:
+        """Tell whether If-Match or If-None-Match, as header says, names an entity tag; raise HTTPError.
+
+        An empty tag is that of what does not exist. If-Match compares strongly, so that weak tags name nothing, and
+        If-None-Match weakly (RFC 9110 sections 8.8.3.2, 13.1.1 and 13.1.2).
+        """
+        condition = self.fields.headers.get(header)
+        if condition is None:
+            return False
+        if condition == "*":
+            return tag != ""
+        if not ENTITY_TAGS.fullmatch(condition):
+            raise HTTPError(400, f'the header {header} is malformed; it is * or the ETag of an answer, as in "0a1b"')
+        return any(
+            match[2] == tag and (header != "if-match" or not match[1]) for match in ENTITY_TAG.finditer(condition)
+        )
+
+
+class Unchanged(NamedTuple):
+    """Stands for a response that is held back: the endpoint is to be called again when the pair has changed.
+
+    That is to happen after so many seconds at the latest.
+    """
+
+    seconds: float
+
+
+class Route(NamedTuple):
+    """A row of the table of all routes. A path that ends in KEY stands for all that have a key in this place."""
+
+    path: str
+    methods: tuple[str, ...]
+    endpoint: Callable[[Any, Request], Response | Unchanged]
+    who: str
+    where: str
+    parameters: tuple[str, ...] = ()
+    body: str = "parameters"
 
 
 def parse_request_line(line: str) -> tuple[str, str, bool]:
@@ -952,7 +1177,7 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
     that would stand before it (RFC 9110 section 9.3.2).
     """
     head = [STATUS_LINES[response.status], f"Date: {date}\r\n"]
-    if response.status != 204:
+    if response.status not in (204, 304):
         head.append(f"Content-Type: {response.content_type}\r\nContent-Length: {len(response.body)}\r\n")
     head.append("Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n")
     head.extend(f"{name}: {value}\r\n" for name, value in response.headers)
@@ -964,8 +1189,11 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
 # A request's parameters, from its query and its body. Everything is text, and one name has one value: what is not
 # UTF-8, or is said twice, is refused rather than guessed at.
 
+# What a body is: parameters; the value; or the value if the query has a key and no value, and else parameters.
+PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
 FORM = "application/x-www-form-urlencoded"
 FORM_WITH_VALUE = re.compile(rb"(?:^|&)value=")
+SECONDS = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?")
 JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 TOO_MANY_PARAMETERS = f"there are more than {PARAMETERS_MAX} parameters"
 
@@ -1045,63 +1273,103 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
             raise HTTPError(400, "the JSON body is not an object, or its key is not a string")
         if len(members) > PARAMETERS_MAX:
             raise HTTPError(400, TOO_MANY_PARAMETERS)
-        return [
+        texts = [
             (name, member if isinstance(member, str) else json.dumps(member, ensure_ascii=False, allow_nan=False))
             for name, member in members.items()
         ]
+        "".join(text for _, text in texts).encode("utf-8")
+        return texts
+    except UnicodeEncodeError:
+        raise HTTPError(400, "the JSON body has half of a surrogate pair, which is no character") from None
     except ValueError:
         # Also for NaN and Infinity, which are no JSON but come out of Python's parser, and of a number like 1e999.
         raise HTTPError(400, "the JSON body is malformed, nested too deeply, or has a number too large") from None
 
 
-def parse_parameters(request: Request, body_may_be_value: bool) -> dict[str, str]:
-    """Return the parameters of the query joined with those of a form body or of a JSON object; raise HTTPError.
+def parse_body(request: Request, in_query: Container[str], body: str) -> list[tuple[str, str]]:
+    """Return the parameters that a body has, or the value that it is; raise HTTPError.
 
-    With body_may_be_value, a query that has a key but no value makes the body the value, whatever its declared type:
-    programs label what they send carelessly. Only a form that has a field "value" is a form even then.
+    If it may be EITHER, its declared type does not make it parameters: programs label what they send carelessly. Only a
+    form that has a field "value" is a form even then.
     """
-    pairs = parse_form(request.query)
-    if request.body:
-        in_query = dict(pairs)
-        content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
-        is_value = body_may_be_value and "key" in in_query and "value" not in in_query
-        if is_value and not (content_type == FORM and FORM_WITH_VALUE.search(request.body)):
-            pairs.append(("value", decode_text(request.body)))
-        elif content_type == FORM:
-            pairs += parse_form(decode_text(request.body))
-        elif content_type == JSON:
-            pairs += parse_json_object(decode_text(request.body))
-        else:
-            raise HTTPError(400, f"send parameters in the query, or in a body of the type {FORM} or {JSON}")
-    return unique_names(pairs)
+    content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if body == EITHER and "key" in in_query and "value" not in in_query:
+        body = PARAMETERS if content_type == FORM and FORM_WITH_VALUE.search(request.body) else VALUE
+    if body == VALUE:
+        return [("value", decode_text(request.body))]
+    if content_type == FORM:
+        return parse_form(decode_text(request.body))
+    if content_type == JSON:
+        return parse_json_object(decode_text(request.body))
+    raise HTTPError(400, f"send parameters in the query, or in a body of the type {FORM} or {JSON}")
 
 
-def utf8_length(name: str, text: str) -> int:
-    """Return how many bytes a parameter has in UTF-8; raise HTTPError when it has no such form."""
+def parse_key_in_path(encoded: str) -> str:
+    """Return a key that stands in a path, in which "+" is a plus; raise HTTPError."""
     try:
-        return len(text.encode("utf-8"))
-    except UnicodeEncodeError:
-        raise HTTPError(400, f"the {name} has half of a surrogate pair, which is no character") from None
+        return urllib.parse.unquote(encoded, errors="strict")
+    except UnicodeDecodeError:
+        raise HTTPError(400, "the key is not UTF-8; percent-encode the bytes of its UTF-8 form") from None
 
 
-def require_key(request: Request) -> str:
-    """Return the parameter key; raise HTTPError when it is missing or cannot be a key."""
-    key = (request.parameters or {}).get("key")
+def check_key(key: str | None, token: Token | None) -> None:
+    """Raise HTTPError when a key is missing, cannot be one, or is none that the token may see."""
     if key is None:
         raise HTTPError(400, "the parameter key is missing; send it as in ?key=door")
-    if not 1 <= utf8_length("key", key) <= KEY_BYTES_MAX or "\0" in key:
+    if not 1 <= len(key.encode("utf-8")) <= KEY_BYTES_MAX or "\0" in key:
         raise HTTPError(400, f"a key is 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
-    return key
+    if token and not key.startswith(token.prefix):
+        raise HTTPError(403, "this token may only see keys that begin with its prefix")
+
+
+def parse_parameters(request: Request, route: Route) -> dict[str, str]:
+    """Return the parameters from path, query and body, those of the route and no others, the key checked.
+
+    One named "_" is thrown away: it is what browsers' programs send to get past caches. Raises HTTPError.
+    """
+    in_query = parse_form(request.query)
+    parameters = unique_names(in_query)
+    if request.body or route.body == VALUE:
+        parameters = unique_names([*in_query, *parse_body(request, parameters, route.body)])
+    parameters.pop("_", None)
+    unknown = next((name for name in parameters if name not in route.parameters), None)
+    if request.key_in_path or "key" in route.parameters:
+        key = parse_key_in_path(request.key_in_path) if request.key_in_path else parameters.get("key")
+        check_key(key, request.user.token)
+        parameters["key"] = key or ""
+    if unknown is not None:
+        names = ", ".join(route.parameters) or "none"
+        raise HTTPError(400, f"the parameter {shorten(unknown)} is unknown; {route.path} takes: {names}")
+    return parameters
 
 
 def require_value(request: Request) -> str:
     """Return the parameter value; raise HTTPError when it is missing or cannot be a value."""
-    value = (request.parameters or {}).get("value")
+    value = request.parameters.get("value")
     if value is None:
         raise HTTPError(400, "the parameter value is missing; send it as in ?key=door&value=open, or as the body")
-    if utf8_length("value", value) > VALUE_BYTES_MAX:
+    if len(value.encode("utf-8")) > VALUE_BYTES_MAX:
         raise HTTPError(413, f"the value is too large; the limit is {VALUE_BYTES_MAX} bytes")
     return value
+
+
+def take_choice(request: Request, name: str, choices: Sequence[str]) -> str | None:
+    """Return a parameter that can only be one of a few words, None if it is not there; raise HTTPError."""
+    text = request.parameters.get(name)
+    if text is not None and text not in choices:
+        raise HTTPError(400, f"the parameter {name} can be: {', '.join(choices)}")
+    return text
+
+
+def take_seconds(request: Request, name: str, least: float, most: float) -> float | None:
+    """Return a parameter that is a number of seconds, None if it is not there; raise HTTPError."""
+    text = request.parameters.get(name)
+    if text is None:
+        return None
+    if not SECONDS.fullmatch(text) or not least <= float(text) <= most:
+        above = "" if least == 0 else "above 0 and "
+        raise HTTPError(400, f"the parameter {name} is a number of seconds, {above}up to {most}, such as 1.5")
+    return float(text)
 
 
 # ---- Authentication --------------------------------------------------------------------------------------------------
@@ -1295,14 +1563,27 @@ class Authenticator:
     def authenticate(self, authorization: str | None) -> User | None:
         """Return the user whose credentials an Authorization header holds, or None if they have to be checked first.
 
-        The user's row is read with every request, and what is remembered counts only while the row has a hash that it
-        was verified against: a new password or a deletion counts at once, whichever process made it.
+        The row of the user or the token is read with every request, and what is remembered counts only while the user's
+        row has a hash that it was verified against: a new password or a deletion counts at once, whichever process made
+        it.
         """
         if authorization is None:
             raise HTTPError(401, "log in with a user name and a password, by HTTP Basic authentication", CHALLENGE)
         name, hashes = self._verified.get(self._digest(authorization), ("", ()))
-        user = self._store.user(name) if name else None
+        if not name:
+            return self._token_user(authorization)
+        user = self._store.user(name)
         return user if user and user.password_hash in hashes else None
+
+    def _token_user(self, authorization: str) -> User | None:
+        """Return the user whose token an Authorization header holds: alone as Bearer, or as the user's password."""
+        scheme, _, credentials = authorization.partition(" ")
+        is_basic = scheme.lower() == "basic"
+        name, token = decode_credentials(credentials) if is_basic else ("", credentials.strip(" "))
+        if not token.startswith(TOKEN_PREFIX) or scheme.lower() not in ("basic", "bearer"):
+            return None
+        user = self._store.token_user(hash_token(token))
+        return user if user and (not is_basic or name == user.name) else None
 
     def check(self, authorization: str, login: Login) -> None:
         """Check credentials that are not remembered, and tell the login later what has come of it.
@@ -1312,9 +1593,9 @@ class Authenticator:
         come before the first one has failed would be free.
         """
         scheme, _, encoded = authorization.partition(" ")
-        if scheme.lower() != "basic":
-            raise HTTPError(401, "this authentication scheme is not supported; use HTTP Basic", CHALLENGE)
-        name, password = decode_credentials(encoded)
+        if scheme.lower() not in ("basic", "bearer"):
+            raise HTTPError(401, "this authentication scheme is not supported; use Basic, or Bearer", CHALLENGE)
+        name, password = decode_credentials(encoded) if scheme.lower() == "basic" else ("", "")
         if not name or not password:
             self._throttle.charge(login.address)
             self._post(lambda: login.done(Check(name)))
@@ -1377,35 +1658,177 @@ class Authenticator:
 # One plain function an endpoint: the store and the request in, the response out. The bodies are those that clients of
 # IoT Persistence Api look for.
 
-Endpoint = Callable[[Store, Request], Response]
-
 UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
+NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+A_NUMBER = f"a number such as 5, -1 or 0.25, of at most {NUMBER_DIGITS_MAX} digits"
+LIMIT = re.compile("[0-9]{1,5}")
+
+
+def stored_pair(store: Store, request: Request) -> Pair | None:
+    """Return what is stored under the key of a request."""
+    return store.pair(request.user.id, request.parameters["key"])
+
+
+def expiry(request: Request, otherwise: float | None = None) -> float | None:
+    """Return when what a request stores expires, in unix seconds or None for never."""
+    seconds = take_seconds(request, "ttl", sys.float_info.min, TTL_SECONDS_MAX)
+    return otherwise if seconds is None else time.time() + seconds
 
 
 def set_value(store: Store, request: Request) -> Response:
-    """Store a value under a key."""
-    store.set_value(request.user.id, require_key(request), require_value(request))
+    """Store a value under a key: with nx only if there is none, with old only in the place of that value."""
+    value, expires = require_value(request), expiry(request)
+    old, only_new = request.parameters.get("old"), take_choice(request, "nx", ("1",))
+    if old is not None or only_new:
+        if old is not None and only_new:
+            raise HTTPError(400, "the parameters nx and old exclude each other; leave one out")
+        pair = stored_pair(store, request)
+        if only_new and pair:
+            raise HTTPError(409, "Key exists")
+        if old is not None and (pair is None or pair.value != old.encode("utf-8")):
+            raise HTTPError(409, "Value differs")
+    store.set_value(request.user.id, request.parameters["key"], value, expires)
     return Response(b"Success")
 
 
-def get_value(store: Store, request: Request) -> Response:
-    """Answer with the value of a key as it was stored."""
-    value = store.value(request.user.id, require_key(request))
-    if value is None:
-        raise HTTPError(404, UNKNOWN_KEY)
-    return Response(value)
+def seconds_to_wait(request: Request, pair: Pair | None, tag: str) -> float:
+    """Return for how many seconds the answer to a request is to wait for a change, 0 if it need not."""
+    wait_seconds, unless = take_seconds(request, "wait", 0, WAIT_SECONDS_MAX), request.parameters.get("unless")
+    if wait_seconds is None and unless is None:
+        return 0
+    if wait_seconds is None or (unless is None and "if-none-match" not in request.fields.headers):
+        raise HTTPError(400, "to wait for a change, send wait=SECONDS with unless=VALUE or the header If-None-Match")
+    if pair is None:
+        is_news = request.was_there
+    elif unless is not None:
+        is_news = pair.value != unless.encode("utf-8")
+    else:
+        is_news = not request.names_tag("if-none-match", tag)
+    request.was_there = pair is not None
+    if is_news or not request.may_wait:
+        return 0
+    seconds = request.begun + wait_seconds - time.monotonic()
+    return max(0, min(seconds, pair.expires - time.time()) if pair and pair.expires is not None else seconds)
+
+
+def get_value(store: Store, request: Request) -> Response | Unchanged:
+    """Answer with the value of a key as it was stored, or with its age, or with both and more as JSON.
+
+    A client that knows the value may wait for another one.
+    """
+    form, default = take_choice(request, "format", ("json", "age")), request.parameters.get("default")
+    if form and default is not None:
+        raise HTTPError(400, "the parameter default is for the plain value; leave out format")
+    pair = stored_pair(store, request)
+    tag = entity_tag(pair.value) if pair else ""
+    wait_seconds = seconds_to_wait(request, pair, tag)
+    if wait_seconds > 0:
+        return Unchanged(wait_seconds)
+    if pair is None:
+        if default is None:
+            raise HTTPError(404, UNKNOWN_KEY)
+        return Response(default.encode("utf-8"))
+    if "unless" not in request.parameters and request.names_tag("if-none-match", tag):
+        return Response(status=304, headers=(("ETag", tag),))
+    if form == "json":
+        return Response(store.as_json(request.parameters["key"], pair), content_type=JSON)
+    if form == "age":
+        return Response(str(max(0, int(time.time() - pair.updated))).encode())
+    return Response(pair.value, headers=(("ETag", tag),))
 
 
 def delete_pair(store: Store, request: Request) -> Response:
     """Remove a key and its value."""
-    if not store.delete_pair(request.user.id, require_key(request)):
+    may_be_missing = take_choice(request, "missing", ("ok",))
+    if not store.delete_pair(request.user.id, request.parameters["key"]) and not may_be_missing:
         raise HTTPError(404, UNKNOWN_KEY)
     return Response(b"Successfully removed state")
 
 
+def check_preconditions(request: Request, pair: Pair | None) -> None:
+    """Raise HTTPError unless a pair is as If-Match and If-None-Match want it (RFC 9110 section 13.2.2)."""
+    tag = entity_tag(pair.value) if pair else ""
+    is_wanted = "if-match" not in request.fields.headers or request.names_tag("if-match", tag)
+    if not is_wanted or request.names_tag("if-none-match", tag):
+        raise HTTPError(412, "the value is not what If-Match or If-None-Match wants; get it, and try again")
+
+
+def put_resource(store: Store, request: Request) -> Response:
+    """Store a value under the key in the path, if the preconditions hold."""
+    value, expires = require_value(request), expiry(request)
+    if "content-range" in request.fields.headers:  # RFC 9110 section 14.5
+        raise HTTPError(400, "a part of a value cannot be stored; send all of it, without Content-Range")
+    pair = stored_pair(store, request)
+    check_preconditions(request, pair)
+    store.set_value(request.user.id, request.parameters["key"], value, expires)
+    return Response(b"Success", 200 if pair else 201, headers=(("ETag", entity_tag(value.encode("utf-8"))),))
+
+
+def delete_resource(store: Store, request: Request) -> Response:
+    """Remove the key in the path and its value, if the preconditions hold."""
+    pair = stored_pair(store, request)
+    if pair:  # for what does not exist they are not looked at (RFC 9110 section 13.2.1)
+        check_preconditions(request, pair)
+    return delete_pair(store, request)
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a text is a number that can be counted with."""
+    return bool(NUMBER.fullmatch(text)) and sum(map(str.isdigit, text)) <= NUMBER_DIGITS_MAX
+
+
+def increment(store: Store, request: Request) -> Response:
+    """Add to the number that is stored under a key, exactly, and answer with the new one."""
+    import decimal  # here, because its import takes some hundredths of a start, and most servers never count
+
+    by = request.parameters.get("by", "1")
+    if not is_number(by):
+        raise HTTPError(400, f"the parameter by is {A_NUMBER}")
+    pair = stored_pair(store, request)
+    expires = expiry(request, pair.expires if pair else None)
+    stored = pair.value.decode("utf-8") if pair else "0"
+    if not is_number(stored):
+        raise HTTPError(409, f"what is stored is not {A_NUMBER}; set one first")
+    # The longest sum is that of a number with all its digits before the point and one with all behind it.
+    exact = decimal.Context(prec=2 * NUMBER_DIGITS_MAX + 1)
+    number = f"{exact.add(decimal.Decimal(stored), decimal.Decimal(by)):f}"
+    number = number.rstrip("0").rstrip(".") if "." in number else number
+    number = "0" if number in ("-0", "") else number
+    if not is_number(number):
+        raise HTTPError(409, f"the sum would not be {A_NUMBER}")
+    store.set_value(request.user.id, request.parameters["key"], number, expires)
+    return Response(number.encode())
+
+
+def toggle(store: Store, request: Request) -> Response:
+    """Store the second of two words if the first one is stored, and else the first, and answer with it."""
+    words = request.parameters.get("values", "on,off").split(",")
+    if len(words) != 2 or not all(words) or words[0] == words[1]:
+        raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
+    pair = stored_pair(store, request)
+    expires = expiry(request, pair.expires if pair else None)
+    word = words[1] if pair and pair.value == words[0].encode("utf-8") else words[0]
+    store.set_value(request.user.id, request.parameters["key"], word, expires)
+    return Response(word.encode("utf-8"))
+
+
 def list_pairs(store: Store, request: Request) -> Response:
-    """Answer with all keys and values of the user as one JSON object."""
-    return Response(store.pairs_as_json(request.user.id), content_type=JSON)
+    """Answer with keys and values of the user as one JSON object, and with a link to the next page if there is one."""
+    parameters, token = request.parameters, request.user.token
+    with_times = take_choice(request, "format", ("json",)) is not None
+    limit = parameters.get("limit", "-1")
+    if "limit" in parameters and not (LIMIT.fullmatch(limit) and 1 <= int(limit) <= LIST_LIMIT_MAX):
+        raise HTTPError(400, f"the parameter limit is a number from 1 to {LIST_LIMIT_MAX}")
+    prefix, own_prefix = parameters.get("prefix", ""), token.prefix if token else ""
+    if not prefix.startswith(own_prefix):
+        if not own_prefix.startswith(prefix):
+            return Response(b"{}", content_type=JSON)
+        prefix = own_prefix
+    page, last_key = store.page_as_json(request.user.id, prefix, parameters.get("after", ""), int(limit), with_times)
+    if last_key is None:
+        return Response(page, content_type=JSON)
+    link = f'<?{urllib.parse.urlencode({**parameters, "after": last_key})}>; rel="next"'
+    return Response(page, content_type=JSON, headers=(("Link", link),))
 
 
 def check_health(store: Store, request: Request) -> Response:
@@ -1425,37 +1848,39 @@ ANYONE, USER = "anyone", "user"  # who may send a request: ANYONE without a logi
 LEADER, WRITER, WORKER = "leader", "writer", "worker"
 
 
-class Route(NamedTuple):
-    """A row of the table below."""
-
-    path: str
-    methods: tuple[str, ...]
-    endpoint: Endpoint
-    who: str
-    where: str
-    body_may_be_value: bool = False
-
-
 ROUTES = (
-    Route("/set", ("GET", "POST", "PUT"), set_value, USER, WRITER, body_may_be_value=True),
-    Route("/get", ("GET", "HEAD"), get_value, USER, LEADER),
-    Route("/del", ("GET", "POST", "PUT"), delete_pair, USER, WRITER),
-    Route("/list", ("GET", "HEAD"), list_pairs, USER, WORKER),
+    Route("/set", ("GET", "POST", "PUT"), set_value, USER, WRITER, ("key", "value", "ttl", "nx", "old"), EITHER),
+    Route("/get", ("GET", "HEAD"), get_value, USER, LEADER, ("key", "default", "format", "wait", "unless")),
+    Route("/del", ("GET", "POST", "PUT"), delete_pair, USER, WRITER, ("key", "missing")),
+    Route("/incr", ("GET", "POST"), increment, USER, WRITER, ("key", "by", "ttl")),
+    Route("/toggle", ("GET", "POST"), toggle, USER, WRITER, ("key", "values", "ttl")),
+    Route("/list", ("GET", "HEAD"), list_pairs, USER, WORKER, ("prefix", "limit", "after", "format")),
+    Route("/kv/KEY", ("GET", "HEAD"), get_value, USER, LEADER),
+    Route("/kv/KEY", ("PUT",), put_resource, USER, WRITER, ("value", "ttl"), VALUE),
+    Route("/kv/KEY", ("DELETE",), delete_resource, USER, WRITER),
     Route("/health", ("GET", "HEAD"), check_health, ANYONE, WORKER),
 )
 
 # What a connection is doing; it decides who may use its handler, and what happens when the time for it is up.
 IDLE, RECEIVING, WAITING, SENDING = "idle", "receiving", "waiting", "sending"
-LINGERING, CLOSING, CLOSED = "lingering", "closing", "closed"
+POLLING, LINGERING, CLOSING, CLOSED = "polling", "lingering", "closing", "closed"
+
+RouteTable = dict[str, dict[str, Route]]
 
 
-def route_table(base_path: str) -> dict[str, dict[str, Route]]:
-    """Return the routes by path, at the root and below base_path, and then by method."""
-    return {
-        prefix + route.path: {method: route for method in route.methods}
-        for prefix in ("", base_path)
-        for route in ROUTES
-    }
+def route_table(base_path: str) -> RouteTable:
+    """Return the routes by path, below base_path and at the root, and then by method."""
+    table: RouteTable = {}
+    for prefix in (base_path, ""):
+        for route in ROUTES:
+            table.setdefault(prefix + route.path, {}).update(dict.fromkeys(route.methods, route))
+    return table
+
+
+def split_table(table: RouteTable) -> tuple[RouteTable, RouteTable]:
+    """Return the routes by their whole path, and those with a key in it by what stands before that."""
+    with_key = {path[: -len("KEY")]: methods for path, methods in table.items() if path.endswith("/KEY")}
+    return {path: methods for path, methods in table.items() if not path.endswith("/KEY")}, with_key
 
 
 def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Response:
@@ -1465,7 +1890,7 @@ def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Resp
     if path == "*":
         methods = METHODS
     if not methods:
-        raise HTTPError(404, "Use the api endpoints: " + ", ".join(route.path for route in ROUTES))
+        raise HTTPError(404, "Use the api endpoints: " + ", ".join(dict.fromkeys(route.path for route in ROUTES)))
     allow = (("Allow", ", ".join(dict.fromkeys([*methods, "OPTIONS"]))),)
     if method != "OPTIONS":
         raise HTTPError(405, f"{path} does not take {method}; use {', '.join(methods)}", allow)
@@ -1502,7 +1927,7 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
 
 def log_request(request: Request, status: int, seconds: float, address: Address | None) -> None:
     """Log an answered request: its key, but not its value nor the query as it came."""
-    key = (request.parameters or {}).get("key", "")[:KEY_BYTES_MAX]
+    key = request.parameters.get("key", "")[:KEY_BYTES_MAX]
     path = request.path[:KEY_BYTES_MAX]
     line = f"request: method={request.method} path={path!r} key={key!r} status={status}"
     log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={request.user.name!r} address={address}")
@@ -1603,6 +2028,8 @@ class RequestHandler:
             self.watch(0)
             self.enter(CLOSED, math.inf)
             self.server.shutdown_request(self.connection)
+        elif phase == POLLING:
+            self.watch(0 if self.received else events)  # that the client has gone is looked at, not what it sends
         elif phase not in (WAITING, CLOSED):
             self.watch(selectors.EVENT_WRITE if phase == SENDING else events)
 
@@ -1645,7 +2072,7 @@ class RequestHandler:
             self.fields = request.fields
             del self.received[: end + 4]
             self.body_pending = request.fields.body_length != 0
-            methods = self.server.routes.get(request.path, {})
+            methods, request.key_in_path = self.server.find_routes(request.path)
             self.route = methods.get(request.method)
             if self.route is None:
                 return answer_without_route(request.method, request.path, list(methods))
@@ -1655,15 +2082,14 @@ class RequestHandler:
                 return None
             if self.body_pending and not self.take_body(request):
                 return None
-        if request.parameters is None and not self.parse(self.route, request):
+        if request.parameters is NOT_PARSED and not self.parse(self.route, request):
             return None
         return self.run(self.route, request)
 
     def authenticate(self, request: Request) -> bool:
         """Note the user who sends a request, or wait for the check of their password and return False."""
         known_fields, user = self.login
-        # A row that is the very same object has not changed since it was compared with these fields.
-        if request.fields is not known_fields or self.server.reader.user(user.name) is not user:
+        if request.fields is not known_fields or not self.server.reader.is_current(user):
             authorization = request.fields.headers.get("authorization")
             verified = self.server.authenticator.authenticate(authorization)
             if verified is None:
@@ -1672,8 +2098,12 @@ class RequestHandler:
             self.login = (request.fields, verified)
             user = verified
         request.user = user
+        if user.token:
+            self.server.note_use(user.token)
         if self.route and self.route.where == WRITER:
             check_same_site(request.fields.headers)
+            if user.token and user.token.is_read_only:
+                raise HTTPError(403, "this token may only read; make another one with: python kvserver.py addtoken")
         if request.fields.body_length > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
         if self.body_pending and "expect" in request.fields.headers and not request.fields.is_http_1_0:
@@ -1695,16 +2125,21 @@ class RequestHandler:
         if self.waiting_for is not login:
             return
         self.waiting_for = None
-        self.enter(RECEIVING, body_seconds)
-        if isinstance(check, Exception):
-            self.answer(check)
-        elif check.user:
-            self.server.renew_hash(check)
-            self.proceed()
-        else:
+        if not isinstance(check, Exception):
+            if check.user:
+                self.server.renew_hash(check)
+                self.go_on(body_seconds)
+                return
             # repr escapes what could forge another line or field, and the address stands last for the same reason.
             log("WARNING", f"login failed: user={check.name[:64]!r} address={login.address}")
-            self.answer(HTTPError(401, "the user name or the password is wrong", CHALLENGE))
+            check = HTTPError(401, "the user name or the password is wrong, or the token is unknown", CHALLENGE)
+        self.answer(check)
+        self.settle()
+
+    def go_on(self, seconds: float = REQUEST_SECONDS) -> None:
+        """Go on with a request that has waited; what of it is still to come has so many seconds."""
+        self.enter(RECEIVING, seconds)
+        self.proceed()
         self.settle()
 
     def take_body(self, request: Request) -> bool:
@@ -1725,34 +2160,37 @@ class RequestHandler:
     def parse(self, route: Route, request: Request) -> bool:
         """Note the parameters of a request, or have that done elsewhere if it may take long and return False."""
         if len(request.body) <= QUICK_BODY_BYTES_MAX:
-            request.parameters = parse_parameters(request, route.body_may_be_value)
+            request.parameters = parse_parameters(request, route)
             return True
 
-        def go_on(outcome: Any) -> None:
+        def take(outcome: Any) -> None:
             if isinstance(outcome, Exception):
                 self.finish(outcome)
-                return
-            request.parameters = outcome
-            self.enter(RECEIVING, REQUEST_SECONDS)
-            self.proceed()
-            self.settle()
+            else:
+                request.parameters = outcome
+                self.go_on()
 
         self.enter(WAITING, math.inf)
-        self.server.work(lambda: parse_parameters(request, route.body_may_be_value), go_on)
+        self.server.work(lambda: parse_parameters(request, route), take)
         return False
 
     def run(self, route: Route, request: Request) -> Response | None:
         """Run the endpoint of a request here, or elsewhere if it may have to wait, and then return None."""
         if route.where == LEADER:
-            return route.endpoint(self.server.reader, request)
-        if route.where == WRITER:
+            outcome = route.endpoint(self.server.reader, request)
+            if isinstance(outcome, Response):
+                return outcome
+            self.server.poll(self, (request.user.id, request.parameters["key"]))
+            self.enter(POLLING, outcome.seconds)
+            self.server.look_at(self.state[1])
+        elif route.where == WRITER:
             self.enter(WAITING, DATABASE_LOCK_SECONDS)
             size = len(request.query) + len(request.body)
             self.waiting_for = Change(lambda store: route.endpoint(store, request), self.finish, size)
             self.server.change(self.waiting_for)
         else:
 
-            def run() -> Response:
+            def run() -> Response | Unchanged:
                 self.server.writer.check_file()
                 with contextlib.closing(Store(self.server.path)) as store:
                     return route.endpoint(store, request)
@@ -1760,6 +2198,13 @@ class RequestHandler:
             self.enter(WAITING, math.inf)
             self.server.work(run, self.finish)
         return None
+
+    def look_again(self) -> None:
+        """Go on with a request that waits for a change, since there may have been one, or its time is up."""
+        if self.request and self.server.polls.pop(self, None):
+            self.request.user = NOBODY  # whoever sent it may have been deleted meanwhile
+            self.request.may_wait = not self.server.stopping
+            self.go_on()
 
     def finish(self, outcome: Response | Exception) -> None:
         """Send the answer that was waited for; called by the thread that made it."""
@@ -1826,7 +2271,9 @@ class RequestHandler:
         if phase == IDLE:
             self.receive()  # a request may have come at the last moment
             self.settle()
-        if phase == RECEIVING:
+        if phase == POLLING:
+            self.look_again()
+        elif phase == RECEIVING:
             self.answer(HTTPError(408, "the request has not come in time"))
         elif phase == WAITING and self.server.withdraw(self.waiting_for):
             self.waiting_for = None
@@ -1874,7 +2321,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.reader = CachingStore(path)
         self.writer = Store(path, lock_seconds=0, mb_max=max_db_mb)
         self.authenticator = Authenticator(self.reader, self.post)
-        self.routes = route_table(base_path)
+        self.routes, self.routes_with_key = split_table(route_table(base_path))
         self.log_requests = log_requests
         self.max_connections = max_connections
         self.trusted_proxy = trusted_proxy
@@ -1882,6 +2329,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = False
         self.connections: dict[socket.socket, RequestHandler] = {}
         self.selector = selectors.DefaultSelector()
+        self.polls: dict[RequestHandler, tuple[int, str]] = {}  # who waits for a change, and of which pair
+        self._polls_state = b""  # of the database, when all of them were last looked at
+        self._days_noted: dict[int, int] = {}  # by a token's id, on which day its use was last noted
         self.changes: list[Change] = []  # to be made by the next transaction
         self._changes_lock = threading.Lock()
         self._committing = False
@@ -1971,8 +2421,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _serve_ready(self, poll_interval: float) -> bool:
         """Serve what is ready, then commit at once if the disk is quick; tell whether the caller still leads."""
-        seconds = 0 if self._posted else STOP_POLL_SECONDS if self.stopping else poll_interval
-        for key, _ in self.selector.select(seconds):
+        seconds = min(STOP_POLL_SECONDS if self.stopping else poll_interval, self._next_look - time.monotonic())
+        for key, _ in self.selector.select(0 if self._posted else max(0, seconds)):
             self._call(key.data, key.fileobj)
         for _ in range(len(self._posted)):  # what these post in turn waits for the next round
             self._call(self._posted.popleft())
@@ -2048,9 +2498,43 @@ class Server(http.server.ThreadingHTTPServer):
             self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
             self._accepting = True
 
+    def find_routes(self, path: str) -> tuple[dict[str, Route], str]:
+        """Return the routes of a path by method, and the key that stands in it, still encoded, if one does."""
+        methods = self.routes.get(path)
+        if methods is None:
+            for begin, methods_with_key in self.routes_with_key.items():
+                if path.startswith(begin) and path != begin:
+                    return methods_with_key, path[len(begin) :]
+        return methods or {}, ""
+
+    def poll(self, handler: RequestHandler, pair: tuple[int, str]) -> None:
+        """Have a request that waits looked at again when a pair changes; raise HTTPError when too many wait already."""
+        if len(self.polls) >= self.max_connections // 2:
+            raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
+        self.polls[handler] = pair
+
+    def wake_polls(self, changed_pairs: set[tuple[int, str]] | None) -> None:
+        """Look again at the requests that wait for a change of these pairs, or of any pair."""
+        for handler, pair in list(self.polls.items()):
+            if changed_pairs is None or pair in changed_pairs:
+                self._call(handler.look_again, handler.connection)
+
+    def look_at(self, deadline: float) -> None:
+        """Look for what is overdue at that time, in monotonic seconds, at the latest."""
+        self._next_look = min(self._next_look, deadline)
+
+    def note_use(self, token: Token) -> None:
+        """Have it noted that a token is used today, unless that has been done."""
+        day = int(time.time() // DAY_SECONDS)
+        if day not in (token.last_used_day, self._days_noted.get(token.id)):
+            self._days_noted[token.id] = day
+            self.change(Change(lambda store: store.note_token_use(token.id, day), lambda outcome: None, 0))
+
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
-        self.connections.pop(request, None)
+        handler = self.connections.pop(request, None)
+        if handler:
+            self.polls.pop(handler, None)
         self.close_request(request)
         self._resume_accepting()
 
@@ -2129,7 +2613,9 @@ class Server(http.server.ThreadingHTTPServer):
         outcomes: Iterable[Any] = ()
         try:
             if not failure:
-                outcomes = self.writer.commit([change.operation for change in changes])
+                # What has expired is removed in passing: first, so that it makes room for what comes.
+                operations = [Store.remove_expired, *(change.operation for change in changes)]
+                outcomes = self.writer.commit(operations)[1:]
                 self._restart_long_log()
         except Exception as error:  # noqa: BLE001 - all who wait get it as their answer
             failure = error
@@ -2143,6 +2629,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.reader.keep_rows(state, self.writer.changed_pairs)
         for change, outcome in zip(changes, outcomes):
             self._call(functools.partial(change.done, outcome))
+        if self.polls or not leading:  # a poll may begin just now if another thread leads
+            self.post(functools.partial(self.wake_polls, self.writer.changed_pairs))
         return True
 
     def _restart_long_log(self) -> None:
@@ -2166,11 +2654,16 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self._next_look = now + (STOP_POLL_SECONDS if self.stopping else POLL_SECONDS)
         self._resume_accepting()
-        stop_seconds = {IDLE: 0.0, SENDING: STOP_SECONDS}
+        if self.polls and self.reader.state() != self._polls_state:
+            self._polls_state = self.reader.state()
+            self.wake_polls(None)  # the change may be another process's
+        stop_seconds = {IDLE: 0.0, POLLING: 0.0, SENDING: STOP_SECONDS}
         for connection, handler in list(self.connections.items()):
             phase, deadline = handler.state
             if min(deadline, self._stop_begun + stop_seconds.get(phase, STOP_REQUEST_SECONDS)) < now:
                 self._call(functools.partial(handler.give_up, phase), connection)
+            elif phase == POLLING:
+                self.look_at(deadline)
         self._finished = self.stopping and not self.connections or now > self._stop_begun + STOP_SECONDS
 
     def _begin_stop(self, now: float) -> None:
@@ -2379,6 +2872,16 @@ def read_password(arguments: argparse.Namespace) -> str:
     return password
 
 
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of as many columns as the first has, a column of numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    are_numbers = [all(map(str.isdigit, column[1:])) for column in zip(*rows)]
+    for row in rows:
+        cells = (text.rjust(n) if is_number else text.ljust(n) for text, n, is_number in zip(row, widths, are_numbers))
+        line, encoding = "  ".join(cells).rstrip(), sys.stdout.encoding or "utf-8"
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def add_user(arguments: argparse.Namespace) -> None:
     """Add a user."""
     check_user_name(arguments.name)
@@ -2400,7 +2903,7 @@ def set_password(arguments: argparse.Namespace) -> None:
         if not store.user(arguments.name):
             raise NoSuchUser(arguments.name)
         store.set_password_hash(arguments.name, hash_password(read_password(arguments)))
-    print(f"set the password of {arguments.name}")
+    print(f"set the password of {arguments.name}; the tokens stay as they are")
 
 
 def delete_user(arguments: argparse.Namespace) -> None:
@@ -2426,10 +2929,50 @@ def list_users(arguments: argparse.Namespace) -> None:
     """Print the users as a table."""
     with existing_store(arguments) as store:
         rows = [(user.name, "admin" if user.is_admin else "user", str(user.pairs)) for user in store.users()]
-    rows.insert(0, ("NAME", "ROLE", "PAIRS"))
-    name_width, role_width, pairs_width = (max(map(len, column)) for column in zip(*rows))
-    for name, role, pairs in rows:
-        print(f"{name:{name_width}}  {role:{role_width}}  {pairs:>{pairs_width}}")
+    print_table([("NAME", "ROLE", "PAIRS"), *rows])
+
+
+def utc_day(seconds: float) -> str:
+    """Return the day of a time in unix seconds."""
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+
+
+def add_token(arguments: argparse.Namespace) -> None:
+    """Add a token of a user, and print it: nobody can do that later."""
+    label, prefix = arguments.label, arguments.prefix
+    if not label.isprintable() or len(label) > LABEL_CHARACTERS_MAX:
+        raise BadCredential(f"a label has at most {LABEL_CHARACTERS_MAX} printable characters")
+    # An argument that is not in the terminal's encoding has half surrogate pairs.
+    if re.search("[\ud800-\udfff]", prefix) or "\0" in prefix or len(prefix.encode("utf-8")) > KEY_BYTES_MAX:
+        raise BadCredential(f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
+    token = make_token()
+    with existing_store(arguments) as store:
+        store.add_token(arguments.name, hash_token(token), label, arguments.read_only, prefix)
+    print(token)
+
+
+def list_tokens(arguments: argparse.Namespace) -> None:
+    """Print the tokens of a user as a table."""
+    with existing_store(arguments) as store:
+        if not store.user(arguments.name):
+            raise NoSuchUser(arguments.name)
+        tokens = store.tokens(arguments.name)
+    rows = [("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED")]
+    for token in tokens:
+        rights = "read" if token.is_read_only else "read and write"
+        rights += f" {escape_unprintable(token.prefix)}*" if token.prefix else ""
+        last_used = "never" if token.last_used_day is None else utc_day(token.last_used_day * DAY_SECONDS)
+        rows.append((str(token.id), token.label or "-", rights, utc_day(token.created), last_used))
+    print_table(rows)
+
+
+def delete_token(arguments: argparse.Namespace) -> None:
+    """Delete a token of a user."""
+    with existing_store(arguments) as store:
+        if not store.user(arguments.name):
+            raise NoSuchUser(arguments.name)
+        store.delete_token(arguments.name, arguments.id)
+    print(f"deleted the token {arguments.id} of {arguments.name}")
 
 
 LOOPBACK = re.compile(r"(?:::ffff:)?127\.|::1\Z")
@@ -2514,6 +3057,16 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME")
     command.add_argument("--yes", action="store_true", help="do not ask, and delete even the last admin")
     add_command("users", list_users, "list the users")
+    command = add_command("addtoken", add_token, "add a token that a device logs in with in place of a user")
+    command.add_argument("name", metavar="USER")
+    command.add_argument("--label", metavar="TEXT", default="", help="what it is for")
+    command.add_argument("--read-only", action="store_true", help="it may not change anything")
+    command.add_argument("--prefix", metavar="P", default="", help="it sees only keys that begin with P")
+    command = add_command("tokens", list_tokens, "list the tokens of a user")
+    command.add_argument("name", metavar="USER")
+    command = add_command("deltoken", delete_token, "delete a token of a user")
+    command.add_argument("name", metavar="USER")
+    command.add_argument("id", metavar="ID", type=int, help="number in the first column of the list")
     return parser
 
 
