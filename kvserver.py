@@ -678,7 +678,7 @@ class Store:
     def token_user(self, digest: bytes) -> User | None:
         """Return the user whose token has that digest, with the token, if there is one."""
         rows = self._read(SELECT_TOKEN_USER, digest)
-        return User(*rows[0][:4], Token(*rows[0][4:])) if rows else None
+        return User(*rows[0][:4])._replace(token=Token(*rows[0][4:])) if rows else None
 
     def add_token(self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str) -> None:
         """Add a token of a user; raise NoSuchUser."""
@@ -721,7 +721,7 @@ class Store:
         now = time.time()
         count, last_key, size = read(SELECT_PAGE_SIZE, LIST_TIMES_BYTES if with_times else 0)
         if size > LIST_BYTES_MAX:
-            raise TooMuch(f"the list would have about {size} bytes, and has at most {LIST_BYTES_MAX}; use limit=N")
+            raise TooMuch(f"the list would have about {int(size)} bytes, and has at most {LIST_BYTES_MAX}; use limit=N")
         json_object: bytes = (read(SELECT_PAGE_WITH_TIMES, now) if with_times else read(SELECT_PAGE))[0]
         has_more = count == limit and read(SELECT_PAGE_SIZE, 0, after=last_key, limit=1)[0]
         return json_object, last_key if has_more else None
@@ -2132,7 +2132,9 @@ class RequestHandler:
                 return
             # repr escapes what could forge another line or field, and the address stands last for the same reason.
             log("WARNING", f"login failed: user={check.name[:64]!r} address={login.address}")
-            check = HTTPError(401, "the user name or the password is wrong, or the token is unknown", CHALLENGE)
+            is_bearer = self.fields and self.fields.headers["authorization"].lower().startswith("bearer ")
+            what = "the token is unknown" if is_bearer else "the user name or the password is wrong"
+            check = HTTPError(401, what, CHALLENGE)
         self.answer(check)
         self.settle()
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import datetime
+import fractions
 import http.client
 import io
 import itertools
@@ -18,6 +20,7 @@ import pty
 import random
 import re
 import resource
+import selectors
 import shlex
 import shutil
 import signal
@@ -302,8 +305,8 @@ class Api(ServerCase):
         self.assertEqual(200, self.request("GET", "/iotpersistenceapi/del?key=a").status)
 
     def test_query_is_form_encoded(self) -> None:
-        self.request("GET", "/set?key=a+b%20c%2B&value=100%&x=%zz")
-        self.assertEqual({"a b c+": "100%"}, self.pairs())
+        self.request("GET", "/set?key=a+b%20c%2B&value=100%%zz")
+        self.assertEqual({"a b c+": "100%%zz"}, self.pairs())
         self.request("GET", "/set?key=half&value=%4")
         self.assertEqual(b"%4", self.get("half"))
 
@@ -484,7 +487,8 @@ class Methods(ServerCase):
 
     def test_unknown_path_names_the_endpoints(self) -> None:
         self.assertEqual(
-            b"Use the api endpoints: /set, /get, /del, /list, /health", self.request("GET", "/", user=None).body
+            b"Use the api endpoints: /set, /get, /del, /incr, /toggle, /list, /kv/KEY, /health",
+            self.request("GET", "/", user=None).body,
         )
 
     def test_options_names_the_methods(self) -> None:
@@ -612,8 +616,8 @@ class Bodies(ServerCase):
 
     def test_over_100_parameters_are_400(self) -> None:
         some = "".join(f"&x{number}=1" for number in range(98))
-        self.assertEqual(200, self.request("GET", "/set?key=a&value=1" + some).status)
-        self.assertEqual(200, self.request("GET", "/del?key=a" + some).status)
+        self.assertIn(b"x0 is unknown", self.request("GET", "/set?key=a&value=1" + some).body)
+        self.assertIn(b"more than 100", self.request("GET", "/set?key=a&value=1&y=1" + some).body)
         self.assert_refused("/set?key=a&value=1&y=1" + some, "")
         self.assert_refused("/set", "key=a&value=1&y=1" + some, kvserver.FORM)
 
@@ -636,7 +640,7 @@ class Bodies(ServerCase):
 
     def test_form_with_a_value_is_read_as_a_form(self) -> None:
         self.assert_stored({"a": "1"}, "/set?key=a", "value=1", kvserver.FORM)
-        self.assert_stored({"a": "1"}, "/set?key=a", "x=2&value=1", kvserver.FORM)
+        self.assert_stored({"a": "1"}, "/set?key=a", "ttl=100&value=1", kvserver.FORM)
 
     def test_body_that_can_be_nothing_is_400(self) -> None:
         self.assert_refused("/set?key=a&value=1", "on", "text/plain")
@@ -926,7 +930,7 @@ class Commits(ServerCase):
         commit = self.server.writer.commit
 
         def count_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
-            sizes.append(len(operations))
+            sizes.append(sum(operation is not kvserver.Store.remove_expired for operation in operations))
             return commit(operations)
 
         self.enter(mock.patch.object(self.server.writer, "commit", count_and_commit))
@@ -959,7 +963,7 @@ class Commits(ServerCase):
                 (
                     self.raw("GET /set?key=a&value=1 HTTP/1.1"),
                     bob,
-                    self.raw("GET /set?key=%00&value=1 HTTP/1.1"),
+                    self.raw("GET /set?key=d HTTP/1.1"),
                     self.raw("GET /set?key=c&value=1 HTTP/1.1"),
                 ),
             ):
@@ -1083,10 +1087,10 @@ class Commits(ServerCase):
         self.addCleanup(reader.close)
         self.store.set_value(1, "a", "1")
         with mock.patch.object(reader, "_read", wraps=reader._read) as read:
-            for value, count in (("1", 2), ("1", 2), ("2", 4), ("2", 4)):
-                if value(reader, "a") != value.encode():
-                    self.store.set_value(1, "a", value)
-                self.assertEqual(value.encode(), value(reader, "a"))
+            for expected, count in (("1", 2), ("1", 2), ("2", 4), ("2", 4)):
+                if value(reader, "a") != expected.encode():
+                    self.store.set_value(1, "a", expected)
+                self.assertEqual(expected.encode(), value(reader, "a"))
                 self.assertEqual("alice", getattr(reader.user("alice"), "name", None))
                 self.assertEqual(count, read.call_count)
 
@@ -1288,7 +1292,7 @@ class Connections(ServerCase):
 
     def test_sizes_have_limits(self) -> None:
         def target(size: int) -> bytes:
-            return b"GET /health?x=" + b"x" * (size - len("GET /health?x= HTTP/1.1")) + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+            return b"GET /health?_=" + b"x" * (size - len("GET /health?_= HTTP/1.1")) + b" HTTP/1.1\r\nHost: x\r\n\r\n"
 
         def headers(*lines: bytes) -> bytes:
             return b"GET /health HTTP/1.1\r\nConnection: close\r\nHost: x\r\n" + b"".join(lines) + b"\r\n"
@@ -1322,8 +1326,8 @@ class Connections(ServerCase):
     def test_body_has_a_limit(self) -> None:
         limit = kvserver.BODY_BYTES_MAX
         value = "x" * (kvserver.VALUE_BYTES_MAX - 3)
-        padding = "y" * (limit - len(json.dumps({"key": "a", "value": value, "z": ""})))
-        longest = json.dumps({"key": "a", "value": value, "z": padding})
+        padding = "y" * (limit - len(json.dumps({"key": "a", "value": value, "_": ""})))
+        longest = json.dumps({"key": "a", "value": value, "_": padding})
         self.assertEqual(limit, len(longest))
         self.assertEqual(200, self.request("POST", "/set", longest, kvserver.JSON).status)
         self.assertEqual(413, self.request("POST", "/set", longest + " ", kvserver.JSON).status)
@@ -1358,7 +1362,7 @@ class Connections(ServerCase):
         self.assertIn(b"HTTP/1.1 400 ", begin()[1])
 
     def test_absolute_target_is_served(self) -> None:
-        for target, status in (("http://x:80/health", b"200"), ("HTTPS://x/health?a=1", b"200"), ("http://x", b"404")):
+        for target, status in (("http://x:80/health", b"200"), ("HTTPS://x/health?_=1", b"200"), ("http://x", b"404")):
             answer = self.exchange(f"GET {target} HTTP/1.1\r\nHost: y\r\nConnection: close\r\n\r\n".encode())
             self.assertEqual([status], re.findall(rb"HTTP/1.1 (\d+)", answer))
 
@@ -1563,14 +1567,14 @@ class Throttled(ServerCase):
 
         for _ in range(2 * kvserver.FAILURES_MAX):
             self.assertEqual(401, send(None))
-            self.assertEqual(401, send("Bearer x"))
+            self.assertEqual(401, send("Digest x"))
         with mock.patch.object(kvserver, "scrypt") as scrypt:
             for _ in range(kvserver.FAILURES_MAX):
                 self.assertEqual(401, send("Basic !!!!"))
             self.assertEqual(429, send("Basic !!!!"))
             scrypt.assert_not_called()
         self.assertEqual(401, send(None))
-        self.assertEqual(401, send("Bearer x"))
+        self.assertEqual(401, send("Digest x"))
 
     def login_at_once(self, passwords: Sequence[str], address: str) -> list[int]:
         """Try passwords at the same time; return the statuses."""
@@ -1719,6 +1723,540 @@ class Sites(ServerCase):
             self.assertEqual([status], re.findall(rb"HTTP/1.1 (\d+)", answer))
 
 
+class States(ServerCase):
+    """What the server decides, so that two who ask at once cannot both be first."""
+
+    def ask(self, target: str, method: str = "GET", user: str = "alice") -> tuple[int, str]:
+        """Return status and text of an answer."""
+        answer = self.request(method, target, user=user)
+        return answer.status, answer.body.decode()
+
+    def expire(self, key: str) -> None:
+        """Make the time at which a pair expires come now."""
+        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
+            connection.execute("UPDATE pair SET expires = ? WHERE key = ?", (time.time() - 1, key))
+
+    def test_get_has_a_default(self) -> None:
+        self.assertEqual((200, "off"), self.ask("/get?key=a&default=off"))
+        self.assertEqual((200, ""), self.ask("/get?key=a&default="))
+        self.ask("/set?key=a&value=on")
+        self.assertEqual((200, "on"), self.ask("/get?key=a&default=off"))
+        self.assertNotIn("etag", self.request("GET", "/get?key=b&default=on").headers)
+        self.assertEqual(400, self.ask("/get?key=a&default=off&format=json")[0])
+
+    def test_del_may_find_nothing(self) -> None:
+        self.assertEqual((200, "Successfully removed state"), self.ask("/del?key=a&missing=ok"))
+        self.assertEqual(400, self.ask("/del?key=a&missing=1")[0])
+        self.assertEqual(404, self.ask("/del?key=a")[0])
+
+    def test_incr_counts_exactly(self) -> None:
+        nines, zeros = "9" * 100, "0" * 98
+        for stored, by, number in (
+            (None, None, "1"),
+            (None, "-2.50", "-2.5"),
+            ("0.1", "0.2", "0.3"),
+            ("1.50", "1.50", "3"),
+            ("-1", "1", "0"),
+            ("-0.0", "0", "0"),
+            ("100", "0", "100"),
+            ("007", "1", "8"),
+            ("0.1", "-0.1", "0"),
+            (nines, "-1", nines[1:] + "8"),
+            ("1" + zeros, "0.1", "1" + zeros + ".1"),
+            ("0." + zeros + "1", "1", "1." + zeros + "1"),
+        ):
+            with self.subTest(stored=stored, by=by):
+                self.ask("/del?key=a&missing=ok")
+                if stored:
+                    self.ask(f"/set?key=a&value={stored}")
+                self.assertEqual((200, number), self.ask("/incr?key=a" + (f"&by={by}" if by else "")))
+                self.assertEqual((200, number), self.ask("/get?key=a"))
+
+    def test_incr_of_what_is_no_number_changes_nothing(self) -> None:
+        for stored in ("", "x", "1e3", "+1", " 1", "1.", ".5", "١", "9" * 100, "1" * 101, "0x1", "NaN", "1\n"):
+            with self.subTest(stored):
+                self.ask("/set?" + urllib.parse.urlencode({"key": "a", "value": stored}))
+                self.assertEqual(409, self.ask("/incr?key=a")[0])
+                self.assertEqual((200, stored), self.ask("/get?key=a"))
+        self.ask("/set?key=a&value=1" + "0" * 99)
+        self.assertEqual(409, self.ask("/incr?key=a&by=0.1")[0])
+        for by in ("", "x", "1e3", "%2B1", "1" * 101, "1.", "%D9%A1"):
+            self.assertEqual(400, self.ask(f"/incr?key=b&by={by}")[0], by)
+        self.assertEqual(404, self.ask("/get?key=b")[0])
+
+    def test_toggle_has_two_words(self) -> None:
+        self.assertEqual(["on", "off", "on"], [self.ask("/toggle?key=a")[1] for _ in range(3)])
+        self.assertEqual(["auf", "zu", "auf"], [self.ask("/toggle?key=a&values=auf,zu")[1] for _ in range(3)])
+        self.assertEqual((200, "auf"), self.ask("/get?key=a"))
+        for words in ("on", "on,on", "on,", ",on", "a,b,c", ""):
+            self.assertEqual(400, self.ask(f"/toggle?key=a&values={words}")[0], words)
+
+    def test_incr_and_toggle_take_form_and_json(self) -> None:
+        for body, content_type in (("key=a&by=2", kvserver.FORM), ('{"key": "a", "by": 2}', kvserver.JSON)):
+            self.assertEqual(200, self.request("POST", "/incr", body, content_type).status)
+        self.assertEqual((200, "4"), self.ask("/get?key=a"))
+        self.assertEqual(405, self.ask("/incr?key=a", "PUT")[0])
+        self.assertEqual(b"b", self.request("POST", "/toggle", '{"key": "t", "values": "b,c"}', kvserver.JSON).body)
+
+    def test_nx_and_old_guard_a_value(self) -> None:
+        self.assertEqual((409, "Value differs"), self.ask("/set?key=a&value=1&old="))
+        self.assertEqual((200, "Success"), self.ask("/set?key=a&value=1&nx=1"))
+        self.assertEqual((409, "Key exists"), self.ask("/set?key=a&value=2&nx=1"))
+        self.assertEqual((409, "Value differs"), self.ask("/set?key=a&value=2&old=2"))
+        self.assertEqual((200, "1"), self.ask("/get?key=a"))
+        self.assertEqual((200, "Success"), self.ask("/set?key=a&value=2&old=1"))
+        self.assertEqual(400, self.ask("/set?key=a&value=3&old=2&nx=1")[0])
+        self.assertEqual(400, self.ask("/set?key=a&value=3&nx=yes")[0])
+        self.assertEqual((200, "2"), self.ask("/get?key=a"))
+
+    def test_ttl_ends_a_pair(self) -> None:
+        for target in ("/set?key=a&value=1&ttl=", "/incr?key=a&ttl=", "/toggle?key=a&ttl="):
+            for ttl in ("0", "-1", "x", "", "1e3", "0.0", "315360000.1", "99999999999999999999999"):
+                self.assertEqual(400, self.ask(target + ttl)[0], ttl)
+            self.assertEqual(200, self.ask(target + "315360000")[0])
+            self.ask("/get?key=a")
+            self.expire("a")
+            self.assertEqual(404, self.ask("/get?key=a")[0])
+            self.assertEqual(404, self.ask("/del?key=a")[0])
+            self.assertEqual(404, self.ask("/kv/a", "DELETE")[0])
+            self.assertEqual({}, self.pairs())
+            self.assertEqual([0, 0], [user.pairs for user in self.store.users()])
+        self.ask("/set?key=a&value=5&ttl=100")
+        self.expire("a")
+        self.assertEqual((200, "1"), self.ask("/incr?key=a"))
+        self.assertEqual((200, "Success"), self.ask("/set?key=b&value=5&ttl=0.001"))
+        wait_until(lambda: self.ask("/get?key=b")[0] == 404)
+        self.assertEqual((200, "Success"), self.ask("/set?key=b&value=6&nx=1"))
+
+    def test_a_remembered_row_expires(self) -> None:
+        reader = self.server.reader
+        self.store.set_value(1, "a", "1", time.time() + 1000)
+        self.assertEqual(b"1", value(reader, "a"))
+        with mock.patch("time.time", return_value=time.time() + 1001):
+            self.assertIsNone(reader.pair(1, "a"))
+
+    def test_set_clears_the_ttl_and_incr_and_toggle_keep_it(self) -> None:
+        def expires() -> Any:
+            return json.loads(self.ask("/get?key=a&format=json")[1])["expires"]
+
+        self.ask("/set?key=a&value=1&ttl=1000")
+        expected = expires()
+        self.assertRegex(expected, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")
+        self.ask("/incr?key=a")
+        self.ask("/toggle?key=a")
+        self.assertEqual(expected, expires())
+        self.ask("/toggle?key=a&ttl=2000")
+        self.assertGreater(expires(), expected)
+        self.ask("/set?key=a&value=1")
+        self.assertIsNone(expires())
+
+    def test_expired_pairs_leave_the_disk_with_the_next_write(self) -> None:
+        for number in range(5):
+            self.store.set_value(1, str(number), "x", time.time() - 1)
+        self.ask("/set?key=a&value=1", user="bob")
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            self.assertEqual([("a",)], connection.execute("SELECT key FROM pair").fetchall())
+            plan = connection.execute("EXPLAIN QUERY PLAN " + kvserver.DELETE_EXPIRED, (0, 1)).fetchall()
+        self.assertIn("pair_expires", str(plan))
+        self.assertNotIn("SCAN pair", str(plan).replace("SCAN pair USING", ""))
+
+    def test_expired_pairs_make_room_in_a_full_database(self) -> None:
+        with mock.patch.object(self.server.writer, "commit", wraps=self.server.writer.commit) as commit:
+            self.ask("/set?key=a&value=1")
+        self.assertIs(kvserver.Store.remove_expired, commit.call_args.args[0][0])
+
+    def test_format_json_and_age(self) -> None:
+        before = time.time()
+        self.request("POST", "/set?key=a%22", 'é\0"', "text/plain")
+        members = json.loads(self.ask("/get?key=a%22&format=json")[1])
+        self.assertEqual(["key", "value", "updated", "age", "expires"], list(members))
+        self.assertEqual(('a"', 'é\0"', 0, None), tuple(members[name] for name in ("key", "value", "age", "expires")))
+        updated = datetime.datetime.strptime(members["updated"], "%Y-%m-%dT%H:%M:%S.%f%z").timestamp()
+        self.assertTrue(before - 0.01 <= updated <= time.time() + 0.01)
+        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
+            connection.execute("UPDATE pair SET updated = updated - 90.5")
+        self.assertEqual((200, "90"), self.ask("/get?key=a%22&format=age"))
+        self.assertEqual(90, json.loads(self.ask("/list?format=json")[1])['a"']["age"])
+        for form in ("age", "json"):
+            self.assertNotIn("etag", self.request("GET", f"/get?key=a%22&format={form}").headers)
+            self.assertEqual(404, self.ask(f"/get?key=b&format={form}")[0])
+        self.assertEqual(400, self.ask("/get?key=a%22&format=xml")[0])
+
+    def test_the_same_value_again_is_an_update(self) -> None:
+        self.ask("/set?key=a&value=1")
+        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
+            connection.execute("UPDATE pair SET updated = updated - 100")
+        self.ask("/set?key=a&value=1")
+        self.assertEqual((200, "0"), self.ask("/get?key=a&format=age"))
+
+    def test_unknown_parameters_are_400_everywhere(self) -> None:
+        for route in kvserver.ROUTES:
+            path = route.path.replace("KEY", "k")
+            for method in route.methods:
+                known = "".join(f"{name}=x&" for name in route.parameters if name == "key")
+                answer = self.request(method, f"{path}?{known}tll=5")
+                self.assertEqual(400, answer.status, (method, path))
+                if method != "HEAD":
+                    self.assertIn(b"tll is unknown", answer.body)
+        for body, content_type in (("key=a&value=1&tll=1", kvserver.FORM), ('{"key": "a", "tll": 1}', kvserver.JSON)):
+            self.assertIn(b"tll is unknown", self.request("POST", "/set", body, content_type).body)
+        self.assertEqual((200, "Success"), self.ask("/set?key=a&value=1&_=123"))
+        self.assertEqual({"a": "1"}, self.pairs())
+
+    def test_lists_have_pages(self) -> None:
+        keys = ["a", "b/", "b/1", "b/10", "b/2", "b/é", "b/\U0010ffff", "b/\U0010ffff\U0010ffff", "b0", "ü"]
+        for key in reversed(keys):
+            self.store.set_value(1, key, key + "!")
+        self.store.set_value(2, "b/3", "bob's")
+        self.store.set_value(1, "b/9", "x", time.time() - 1)
+        for prefix in ("", "b/", "b", "x", "b/\U0010ffff"):
+            for limit in (1, 2, 3, 7, 8, 10_000):
+                expected = [key for key in keys if key.startswith(prefix)]
+                target = "/iotpersistenceapi/list?" + urllib.parse.urlencode({"prefix": prefix, "limit": limit})
+                found: list[str] = []
+                for page in itertools.count(1):
+                    answer = self.request("GET", target)
+                    pairs = json.loads(answer.body)
+                    self.assertEqual([key + "!" for key in pairs], list(pairs.values()))
+                    found += pairs
+                    if "link" not in answer.headers:
+                        break
+                    match = re.fullmatch(r'<(\?[!-~]*)>; rel="next"', answer.headers["link"])
+                    assert match
+                    target = "/list" + match[1]
+                self.assertEqual(expected, found, (prefix, limit))
+                self.assertEqual(max(1, math.ceil(len(expected) / limit)), page)
+        self.assertEqual(["b/10"], list(json.loads(self.ask("/list?after=b/1&limit=1&prefix=b/1")[1])))
+        for wrong in ("0", "-1", "x", "", "10001", "1.5"):
+            self.assertEqual(400, self.ask(f"/list?limit={wrong}")[0], wrong)
+
+    def test_a_list_of_objects(self) -> None:
+        self.store.set_value(1, "a", "[1]", time.time() + 100)
+        listed = json.loads(self.ask("/list?format=json&limit=5")[1])
+        self.assertEqual(json.loads(self.ask("/get?key=a&format=json")[1]), listed["a"])
+        self.assertEqual("[1]", listed["a"]["value"])
+
+
+class Waiting(ServerCase):
+    """Long polls."""
+
+    def ask(self, target: str, *lines: str) -> socket.socket:
+        """Send a request on a connection of its own, and return when it waits."""
+        connection, count = self.connect(), len(self.server.polls)
+        connection.sendall(self.raw(f"GET {target} HTTP/1.1", *lines))
+        wait_until(lambda: len(self.server.polls) == count + 1)
+        return connection
+
+    def answer(self, connection: socket.socket) -> tuple[int, str]:
+        """Return status and body of what comes."""
+        status, _, body = connection.recv(65536).decode().partition("\r\n\r\n")
+        return int(status.split()[1]), body
+
+    def test_it_is_answered_at_once_when_the_value_differs(self) -> None:
+        self.request("GET", "/set?key=a&value=1")
+        answer = self.request("GET", "/get?key=a&wait=60&unless=0")
+        self.assertEqual((200, b"1"), (answer.status, answer.body))
+        answer = self.request("GET", "/get?key=a&wait=60", headers={"If-None-Match": '"x"'})
+        self.assertEqual((200, b"1"), (answer.status, answer.body))
+
+    def test_a_change_is_answered_at_once(self) -> None:
+        self.request("GET", "/set?key=a&value=1")
+        tag = self.request("GET", "/get?key=a").headers["etag"]
+        waiting = [
+            self.ask("/get?key=a&wait=60&unless=1"),
+            self.ask("/get?key=a&wait=60", f"If-None-Match: W/{tag}"),
+            self.ask("/get?key=a&wait=60&unless=1&default=x"),
+        ]
+        self.request("GET", "/set?key=b&value=2")
+        self.request("GET", "/set?key=a&value=1")
+        self.assertEqual(3, len(self.server.polls))
+        self.request("GET", "/set?key=a&value=2")
+        self.assertEqual([(200, "2")] * 3, [self.answer(connection) for connection in waiting])
+        self.assertEqual({}, self.server.polls)
+
+    def test_json_and_age_can_be_waited_for(self) -> None:
+        waiting = self.ask("/get?key=a&wait=60&unless=1&format=age")
+        self.request("GET", "/set?key=a&value=2")
+        self.assertEqual((200, "0"), self.answer(waiting))
+
+    def test_a_key_that_is_not_there_is_waited_for(self) -> None:
+        waiting = self.ask("/get?key=a&wait=60&unless=1")
+        self.request("PUT", "/kv/a", "2")
+        self.assertEqual((200, "2"), self.answer(waiting))
+
+    def test_a_deletion_or_an_expiry_is_an_answer(self) -> None:
+        for default, expected in (("", (404, kvserver.UNKNOWN_KEY)), ("&default=x", (200, "x"))):
+            self.request("GET", "/set?key=a&value=1")
+            waiting = self.ask("/get?key=a&wait=60&unless=1" + default)
+            self.request("GET", "/del?key=a")
+            self.assertEqual(expected, self.answer(waiting))
+            self.request("GET", "/set?key=a&value=1&ttl=0.2")
+            self.assertEqual(expected, self.answer(self.ask("/get?key=a&wait=60&unless=1" + default)))
+
+    def test_the_time_is_kept(self) -> None:
+        with mock.patch.object(kvserver, "POLL_SECONDS", 5):
+            self.request("GET", "/set?key=a&value=1")
+            tag = self.request("GET", "/get?key=a").headers["etag"]
+            for target, lines, expected in (
+                ("key=a&unless=1", (), (200, "1")),
+                ("key=a", (f"If-None-Match: {tag}",), (304, "")),
+                ("key=b&unless=1", (), (404, kvserver.UNKNOWN_KEY)),
+                ("key=b&unless=1&default=x", (), (200, "x")),
+            ):
+                begun = time.monotonic()
+                self.assertEqual(expected, self.answer(self.ask(f"/get?{target}&wait=0.3", *lines)))
+                self.assertTrue(0.3 <= time.monotonic() - begun < 2)
+            answer = self.request("GET", "/get?key=a&wait=0&unless=1")
+            self.assertEqual((200, b"1"), (answer.status, answer.body))
+
+    def test_wait_and_unless_need_each_other(self) -> None:
+        for query in (
+            "wait=1",
+            "unless=1",
+            "wait=61&unless=1",
+            "wait=-1&unless=1",
+            "wait=x&unless=1",
+            "wait=&unless=1",
+        ):
+            self.assertEqual(400, self.request("GET", f"/get?key=a&{query}").status, query)
+
+    def test_a_change_by_another_process_is_seen(self) -> None:
+        waiting = self.ask("/get?key=a&wait=60&unless=1")
+        self.store.set_value(1, "a", "2")
+        self.assertEqual((200, "2"), self.answer(waiting))
+
+    def test_half_of_the_connections_may_wait(self) -> None:
+        with mock.patch.object(self.server, "max_connections", 4):
+            waiting = [self.ask("/get?key=a&wait=60&unless=1") for _ in range(2)]
+            answer = self.request("GET", "/get?key=a&wait=60&unless=1")
+            self.assertEqual((503, True), (answer.status, "retry-after" in answer.headers))
+            for _ in range(6):
+                self.connect()
+            self.request("GET", "/set?key=a&value=2")
+            self.assertEqual([(200, "2")] * 2, [self.answer(connection) for connection in waiting])
+
+    def test_who_goes_away_makes_room(self) -> None:
+        self.ask("/get?key=a&wait=60&unless=1").close()
+        wait_until(lambda: not self.server.polls and not self.server.connections)
+
+    def test_what_is_sent_while_waiting_is_answered_afterwards(self) -> None:
+        waiting = self.ask("/get?key=a&wait=60&unless=1")
+        waiting.sendall(self.raw("GET /health HTTP/1.1", "Connection: close"))
+        self.request("GET", "/set?key=a&value=2")
+        answers = b"".join(iter(lambda: waiting.recv(65536), b""))
+        self.assertTrue(answers.endswith(b"\r\n\r\nok"))
+        self.assertIn(b"\r\n\r\n2HTTP/1.1 200", answers)
+
+    def test_a_stop_answers_at_once(self) -> None:
+        self.request("GET", "/set?key=a&value=1")
+        waiting = [self.ask("/get?key=a&wait=60&unless=1"), self.ask("/get?key=b&wait=60&unless=1")]
+        begun = time.monotonic()
+        self.stop()
+        self.assertEqual([(200, "1"), (404, kvserver.UNKNOWN_KEY)], [self.answer(one) for one in waiting])
+        self.assertLess(time.monotonic() - begun, 2)
+
+    def test_who_loses_the_login_gets_no_value(self) -> None:
+        waiting = self.ask("/get?key=a&wait=60&unless=1")
+        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
+            connection.execute("BEGIN")
+            connection.execute("UPDATE user SET password_hash = 'x' WHERE id = 1")
+            connection.execute("INSERT INTO pair VALUES (1, 'a', '2', 0, NULL)")
+            connection.execute("COMMIT")
+        self.assertEqual(401, self.answer(waiting)[0])
+
+
+class Resources(ServerCase):
+    """The pairs as resources below /kv/."""
+
+    def send(self, method: str, path: str, body: str | None = None, **headers: str) -> tuple[int, bytes]:
+        """Return status and body of an answer; underscores in names of headers stand for hyphens."""
+        answer = self.request(
+            method, path, body, headers={name.replace("_", "-"): text for name, text in headers.items()}
+        )
+        return answer.status, answer.body
+
+    def test_put_get_and_delete(self) -> None:
+        for prefix in ("", "/iotpersistenceapi"):
+            path = prefix + "/kv/a%2Fb/c%20d+%25é".replace("é", "%C3%A9")
+            self.assertEqual((201, b"Success"), self.send("PUT", path, "é & ☃"))
+            self.assertEqual({"a/b/c d+%é": "é & ☃"}, self.pairs())
+            self.assertEqual((200, "é & ☃".encode()), self.send("GET", path))
+            self.assertEqual((200, b""), self.send("HEAD", path))
+            self.assertEqual((200, b"Success"), self.send("PUT", path))
+            self.assertEqual((200, b""), self.send("GET", path))
+            self.assertEqual((200, b"Successfully removed state"), self.send("DELETE", path))
+            self.assertEqual(404, self.send("DELETE", path)[0])
+            self.assertEqual(404, self.send("GET", path)[0])
+
+    def test_the_body_is_the_value_whatever_its_type(self) -> None:
+        for content_type in (kvserver.FORM, kvserver.JSON, "text/plain"):
+            self.request("PUT", "/kv/a", "value=1", content_type)
+            self.assertEqual(b"value=1", self.get("a"))
+
+    def test_paths_without_a_key_are_404(self) -> None:
+        for path in ("/kv", "/kv/", "/iotpersistenceapi/kv/"):
+            for method in ("GET", "PUT", "DELETE"):
+                self.assertEqual(404, self.send(method, path)[0], (method, path))
+        self.assertEqual((201, b"Success"), self.send("PUT", "/kv/KEY", "1"))
+        self.assertEqual({"KEY": "1"}, self.pairs())
+        for path in ("/kv/%00", "/kv/" + "x" * 513, "/kv/%FF"):
+            self.assertEqual(400, self.send("PUT", path, "1")[0], path)
+        self.assertEqual(405, self.send("POST", "/kv/a", "1")[0])
+        allow = self.request("OPTIONS", "/kv/a").headers["allow"]
+        self.assertEqual("GET, HEAD, PUT, DELETE, OPTIONS", allow)
+
+    def test_put_has_a_ttl_and_no_other_parameter(self) -> None:
+        self.send("PUT", "/kv/a?ttl=100", "1")
+        self.assertIsNotNone(json.loads(self.send("GET", "/get?key=a&format=json")[1])["expires"])
+        for query in ("key=b", "value=1", "nx=1", "ttl=0"):
+            self.assertEqual(400, self.send("PUT", "/kv/a?" + query, "2")[0], query)
+        self.assertEqual(400, self.send("PUT", "/kv/a", "2", Content_Range="bytes 0-0/2")[0])
+        self.assertEqual(b"1", self.get("a"))
+
+    def test_entity_tags(self) -> None:
+        put = self.request("PUT", "/kv/a", "1")
+        answers = [self.request(method, path) for path in ("/kv/a", "/get?key=a") for method in ("GET", "HEAD")]
+        (tag,) = {answer.headers["etag"] for answer in (put, *answers)}
+        self.assertRegex(tag, '\\A"[^"]+"\\Z')
+        self.send("PUT", "/kv/b", "1")
+        self.assertEqual(tag, self.request("GET", "/kv/b").headers["etag"])
+        self.send("PUT", "/kv/b", "2")
+        self.assertNotEqual(tag, self.request("GET", "/kv/b").headers["etag"])
+        for path in ("/kv/a", "/get?key=a"):
+            for condition, status in ((tag, 304), ("*", 304), (f'"x", W/{tag}', 304), ('"x"', 200)):
+                answer = self.request("GET", path, headers={"If-None-Match": condition})
+                self.assertEqual(status, answer.status, condition)
+                if status == 304:
+                    self.assertEqual((b"", tag), (answer.body, answer.headers["etag"]))
+                    self.assertFalse({"content-length", "content-type"} & answer.headers.keys())
+            for condition in ("x", '"', tag + "x", "", '"a" "b"', "W/*"):
+                self.assertEqual(400, self.send("GET", path, If_None_Match=condition)[0], condition)
+
+    def test_preconditions_guard_changes(self) -> None:
+        self.assertEqual(412, self.send("PUT", "/kv/a", "1", If_Match="*")[0])
+        self.assertEqual(201, self.send("PUT", "/kv/a", "1", If_None_Match="*")[0])
+        tag = self.request("GET", "/kv/a").headers["etag"]
+        for headers in ({"If_None_Match": "*"}, {"If_None_Match": tag}, {"If_Match": '"x"'}, {"If_Match": "W/" + tag}):
+            for method in ("PUT", "DELETE"):
+                self.assertEqual(412, self.send(method, "/kv/a", "2" if method == "PUT" else None, **headers)[0])
+        self.assertEqual(400, self.send("PUT", "/kv/a", "2", If_Match="x")[0])
+        self.assertEqual({"a": "1"}, self.pairs())
+        self.assertEqual(200, self.send("PUT", "/kv/a", "2", If_Match=f'"x", {tag}')[0])
+        self.assertEqual(412, self.send("DELETE", "/kv/a", If_Match=tag)[0])
+        self.assertEqual(404, self.send("DELETE", "/kv/b", If_Match=tag)[0])
+        self.assertEqual(200, self.send("DELETE", "/kv/a", If_None_Match=tag)[0])
+
+
+class Tokens(ServerCase):
+    """Logins with a token."""
+
+    def add_token(self, name: str = "alice", is_read_only: bool = False, prefix: str = "") -> str:
+        """Return a new token."""
+        token = kvserver.make_token()
+        self.store.add_token(name, kvserver.hash_token(token), "", is_read_only, prefix)
+        return token
+
+    def status(self, target: str, authorization: str, method: str = "GET", body: str | None = None) -> int:
+        """Return the status of an answer."""
+        return self.request(method, target, body, user=None, headers={"Authorization": authorization}).status
+
+    def test_a_token_is_a_login_and_costs_no_scrypt(self) -> None:
+        token = self.add_token()
+        self.assertRegex(token, r"\Akv_[A-Za-z0-9_-]{43}\Z")
+        with mock.patch.object(kvserver, "scrypt") as scrypt:
+            for authorization in (f"Bearer {token}", f"bearer  {token}", basic("alice", token)):
+                self.assertEqual(200, self.status("/set?key=a&value=1", authorization))
+            self.assertEqual(401, self.status("/list", f"Bearer {token}x"))
+            self.assertEqual(401, self.status("/list", f"Digest {token}"))
+            scrypt.assert_not_called()
+        for authorization in (basic("bob", token), basic("", token), basic(token, ""), basic(token, "x")):
+            self.assertEqual(401, self.status("/list", authorization))
+        self.assertEqual({"a": "1"}, self.pairs())
+        with open(self.database, "rb") as file, open(self.database + "-wal", "rb") as wal:
+            self.assertNotIn(token.encode(), file.read() + wal.read())
+
+    def test_the_log_masks_tokens(self) -> None:
+        error = io.StringIO()
+        with mock.patch.object(kvserver, "log", REAL_LOG), mock.patch("sys.stderr", error):
+            token = self.add_token()
+            for name in (token, "x" + token, token[:30]):
+                self.assertEqual(401, self.status("/list", basic(name, "")))
+                self.assertEqual(401, self.status("/list", basic(name, "x")))
+        self.assertEqual(6, error.getvalue().count("kv_..."))
+        self.assertNotIn(token[3:12], error.getvalue())
+
+    def test_a_password_may_look_like_a_token(self) -> None:
+        self.store.set_password_hash("alice", kvserver.hash_password("kv_alice's password"))
+        self.assertEqual(200, self.status("/list", basic("alice", "kv_alice's password")))
+
+    def test_a_deleted_token_is_out_at_once(self) -> None:
+        token, other = self.add_token(), self.add_token()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)) as connection:
+            for expected in (200, 401):
+                connection.request("GET", "/list", headers={"Authorization": f"Bearer {token}"})
+                self.assertEqual(expected, read_answer(connection.getresponse()).status)
+                if expected == 200:
+                    self.store.delete_token("alice", self.store.tokens("alice")[0].id)
+        self.store.set_password_hash("alice", kvserver.hash_password("another password"))
+        self.assertEqual(200, self.status("/list", f"Bearer {other}"))
+        self.store.delete_user("alice", even_last_admin=True)
+        self.assertEqual(401, self.status("/list", f"Bearer {other}"))
+
+    def test_read_only_tokens_change_nothing(self) -> None:
+        token = "Bearer " + self.add_token(is_read_only=True)
+        self.store.set_value(1, "a", "1")
+        for route in kvserver.ROUTES:
+            if route.who == kvserver.USER:
+                for method in route.methods:
+                    target = route.path.replace("KEY", "a") + ("?key=a" if "key" in route.parameters else "")
+                    expected = 403 if route.where == kvserver.WRITER else 200
+                    self.assertEqual(expected, self.status(target, token, method), (method, target))
+        self.assertEqual({"a": "1"}, self.pairs())
+
+    def test_a_prefix_is_all_that_a_token_sees(self) -> None:
+        token = "Bearer " + self.add_token(prefix="p/")
+        for key in ("p/1", "p/2", "q"):
+            self.store.set_value(1, key, "1")
+        for key in ("q", "none", "p"):
+            for target, method in (
+                (f"/get?key={key}", "GET"),
+                (f"/get?key={key}&wait=x", "GET"),
+                (f"/get?key={key}&tll=1", "GET"),
+                (f"/set?key={key}", "GET"),
+                (f"/del?key={key}", "GET"),
+                (f"/incr?key={key}&by=x", "GET"),
+                (f"/toggle?key={key}", "GET"),
+                (f"/kv/{key}", "GET"),
+                (f"/kv/{key}", "PUT"),
+                (f"/kv/{key}?x=1", "DELETE"),
+            ):
+                self.assertEqual(403, self.status(target, token, method), (method, target))
+        self.assertEqual(400, self.status("/get?key=%00", token))
+        self.assertEqual(400, self.status("/get", token))
+        self.assertEqual(200, self.status("/set?key=p/3&value=1", token))
+        self.assertEqual(200, self.status("/del?key=p/3", token))
+        for query, keys in (
+            ("", ["p/1", "p/2"]),
+            ("?prefix=p", ["p/1", "p/2"]),
+            ("?prefix=p/2", ["p/2"]),
+            ("?prefix=q", []),
+            ("?after=p/1", ["p/2"]),
+            ("?after=a", ["p/1", "p/2"]),
+            ("?after=q", []),
+        ):
+            answer = self.request("GET", "/list" + query, user=None, headers={"Authorization": token})
+            self.assertEqual(keys, list(json.loads(answer.body)), query)
+
+    def test_the_day_of_the_last_use_is_noted_once(self) -> None:
+        token = "Bearer " + self.add_token()
+        with mock.patch.object(self.server, "change", wraps=self.server.change) as change:
+            for _ in range(3):
+                self.status("/get?key=a", token)
+            self.assertEqual(1, change.call_count)
+        today = int(time.time() // 86400)
+        wait_until(lambda: self.store.tokens("alice")[0].last_used_day in (today, today + 1))
+
+
 class Overload(ServerCase):
     """More clients than the server serves."""
 
@@ -1821,7 +2359,7 @@ class Overload(ServerCase):
         self.assertEqual(["wrong password 0", "the last one"], checked)
 
     def test_the_same_error_is_logged_once_a_second(self) -> None:
-        with mock.patch.object(kvserver.Store, "value", side_effect=sqlite3.OperationalError("disk I/O error")):
+        with mock.patch.object(kvserver.Store, "pair", side_effect=sqlite3.OperationalError("disk I/O error")):
             for _ in range(20):
                 self.assertEqual(503, self.request("GET", "/get?key=a").status)
         self.assertLess(self.log.text().count("disk I/O error"), 5)
@@ -1846,7 +2384,7 @@ class Failures(ServerCase):
         self.assertNotIn("s3cr3t", self.log.text())
 
     def test_a_failing_disk_is_503(self) -> None:
-        with mock.patch.object(kvserver.Store, "value", side_effect=sqlite3.OperationalError("disk I/O error")):
+        with mock.patch.object(kvserver.Store, "pair", side_effect=sqlite3.OperationalError("disk I/O error")):
             self.assertEqual(503, self.request("GET", "/get?key=a").status)
         self.assertIn("the database failed: disk I/O error", self.log.text())
 
@@ -2022,7 +2560,7 @@ class Disk(ServerCase):
         self.request("GET", "/set?key=k&value=%C3%A9123456789")
         answer = self.request("GET", "/list")
         self.assertEqual(409, answer.status)
-        self.assertIn(b"delete", answer.body)
+        self.assertIn(b"limit", answer.body)
 
 
 class Log(ServerCase):
@@ -2104,7 +2642,7 @@ class Log(ServerCase):
                 wait_until(lambda: len(self.server.changes) == 6)
             for connection in connections:
                 self.assertIn(b" 200 ", connection.recv(65536))
-            self.assertEqual([2, 2, 2], [len(call.args[0]) for call in commit.call_args_list])
+            self.assertEqual([3, 3, 3], [len(call.args[0]) for call in commit.call_args_list])
 
 
 class Model(ServerCase):
@@ -2131,6 +2669,49 @@ class Model(ServerCase):
             "POST", "/set?" + urllib.parse.urlencode({"key": key}), value or "x", "text/plain", user=user
         )
 
+    def single(
+        self, kind: str, key: str, query: str, value: str, model: dict[str, str]
+    ) -> tuple[str, str, str | None, tuple[int, str]]:
+        """Return a random request of a kind and what it is to be answered, and do to the model what it does."""
+        stored = model.get(key)
+        if kind == "get":
+            default = self.random.choice((None, "", "none"))
+            target = f"/get?{query}" + ("" if default is None else f"&default={default}")
+            absent = (404, "") if default is None else (200, default)
+            return "GET", target, None, absent if stored is None else (200, stored)
+        if kind == "del":
+            missing = self.random.choice(("", "&missing=ok"))
+            model.pop(key, None)
+            succeeds = stored is not None or missing
+            answer = (200, "Successfully removed state") if succeeds else (404, "")
+            return "GET", f"/del?{query}{missing}", None, answer
+        if kind == "incr":
+            try:
+                assert stored is None or re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", stored)
+                total = fractions.Fraction(stored or "0") + fractions.Fraction("0.25")
+            except AssertionError:
+                return "POST", f"/incr?{query}&by=0.25", None, (409, "")
+            model[key] = re.sub(r"\.?0+\Z", "", f"{float(total):.6f}")
+            return "POST", f"/incr?{query}&by=0.25", None, (200, model[key])
+        if kind == "toggle":
+            model[key] = "b" if stored == "a" else "a"
+            return "GET", f"/toggle?{query}&values=a,b", None, (200, model[key])
+        if kind == "old":
+            old = self.random.choice((stored or "", value, None))
+            condition = "nx=1" if old is None else urllib.parse.urlencode({"old": old})
+            succeeds = stored == old
+            if succeeds:
+                model[key] = value
+            return "POST", f"/set?{query}&{condition}", value, (200, "Success") if succeeds else (409, "")
+        path, method = "/kv/" + urllib.parse.quote(key, safe=""), self.random.choice(("GET", "PUT", "PUT", "DELETE"))
+        if method == "GET":
+            return method, path, None, (404, "") if stored is None else (200, stored)
+        if method == "PUT":
+            model[key] = value
+            return method, path, value, (201 if stored is None else 200, "Success")
+        model.pop(key, None)
+        return method, path, None, (404, "") if stored is None else (200, "Successfully removed state")
+
     def run_operations(self, count: int, users: Sequence[str], restarts: int = 0) -> None:
         """Compare the answers to so many random requests with what a dictionary for each user says."""
         models: dict[str, dict[str, str]] = {user: {} for user in users}
@@ -2139,22 +2720,20 @@ class Model(ServerCase):
             model = models[user]
             query = urllib.parse.urlencode({"key": key})
             what = f"request {number} of {user} for {key!r}, seed {self.seed}"
-            kind = self.random.choice(("set", "set", "get", "get", "get", "del", "list"))
+            kind = self.random.choice(("set", "set", "get", "get", "del", "list", "incr", "toggle", "old", "kv", "kv"))
+            value = self.random.choice(("", "0", "12", "-0.50", "open", "é☃", "\0\r\n", "x" * 5000)) + str(number)
             if kind == "set":
-                value = self.random.choice(("", "0", "open", "é☃", "\0\r\n", "x" * 5000)) + str(number)
                 self.assertEqual(200, self.send_value(user, key, value).status, what)
                 model[key] = value
-            elif kind == "get":
-                answer = self.request("GET", "/get?" + query, user=user)
-                expected = (200, model[key].encode()) if key in model else (404, answer.body)
-                self.assertEqual(expected, (answer.status, answer.body), what)
-            elif kind == "del":
-                self.assertEqual(
-                    200 if key in model else 404, self.request("GET", "/del?" + query, user=user).status, what
-                )
-                model.pop(key, None)
-            else:
+            elif kind == "list":
                 self.assertEqual(model, self.pairs(user), what)
+                page = json.loads(self.request("GET", "/list?limit=2&" + query.replace("key", "after"), user=user).body)
+                following = sorted(other for other in model if other > key)[:2]
+                self.assertEqual({other: model[other] for other in following}, page, what)
+            else:
+                method, target, body, expected = self.single(kind, key, query, value, model)
+                answer = self.request(method, target, body, user=user)
+                self.assertEqual(expected, (answer.status, answer.body.decode() if answer.status < 300 else ""), what)
             if restarts and number % (count // restarts) == 0:
                 self.stop()
                 self.store.close()
@@ -2458,7 +3037,7 @@ class Accounts(CommandCase):
             self.add_user("bob")
             self.assertEqual(200, self.request(port, "/set?key=a&value=2", "bob")[0])
             code, output, _ = self.run_program("passwd", "bob", "--password-stdin", stdin="another password")
-            self.assertEqual((0, "set the password of bob\n"), (code, output))
+            self.assertEqual((0, "set the password of bob; the tokens stay as they are\n"), (code, output))
             self.assertEqual(401, self.request(port, "/list", "bob")[0])
             self.assertEqual((200, b'{"a":"2"}'), self.request(port, "/list", "bob", "another password"))
             code, output, _ = self.run_program("deluser", "bob", "--yes")
@@ -2568,6 +3147,143 @@ class Accounts(CommandCase):
             process.communicate(b"a password\n")
         self.assertEqual([0] * 6, [process.returncode for process in processes])
         self.assertEqual(7, len(self.run_program("users")[1].splitlines()))
+
+
+class TokenCommands(CommandCase):
+    """The commands that manage tokens."""
+
+    def test_tokens_are_added_listed_and_deleted(self) -> None:
+        self.add_user("alice")
+        code, output, errors = self.run_program(
+            "addtoken", "alice", "--label", "Küche", "--read-only", "--prefix", "a/"
+        )
+        self.assertEqual((0, ""), (code, errors))
+        self.assertRegex(output, r"\Akv_[A-Za-z0-9_-]{43}\n\Z")
+        other = self.run_program("addtoken", "alice")[1].strip()
+        today = time.strftime("%Y-%m-%d", time.gmtime())
+        with self.serving() as (process, port, _):
+            self.assertEqual((200, b"{}"), self.request(port, "/list", password=output.strip()))
+            self.assertEqual(403, self.request(port, "/set?key=a/1&value=1", password=output.strip())[0])
+            self.assertEqual((200, b"Success"), self.request(port, "/set?key=b&value=1", password=other))
+            process.send_signal(signal.SIGTERM)
+            process.wait(WAIT_SECONDS)
+        code, output, errors = self.run_program("tokens", "alice")
+        self.assertEqual(
+            (
+                0,
+                [
+                    "ID  LABEL  RIGHTS          CREATED     LAST USED",
+                    f" 1  Küche  read a/*        {today}  {today}",
+                    f" 2  -      read and write  {today}  {today}",
+                ],
+                "",
+            ),
+            (code, output.splitlines(), errors),
+        )
+        self.assertEqual((0, "deleted the token 1 of alice\n", ""), self.run_program("deltoken", "alice", "1"))
+        self.assertNotIn("Küche", self.run_program("tokens", "alice")[1])
+
+    def test_mistakes_are_named(self) -> None:
+        self.add_user("alice")
+        self.add_user("bob")
+        self.run_program("addtoken", "alice")
+        for message, *arguments in (
+            ("alice has no token 2; list them with: python kvserver.py tokens alice", "deltoken", "alice", "2"),
+            ("bob has no token 1", "deltoken", "bob", "1"),
+            ("no user carl", "deltoken", "carl", "1"),
+            ("no user carl", "addtoken", "carl"),
+            ("no user carl", "tokens", "carl"),
+            ("a label", "addtoken", "alice", "--label", "x" * 65),
+            ("a label", "addtoken", "alice", "--label", "a\nb"),
+            ("a prefix", "addtoken", "alice", "--prefix", "x" * 513),
+        ):
+            self.assert_fails(message, *arguments)
+        self.assertEqual(2, self.run_program("deltoken", "alice", "x")[0])
+
+    def test_a_database_of_the_first_version_keeps_what_it_has(self) -> None:
+        with mock.patch.object(kvserver, "MIGRATIONS", kvserver.MIGRATIONS[:1]):
+            store = kvserver.open_store(self.database)
+        store.add_user("alice", kvserver.hash_password("a password"), is_admin=True)
+        store.close()
+        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
+            connection.execute("INSERT INTO pair VALUES (1, 'a', 'old', 0)")
+        with self.serving() as (_, port, _):
+            self.assertEqual((200, b"old"), self.request(port, "/get?key=a"))
+            self.assertEqual((200, b"Success"), self.request(port, "/set?key=a&value=new&ttl=100"))
+
+
+class Devices(CommandCase):
+    """Many at once."""
+
+    COUNTS = 200
+
+    def test_no_number_is_counted_twice_over_a_kill(self) -> None:
+        self.add_user("alice")
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+            port = free.getsockname()[1]
+        numbers: list[int] = []
+        unanswered: list[int] = []
+        many = threading.Event()
+
+        def count() -> None:
+            answers = 0
+            while answers < self.COUNTS:
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS)
+                with contextlib.closing(connection), contextlib.suppress(ConnectionRefusedError):
+                    connection.connect()
+                    try:
+                        while answers < self.COUNTS:
+                            connection.request(
+                                "GET", "/incr?key=n", headers={"Authorization": basic("alice", "a password")}
+                            )
+                            numbers.append(int(read_answer(connection.getresponse()).body))
+                            answers += 1
+                            if len(numbers) > 4 * self.COUNTS:
+                                many.set()
+                    except (OSError, http.client.HTTPException):
+                        unanswered.append(1)
+
+        clients = [threading.Thread(target=count) for _ in range(16)]
+        with self.serving(environment={"KVSERVER_PORT": str(port)}) as (server, _, _):
+            for client in clients:
+                client.start()
+            self.assertTrue(many.wait(WAIT_SECONDS))
+            server.kill()
+        with self.serving(environment={"KVSERVER_PORT": str(port)}) as (_, _, _):
+            for client in clients:
+                client.join(60)
+            total = int(self.request(port, "/get?key=n")[1])
+        self.assertEqual(16 * self.COUNTS, len(numbers))
+        self.assertEqual(len(numbers), len(set(numbers)))
+        self.assertTrue(len(numbers) <= total <= len(numbers) + len(unanswered), (total, len(unanswered)))
+
+    def test_200_devices_get_a_change_soon(self) -> None:
+        self.add_user("alice")
+        with self.serving("--max-connections", "512") as (_, port, _), contextlib.ExitStack() as stack:
+            self.request(port, "/set?key=lamp&value=off")
+            login = f"HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('alice', 'a password')}\r\n\r\n"
+            request = f"GET /get?key=lamp&wait=60&unless=off {login}".encode()
+            devices = []
+            for _ in range(200):
+                devices.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), WAIT_SECONDS)))
+                devices[-1].sendall(request)
+            # Each has been looked at when a request that came after it is answered.
+            for _ in range(3):
+                self.assertEqual((200, b"ok"), self.request(port, "/health"))
+            selector = stack.enter_context(selectors.DefaultSelector())
+            for device in devices:
+                selector.register(device, selectors.EVENT_READ)
+            begun = time.monotonic()
+            self.assertEqual((200, b"Success"), self.request(port, "/set?key=lamp&value=on"))
+            delays: list[float] = []
+            while len(delays) < 200:
+                ready = selector.select(WAIT_SECONDS)
+                self.assertTrue(ready)
+                for key, _ in ready:
+                    self.assertTrue(cast(socket.socket, key.fileobj).recv(65536).endswith(b"\r\n\r\non"))
+                    selector.unregister(key.fileobj)
+                    delays.append(time.monotonic() - begun)
+            self.assertLess(statistics.median(delays), 0.1)
 
 
 class Terminal(CommandCase):
@@ -3046,14 +3762,46 @@ class Killed(CommandCase):
             self.assertEqual([("ok",)], connection.execute("PRAGMA integrity_check").fetchall())
 
 
+# What is done to which key, for a test of all.
+KINDS = {
+    "x": ("set", "nx", "old", "old", "get", "get", "del"),
+    "y": ("set", "set", "old", "old", "get", "get", "del"),
+    "n": ("incr", "incr", "incr", "get", "del"),
+    "t": ("toggle", "toggle", "get", "del"),
+}
+
+
 class Operation(NamedTuple):
     """A request of a history: when it was sent and answered, and what it did to its key or saw there."""
 
     begun: float
     ended: float  # infinite when no answer came
     kind: str
-    value: str | None  # what was set or got
-    found: bool  # whether del found the key
+    value: str | None  # what was to be set, or came back
+    succeeded: bool  # whether it was answered 200
+    old: str | None = None  # what was to be replaced
+
+
+def apply(operation: Operation, state: str | None) -> tuple[bool, str | None]:
+    """Return whether an operation's answer is the one to be expected in a state of its key, and the state after it."""
+    kind, value = operation.kind, operation.value
+    succeeds, following = True, value
+    if kind == "get":
+        succeeds, following = state is not None, state
+    elif kind == "del":
+        succeeds, following = state is not None, None
+    elif kind == "incr":
+        succeeds = state is None or state.isdigit()
+        following = str(int(state or 0) + 1) if succeeds else state
+    elif kind == "toggle":
+        following = "off" if state == "on" else "on"
+    elif kind in ("nx", "old"):
+        succeeds = state == operation.old
+        following = value if succeeds else state
+    if operation.ended == math.inf:
+        return True, following
+    saw_it = kind not in ("get", "incr", "toggle") or not succeeds or value == following
+    return succeeds == operation.succeeded and saw_it, following
 
 
 def is_linearizable(history: Sequence[Operation]) -> bool:
@@ -3080,15 +3828,9 @@ def is_linearizable(history: Sequence[Operation]) -> bool:
             if done >> i & 1:
                 continue
             earliest_end = min(earliest_end, operation.ended)
-            if operation.kind == "get" and operation.value != state:
-                continue
-            if operation.kind == "del" and operation.ended < math.inf and operation.found != (state is not None):
-                continue
-            following = (
-                done | 1 << i,
-                operation.value if operation.kind == "set" else None if operation.kind == "del" else state,
-            )
-            if following not in tried:
+            is_possible, state_after = apply(operation, state)
+            following = (done | 1 << i, state_after)
+            if is_possible and following not in tried:
                 tried.add(following)
                 todo.append(following)
     return False
@@ -3099,7 +3841,10 @@ class Histories(CommandCase):
 
     def test_the_checker_knows_good_from_bad(self) -> None:
         def history(*rows: tuple[float, float, str, str | None]) -> list[Operation]:
-            return [Operation(begun, ended, kind, value, True) for begun, ended, kind, value in rows]
+            return [
+                Operation(begun, ended, kind, value, kind != "get" or value is not None)
+                for begun, ended, kind, value in rows
+            ]
 
         for is_good, rows in (
             (True, [(0, 1, "set", "a"), (2, 3, "get", "a"), (4, 5, "del", None), (6, 7, "get", None)]),
@@ -3112,6 +3857,13 @@ class Histories(CommandCase):
             (True, [(0, math.inf, "set", "a"), (1, 2, "get", None)]),
             (False, [(0, math.inf, "set", "a"), (1, 2, "get", "a"), (3, 4, "get", None)]),
             (True, [(0, 1, "set", "a"), (2, math.inf, "del", None), (3, 4, "get", "a"), (5, 6, "get", None)]),
+            (True, [(0, 1, "incr", "1"), (0, 1, "incr", "2"), (2, math.inf, "incr", None), (3, 4, "incr", "4")]),
+            (False, [(0, 1, "incr", "1"), (0, 1, "incr", "1")]),
+            (False, [(0, 1, "set", "a"), (2, 3, "incr", "1")]),
+            (True, [(0, 3, "toggle", "off"), (1, 2, "toggle", "on")]),
+            (False, [(0, 1, "toggle", "off"), (2, 3, "toggle", "on")]),
+            (True, [(0, 1, "nx", "a"), (2, 3, "get", "a")]),
+            (False, [(0, 1, "nx", "a"), (0, 1, "nx", "b")]),
         ):
             with self.subTest(rows):
                 self.assertEqual(is_good, is_linearizable(history(*rows)))
@@ -3122,7 +3874,7 @@ class Histories(CommandCase):
             port = free.getsockname()[1]
         environment = {"KVSERVER_PORT": str(port)}
         seed = random.randrange(1_000_000)
-        histories: dict[str, list[Operation]] = {"x": [], "y": []}
+        histories: dict[str, list[Operation]] = {"x": [], "y": [], "n": [], "t": []}
         answered = threading.Semaphore(0)
         done = threading.Event()
 
@@ -3136,22 +3888,30 @@ class Histories(CommandCase):
                     connected = True
                     while connected and not done.is_set():
                         number += 1
-                        key, kind = chance.choice("xy"), chance.choice(("set", "set", "get", "get", "del"))
-                        value = f"{client}-{number}" if kind == "set" else None
-                        target = f"/{kind}?key={key}" + (f"&value={value}" if value else "")
-                        begun, ended, found = time.monotonic(), math.inf, False
+                        key = chance.choice("xynt")
+                        kind = chance.choice(KINDS[key])
+                        old = chance.choice([operation.value for operation in histories[key][-3:]] or [None])
+                        value = f"{client}-{number}" if kind in ("set", "nx", "old") else None
+                        if kind == "old" and old is None:
+                            kind = "nx"
+                        old = old if kind == "old" else None
+                        path = "set" if kind in ("nx", "old") else kind
+                        condition = "&nx=1" if kind == "nx" else f"&old={old}" if old else ""
+                        target = f"/{path}?key={key}" + (f"&value={value}{condition}" if value else "")
+                        begun, ended, succeeded = time.monotonic(), math.inf, False
                         try:
                             connection.request("GET", target, headers={"Authorization": basic("alice", "a password")})
                             answer = read_answer(connection.getresponse())
-                            ended, found = time.monotonic(), answer.status == 200
-                            self.assertIn(answer.status, (200, 404))
-                            value = answer.body.decode() if kind == "get" and found else value
+                            ended, succeeded = time.monotonic(), answer.status == 200
+                            self.assertIn(answer.status, (200, 404, 409))
+                            if kind in ("get", "incr", "toggle"):
+                                value = answer.body.decode() if succeeded else None
                             answered.release()
                         except (OSError, http.client.HTTPException) as error:
                             connected = False
                             if isinstance(error, ConnectionRefusedError):
                                 continue  # it was never sent
-                        histories[key].append(Operation(begun, ended, kind, value, found))
+                        histories[key].append(Operation(begun, ended, kind, value, succeeded, old))
 
         clients = [threading.Thread(target=work, args=(client,)) for client in range(6)]
         for client in clients:
@@ -3159,7 +3919,7 @@ class Histories(CommandCase):
         try:
             for _ in range(4):
                 with self.serving(environment=environment) as (server, _, _):
-                    for _ in range(400):
+                    for _ in range(600):
                         self.assertTrue(answered.acquire(timeout=WAIT_SECONDS))
                     server.kill()
         finally:
@@ -3167,7 +3927,7 @@ class Histories(CommandCase):
             for client in clients:
                 client.join(WAIT_SECONDS)
         for key, history in histories.items():
-            self.assertGreater(len(history), 500)
+            self.assertGreater(len(history), 400)
             self.assertTrue(is_linearizable(history), f"key {key}, seed {seed}")
 
 
