@@ -2682,8 +2682,8 @@ class Model(ServerCase):
         if kind == "del":
             missing = self.random.choice(("", "&missing=ok"))
             model.pop(key, None)
-            succeeds = stored is not None or missing
-            answer = (200, "Successfully removed state") if succeeds else (404, "")
+            is_good = stored is not None or missing != ""
+            answer = (200, "Successfully removed state") if is_good else (404, "")
             return "GET", f"/del?{query}{missing}", None, answer
         if kind == "incr":
             try:
@@ -4125,7 +4125,7 @@ class Readme(CommandCase):
 
     @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
     def test_every_curl_line_gives_what_it_says(self) -> None:
-        blocks = re.findall(r"```\n((?:curl .*\n)+)```\n(?:each )?prints? `([^`]*)`", self.text)
+        blocks = re.findall(r"```\n((?:curl .*\n)+)```\n(?:each |which )?prints? `([^`]*)`", self.text)
         lines = [(line, printed) for block, printed in blocks for line in block.splitlines()]
         self.assertEqual(len(re.findall("^curl ", self.text, re.MULTILINE)), len(lines), "a line without its result")
         self.run_program("adduser", "admin", "--password-stdin", stdin="a password")
