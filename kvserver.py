@@ -353,7 +353,9 @@ PAGE = (
     "FROM (SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ?"
     " AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT ?)"
 )
-SELECT_PAGE_SIZE = f"SELECT count(*), max(key), total(? + length(key) + length(CAST(value AS BLOB))) {PAGE}"
+SELECT_PAGE_BYTES = f"SELECT total(? + length(key) + length(CAST(value AS BLOB))) {PAGE}"
+SELECT_LAST_AND_NEXT = f"SELECT key {PAGE} LIMIT 2 OFFSET ?"
+SELECT_DATABASE_BYTES = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 SELECT_PAGE = f"SELECT CAST(json_group_object(key, value) AS BLOB) {PAGE}"
 SELECT_PAGE_WITH_TIMES = f"SELECT CAST(json_group_object(key, {PAIR_AS_JSON}) AS BLOB) {PAGE}"
 UPSERT_PAIR = (
@@ -409,6 +411,12 @@ class Pair(NamedTuple):
     value: bytes  # UTF-8
     updated: float  # unix seconds, when it was last set
     expires: float | None  # unix seconds
+    tag: str  # strong entity tag: a hash of the value, so that equal values have equal tags (RFC 9110 section 8.8.3)
+
+
+def entity_tag(value: bytes) -> str:
+    """Return the entity tag of a value."""
+    return f'"{hashlib.blake2b(value, digest_size=ENTITY_TAG_BYTES).hexdigest()}"'
 
 
 class StoreError(Exception):
@@ -697,11 +705,11 @@ class Store:
     def pair(self, user_id: int, key: str) -> Pair | None:
         """Return what is stored under a key, or None when the user has no such key."""
         rows = self._read(SELECT_PAIR, user_id, key, time.time())
-        return Pair(*rows[0]) if rows else None
+        return Pair(*rows[0], tag=entity_tag(rows[0][0])) if rows else None
 
     def as_json(self, key: str, pair: Pair) -> bytes:
         """Return a pair with its times as a JSON object in UTF-8."""
-        json_object: bytes = self._read(SELECT_AS_JSON, time.time(), key, *pair)[0][0]
+        json_object: bytes = self._read(SELECT_AS_JSON, time.time(), key, *pair[:3])[0][0]
         return json_object
 
     def page_as_json(
@@ -713,18 +721,21 @@ class Store:
         negative. With times, each value is an object like that of as_json. Returns the last key too if more follow it,
         else None. Raises TooMuch when they have more than LIST_BYTES_MAX.
         """
-
-        def read(statement: str, *parameters: object, after: str = after, limit: int = limit) -> list[Any]:
-            begin = max(prefix, after + NEXT_KEY if after else "")
-            return list(self._read(statement, *parameters, user_id, begin, prefix + LAST_KEY, now, limit)[0])
-
-        now = time.time()
-        count, last_key, size = read(SELECT_PAGE_SIZE, LIST_TIMES_BYTES if with_times else 0)
-        if size > LIST_BYTES_MAX:
-            raise TooMuch(f"the list would have about {int(size)} bytes, and has at most {LIST_BYTES_MAX}; use limit=N")
-        json_object: bytes = (read(SELECT_PAGE_WITH_TIMES, now) if with_times else read(SELECT_PAGE))[0]
-        has_more = count == limit and read(SELECT_PAGE_SIZE, 0, after=last_key, limit=1)[0]
-        return json_object, last_key if has_more else None
+        now, begin = time.time(), max(prefix, after + NEXT_KEY if after else "")
+        page = (user_id, begin, prefix + LAST_KEY, now)
+        # What a small database has need not be added up.
+        if with_times or self._read(SELECT_DATABASE_BYTES)[0][0] > LIST_BYTES_MAX:
+            size = int(self._read(SELECT_PAGE_BYTES, LIST_TIMES_BYTES if with_times else 0, *page, limit)[0][0])
+            if size > LIST_BYTES_MAX:
+                raise TooMuch(f"the list would have about {size} bytes, and has at most {LIST_BYTES_MAX}; use limit=N")
+        rows = (
+            self._read(SELECT_PAGE_WITH_TIMES, now, *page, limit)
+            if with_times
+            else self._read(SELECT_PAGE, *page, limit)
+        )
+        json_object: bytes = rows[0][0]
+        keys = self._read(SELECT_LAST_AND_NEXT, *page, limit + 1, limit - 1) if limit > 0 else ()
+        return json_object, keys[0][0] if len(keys) == 2 else None
 
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
         """Store a value under a key, until expires in unix seconds; raise NoSuchUser when the user has been deleted."""
@@ -965,11 +976,6 @@ def parse_body_length(headers: Mapping[str, str], is_http_1_0: bool) -> int:
     return int(length)
 
 
-def entity_tag(value: bytes) -> str:
-    """Return the strong entity tag of a value: a hash of it, so that equal values have equal tags (RFC 9110 8.8.3)."""
-    return f'"{hashlib.blake2b(value, digest_size=ENTITY_TAG_BYTES).hexdigest()}"'
-
-
 class Fields(NamedTuple):
     """What the header fields of a request say, and their text. Names are in lower case."""
 
@@ -1180,7 +1186,8 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
     if response.status not in (204, 304):
         head.append(f"Content-Type: {response.content_type}\r\nContent-Length: {len(response.body)}\r\n")
     head.append("Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n")
-    head.extend(f"{name}: {value}\r\n" for name, value in response.headers)
+    for name, value in response.headers:
+        head.append(f"{name}: {value}\r\n")
     head.append(f"Connection: {connection}\r\n\r\n" if connection else "\r\n")
     return "".join(head).encode("iso-8859-1") + (response.body if with_body else b"")
 
@@ -1327,19 +1334,19 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
 
     One named "_" is thrown away: it is what browsers' programs send to get past caches. Raises HTTPError.
     """
-    in_query = parse_form(request.query)
+    in_query = parse_form(request.query) if request.query else []
     parameters = unique_names(in_query)
     if request.body or route.body == VALUE:
         parameters = unique_names([*in_query, *parse_body(request, parameters, route.body)])
     parameters.pop("_", None)
-    unknown = next((name for name in parameters if name not in route.parameters), None)
+    unknown = [name for name in parameters if name not in route.parameters]
     if request.key_in_path or "key" in route.parameters:
         key = parse_key_in_path(request.key_in_path) if request.key_in_path else parameters.get("key")
         check_key(key, request.user.token)
         parameters["key"] = key or ""
-    if unknown is not None:
+    if unknown:
         names = ", ".join(route.parameters) or "none"
-        raise HTTPError(400, f"the parameter {shorten(unknown)} is unknown; {route.path} takes: {names}")
+        raise HTTPError(400, f"the parameter {shorten(unknown[0])} is unknown; {route.path} takes: {names}")
     return parameters
 
 
@@ -1716,11 +1723,15 @@ def get_value(store: Store, request: Request) -> Response | Unchanged:
 
     A client that knows the value may wait for another one.
     """
+    if len(request.parameters) == 1 and "if-none-match" not in request.fields.headers:  # nearly always
+        pair = stored_pair(store, request)
+        if pair:
+            return Response(pair.value, headers=(("ETag", pair.tag),))
     form, default = take_choice(request, "format", ("json", "age")), request.parameters.get("default")
     if form and default is not None:
         raise HTTPError(400, "the parameter default is for the plain value; leave out format")
     pair = stored_pair(store, request)
-    tag = entity_tag(pair.value) if pair else ""
+    tag = pair.tag if pair else ""
     wait_seconds = seconds_to_wait(request, pair, tag)
     if wait_seconds > 0:
         return Unchanged(wait_seconds)
@@ -1747,7 +1758,7 @@ def delete_pair(store: Store, request: Request) -> Response:
 
 def check_preconditions(request: Request, pair: Pair | None) -> None:
     """Raise HTTPError unless a pair is as If-Match and If-None-Match want it (RFC 9110 section 13.2.2)."""
-    tag = entity_tag(pair.value) if pair else ""
+    tag = pair.tag if pair else ""
     is_wanted = "if-match" not in request.fields.headers or request.names_tag("if-match", tag)
     if not is_wanted or request.names_tag("if-none-match", tag):
         raise HTTPError(412, "the value is not what If-Match or If-None-Match wants; get it, and try again")
