@@ -705,7 +705,7 @@ class Store:
     def pair(self, user_id: int, key: str) -> Pair | None:
         """Return what is stored under a key, or None when the user has no such key."""
         rows = self._read(SELECT_PAIR, user_id, key, time.time())
-        return Pair(*rows[0], tag=entity_tag(rows[0][0])) if rows else None
+        return Pair(*rows[0], entity_tag(rows[0][0])) if rows else None
 
     def as_json(self, key: str, pair: Pair) -> bytes:
         """Return a pair with its times as a JSON object in UTF-8."""
@@ -747,6 +747,10 @@ class Store:
     def delete_pair(self, user_id: int, key: str) -> bool:
         """Remove a key and its value; tell whether there was one."""
         return self._change_pair(DELETE_PAIR, user_id, key, time.time()) == 1
+
+    def has_expired(self) -> bool:
+        """Tell whether there are pairs that have expired and are still on the disk."""
+        return bool(self._read(SELECT_EXPIRED, time.time()))
 
     def remove_expired(self) -> None:
         """Remove pairs that have expired, the longest ago first, EXPIRED_PAIRS_MAX at most."""
@@ -2357,6 +2361,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
         self._next_checkpoint = 0.0  # monotonic seconds
+        self._has_expired = False  # whether there are pairs to be removed in passing
         self._finished = False
         super().__init__(address, cast(Any, RequestHandler))
         for end in (self.socket, self._woken, self._waker):
@@ -2627,8 +2632,9 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             if not failure:
                 # What has expired is removed in passing: first, so that it makes room for what comes.
-                operations = [Store.remove_expired, *(change.operation for change in changes)]
-                outcomes = self.writer.commit(operations)[1:]
+                passing = [Store.remove_expired] if self._has_expired else []
+                outcomes = self.writer.commit([*passing, *(change.operation for change in changes)])[len(passing) :]
+                self._has_expired = False
                 self._restart_long_log()
         except Exception as error:  # noqa: BLE001 - all who wait get it as their answer
             failure = error
@@ -2677,6 +2683,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self._call(functools.partial(handler.give_up, phase), connection)
             elif phase == POLLING:
                 self.look_at(deadline)
+        with contextlib.suppress(sqlite3.Error):  # who asks for something is told that the disk fails
+            self._has_expired = self.reader.has_expired()
         self._finished = self.stopping and not self.connections or now > self._stop_begun + STOP_SECONDS
 
     def _begin_stop(self, now: float) -> None:
