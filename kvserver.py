@@ -364,6 +364,7 @@ UPSERT_PAIR = (
 )
 DELETE_PAIR = "DELETE FROM pair WHERE user_id = ? AND key = ? AND (expires IS NULL OR expires > ?)"
 DELETE_EXPIRED = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
+SELECT_EXPIRED = "SELECT 1 FROM pair WHERE expires <= ? LIMIT 1"
 SELECT_ANY_ROWS = "SELECT (SELECT id FROM user LIMIT 1), (SELECT key FROM pair LIMIT 1)"
 
 # No key that begins like another one comes after that one with this behind it: it is as long as a key can be, of the
@@ -705,7 +706,10 @@ class Store:
     def pair(self, user_id: int, key: str) -> Pair | None:
         """Return what is stored under a key, or None when the user has no such key."""
         rows = self._read(SELECT_PAIR, user_id, key, time.time())
-        return Pair(*rows[0], entity_tag(rows[0][0])) if rows else None
+        if not rows:
+            return None
+        value, updated, expires = rows[0]
+        return Pair(value, updated, expires, entity_tag(value))
 
     def as_json(self, key: str, pair: Pair) -> bytes:
         """Return a pair with its times as a JSON object in UTF-8."""
