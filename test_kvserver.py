@@ -2797,6 +2797,21 @@ class Fuzz(ServerCase):
             self.raw(
                 "POST /set?key=a HTTP/1.1", "Expect: 100-continue", "Content-Length: 1", "Origin: null", body=b"x"
             ),
+            self.raw(
+                "PUT /kv/a%20b?ttl=5 HTTP/1.1",
+                "Content-Length: 3",
+                'If-Match: "a", W/"b"',
+                "If-None-Match: *",
+                body=b"abc",
+            ),
+            self.raw("DELETE /kv/a%20b HTTP/1.1", 'If-None-Match: "x"'),
+            self.raw("GET /incr?key=n&by=-1.5&ttl=9 HTTP/1.1"),
+            self.raw("GET /toggle?key=n&values=a,b HTTP/1.1"),
+            # It does not wait: who closes one direction meanwhile is taken to have gone, and gets no answer.
+            self.raw("GET /get?key=a&wait=0&unless=hello&default=x HTTP/1.1", "If-None-Match: *"),
+            self.raw("GET /get?key=a&format=json HTTP/1.1"),
+            self.raw("GET /list?prefix=a&limit=2&after=a&format=json HTTP/1.1"),
+            self.raw("GET /set?key=a&value=1&old=2 HTTP/1.1"),
             b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
         )
         for number in range(self.COUNT):
