@@ -59,7 +59,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Union, cast
 
 __version__ = "0.1.0"
@@ -147,7 +147,6 @@ DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
 DEFAULT_DATABASE_MB_MAX = 1024
 DEFAULT_BASE_PATH = "/iotpersistenceapi"
 DEFAULT_DATABASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kvserver.db")
-
 
 TOKEN_PREFIX = "kv_"
 TOKEN_IN_TEXT = re.compile(TOKEN_PREFIX + "[A-Za-z0-9_-]{8,}")
@@ -1034,6 +1033,10 @@ class Request:
         )
 
 
+# What a body is: parameters; the value; or the value if the query has a key and no value, and else parameters.
+PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
+
+
 class Unchanged(NamedTuple):
     """Stands for a response that is held back: the endpoint is to be called again when the pair has changed.
 
@@ -1052,7 +1055,7 @@ class Route(NamedTuple):
     who: str
     where: str
     parameters: tuple[str, ...] = ()
-    body: str = "parameters"
+    body: str = PARAMETERS
 
 
 def parse_request_line(line: str) -> tuple[str, str, bool]:
@@ -1204,8 +1207,6 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
 # A request's parameters, from its query and its body. Everything is text, and one name has one value: what is not
 # UTF-8, or is said twice, is refused rather than guessed at.
 
-# What a body is: parameters; the value; or the value if the query has a key and no value, and else parameters.
-PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
 FORM = "application/x-www-form-urlencoded"
 FORM_WITH_VALUE = re.compile(rb"(?:^|&)value=")
 SECONDS = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?")
@@ -1301,7 +1302,7 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
         raise HTTPError(400, "the JSON body is malformed, nested too deeply, or has a number too large") from None
 
 
-def parse_body(request: Request, in_query: Container[str], body: str) -> list[tuple[str, str]]:
+def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> list[tuple[str, str]]:
     """Return the parameters that a body has, or the value that it is; raise HTTPError.
 
     If it may be EITHER, its declared type does not make it parameters: programs label what they send carelessly. Only a
