@@ -1359,13 +1359,18 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     return parameters
 
 
+def check_value(value: str) -> None:
+    """Raise HTTPError when a text is too long to be a value."""
+    if len(value.encode("utf-8")) > VALUE_BYTES_MAX:
+        raise HTTPError(413, f"the value is too large; the limit is {VALUE_BYTES_MAX} bytes")
+
+
 def require_value(request: Request) -> str:
     """Return the parameter value; raise HTTPError when it is missing or cannot be a value."""
     value = request.parameters.get("value")
     if value is None:
         raise HTTPError(400, "the parameter value is missing; send it as in ?key=door&value=open, or as the body")
-    if len(value.encode("utf-8")) > VALUE_BYTES_MAX:
-        raise HTTPError(413, f"the value is too large; the limit is {VALUE_BYTES_MAX} bytes")
+    check_value(value)
     return value
 
 
@@ -1825,6 +1830,8 @@ def toggle(store: Store, request: Request) -> Response:
     words = request.parameters.get("values", "on,off").split(",")
     if len(words) != 2 or not all(words) or words[0] == words[1]:
         raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
+    for word in words:
+        check_value(word)
     pair = stored_pair(store, request)
     expires = expiry(request, pair.expires if pair else None)
     word = words[1] if pair and pair.value == words[0].encode("utf-8") else words[0]

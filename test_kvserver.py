@@ -1791,6 +1791,12 @@ class States(ServerCase):
         for words in ("on", "on,on", "on,", ",on", "a,b,c", ""):
             self.assertEqual(400, self.ask(f"/toggle?key=a&values={words}")[0], words)
 
+    def test_a_word_may_be_as_long_as_a_value(self) -> None:
+        for extra, status in ((0, 200), (1, 413)):
+            form = f"key={extra}&values={'x' * (kvserver.VALUE_BYTES_MAX + extra)},b"
+            self.assertEqual(status, self.request("POST", "/toggle", form, kvserver.FORM).status)
+        self.assertIsNone(self.get("1"))
+
     def test_incr_and_toggle_take_form_and_json(self) -> None:
         for body, content_type in (("key=a&by=2", kvserver.FORM), ('{"key": "a", "by": 2}', kvserver.JSON)):
             self.assertEqual(200, self.request("POST", "/incr", body, content_type).status)
