@@ -2999,6 +2999,13 @@ def list_tokens(arguments: argparse.Namespace) -> None:
     print_table(rows)
 
 
+def parse_id(text: str) -> int:
+    """Return the number of a token."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError("an ID is a number, the one in the first column of: tokens USER")
+    return int(text)
+
+
 def delete_token(arguments: argparse.Namespace) -> None:
     """Delete a token of a user."""
     with existing_store(arguments) as store:
@@ -3099,7 +3106,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="USER")
     command = add_command("deltoken", delete_token, "delete a token of a user")
     command.add_argument("name", metavar="USER")
-    command.add_argument("id", metavar="ID", type=int, help="number in the first column of the list")
+    command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of the list")
     return parser
 
 

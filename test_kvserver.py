@@ -3226,7 +3226,11 @@ class TokenCommands(CommandCase):
             ("a prefix", "addtoken", "alice", "--prefix", "x" * 513),
         ):
             self.assert_fails(message, *arguments)
-        self.assertEqual(2, self.run_program("deltoken", "alice", "x")[0])
+        for wrong in ("x", "9" * 19, "1.0", "\u0661"):
+            code, _, errors = self.run_program("deltoken", "alice", wrong)
+            self.assertEqual(2, code)
+            self.assertIn("an ID is a number", errors)
+        self.assertIn("no token 9", self.run_program("deltoken", "alice", "9" * 18)[2])
 
     def test_a_database_of_the_first_version_keeps_what_it_has(self) -> None:
         with mock.patch.object(kvserver, "MIGRATIONS", kvserver.MIGRATIONS[:1]):
