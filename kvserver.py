@@ -807,16 +807,16 @@ class CachingStore(Store):
             self._rows, self._rows_state = {}, state
         return self._rows
 
-    def keep_rows(self, state_before: bytes, changed_pairs: set[tuple[int, str]] | None) -> None:
-        """Remember all but these pairs, if they are what has changed since state_before, when their writer had begun.
+    def is_one_commit(self, state_before: bytes, state: bytes) -> bool:
+        """Tell whether one commit lies between two states, and no other process's beside it."""
+        before, after = (int.from_bytes(header[COMMIT_COUNTER], sys.byteorder) for header in (state_before, state))
+        return after == before + 1
 
-        That is so when the number of commits has grown by one, the writer's own.
-        """
-        state = self.state()
-        commits_before, commits = (
-            int.from_bytes(header[COMMIT_COUNTER], sys.byteorder) for header in (state_before, state)
-        )
-        if changed_pairs is not None and self._rows_state == state_before and commits == commits_before + 1:
+    def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> None:
+        """Remember all but these pairs, if they are what has changed between two states, before and after a commit."""
+        if changed_pairs is None or self._rows_state != state_before:
+            return
+        if self.is_one_commit(state_before, state):
             for pair in changed_pairs:
                 self._rows.pop(pair, None)
             self._rows_state = state
@@ -2543,8 +2543,12 @@ class Server(http.server.ThreadingHTTPServer):
             raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
         self.polls[handler] = pair
 
-    def wake_polls(self, changed_pairs: set[tuple[int, str]] | None) -> None:
-        """Look again at the requests that wait for a change of these pairs, or of any pair."""
+    def _wake_polls(self, changed_pairs: set[tuple[int, str]] | None, state_before: bytes, state: bytes) -> None:
+        """Look again at the requests that wait for a change of these pairs, or of any, which came between two states."""
+        if changed_pairs is None or (
+            self._polls_state == state_before and self.reader.is_one_commit(state_before, state)
+        ):
+            self._polls_state = state
         for handler, pair in list(self.polls.items()):
             if changed_pairs is None or pair in changed_pairs:
                 self._call(handler.look_again, handler.connection)
@@ -2639,7 +2643,7 @@ class Server(http.server.ThreadingHTTPServer):
             changes, self.changes = self.changes[:count], self.changes[count:]
             if leading:
                 self._commit_begun = time.monotonic()
-        state = self.reader.state()
+        state_before = self.reader.state()
         outcomes: Iterable[Any] = ()
         try:
             if not failure:
@@ -2656,12 +2660,13 @@ class Server(http.server.ThreadingHTTPServer):
             leading = leading and self._leader == threading.get_ident()
             if leading:
                 self._commit_begun = math.inf
+        state, changed_pairs = self.reader.state(), self.writer.changed_pairs
         if leading:
-            self.reader.keep_rows(state, self.writer.changed_pairs)
+            self.reader.keep_rows(state_before, state, changed_pairs)
         for change, outcome in zip(changes, outcomes):
             self._call(functools.partial(change.done, outcome))
         if self.polls or not leading:  # a poll may begin just now if another thread leads
-            self.post(functools.partial(self.wake_polls, self.writer.changed_pairs))
+            self.post(functools.partial(self._wake_polls, changed_pairs, state_before, state))
         return True
 
     def _restart_long_log(self) -> None:
@@ -2685,9 +2690,9 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self._next_look = now + (STOP_POLL_SECONDS if self.stopping else POLL_SECONDS)
         self._resume_accepting()
-        if self.polls and self.reader.state() != self._polls_state:
-            self._polls_state = self.reader.state()
-            self.wake_polls(None)  # the change may be another process's
+        state = self.reader.state()
+        if self.polls and state != self._polls_state:  # another process has committed, or polls have begun anew
+            self._wake_polls(None, self._polls_state, state)
         stop_seconds = {IDLE: 0.0, POLLING: 0.0, SENDING: STOP_SECONDS}
         for connection, handler in list(self.connections.items()):
             phase, deadline = handler.state

@@ -1070,7 +1070,7 @@ class Commits(ServerCase):
         self.store.begin()
         state = reader.state()
         outcomes = self.store.commit([lambda store: store.set_value(1, "a", "new"), fail])
-        reader.keep_rows(state, self.store.changed_pairs)
+        reader.keep_rows(state, reader.state(), self.store.changed_pairs)
         self.assertIsNone(outcomes[0])
         self.assertEqual(b"new", value(reader, "a"))
 
@@ -1112,7 +1112,7 @@ class Commits(ServerCase):
                 self.assertEqual([None], self.store.commit([lambda store: None]))
                 if not is_alone:
                     other.set_value(1, "b", "after")
-                reader.keep_rows(state, self.store.changed_pairs)
+                reader.keep_rows(state, reader.state(), self.store.changed_pairs)
                 with mock.patch.object(reader, "_read", wraps=reader._read) as read:
                     self.assertEqual(b"before" if is_alone else b"after", value(reader, "b"))
                     self.assertEqual(b"after", value(reader, "a"))
@@ -2037,6 +2037,23 @@ class Waiting(ServerCase):
         waiting = self.ask("/get?key=a&wait=60&unless=1")
         self.store.set_value(1, "a", "2")
         self.assertEqual((200, "2"), self.answer(waiting))
+
+    def test_who_waits_is_not_looked_at_for_the_sake_of_other_keys(self) -> None:
+        with mock.patch.object(kvserver, "QUICK_COMMIT_SECONDS", 1000):  # the leader commits
+            self.request("GET", "/set?key=b&value=0")
+            waiting = self.ask("/get?key=a&wait=60&unless=1")
+            wait_until(lambda: self.server._polls_state == self.server.reader.state())
+            looked = mock.patch.object(
+                kvserver.RequestHandler, "look_again", autospec=True, side_effect=kvserver.RequestHandler.look_again
+            )
+            with looked as look_again:
+                for number in range(5):
+                    self.request("GET", f"/set?key=b&value={number}")
+                    wait_until(lambda: self.server._polls_state == self.server.reader.state())
+                look_again.assert_not_called()
+                self.request("GET", "/set?key=a&value=2")
+                self.assertEqual((200, "2"), self.answer(waiting))
+                look_again.assert_called_once()
 
     def test_half_of_the_connections_may_wait(self) -> None:
         with mock.patch.object(self.server, "max_connections", 4):
@@ -3325,6 +3342,7 @@ class Terminal(CommandCase):
         """Run the program on a terminal of its own; answer each prompt. Return exit code and all that was shown."""
         child, terminal = pty.fork()
         if child == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
             os.chdir(self.folder)
             os.execve(sys.executable, [*CHEAP_PROGRAM, *arguments], self.environment)
         shown = b""
