@@ -3272,14 +3272,13 @@ class Devices(CommandCase):
             port = free.getsockname()[1]
         numbers: list[int] = []
         unanswered: list[int] = []
-        many = threading.Event()
+        many, restarted = threading.Event(), threading.Event()
 
         def count() -> None:
             answers = 0
             while answers < self.COUNTS:
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS)
-                with contextlib.closing(connection), contextlib.suppress(ConnectionRefusedError):
-                    connection.connect()
+                with contextlib.closing(connection):
                     try:
                         while answers < self.COUNTS:
                             connection.request(
@@ -3291,6 +3290,7 @@ class Devices(CommandCase):
                                 many.set()
                     except (OSError, http.client.HTTPException):
                         unanswered.append(1)
+                        restarted.wait(WAIT_SECONDS)
 
         clients = [threading.Thread(target=count) for _ in range(16)]
         with self.serving(environment={"KVSERVER_PORT": str(port)}) as (server, _, _):
@@ -3299,6 +3299,7 @@ class Devices(CommandCase):
             self.assertTrue(many.wait(WAIT_SECONDS))
             server.kill()
         with self.serving(environment={"KVSERVER_PORT": str(port)}) as (_, _, _):
+            restarted.set()
             for client in clients:
                 client.join(60)
             total = int(self.request(port, "/get?key=n")[1])
