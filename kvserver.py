@@ -41,6 +41,7 @@ import errno
 import functools
 import getpass
 import hashlib
+import html
 import http.server
 import ipaddress
 import itertools
@@ -58,6 +59,7 @@ import sqlite3
 import sys
 import threading
 import time
+import types
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Union, cast
@@ -95,6 +97,7 @@ DIGEST_BYTES = 32
 CREDENTIALS_MAX = 1024  # verified credentials that are remembered
 CHECKS_MAX = 64  # passwords that wait to be checked
 CHECK_SECONDS = 10  # how long a request waits for that
+NEW_PASSWORDS_MAX = 4  # that wait to be hashed; whoever sets one is logged in already
 FAILURES_MAX = 10  # failed logins that a client address may have at once
 FAILURE_SECONDS = 30  # after which it may have one more
 IPV6_CLIENT_BITS = 64  # of an address; who has one has all that begin like it
@@ -141,6 +144,9 @@ ENTITY_TAG_BYTES = 16
 TOKEN_BYTES = 32
 LABEL_CHARACTERS_MAX = 64
 DAY_SECONDS = 24 * 3600
+PAGE_ROWS_MAX = 100
+VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
+FORM_FIELDS_BYTES = 4 * 1024  # what a form has beside a value, at most
 
 DEFAULT_PORT = 8080
 DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
@@ -249,6 +255,15 @@ def verify_password(password: str, stored: str) -> bool:
         return False
 
 
+def check_label_and_prefix(label: str, prefix: str) -> None:
+    """Raise BadCredential unless these can be what a token is for, and what the keys that it may see begin with."""
+    if not label.isprintable() or len(label) > LABEL_CHARACTERS_MAX:
+        raise BadCredential(f"a label has at most {LABEL_CHARACTERS_MAX} printable characters")
+    # An argument that is not in the terminal's encoding has half surrogate pairs.
+    if re.search("[\ud800-\udfff]", prefix) or "\0" in prefix or len(prefix.encode("utf-8")) > KEY_BYTES_MAX:
+        raise BadCredential(f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
+
+
 def make_token() -> str:
     """Return a new token."""
     return TOKEN_PREFIX + secrets.token_urlsafe(TOKEN_BYTES)
@@ -308,17 +323,14 @@ PRAGMAS = (
 )
 
 SELECT_USER = "SELECT id, name, password_hash, is_admin FROM user WHERE name = ?"
-SELECT_USERS = (
-    "SELECT name, is_admin, (SELECT count(*) FROM pair WHERE user_id = user.id)"
-    " - (SELECT count(*) FROM pair WHERE expires <= ? AND user_id = user.id) FROM user ORDER BY name"
-)
+SELECT_USERS = "SELECT id, name, is_admin FROM user WHERE name BETWEEN ? AND ? ORDER BY name LIMIT ?"
+SELECT_NEWEST = "SELECT count(*), max(updated) FROM pair WHERE user_id = ? AND (expires IS NULL OR expires > ?)"
 INSERT_USER = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?)"
 UPDATE_PASSWORD = "UPDATE user SET password_hash = ? WHERE name = ?"
 RENEW_PASSWORD_HASH = "UPDATE user SET password_hash = ? WHERE name = ? AND password_hash = ?"
-DELETE_USER = (
-    "DELETE FROM user WHERE name = ?"
-    " AND (? OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admin AND name <> ?))"
-)
+NO_LAST_ADMIN = "(? OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admin AND name <> ?))"
+DELETE_USER = f"DELETE FROM user WHERE name = ? AND {NO_LAST_ADMIN}"
+UPDATE_ADMIN = f"UPDATE user SET is_admin = ? WHERE name = ? AND {NO_LAST_ADMIN}"
 
 SELECT_TOKENS = (
     "SELECT token.id, digest, label, is_read_only, prefix, created, last_used_day"
@@ -352,6 +364,7 @@ PAGE = (
     "FROM (SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ?"
     " AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT ?)"
 )
+SELECT_PAIRS = f"SELECT key, substr(value, 1, ?), updated, expires {PAGE}"
 SELECT_PAGE_BYTES = f"SELECT total(? + length(key) + length(CAST(value AS BLOB))) {PAGE}"
 SELECT_LAST_AND_NEXT = f"SELECT key {PAGE} LIMIT 2 OFFSET ?"
 SELECT_DATABASE_BYTES = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
@@ -370,6 +383,12 @@ SELECT_ANY_ROWS = "SELECT (SELECT id FROM user LIMIT 1), (SELECT key FROM pair L
 # last character that there is. Without NUL in it, no key lies between another one and that one with NUL behind it.
 LAST_KEY = "\U0010ffff" * (KEY_BYTES_MAX // 4)
 NEXT_KEY = "\0"
+LAST_NAME = "\x7f"  # comes after all names of users
+
+
+def utc_day(seconds: float) -> str:
+    """Return the day of a time in unix seconds."""
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
 class Token(NamedTuple):
@@ -382,6 +401,15 @@ class Token(NamedTuple):
     prefix: str
     created: float  # unix seconds
     last_used_day: int | None  # days since 1970, in UTC
+
+    def rights(self) -> str:
+        """Return in words what it may do."""
+        prefix = f" {escape_unprintable(self.prefix)}*" if self.prefix else ""
+        return ("read" if self.is_read_only else "read and write") + prefix
+
+    def last_used(self) -> str:
+        """Return the day of its last use in words."""
+        return "never" if self.last_used_day is None else utc_day(self.last_used_day * DAY_SECONDS)
 
 
 class User(NamedTuple):
@@ -398,11 +426,21 @@ NOBODY = User(0, "", "", False)  # SQLite's ids begin with 1
 
 
 class UserSummary(NamedTuple):
-    """What the list of users shows of one; pairs is how many they have."""
+    """What a list of users shows of one: how many pairs they have, and when the newest of them was set."""
 
     name: str
     is_admin: bool
     pairs: int
+    newest: float | None  # unix seconds
+
+
+class PairSummary(NamedTuple):
+    """What a table of pairs shows of one: the value's first VALUE_SHOWN_CHARACTERS_MAX characters and one more."""
+
+    key: str
+    value: str
+    updated: float  # unix seconds
+    expires: float | None  # unix seconds
 
 
 class Pair(NamedTuple):
@@ -654,9 +692,12 @@ class Store:
         rows = self._read(SELECT_USER, name)
         return User(*rows[0]) if rows else None
 
-    def users(self) -> list[UserSummary]:
-        """Return all users, sorted by name."""
-        return [UserSummary(*row) for row in self._read(SELECT_USERS, time.time())]
+    def users(self, first: str = "", last: str = LAST_NAME, limit: int = -1) -> list[UserSummary]:
+        """Return the users with names from first to last, sorted by name: limit of them, or all if that is negative."""
+        return [
+            UserSummary(name, is_admin, *self._read(SELECT_NEWEST, user_id, time.time())[0])
+            for user_id, name, is_admin in self._read(SELECT_USERS, first, last, limit)
+        ]
 
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
         """Add a user; raise UserExists when the name is taken."""
@@ -673,6 +714,11 @@ class Store:
     def renew_password_hash(self, user: User, password_hash: str) -> None:
         """Replace the hash of the same password, unless the password has been changed meanwhile."""
         self._change_users(RENEW_PASSWORD_HASH, password_hash, user.name, user.password_hash)
+
+    def set_admin(self, name: str, is_admin: bool) -> None:
+        """Make a user an admin, or an admin none; raise NoSuchUser or LastAdmin."""
+        if not self._change_users(UPDATE_ADMIN, is_admin, name, is_admin, name):
+            raise LastAdmin(name) if self.user(name) else NoSuchUser(name)
 
     def delete_user(self, name: str, even_last_admin: bool) -> None:
         """Delete a user and all they stored; raise NoSuchUser, or LastAdmin unless that is wanted."""
@@ -739,6 +785,12 @@ class Store:
         json_object: bytes = rows[0][0]
         keys = self._read(SELECT_LAST_AND_NEXT, *page, limit + 1, limit - 1) if limit > 0 else ()
         return json_object, keys[0][0] if len(keys) == 2 else None
+
+    def pairs(self, user_id: int, prefix: str, after: str, limit: int) -> list[PairSummary]:
+        """Return limit of a user's pairs whose keys begin with prefix and come after the key after, sorted by key."""
+        begin = max(prefix, after + NEXT_KEY if after else "")
+        page = (user_id, begin, prefix + LAST_KEY, time.time(), limit)
+        return [PairSummary(*row) for row in self._read(SELECT_PAIRS, VALUE_SHOWN_CHARACTERS_MAX + 1, *page)]
 
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
         """Store a value under a key, until expires in unix seconds; raise NoSuchUser when the user has been deleted."""
@@ -1000,8 +1052,8 @@ class Request:
     """A request; user, body and parameters are set when they are known. The query is still encoded."""
 
     __slots__ = (
-        *("begun", "body", "fields", "key_in_path", "may_wait", "method", "parameters", "path", "query", "user"),
-        "was_there",
+        *("begun", "body", "fields", "key_in_path", "may_wait", "method", "parameters", "password_hash", "path"),
+        *("query", "user", "was_there"),
     )
 
     def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
@@ -1014,6 +1066,7 @@ class Request:
         self.begun = time.monotonic()
         self.may_wait = True  # for a change
         self.was_there = False  # what it waits for a change of
+        self.password_hash = ""  # of the parameter password, once that has been hashed
 
     def names_tag(self, header: str, tag: str) -> bool:
         """Tell whether If-Match or If-None-Match, as header says, names an entity tag; raise HTTPError.
@@ -1046,8 +1099,15 @@ class Unchanged(NamedTuple):
     seconds: float
 
 
+class Unhashed(Exception):
+    """The endpoint is to be called again when the parameter password has been hashed, which takes long."""
+
+
 class Route(NamedTuple):
-    """A row of the table of all routes. A path that ends in KEY stands for all that have a key in this place."""
+    """A row of the table of all routes. A path that ends in KEY stands for all that have a key in this place.
+
+    A route whose first parameter is key needs a key.
+    """
 
     path: str
     methods: tuple[str, ...]
@@ -1349,7 +1409,7 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
         parameters = unique_names([*in_query, *parse_body(request, parameters, route.body)])
     parameters.pop("_", None)
     unknown = [name for name in parameters if name not in route.parameters]
-    if request.key_in_path or "key" in route.parameters:
+    if request.key_in_path or route.parameters[:1] == ("key",):
         key = parse_key_in_path(request.key_in_path) if request.key_in_path else parameters.get("key")
         check_key(key, request.user.token)
         parameters["key"] = key or ""
@@ -1397,7 +1457,6 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 # Credentials in, a User or an HTTPError out. scrypt makes guessing expensive, and would make every request so: hence
 # credentials that were verified are remembered, under a keyed hash, never as they came.
 
-CHALLENGE = (("WWW-Authenticate", 'Basic realm="kvserver", charset="UTF-8"'),)
 RETRY_AFTER = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 CHECK_REFUSED = "no password can be checked just now; try again"
 NETWORK_PORTS = {"http": "80", "https": "443"}
@@ -1576,6 +1635,7 @@ class Authenticator:
         # Who waits for a check in that thread, by the same keyed hash and the row that is checked against.
         self._waiting: dict[tuple[bytes, User | None], list[Login]] = {}
         self._throttle = Throttle()
+        self._new_passwords = 0  # that wait to be hashed
 
     def _digest(self, authorization: str) -> bytes:
         """Return the keyed hash under which an Authorization header is remembered."""
@@ -1589,7 +1649,7 @@ class Authenticator:
         it.
         """
         if authorization is None:
-            raise HTTPError(401, "log in with a user name and a password, by HTTP Basic authentication", CHALLENGE)
+            raise HTTPError(401, "log in with a user name and a password, by HTTP Basic authentication")
         name, hashes = self._verified.get(self._digest(authorization), ("", ()))
         if not name:
             return self._token_user(authorization)
@@ -1615,7 +1675,7 @@ class Authenticator:
         """
         scheme, _, encoded = authorization.partition(" ")
         if scheme.lower() not in ("basic", "bearer"):
-            raise HTTPError(401, "this authentication scheme is not supported; use Basic, or Bearer", CHALLENGE)
+            raise HTTPError(401, "this authentication scheme is not supported; use Basic, or Bearer")
         name, password = decode_credentials(encoded) if scheme.lower() == "basic" else ("", "")
         if not name or not password:
             self._throttle.charge(login.address)
@@ -1635,6 +1695,18 @@ class Authenticator:
             lambda check: self._post(lambda: self._finish(check_key, login, check)),
         )
         self._waiting[check_key] = [login]
+
+    def hash_password(self, password: str, done: Callable[[Any], None]) -> None:
+        """Hash a new password, and tell later what it returned or raised; raise HTTPError when too many wait."""
+        if self._new_passwords >= NEW_PASSWORDS_MAX:
+            raise HTTPError(503, "the server is busy with other passwords; try again", RETRY_AFTER)
+
+        def finish(outcome: Any) -> None:
+            self._new_passwords -= 1
+            done(outcome)
+
+        self._scrypt.submit(lambda: hash_password(password), lambda outcome: self._post(lambda: finish(outcome)))
+        self._new_passwords += 1
 
     def withdraw(self, login: Login) -> None:
         """Forget a request that has waited too long; a check that nobody waits for will not be made."""
@@ -1864,29 +1936,659 @@ def check_health(store: Store, request: Request) -> Response:
     return Response(b"ok")
 
 
+# ---- Pages -----------------------------------------------------------------------------------------------------------
+# What people see in a browser: HTML that needs no script, no network and no cookie. A page is built of tag, the one
+# place that makes Markup; whatever is not Markup is escaped there, so that no text can become part of the page's code.
+# All addresses are relative, and so hold behind any prefix, whether a proxy keeps it or strips it.
+
+HTML = "text/html; charset=utf-8"
+VOID_ELEMENTS = frozenset(("input", "meta"))
+CONTROL_PICTURES = {**{code: 0x2400 + code for code in range(32)}, 127: 0x2421}
+NO_USER = "there is no such user, or no longer"
+TOKEN_ID = re.compile("[0-9]{1,18}")
+NOT_IN_FORM = re.compile(b"[\0\r]")  # a form would change these
+FORM_SAFE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789*-._ "
+
+
+class Markup(str):
+    """Text that is HTML already, made by tag; all other text becomes so by being escaped there."""
+
+
+STYLE = Markup(
+    ":root{color-scheme:light dark;--text:#1b1f23;--quiet:#59636e;--back:#fff;--card:#f4f6f8;--line:#d3d9df;"
+    "--link:#0a5cc2;--bad:#b3261e}"
+    "@media(prefers-color-scheme:dark){:root{--text:#e6e9ec;--quiet:#9aa5b1;--back:#131619;--card:#1c2125;"
+    "--line:#363d44;--link:#82b8ff;--bad:#ff8d85}}"
+    "*{box-sizing:border-box}"
+    "body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:var(--text);"
+    "background:var(--back)}"
+    "nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid var(--line)}"
+    "nav span{margin-left:auto;color:var(--quiet);overflow-wrap:anywhere}"
+    "a{color:var(--link)}a[aria-current]{color:inherit;font-weight:600;text-decoration:none}"
+    "h1,h2,p,dd{overflow-wrap:anywhere;unicode-bidi:isolate}"
+    "h1{font-size:1.6rem;line-height:1.25;margin:1.5rem 0 .75rem}h2{font-size:1.15rem;margin:2.25rem 0 .5rem}"
+    "table{width:100%;border-collapse:collapse;margin:.75rem 0}"
+    "th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;"
+    "overflow-wrap:anywhere;unicode-bidi:isolate}"
+    "th{color:var(--quiet);font-size:.875rem;font-weight:500;overflow-wrap:normal}"
+    "td form{padding:0;margin:0;background:none;border:0}"
+    "form{max-width:32rem;margin:.75rem 0;padding:1rem;background:var(--card);border:1px solid var(--line);"
+    "border-radius:.5rem}"
+    "label{display:block;margin-bottom:.75rem}"
+    "input,textarea{display:block;width:100%;padding:.5rem .6rem;font:inherit;color:inherit;background:var(--back);"
+    "border:1px solid var(--quiet);border-radius:.35rem}"
+    "input[type=checkbox]{display:inline-block;width:auto;margin:0 .5rem 0 0}"
+    "textarea,pre,code,.value{font-family:ui-monospace,monospace;font-size:.9375rem}"
+    "pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:1rem;background:var(--card);border-radius:.5rem}"
+    "button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:1px solid transparent;"
+    "border-radius:.35rem;cursor:pointer}"
+    "td button{padding:.15rem .6rem}button.bad{background:var(--bad)}"
+    ":focus-visible{outline:3px solid var(--link);outline-offset:2px}"
+    "[role=alert]{color:var(--bad);font-weight:600;margin-top:0}"
+    ".quiet{color:var(--quiet)}.done{display:none}.done:target{display:block;font-weight:600}"
+    ".filter{display:flex;gap:.5rem;align-items:end}.filter label{flex:1;margin:0}"
+    "@media(max-width:30rem){td,th{padding-right:.5rem;font-size:.875rem}}"
+)
+STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+CONTENT_POLICY = f"default-src 'none'; style-src 'sha256-{STYLE_DIGEST}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+PAGE_HEADERS = (("Content-Security-Policy", CONTENT_POLICY), ("Referrer-Policy", "same-origin"))
+
+
+class Field(NamedTuple):
+    """A field of a form: an input of a kind, or a textarea. One without a label is hidden."""
+
+    name: str
+    label: str = ""
+    kind: str = "text"
+    value: str = ""
+    attributes: Mapping[str, str | bool | int] = types.MappingProxyType({})
+
+
+class Problem(NamedTuple):
+    """Why what somebody sent with a form was refused, and what they had typed."""
+
+    action: str
+    message: str
+    typed: Mapping[str, str]
+
+
+NO_PROBLEM = Problem("", "", {})
+REQUIRED = types.MappingProxyType({"required": True})
+NEW_PASSWORD = Field(
+    "password",
+    f"New password, at least {PASSWORD_CHARACTERS_MIN} characters",
+    "password",
+    attributes={"required": True, "minlength": PASSWORD_CHARACTERS_MIN, "autocomplete": "new-password"},
+)
+
+
+def tag(name: str, /, *children: str, **attributes: str | bool | int) -> Markup:
+    """Return an HTML element. Text is escaped, in children and attributes, unless it is Markup.
+
+    An attribute's name may end in an underscore, and has one in place of a dash. True stands for an attribute without
+    a value, False for none.
+    """
+    begin = name
+    for attribute, value in attributes.items():
+        if value is not False:
+            begin += " " + attribute.rstrip("_").replace("_", "-")
+            begin += "" if value is True else f'="{html.escape(str(value))}"'
+    if name in VOID_ELEMENTS:
+        return Markup(f"<{begin}>")
+    texts = (child if isinstance(child, Markup) else html.escape(child) for child in children)
+    # Of these two a browser throws away a newline at the beginning (HTML standard, section 13.1.2.5).
+    newline = "\n" if name in ("textarea", "pre") else ""
+    return Markup(f"<{begin}>{newline}{''.join(texts)}</{name}>")
+
+
+def wants_html(request: Request) -> bool:
+    """Tell whether a request comes from a browser that is to show the answer."""
+    return "text/html" in request.fields.headers.get("accept", "").lower()
+
+
+def make_page(title: str, *content: str, links: Sequence[str] = (), status: int = 200) -> Response:
+    """Return a page; links stand at its top."""
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", f"{title} - kvserver"),
+        tag("style", STYLE),
+    )
+    top = [tag("nav", *links, aria_label="Pages")] if links else []
+    body = tag("body", *top, tag("main", tag("h1", title), *content))
+    document = "<!DOCTYPE html>" + tag("html", head, body, lang="en")
+    return Response(document.encode("utf-8"), status, HTML, PAGE_HEADERS)
+
+
+def page_links(user: User, path: str = "", root: str = "../") -> list[Markup]:
+    """Return what stands at the top of a page: links to the first pages, of which it may be one, and who is logged in."""
+    names = {"me/": "Your states", **({"admin/": "Accounts"} if user.is_admin else {})}
+    links = (
+        tag("a", name, href=root + link, aria_current="page" if link == path else False) for link, name in names.items()
+    )
+    return [*links, tag("span", user.name)]
+
+
+def error_page(error: HTTPError, user: User, route: Route) -> Response:
+    """Return the page that says why a request for a route is refused."""
+    message = error.message[:1].upper() + error.message[1:] + "."
+    links = page_links(user, root="../" if route.path.count("/") > 1 else "")
+    response = make_page(
+        http.HTTPStatus(error.status).phrase, tag("p", message, role="alert"), links=links, status=error.status
+    )
+    return response._replace(headers=(*PAGE_HEADERS, *error.headers))
+
+
+def url_to(path: str, **parameters: str) -> str:
+    """Return a relative address with a query of these parameters."""
+    return f"{path}?{urllib.parse.urlencode(parameters)}"
+
+
+def is_on(text: str | None) -> bool:
+    """Tell whether a field that is on or off is on; None stands for one that is not there."""
+    return text is not None and text.lower() not in ("", "0", "false", "off")
+
+
+def make_field(field: Field, typed: Mapping[str, str]) -> Markup:
+    """Return a field of a form, with what was typed if the form has come back, unless that is a password."""
+    name, kind, value = field.name, field.kind, typed.get(field.name, field.value)
+    if not field.label:
+        return tag("input", type="hidden", name=name, value=field.value)
+    if kind == "textarea":
+        return tag("label", field.label, tag("textarea", value, name=name, **field.attributes))
+    if kind == "checkbox":
+        return tag("label", tag("input", type=kind, name=name, value="1", checked=is_on(value)), field.label)
+    value = "" if kind == "password" else value
+    return tag("label", field.label, tag("input", type=kind, name=name, value=value, **field.attributes))
+
+
+def make_form(
+    action: str, button: str, *fields: Field, problem: Problem = NO_PROBLEM, url: str = "./", is_bad: bool = False
+) -> Markup:
+    """Return a form that sends an action to a URL, with the problem that there was with it, if there was."""
+    is_back = problem.action == action
+    alert = [tag("p", problem.message, role="alert")] if is_back else []
+    inputs = (make_field(field, problem.typed if is_back else {}) for field in (Field("action", value=action), *fields))
+    return tag(
+        "form", *alert, *inputs, tag("button", button, class_="bad" if is_bad else False), method="post", action=url
+    )
+
+
+def relative_time(seconds: float) -> str:
+    """Return a time from now, in seconds, in words: "3 minutes ago" or "in 2 days"."""
+    units = (("day", DAY_SECONDS), ("hour", 3600), ("minute", 60), ("second", 1))
+    unit, length = next(((unit, length) for unit, length in units if abs(seconds) >= length), ("", 1))
+    count = int(abs(seconds) // length)
+    if not count:
+        return "now"
+    words = f"{count} {unit}" + ("s" if count > 1 else "")
+    return f"in {words}" if seconds > 0 else f"{words} ago"
+
+
+def make_time(seconds: float | None) -> str:
+    """Return a time in unix seconds in words that say how long ago that is, and exactly where somebody points at it."""
+    if seconds is None:
+        return "never"
+    exact = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    words = relative_time(seconds - time.time())
+    return tag("time", words, datetime=exact.replace(" ", "T") + "Z", title=exact + " UTC")
+
+
+def make_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
+    """Return a table with these names of columns."""
+    head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
+    return tag("table", head, tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)))
+
+
+def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -> list[Markup]:
+    """Return links to the first page and the next one, as there are, of a table of at most PAGE_ROWS_MAX of names."""
+    links = [tag("a", "First page", href=url_to(path, **parameters))] if after else []
+    if len(names) > PAGE_ROWS_MAX:
+        links.append(tag("a", "Next page", href=url_to(path, **parameters, after=names[PAGE_ROWS_MAX - 1])))
+    return [tag("p", *links, class_="turns")] if links else []
+
+
+def make_states(pairs: Sequence[PairSummary], are_own: bool) -> Markup:
+    """Return the table of a user's pairs, which have links if they are one's own."""
+    rows = []
+    for pair in pairs[:PAGE_ROWS_MAX]:
+        key, value = (text.translate(CONTROL_PICTURES) for text in (pair.key, pair.value))
+        if len(value) > VALUE_SHOWN_CHARACTERS_MAX:
+            value = value[:VALUE_SHOWN_CHARACTERS_MAX] + "…"
+        cell = tag("a", key, href=url_to("state", key=pair.key)) if are_own else key
+        rows.append((cell, tag("code", value), make_time(pair.updated), make_time(pair.expires)))
+    return make_table(("Key", "Value", "Changed", "Expires"), rows)
+
+
+def make_tokens(tokens: Sequence[Token], *fields: Field) -> Markup:
+    """Return the table of a user's tokens, each with a form to revoke it that has these fields as well."""
+    if not tokens:
+        return tag("p", "There are no tokens.", class_="quiet")
+    return make_table(
+        ("Label", "Rights", "Last used", "Revoke"),
+        (
+            (
+                token.label or f"token {token.id}",
+                token.rights(),
+                token.last_used(),
+                make_form("deltoken", "Revoke", Field("id", value=str(token.id)), *fields, is_bad=True),
+            )
+            for token in tokens
+        ),
+    )
+
+
+def add_slash(store: Store, request: Request) -> Response:
+    """Lead from a path without a slash at its end to the one with it, before a browser is asked for a password there.
+
+    Browsers send a password unasked to all that lies beside what they were asked for it at (RFC 7617 section 2.2).
+    """
+    if "action" in request.parameters:
+        raise HTTPError(405, "send actions by POST", (("Allow", "POST, OPTIONS"),))
+    return Response(status=301, headers=(("Location", request.path.rpartition("/")[2] + "/"),))
+
+
+def no_icon(store: Store, request: Request) -> Response:
+    """Answer that there is no icon, so that browsers stop asking."""
+    return Response(status=204)
+
+
+def welcome_page(store: Store, request: Request) -> Response:
+    """Answer with the page that says what this is."""
+    return make_page(
+        "kvserver",
+        tag("p", "This server keeps values under keys for devices, applets and scripts: ", tag("code", "/set"), ", "),
+        tag("p", tag("a", "Your states", href="me/"), ": see and edit what is stored, make tokens for devices."),
+        tag("p", tag("a", "Accounts", href="admin/"), ": for admins."),
+    )
+
+
+def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
+    """Answer with the table of all users and a form to add one."""
+    after = request.parameters.get("after", "")
+    users = store.users(after + NEXT_KEY if after else "", limit=PAGE_ROWS_MAX + 1)
+    rows = (
+        (
+            tag("a", user.name, href=url_to("user", username=user.name)),
+            "admin" if user.is_admin else "user",
+            str(user.pairs),
+            make_time(user.newest),
+            tag("a", "Delete…", href=url_to("delete", username=user.name), aria_label=f"Delete {user.name}"),
+        )
+        for user in users[:PAGE_ROWS_MAX]
+    )
+    return make_page(
+        "Accounts",
+        make_table(("Name", "Role", "States", "Newest change", "Delete"), rows),
+        *make_turns("./", [user.name for user in users], after),
+        tag("h2", "Add a user"),
+        make_form(
+            "adduser",
+            "Add",
+            Field("username", "Name", attributes={**REQUIRED, "autocomplete": "off", "autocapitalize": "none"}),
+            NEW_PASSWORD,
+            Field("isAdmin", "May manage accounts (admin)", "checkbox"),
+            problem=problem,
+        ),
+        links=page_links(request.user, "admin/"),
+    )
+
+
+def required(request: Request, name: str) -> str:
+    """Return a parameter; raise HTTPError when it is missing."""
+    text = request.parameters.get(name)
+    if text is None:
+        raise HTTPError(400, f"the parameter {name} is missing")
+    return text
+
+
+def find_user(store: Store, request: Request) -> UserSummary:
+    """Return the user whom the parameter username names; raise HTTPError."""
+    name = required(request, "username")
+    users = store.users(name, name)
+    if not users:
+        raise HTTPError(404, NO_USER)
+    return users[0]
+
+
+def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
+    """Answer with what there is to know of a user, and forms to change that."""
+    user = find_user(store, request)
+    row, after = store.user(user.name), request.parameters.get("after", "")
+    pairs = store.pairs(row.id if row else 0, "", after, PAGE_ROWS_MAX + 1)
+    fields = (Field("username", value=user.name), Field("page", value="user"))
+    other_role = Field("isAdmin", value="0" if user.is_admin else "1")
+    return make_page(
+        user.name,
+        tag("p", "The change is made.", id="done", role="status"),
+        tag(
+            "p",
+            f"{'Admin' if user.is_admin else 'User'}, states: {user.pairs}, newest change: ",
+            make_time(user.newest),
+        ),
+        make_form("setpassword", "Set the password", NEW_PASSWORD, *fields, problem=problem),
+        tag("p", "The tokens below stay as they are when the password changes.", class_="quiet"),
+        make_form(
+            "setadmin",
+            "Take the admin role away" if user.is_admin else "Make an admin",
+            other_role,
+            *fields,
+            problem=problem,
+        ),
+        tag("p", tag("a", "Delete this user…", href=url_to("delete", username=user.name))),
+        tag("h2", "States"),
+        make_states(pairs, are_own=False),
+        *make_turns("user", [pair.key for pair in pairs], after, username=user.name),
+        tag("h2", "Tokens"),
+        make_tokens(store.tokens(user.name), *fields),
+        links=page_links(request.user),
+    )
+
+
+def deletion_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
+    """Answer with what would be lost with a user, and ask."""
+    user = find_user(store, request)
+    tokens = store.tokens(user.name)
+    return make_page(
+        f"Delete {user.name}?",
+        tag("p", f"Deleted with the user, for good: states: {user.pairs}, tokens: {len(tokens)}."),
+        make_form(
+            "deluser",
+            f"Delete {user.name}",
+            Field("username", value=user.name),
+            Field("page", value="delete"),
+            problem=problem,
+            is_bad=True,
+        ),
+        tag("p", tag("a", "Keep this user", href="./")),
+        links=page_links(request.user),
+    )
+
+
+def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
+    """Answer with the table of one's own pairs, and forms to add one and to change one's tokens and password."""
+    parameters = {} if problem.action else request.parameters
+    prefix, after = parameters.get("prefix", ""), parameters.get("after", "")
+    pairs = store.pairs(request.user.id, prefix, after, PAGE_ROWS_MAX + 1)
+    search = Field("prefix", "Keys that begin with", "search", attributes={"autocapitalize": "none"})
+    no_capitals = {"autocapitalize": "none", "autocomplete": "off"}
+    return make_page(
+        "Your states",
+        tag("p", *(tag("a", name, href="#" + name.lower()) for name in ("Add", "Tokens", "Password")), class_="turns"),
+        tag("form", make_field(search, {"prefix": prefix}), tag("button", "Search"), class_="search", role="search"),
+        make_states(pairs, are_own=True),
+        *([] if pairs else [tag("p", "There are none.", class_="quiet")]),
+        *make_turns("./", [pair.key for pair in pairs], after, **({"prefix": prefix} if prefix else {})),
+        tag("h2", "Add a state", id="add"),
+        make_form(
+            "set",
+            "Add",
+            Field("key", "Key", attributes={**REQUIRED, **no_capitals}),
+            Field("value", "Value", "textarea", attributes={"rows": 2}),
+            problem=problem,
+        ),
+        tag("h2", "Tokens", id="tokens"),
+        tag("p", "A device logs in with a token, so that it need not know your password, and you can revoke it."),
+        make_tokens(store.tokens(request.user.name)),
+        make_form(
+            "addtoken",
+            "Add a token",
+            Field("label", "What it is for", attributes={"maxlength": LABEL_CHARACTERS_MAX}),
+            Field("prefix", "Only keys that begin with (empty for all)", attributes=no_capitals),
+            Field("readonly", "May only read", "checkbox"),
+            problem=problem,
+        ),
+        tag("h2", "Password", id="password"),
+        tag("p", "The browser will ask for the new one. Tokens stay as they are."),
+        make_form(
+            "passwd",
+            "Change the password",
+            Field(
+                "current", "Current password", "password", attributes={**REQUIRED, "autocomplete": "current-password"}
+            ),
+            NEW_PASSWORD,
+            problem=problem,
+        ),
+        links=page_links(request.user, "me/"),
+    )
+
+
+def fits_form(value: bytes) -> bool:
+    """Tell whether a form can carry a value unchanged: in its encoding most bytes take three, and a line end six."""
+    size = len(value) + 2 * len(value.translate(None, FORM_SAFE)) + 3 * value.count(b"\n")
+    return not NOT_IN_FORM.search(value) and size <= BODY_BYTES_MAX - FORM_FIELDS_BYTES
+
+
+def state_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
+    """Answer with one pair and forms to edit and to delete it."""
+    key = request.parameters["key"]
+    pair = store.pair(request.user.id, key)
+    if pair is None:
+        raise HTTPError(404, "there is no such key, or no longer")
+    value, url = pair.value.decode("utf-8"), url_to("./", key=key)
+    if fits_form(pair.value):
+        rows = min(20, value.count("\n") + 2)
+        edit = make_form(
+            "set",
+            "Save",
+            Field("value", "Value", "textarea", value, {"rows": rows, "autocapitalize": "none", "spellcheck": "false"}),
+            Field("page", value="state"),
+            problem=problem,
+            url=url,
+        )
+    else:
+        edit = tag("pre", value.translate({**CONTROL_PICTURES, 10: 10}))
+        edit = tag("div", edit, tag("p", "A form would change this value, or is too small for it: edit it with /set."))
+    return make_page(
+        key.translate(CONTROL_PICTURES),
+        tag("p", "The change is made.", id="done", role="status"),
+        tag("p", "Changed ", make_time(pair.updated), ", expires ", make_time(pair.expires), "."),
+        edit,
+        tag("details", tag("summary", "Delete…"), make_form("del", "Delete this state", url=url, is_bad=True)),
+        links=page_links(request.user),
+    )
+
+
+def new_password_hash(request: Request) -> str:
+    """Return the hash of the password in a form; raise BadCredential, or Unhashed if that is yet to be made."""
+    check_password(request.parameters.get("password", ""))
+    if not request.password_hash:
+        raise Unhashed
+    return request.password_hash
+
+
+def check_visitor(user: User, is_for_admins: bool) -> None:
+    """Raise HTTPError when a user may not open a page."""
+    if user.token:
+        raise HTTPError(401, "a token does not open pages; log in with your password")
+    if is_for_admins and not user.is_admin:
+        raise HTTPError(403, "only admins may manage accounts; your own states are at /me/")
+
+
+def current_user(store: Store, request: Request) -> User:
+    """Return the user who sends a form as they are now: since they logged in, a password may have been hashed."""
+    user = store.user(request.user.name)
+    if user is None or user.id != request.user.id:
+        raise NoSuchUser(request.user.name)
+    return user
+
+
+def revoke_token(store: Store, request: Request, user_name: str) -> None:
+    """Delete a token of a user."""
+    token_id = required(request, "id")
+    if not TOKEN_ID.fullmatch(token_id):
+        raise HTTPError(400, "the parameter id is the number of a token")
+    try:
+        store.delete_token(user_name, int(token_id))
+    except NoSuchToken:
+        raise HTTPError(404, "there is no such token, or no longer") from None
+
+
+def change_account(store: Store, request: Request, action: str) -> None:
+    """Carry out an action on an account."""
+    name = required(request, "username")
+    if action == "adduser":
+        check_user_name(name)
+        if store.user(name):
+            raise HTTPError(409, f"the name {name} is taken; choose another one")
+        store.add_user(name, new_password_hash(request), is_on(request.parameters.get("isAdmin")))
+        return
+    find_user(store, request)
+    if action == "deluser":
+        if name == request.user.name:
+            raise HTTPError(409, "nobody can delete themselves; ask another admin")
+        store.delete_user(name, even_last_admin=False)
+    elif action == "setpassword":
+        store.set_password_hash(name, new_password_hash(request))
+    elif action == "setadmin":
+        store.set_admin(name, is_on(request.parameters.get("isAdmin")))
+    elif action == "deltoken":
+        revoke_token(store, request, name)
+    else:
+        raise HTTPError(400, "the parameter action can be: adduser, deluser, setpassword, setadmin, deltoken")
+
+
+def as_problem(error: Exception) -> HTTPError:
+    """Return what an error in a form is answered with."""
+    if isinstance(error, HTTPError):
+        return error
+    if isinstance(error, LastAdmin):
+        return HTTPError(409, "this is the last admin; make somebody else an admin first")
+    return HTTPError(400, str(error))
+
+
+def change_accounts(store: Store, request: Request) -> Response:
+    """Carry out an action on an account, and lead back to the page of the form, or answer with it if that failed."""
+    action, page = required(request, "action"), request.parameters.get("page")
+    check_visitor(current_user(store, request), is_for_admins=True)
+    try:
+        change_account(store, request, action)
+    except (HTTPError, BadCredential, LastAdmin) as error:
+        problem = as_problem(error)
+        if not request.path.endswith("/"):  # a program's request: all links would be wrong from here
+            raise problem from None
+        make = {"user": user_page, "delete": deletion_page}.get(page or "", accounts_page)
+        response = make(store, request, Problem(action, problem.message, request.parameters))
+        return response._replace(status=problem.status)
+    url = "./"
+    if page == "user":
+        url = url_to("user", username=request.parameters["username"]) + "#done"
+    return see_other(url if request.path.endswith("/") else "admin/" + url)
+
+
+def see_other(url: str) -> Response:
+    """Return the answer to a form that leads to a page (RFC 9110 section 15.4.4)."""
+    return Response(status=303, headers=(("Location", url),))
+
+
+def change_own(store: Store, request: Request, action: str) -> Response | None:
+    """Carry out an action on one's own pairs, tokens or password; return a page if that is to be seen only now."""
+    user, parameters = request.user, request.parameters
+    if action in ("set", "del"):
+        key = parameters.get("key")
+        check_key(key, None)
+        pair = store.pair(user.id, key or "")
+        if action == "set":
+            # A browser sends line ends as CR LF, whatever they were.
+            value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")
+            expires = pair.expires if pair and parameters.get("page") == "state" else None
+            store.set_value(user.id, key or "", value, expires)
+        elif not store.delete_pair(user.id, key or ""):
+            raise HTTPError(404, "there is no such key, or no longer")
+    elif action == "passwd":
+        # Nobody has come here with another password than the current one.
+        _, _, credentials = request.fields.headers["authorization"].partition(" ")
+        current = required(request, "current").encode("utf-8")
+        if not secrets.compare_digest(current, decode_credentials(credentials)[1].encode("utf-8")):
+            raise HTTPError(400, "the current password is another one")
+        store.set_password_hash(user.name, new_password_hash(request))
+    elif action == "addtoken":
+        label, prefix = parameters.get("label", ""), parameters.get("prefix", "")
+        check_label_and_prefix(label, prefix)
+        token = make_token()
+        store.add_token(user.name, hash_token(token), label, is_on(parameters.get("readonly")), prefix)
+        return make_page(
+            "New token",
+            tag("p", "Copy it to the device now: it cannot be shown again."),
+            tag("pre", token),
+            tag("p", "It goes into the header Authorization: Bearer TOKEN, or in place of your password."),
+            tag("p", tag("a", "Back to your states", href="./")),
+            links=page_links(user),
+        )
+    elif action == "deltoken":
+        revoke_token(store, request, user.name)
+    else:
+        raise HTTPError(400, "the parameter action can be: set, del, passwd, addtoken, deltoken")
+    return None
+
+
+def change_states(store: Store, request: Request) -> Response:
+    """Carry out an action on what is one's own, and lead back to the page of the form, or answer with it if that failed."""
+    action, is_state = required(request, "action"), request.parameters.get("page") == "state"
+    current_user(store, request)
+    try:
+        page = change_own(store, request, action)
+    except (HTTPError, BadCredential) as error:
+        problem = as_problem(error)
+        make = state_page if is_state and "key" in request.parameters else states_page
+        response = make(store, request, Problem(action, problem.message, request.parameters))
+        return response._replace(status=problem.status)
+    if page:
+        return page
+    if is_state and action == "set":
+        return see_other(url_to("state", key=request.parameters["key"]) + "#done")
+    return see_other("./")
+
+
 # ---- Server ----------------------------------------------------------------------------------------------------------
 # The HTTP surface in one table, the handler that serves one connection, and the server that accepts connections and
 # calls the handlers when there is something to do. No socket blocks: a handler notes until when it may wait, and the
 # server ends what is overdue, so that a client that sends a byte now and then gains nothing.
 
-ANYONE, USER = "anyone", "user"  # who may send a request: ANYONE without a login, USER with one
+# Who may send a request: ANYONE without a login, but BROWSER only if they ask for HTML, or else the path does not exist;
+# USER with a login; PERSON with a password, since what a device has does not open pages; ADMIN as PERSON, and an admin.
+ANYONE, BROWSER, USER, PERSON, ADMIN = "anyone", "browser", "user", "person", "admin"
+PAGE_VISITORS = (PERSON, ADMIN)
+CHALLENGES = {USER: 'Basic realm="kvserver", charset="UTF-8"'}
+# With a realm of their own, below their own paths, the pages get credentials that browsers keep from the API (RFC 7617
+# section 2.2).
+CHALLENGES.update(dict.fromkeys(PAGE_VISITORS, 'Basic realm="kvserver pages", charset="UTF-8"'))
 # Where an endpoint runs: what answers at once in the leading thread; what changes something in the writer's transaction,
 # its answer held back until the commit; what may take long in a thread of a pool, with a store of its own.
 LEADER, WRITER, WORKER = "leader", "writer", "worker"
 
 
+READ = ("GET", "HEAD")
+ACCOUNT_FIELDS = ("action", "username", "password", "isAdmin", "id", "page")
+STATE_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page")
+
 ROUTES = (
     Route("/set", ("GET", "POST", "PUT"), set_value, USER, WRITER, ("key", "value", "ttl", "nx", "old"), EITHER),
-    Route("/get", ("GET", "HEAD"), get_value, USER, LEADER, ("key", "default", "format", "wait", "unless")),
+    Route("/get", READ, get_value, USER, LEADER, ("key", "default", "format", "wait", "unless")),
     Route("/del", ("GET", "POST", "PUT"), delete_pair, USER, WRITER, ("key", "missing")),
     Route("/incr", ("GET", "POST"), increment, USER, WRITER, ("key", "by", "ttl")),
     Route("/toggle", ("GET", "POST"), toggle, USER, WRITER, ("key", "values", "ttl")),
-    Route("/list", ("GET", "HEAD"), list_pairs, USER, WORKER, ("prefix", "limit", "after", "format")),
-    Route("/kv/KEY", ("GET", "HEAD"), get_value, USER, LEADER),
+    Route("/list", READ, list_pairs, USER, WORKER, ("prefix", "limit", "after", "format")),
+    Route("/kv/KEY", READ, get_value, USER, LEADER),
     Route("/kv/KEY", ("PUT",), put_resource, USER, WRITER, ("value", "ttl"), VALUE),
     Route("/kv/KEY", ("DELETE",), delete_resource, USER, WRITER),
-    Route("/health", ("GET", "HEAD"), check_health, ANYONE, WORKER),
+    Route("/health", READ, check_health, ANYONE, WORKER),
+    Route("", READ, add_slash, ANYONE, LEADER),
+    Route("/", READ, welcome_page, BROWSER, LEADER),
+    Route("/favicon.ico", READ, no_icon, ANYONE, LEADER),
+    Route("/admin", READ, add_slash, ANYONE, LEADER, ACCOUNT_FIELDS),
+    Route("/admin", ("POST",), change_accounts, ADMIN, WRITER, ACCOUNT_FIELDS),
+    Route("/admin/", READ, accounts_page, ADMIN, WORKER, ("after",)),
+    Route("/admin/", ("POST",), change_accounts, ADMIN, WRITER, ACCOUNT_FIELDS),
+    Route("/admin/user", READ, user_page, ADMIN, WORKER, ("username", "after")),
+    Route("/admin/delete", READ, deletion_page, ADMIN, WORKER, ("username",)),
+    Route("/me", READ, add_slash, ANYONE, LEADER),
+    Route("/me/", READ, states_page, PERSON, WORKER, ("prefix", "after")),
+    Route("/me/", ("POST",), change_states, PERSON, WRITER, STATE_FIELDS),
+    Route("/me/state", READ, state_page, PERSON, WORKER, ("key",)),
 )
+API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
 # What a connection is doing; it decides who may use its handler, and what happens when the time for it is up.
 IDLE, RECEIVING, WAITING, SENDING = "idle", "receiving", "waiting", "sending"
@@ -1917,7 +2619,7 @@ def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Resp
     if path == "*":
         methods = METHODS
     if not methods:
-        raise HTTPError(404, "Use the api endpoints: " + ", ".join(dict.fromkeys(route.path for route in ROUTES)))
+        raise HTTPError(404, "Use the api endpoints: " + ", ".join(API_PATHS))
     allow = (("Allow", ", ".join(dict.fromkeys([*methods, "OPTIONS"]))),)
     if method != "OPTIONS":
         raise HTTPError(405, f"{path} does not take {method}; use {', '.join(methods)}", allow)
@@ -1938,7 +2640,7 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
     if isinstance(error, HTTPError):
         return error
     if isinstance(error, NoSuchUser):
-        return HTTPError(401, "the user has been deleted", CHALLENGE)
+        return HTTPError(401, "the user has been deleted")
     if isinstance(error, TooMuch):
         return HTTPError(409, str(error))
     if isinstance(error, StoreBusy):
@@ -1950,6 +2652,17 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
         return HTTPError(503, "the database cannot be used; the server's log says why", RETRY_AFTER)
     errors.write(describe_mistake(error))
     return HTTPError(500, "the server made a mistake; its log says where")
+
+
+def answer_to_error(error: HTTPError, route: Route | None, request: Request | None) -> Response:
+    """Return the answer to a request that is refused: a page if it was to be one, and with the challenge of a 401."""
+    if request and route and route.who in PAGE_VISITORS and wants_html(request):
+        response = error_page(error, request.user, route)
+    else:
+        response = error.response(request.fields.headers.get("accept", "") if request else "")
+    if error.status == 401 and route:
+        return response._replace(headers=(*response.headers, ("WWW-Authenticate", CHALLENGES[route.who])))
+    return response
 
 
 def log_request(request: Request, status: int, seconds: float, address: Address | None) -> None:
@@ -1985,7 +2698,6 @@ class RequestHandler:
         self.watched = 0  # the selector's events
         self.started = time.monotonic()  # the connection, and later the request
         self.waiting_for: Change | Login | None = None
-        self.route: Route | None = None
         self.fields: Fields | None = None  # of the last request
         self.login: tuple[Fields | None, User] = (None, NOBODY)  # fields that were found to be those of a user
         self.forget_request()
@@ -1994,6 +2706,7 @@ class RequestHandler:
     def forget_request(self) -> None:
         """Be ready for the next request."""
         self.request: Request | None = None
+        self.route: Route | None = None
         self.checked = 0  # offset of the line at which an incomplete head ends
         self.body: bytearray | None = None  # what has come of a chunked body
         self.body_pending = True  # whether bytes of the request may still be on their way, as until its head is good
@@ -2103,8 +2816,10 @@ class RequestHandler:
             self.route = methods.get(request.method)
             if self.route is None:
                 return answer_without_route(request.method, request.path, list(methods))
+            if self.route.who == BROWSER and not wants_html(request):
+                return answer_without_route(request.method, request.path, ())
         assert self.route
-        if self.route.who == USER:
+        if self.route.who not in (ANYONE, BROWSER):
             if request.user is NOBODY and not self.authenticate(request):
                 return None
             if self.body_pending and not self.take_body(request):
@@ -2125,6 +2840,8 @@ class RequestHandler:
             self.login = (request.fields, verified)
             user = verified
         request.user = user
+        if self.route and self.route.who in PAGE_VISITORS:
+            check_visitor(user, self.route.who == ADMIN)
         if user.token:
             self.server.note_use(user.token)
         if self.route and self.route.where == WRITER:
@@ -2161,7 +2878,7 @@ class RequestHandler:
             log("WARNING", f"login failed: user={check.name[:64]!r} address={login.address}")
             is_bearer = self.fields and self.fields.headers["authorization"].lower().startswith("bearer ")
             what = "the token is unknown" if is_bearer else "the user name or the password is wrong"
-            check = HTTPError(401, what, CHALLENGE)
+            check = HTTPError(401, what)
         self.answer(check)
         self.settle()
 
@@ -2203,6 +2920,23 @@ class RequestHandler:
         self.server.work(lambda: parse_parameters(request, route), take)
         return False
 
+    def hash_password(self) -> None:
+        """Go on when the parameter password of a request has been hashed."""
+
+        def take(outcome: Any) -> None:
+            if isinstance(outcome, Exception):
+                self.finish(outcome)
+            elif self.request:
+                self.request.password_hash = outcome
+                self.go_on()
+
+        try:
+            self.enter(WAITING, math.inf)
+            if self.request:
+                self.server.authenticator.hash_password(self.request.parameters["password"], take)
+        except HTTPError as error:
+            self.finish(error)
+
     def run(self, route: Route, request: Request) -> Response | None:
         """Run the endpoint of a request here, or elsewhere if it may have to wait, and then return None."""
         if route.where == LEADER:
@@ -2237,6 +2971,9 @@ class RequestHandler:
 
     def finish(self, outcome: Response | Exception) -> None:
         """Send the answer that was waited for; called by the thread that made it."""
+        if isinstance(outcome, Unhashed):
+            self.server.post(self.hash_password)
+            return
         try:
             self.answer(outcome)
         except Exception as error:  # noqa: BLE001 - the connection must not wait for ever
@@ -2249,8 +2986,7 @@ class RequestHandler:
         """Send the answer to the request: the only place where an exception becomes one."""
         request = self.request
         if isinstance(outcome, Exception):
-            accept = request.fields.headers.get("accept", "") if request else ""
-            response = as_http_error(outcome, self.server.errors).response(accept)
+            response = answer_to_error(as_http_error(outcome, self.server.errors), self.route, request)
         else:
             response = outcome
         keep_alive = request and request.fields.keep_alive and not self.body_pending and not self.server.stopping
@@ -2970,22 +3706,12 @@ def list_users(arguments: argparse.Namespace) -> None:
     print_table([("NAME", "ROLE", "PAIRS"), *rows])
 
 
-def utc_day(seconds: float) -> str:
-    """Return the day of a time in unix seconds."""
-    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
-
-
 def add_token(arguments: argparse.Namespace) -> None:
     """Add a token of a user, and print it: nobody can do that later."""
-    label, prefix = arguments.label, arguments.prefix
-    if not label.isprintable() or len(label) > LABEL_CHARACTERS_MAX:
-        raise BadCredential(f"a label has at most {LABEL_CHARACTERS_MAX} printable characters")
-    # An argument that is not in the terminal's encoding has half surrogate pairs.
-    if re.search("[\ud800-\udfff]", prefix) or "\0" in prefix or len(prefix.encode("utf-8")) > KEY_BYTES_MAX:
-        raise BadCredential(f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
+    check_label_and_prefix(arguments.label, arguments.prefix)
     token = make_token()
     with existing_store(arguments) as store:
-        store.add_token(arguments.name, hash_token(token), label, arguments.read_only, prefix)
+        store.add_token(arguments.name, hash_token(token), arguments.label, arguments.read_only, arguments.prefix)
     print(token)
 
 
@@ -2997,10 +3723,7 @@ def list_tokens(arguments: argparse.Namespace) -> None:
         tokens = store.tokens(arguments.name)
     rows = [("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED")]
     for token in tokens:
-        rights = "read" if token.is_read_only else "read and write"
-        rights += f" {escape_unprintable(token.prefix)}*" if token.prefix else ""
-        last_used = "never" if token.last_used_day is None else utc_day(token.last_used_day * DAY_SECONDS)
-        rows.append((str(token.id), token.label or "-", rights, utc_day(token.created), last_used))
+        rows.append((str(token.id), token.label or "-", token.rights(), utc_day(token.created), token.last_used()))
     print_table(rows)
 
 
