@@ -20,13 +20,15 @@ answered only after it is on the disk.
     GET /list                    200 and a JSON object of all keys and values; prefix=P, limit=N, after=K, format=json
     GET PUT DELETE /kv/KEY       the same pairs as resources, the body being the value
     GET /health                  200 ok, without a login; 503 when the database cannot be read
+    GET /me/                     a page in the browser: one's own states, tokens and password
+    GET /admin/                  a page for admins: accounts
 
 /set and /del take POST and PUT too, /incr and /toggle POST; /get, /list, /kv/KEY and /health take HEAD. Parameters may
 stand in the query, in a form or in a JSON object; the body of /set?key=K may be the value itself. All paths also exist
 below /iotpersistenceapi, or the prefix that --base-path names. An error is one line of text that says what to do.
 
 The file is built from the ground up, each section using only what stands above it: Limits and defaults, Names,
-passwords and tokens, Storage, HTTP messages, Parameters, Authentication, API, Server, Settings, Command line.
+passwords and tokens, Storage, HTTP messages, Parameters, Authentication, API, Pages, Server, Settings, Command line.
 """
 
 from __future__ import annotations
@@ -364,7 +366,7 @@ PAGE = (
     "FROM (SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ?"
     " AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT ?)"
 )
-SELECT_PAIRS = f"SELECT key, substr(value, 1, ?), updated, expires {PAGE}"
+SELECT_PAIRS = f"SELECT key, substr(CAST(value AS BLOB), 1, ?), updated, expires {PAGE}"
 SELECT_PAGE_BYTES = f"SELECT total(? + length(key) + length(CAST(value AS BLOB))) {PAGE}"
 SELECT_LAST_AND_NEXT = f"SELECT key {PAGE} LIMIT 2 OFFSET ?"
 SELECT_DATABASE_BYTES = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
@@ -428,6 +430,7 @@ NOBODY = User(0, "", "", False)  # SQLite's ids begin with 1
 class UserSummary(NamedTuple):
     """What a list of users shows of one: how many pairs they have, and when the newest of them was set."""
 
+    id: int
     name: str
     is_admin: bool
     pairs: int
@@ -435,7 +438,7 @@ class UserSummary(NamedTuple):
 
 
 class PairSummary(NamedTuple):
-    """What a table of pairs shows of one: the value's first VALUE_SHOWN_CHARACTERS_MAX characters and one more."""
+    """What a table of pairs shows of one, with more of the value's beginning than VALUE_SHOWN_CHARACTERS_MAX."""
 
     key: str
     value: str
@@ -695,8 +698,8 @@ class Store:
     def users(self, first: str = "", last: str = LAST_NAME, limit: int = -1) -> list[UserSummary]:
         """Return the users with names from first to last, sorted by name: limit of them, or all if that is negative."""
         return [
-            UserSummary(name, is_admin, *self._read(SELECT_NEWEST, user_id, time.time())[0])
-            for user_id, name, is_admin in self._read(SELECT_USERS, first, last, limit)
+            UserSummary(*row, *self._read(SELECT_NEWEST, row[0], time.time())[0])
+            for row in self._read(SELECT_USERS, first, last, limit)
         ]
 
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
@@ -790,7 +793,8 @@ class Store:
         """Return limit of a user's pairs whose keys begin with prefix and come after the key after, sorted by key."""
         begin = max(prefix, after + NEXT_KEY if after else "")
         page = (user_id, begin, prefix + LAST_KEY, time.time(), limit)
-        return [PairSummary(*row) for row in self._read(SELECT_PAIRS, VALUE_SHOWN_CHARACTERS_MAX + 1, *page)]
+        rows = self._read(SELECT_PAIRS, 4 * VALUE_SHOWN_CHARACTERS_MAX + 4, *page)  # a character has 4 bytes at most
+        return [PairSummary(key, value.decode("utf-8", "ignore"), *times) for key, value, *times in rows]
 
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
         """Store a value under a key, until expires in unix seconds; raise NoSuchUser when the user has been deleted."""
@@ -1943,7 +1947,7 @@ def check_health(store: Store, request: Request) -> Response:
 
 HTML = "text/html; charset=utf-8"
 VOID_ELEMENTS = frozenset(("input", "meta"))
-CONTROL_PICTURES = {**{code: 0x2400 + code for code in range(32)}, 127: 0x2421}
+VISIBLE = {**dict.fromkeys((*range(32), 127), "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
 NO_USER = "there is no such user, or no longer"
 TOKEN_ID = re.compile("[0-9]{1,18}")
 NOT_IN_FORM = re.compile(b"[\0\r]")  # a form would change these
@@ -1965,29 +1969,30 @@ STYLE = Markup(
     "nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid var(--line)}"
     "nav span{margin-left:auto;color:var(--quiet);overflow-wrap:anywhere}"
     "a{color:var(--link)}a[aria-current]{color:inherit;font-weight:600;text-decoration:none}"
-    "h1,h2,p,dd{overflow-wrap:anywhere;unicode-bidi:isolate}"
+    "h1,h2,p,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}"
     "h1{font-size:1.6rem;line-height:1.25;margin:1.5rem 0 .75rem}h2{font-size:1.15rem;margin:2.25rem 0 .5rem}"
     "table{width:100%;border-collapse:collapse;margin:.75rem 0}"
     "th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;"
-    "overflow-wrap:anywhere;unicode-bidi:isolate}"
-    "th{color:var(--quiet);font-size:.875rem;font-weight:500;overflow-wrap:normal}"
-    "td form{padding:0;margin:0;background:none;border:0}"
+    "unicode-bidi:isolate}td:first-child{overflow-wrap:anywhere;min-width:6rem}"
+    "th{color:var(--quiet);font-size:.875rem;font-weight:500}"
+    "small{display:block;font-size:.875rem;color:var(--quiet)}"
     "form{max-width:32rem;margin:.75rem 0;padding:1rem;background:var(--card);border:1px solid var(--line);"
     "border-radius:.5rem}"
+    "form.bare,form.search{padding:0;background:none;border:0}td form.bare{margin:0}"
+    ".search,.turns{display:flex;align-items:end;gap:.5rem 1rem}.search label{flex:1;margin:0}[hidden]{display:none}"
     "label{display:block;margin-bottom:.75rem}"
     "input,textarea{display:block;width:100%;padding:.5rem .6rem;font:inherit;color:inherit;background:var(--back);"
     "border:1px solid var(--quiet);border-radius:.35rem}"
     "input[type=checkbox]{display:inline-block;width:auto;margin:0 .5rem 0 0}"
-    "textarea,pre,code,.value{font-family:ui-monospace,monospace;font-size:.9375rem}"
-    "pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:1rem;background:var(--card);border-radius:.5rem}"
+    "textarea,pre,code{font-family:ui-monospace,monospace;font-size:.9375rem}"
+    "pre{white-space:pre-wrap;padding:1rem;background:var(--card);border-radius:.5rem}"
     "button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:1px solid transparent;"
     "border-radius:.35rem;cursor:pointer}"
     "td button{padding:.15rem .6rem}button.bad{background:var(--bad)}"
     ":focus-visible{outline:3px solid var(--link);outline-offset:2px}"
     "[role=alert]{color:var(--bad);font-weight:600;margin-top:0}"
-    ".quiet{color:var(--quiet)}.done{display:none}.done:target{display:block;font-weight:600}"
-    ".filter{display:flex;gap:.5rem;align-items:end}.filter label{flex:1;margin:0}"
-    "@media(max-width:30rem){td,th{padding-right:.5rem;font-size:.875rem}}"
+    ".quiet{color:var(--quiet)}#done{display:none;font-weight:600}#done:target{display:block}"
+    "@media(max-width:30rem){td,th,td code{padding-right:.5rem;font-size:.875rem}}"
 )
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 CONTENT_POLICY = f"default-src 'none'; style-src 'sha256-{STYLE_DIGEST}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -2093,6 +2098,8 @@ def is_on(text: str | None) -> bool:
 def make_field(field: Field, typed: Mapping[str, str]) -> Markup:
     """Return a field of a form, with what was typed if the form has come back, unless that is a password."""
     name, kind, value = field.name, field.kind, typed.get(field.name, field.value)
+    if kind == "username":  # for programs that keep passwords, which look for whose it is
+        return tag("input", type="text", name=name or False, value=field.value, autocomplete=kind, hidden=True)
     if not field.label:
         return tag("input", type="hidden", name=name, value=field.value)
     if kind == "textarea":
@@ -2110,9 +2117,9 @@ def make_form(
     is_back = problem.action == action
     alert = [tag("p", problem.message, role="alert")] if is_back else []
     inputs = (make_field(field, problem.typed if is_back else {}) for field in (Field("action", value=action), *fields))
-    return tag(
-        "form", *alert, *inputs, tag("button", button, class_="bad" if is_bad else False), method="post", action=url
-    )
+    press = tag("button", button, class_="bad" if is_bad else False)
+    is_bare = not any(field.label for field in fields)
+    return tag("form", *alert, *inputs, press, method="post", action=url, class_="bare" if is_bare else False)
 
 
 def relative_time(seconds: float) -> str:
@@ -2153,12 +2160,13 @@ def make_states(pairs: Sequence[PairSummary], are_own: bool) -> Markup:
     """Return the table of a user's pairs, which have links if they are one's own."""
     rows = []
     for pair in pairs[:PAGE_ROWS_MAX]:
-        key, value = (text.translate(CONTROL_PICTURES) for text in (pair.key, pair.value))
+        key, value = (text.translate(VISIBLE) for text in (pair.key, pair.value))
         if len(value) > VALUE_SHOWN_CHARACTERS_MAX:
             value = value[:VALUE_SHOWN_CHARACTERS_MAX] + "…"
         cell = tag("a", key, href=url_to("state", key=pair.key)) if are_own else key
-        rows.append((cell, tag("code", value), make_time(pair.updated), make_time(pair.expires)))
-    return make_table(("Key", "Value", "Changed", "Expires"), rows)
+        expiry = [tag("small", "expires ", make_time(pair.expires))] if pair.expires else []
+        rows.append((cell, tag("code", value), tag("div", make_time(pair.updated), *expiry)))
+    return make_table(("Key", "Value", "Changed"), rows)
 
 
 def make_tokens(tokens: Sequence[Token], *fields: Field) -> Markup:
@@ -2170,7 +2178,7 @@ def make_tokens(tokens: Sequence[Token], *fields: Field) -> Markup:
         (
             (
                 token.label or f"token {token.id}",
-                token.rights(),
+                tag("code", token.rights()),
                 token.last_used(),
                 make_form("deltoken", "Revoke", Field("id", value=str(token.id)), *fields, is_bad=True),
             )
@@ -2198,7 +2206,10 @@ def welcome_page(store: Store, request: Request) -> Response:
     """Answer with the page that says what this is."""
     return make_page(
         "kvserver",
-        tag("p", "This server keeps values under keys for devices, applets and scripts: ", tag("code", "/set"), ", "),
+        tag("p", "This server keeps values for devices, applets and scripts. They store one under a key with"),
+        tag("pre", "/set?key=door&value=open"),
+        tag("p", "and read it back with"),
+        tag("pre", "/get?key=door"),
         tag("p", tag("a", "Your states", href="me/"), ": see and edit what is stored, make tokens for devices."),
         tag("p", tag("a", "Accounts", href="admin/"), ": for admins."),
     )
@@ -2255,10 +2266,11 @@ def find_user(store: Store, request: Request) -> UserSummary:
 def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
     """Answer with what there is to know of a user, and forms to change that."""
     user = find_user(store, request)
-    row, after = store.user(user.name), request.parameters.get("after", "")
-    pairs = store.pairs(row.id if row else 0, "", after, PAGE_ROWS_MAX + 1)
-    fields = (Field("username", value=user.name), Field("page", value="user"))
+    after = request.parameters.get("after", "")
+    pairs = store.pairs(user.id, "", after, PAGE_ROWS_MAX + 1)
+    whose, page = Field("username", value=user.name), Field("page", value="user")
     other_role = Field("isAdmin", value="0" if user.is_admin else "1")
+    change_role = "Take the admin role away" if user.is_admin else "Make an admin"
     return make_page(
         user.name,
         tag("p", "The change is made.", id="done", role="status"),
@@ -2267,21 +2279,22 @@ def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> 
             f"{'Admin' if user.is_admin else 'User'}, states: {user.pairs}, newest change: ",
             make_time(user.newest),
         ),
-        make_form("setpassword", "Set the password", NEW_PASSWORD, *fields, problem=problem),
-        tag("p", "The tokens below stay as they are when the password changes.", class_="quiet"),
         make_form(
-            "setadmin",
-            "Take the admin role away" if user.is_admin else "Make an admin",
-            other_role,
-            *fields,
+            "setpassword",
+            "Set the password",
+            whose._replace(kind="username"),
+            NEW_PASSWORD,
+            page,
             problem=problem,
         ),
+        tag("p", "The tokens below stay as they are when the password changes.", class_="quiet"),
+        make_form("setadmin", change_role, other_role, whose, page, problem=problem),
         tag("p", tag("a", "Delete this user…", href=url_to("delete", username=user.name))),
         tag("h2", "States"),
         make_states(pairs, are_own=False),
         *make_turns("user", [pair.key for pair in pairs], after, username=user.name),
         tag("h2", "Tokens"),
-        make_tokens(store.tokens(user.name), *fields),
+        make_tokens(store.tokens(user.name), whose, page),
         links=page_links(request.user),
     )
 
@@ -2329,7 +2342,7 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
             problem=problem,
         ),
         tag("h2", "Tokens", id="tokens"),
-        tag("p", "A device logs in with a token, so that it need not know your password, and you can revoke it."),
+        tag("p", "A device that logs in with a token need not know your password, and the token can be revoked."),
         make_tokens(store.tokens(request.user.name)),
         make_form(
             "addtoken",
@@ -2347,6 +2360,7 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
             Field(
                 "current", "Current password", "password", attributes={**REQUIRED, "autocomplete": "current-password"}
             ),
+            Field("", kind="username", value=request.user.name),
             NEW_PASSWORD,
             problem=problem,
         ),
@@ -2378,10 +2392,10 @@ def state_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) ->
             url=url,
         )
     else:
-        edit = tag("pre", value.translate({**CONTROL_PICTURES, 10: 10}))
+        edit = tag("pre", value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"}))
         edit = tag("div", edit, tag("p", "A form would change this value, or is too small for it: edit it with /set."))
     return make_page(
-        key.translate(CONTROL_PICTURES),
+        key.translate(VISIBLE),
         tag("p", "The change is made.", id="done", role="status"),
         tag("p", "Changed ", make_time(pair.updated), ", expires ", make_time(pair.expires), "."),
         edit,
