@@ -1992,7 +1992,8 @@ STYLE = Markup(
     ":focus-visible{outline:3px solid var(--link);outline-offset:2px}"
     "[role=alert]{color:var(--bad);font-weight:600;margin-top:0}"
     ".quiet{color:var(--quiet)}#done{display:none;font-weight:600}#done:target{display:block}"
-    "@media(max-width:30rem){td,th,td code{padding-right:.5rem;font-size:.875rem}}"
+    "@media(max-width:30rem){td,th,td code{padding-right:.4rem;font-size:.875rem}td:first-child{min-width:4rem}"
+    "td button{padding:.15rem .4rem}}"
 )
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 CONTENT_POLICY = f"default-src 'none'; style-src 'sha256-{STYLE_DIGEST}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
