@@ -501,7 +501,7 @@ class LastAdmin(StoreError):
     """The user is the only admin, and without one nobody could administer."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"{name} is the last admin; to delete it all the same, add --yes")
+        super().__init__(f"{name} is the last admin; make somebody else an admin first")
 
 
 def file_identity(path: str) -> tuple[int, int]:
@@ -1958,45 +1958,44 @@ class Markup(str):
     """Text that is HTML already, made by tag; all other text becomes so by being escaped there."""
 
 
-STYLE = Markup(
-    ":root{color-scheme:light dark;--text:#1b1f23;--quiet:#59636e;--back:#fff;--card:#f4f6f8;--line:#d3d9df;"
-    "--link:#0a5cc2;--bad:#b3261e}"
-    "@media(prefers-color-scheme:dark){:root{--text:#e6e9ec;--quiet:#9aa5b1;--back:#131619;--card:#1c2125;"
-    "--line:#363d44;--link:#82b8ff;--bad:#ff8d85}}"
-    "*{box-sizing:border-box}"
-    "body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:var(--text);"
-    "background:var(--back)}"
-    "nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid var(--line)}"
-    "nav span{margin-left:auto;color:var(--quiet);overflow-wrap:anywhere}"
-    "a{color:var(--link)}a[aria-current]{color:inherit;font-weight:600;text-decoration:none}"
-    "h1,h2,p,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}"
-    "h1{font-size:1.6rem;line-height:1.25;margin:1.5rem 0 .75rem}h2{font-size:1.15rem;margin:2.25rem 0 .5rem}"
-    "table{width:100%;border-collapse:collapse;margin:.75rem 0}"
-    "th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;"
-    "unicode-bidi:isolate}td:first-child{overflow-wrap:anywhere;min-width:6rem}"
-    "th{color:var(--quiet);font-size:.875rem;font-weight:500}"
-    "small{display:block;font-size:.875rem;color:var(--quiet)}"
-    "form{max-width:32rem;margin:.75rem 0;padding:1rem;background:var(--card);border:1px solid var(--line);"
-    "border-radius:.5rem}"
-    "form.bare,form.search{padding:0;background:none;border:0}td form.bare{margin:0}"
-    ".search,.turns{display:flex;align-items:end;gap:.5rem 1rem}.search label{flex:1;margin:0}[hidden]{display:none}"
-    "label{display:block;margin-bottom:.75rem}"
-    "input,textarea{display:block;width:100%;padding:.5rem .6rem;font:inherit;color:inherit;background:var(--back);"
-    "border:1px solid var(--quiet);border-radius:.35rem}"
-    "input[type=checkbox]{display:inline-block;width:auto;margin:0 .5rem 0 0}"
-    "textarea,pre,code{font-family:ui-monospace,monospace;font-size:.9375rem}"
-    "pre{white-space:pre-wrap;padding:1rem;background:var(--card);border-radius:.5rem}"
-    "button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:1px solid transparent;"
-    "border-radius:.35rem;cursor:pointer}"
-    "td button{padding:.15rem .6rem}button.bad{background:var(--bad)}"
-    ":focus-visible{outline:3px solid var(--link);outline-offset:2px}"
-    "[role=alert]{color:var(--bad);font-weight:600;margin-top:0}"
-    ".quiet{color:var(--quiet)}#done{display:none;font-weight:600}#done:target{display:block}"
-    "@media(max-width:30rem){td,th,td code{padding-right:.4rem;font-size:.875rem}td:first-child{min-width:4rem}"
-    "td button{padding:.15rem .4rem}}"
-)
+STYLE = Markup("""
+:root{color-scheme:light dark;--text:#1b1f23;--quiet:#59636e;--back:#fff;--card:#f4f6f8;--line:#d3d9df;--link:#0a5cc2;
+--bad:#b3261e}
+@media(prefers-color-scheme:dark){:root{--text:#e6e9ec;--quiet:#9aa5b1;--back:#131619;--card:#1c2125;--line:#363d44;
+--link:#82b8ff;--bad:#ff8d85}}*{box-sizing:border-box}
+body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:var(--text);
+background:var(--back)}
+nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid var(--line)}
+nav span{margin-left:auto;color:var(--quiet);overflow-wrap:anywhere}a{color:var(--link)}
+a[aria-current]{color:inherit;font-weight:600;text-decoration:none}
+h1,h2,p,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
+h1{font-size:1.6rem;line-height:1.25;margin:1.5rem 0 .75rem}h2{font-size:1.15rem;margin:2.25rem 0 .5rem}
+table{width:100%;border-collapse:collapse;margin:.75rem 0}
+th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
+unicode-bidi:isolate}td:first-child{overflow-wrap:anywhere;min-width:6rem}
+th{color:var(--quiet);font-size:.875rem;font-weight:500}small{display:block;font-size:.875rem;color:var(--quiet)}
+form{max-width:32rem;margin:.75rem 0;padding:1rem;background:var(--card);border:1px solid var(--line);
+border-radius:.5rem}form.bare,form.search{padding:0;background:none;border:0}td form.bare{margin:0}
+.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}.search label{flex:1;margin:0}[hidden]{display:none}
+label{display:block;margin-bottom:.75rem}
+input,textarea{display:block;width:100%;padding:.5rem .6rem;font:inherit;color:inherit;background:var(--back);
+border:1px solid var(--quiet);border-radius:.35rem}
+input[type=checkbox]{display:inline-block;width:auto;margin:0 .5rem 0 0}
+textarea,pre,code{font-family:ui-monospace,monospace;font-size:.9375rem}
+pre{white-space:pre-wrap;padding:1rem;background:var(--card);border-radius:.5rem}
+button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:1px solid transparent;
+border-radius:.35rem;cursor:pointer}td button{padding:.15rem .6rem}button.bad{background:var(--bad)}
+:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+[role=alert]{color:var(--bad);font-weight:600;margin-top:0}.quiet{color:var(--quiet)}
+#done{display:none;font-weight:600}#done:target{display:block}
+@media(max-width:30rem){td,th,td code{padding-right:.4rem;font-size:.875rem}td:first-child{min-width:4rem}
+td button{padding:.15rem .4rem}}
+""")
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-CONTENT_POLICY = f"default-src 'none'; style-src 'sha256-{STYLE_DIGEST}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+CONTENT_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{STYLE_DIGEST}';"
+    " form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+)
 PAGE_HEADERS = (("Content-Security-Policy", CONTENT_POLICY), ("Referrer-Policy", "same-origin"))
 
 
@@ -2019,7 +2018,9 @@ class Problem(NamedTuple):
 
 
 NO_PROBLEM = Problem("", "", {})
-REQUIRED = types.MappingProxyType({"required": True})
+AS_TYPED: Mapping[str, str | bool | int] = types.MappingProxyType(
+    {"autocapitalize": "none", "autocomplete": "off", "spellcheck": "false"}
+)
 NEW_PASSWORD = Field(
     "password",
     f"New password, at least {PASSWORD_CHARACTERS_MIN} characters",
@@ -2052,7 +2053,7 @@ def wants_html(request: Request) -> bool:
     return "text/html" in request.fields.headers.get("accept", "").lower()
 
 
-def make_page(title: str, *content: str, links: Sequence[str] = (), status: int = 200) -> Response:
+def make_page(title: str, *content: str, links: Sequence[str] = ()) -> Response:
     """Return a page; links stand at its top."""
     head = tag(
         "head",
@@ -2064,15 +2065,13 @@ def make_page(title: str, *content: str, links: Sequence[str] = (), status: int 
     top = [tag("nav", *links, aria_label="Pages")] if links else []
     body = tag("body", *top, tag("main", tag("h1", title), *content))
     document = "<!DOCTYPE html>" + tag("html", head, body, lang="en")
-    return Response(document.encode("utf-8"), status, HTML, PAGE_HEADERS)
+    return Response(document.encode("utf-8"), content_type=HTML, headers=PAGE_HEADERS)
 
 
 def page_links(user: User, path: str = "", root: str = "../") -> list[Markup]:
     """Return what stands at the top of a page: links to the first pages, of which it may be one, and who is logged in."""
     names = {"me/": "Your states", **({"admin/": "Accounts"} if user.is_admin else {})}
-    links = (
-        tag("a", name, href=root + link, aria_current="page" if link == path else False) for link, name in names.items()
-    )
+    links = (tag("a", name, href=root + link, aria_current=link == path and "page") for link, name in names.items())
     return [*links, tag("span", user.name)]
 
 
@@ -2080,10 +2079,8 @@ def error_page(error: HTTPError, user: User, route: Route) -> Response:
     """Return the page that says why a request for a route is refused."""
     message = error.message[:1].upper() + error.message[1:] + "."
     links = page_links(user, root="../" if route.path.count("/") > 1 else "")
-    response = make_page(
-        http.HTTPStatus(error.status).phrase, tag("p", message, role="alert"), links=links, status=error.status
-    )
-    return response._replace(headers=(*PAGE_HEADERS, *error.headers))
+    page = make_page(http.HTTPStatus(error.status).phrase, tag("p", message, role="alert"), links=links)
+    return page._replace(status=error.status, headers=(*PAGE_HEADERS, *error.headers))
 
 
 def url_to(path: str, **parameters: str) -> str:
@@ -2112,15 +2109,24 @@ def make_field(field: Field, typed: Mapping[str, str]) -> Markup:
 
 
 def make_form(
-    action: str, button: str, *fields: Field, problem: Problem = NO_PROBLEM, url: str = "./", is_bad: bool = False
+    action: str,
+    button: str,
+    *fields: Field,
+    problem: Problem = NO_PROBLEM,
+    url: str = "./",
+    is_bad: bool = False,
+    what: str = "",
 ) -> Markup:
-    """Return a form that sends an action to a URL, with the problem that there was with it, if there was."""
+    """Return a form that sends an action to a URL, with the problem that there was with it, if there was.
+
+    The button is red if what it does is bad. Who does not see the page is told what it does that to.
+    """
     is_back = problem.action == action
     alert = [tag("p", problem.message, role="alert")] if is_back else []
     inputs = (make_field(field, problem.typed if is_back else {}) for field in (Field("action", value=action), *fields))
-    press = tag("button", button, class_="bad" if is_bad else False)
+    press = tag("button", button, class_=is_bad and "bad", aria_label=bool(what) and f"{button} {what}")
     is_bare = not any(field.label for field in fields)
-    return tag("form", *alert, *inputs, press, method="post", action=url, class_="bare" if is_bare else False)
+    return tag("form", *alert, *inputs, press, method="post", action=url, class_=is_bare and "bare")
 
 
 def relative_time(seconds: float) -> str:
@@ -2149,16 +2155,18 @@ def make_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
     return tag("table", head, tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)))
 
 
-def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -> list[Markup]:
+def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -> Markup:
     """Return links to the first page and the next one, as there are, of a table of at most PAGE_ROWS_MAX of names."""
     links = [tag("a", "First page", href=url_to(path, **parameters))] if after else []
     if len(names) > PAGE_ROWS_MAX:
         links.append(tag("a", "Next page", href=url_to(path, **parameters, after=names[PAGE_ROWS_MAX - 1])))
-    return [tag("p", *links, class_="turns")] if links else []
+    return tag("p", *links, class_="turns")
 
 
-def make_states(pairs: Sequence[PairSummary], are_own: bool) -> Markup:
-    """Return the table of a user's pairs, which have links if they are one's own."""
+def make_states(pairs: Sequence[PairSummary], turns: Markup, are_own: bool) -> Markup:
+    """Return the table of a user's pairs, which have links if they are one's own, above the links to its other pages."""
+    if not pairs:
+        return tag("p", "There are none.", class_="quiet")
     rows = []
     for pair in pairs[:PAGE_ROWS_MAX]:
         key, value = (text.translate(VISIBLE) for text in (pair.key, pair.value))
@@ -2167,25 +2175,19 @@ def make_states(pairs: Sequence[PairSummary], are_own: bool) -> Markup:
         cell = tag("a", key, href=url_to("state", key=pair.key)) if are_own else key
         expiry = [tag("small", "expires ", make_time(pair.expires))] if pair.expires else []
         rows.append((cell, tag("code", value), tag("div", make_time(pair.updated), *expiry)))
-    return make_table(("Key", "Value", "Changed"), rows)
+    return tag("div", make_table(("Key", "Value", "Changed"), rows), turns)
 
 
 def make_tokens(tokens: Sequence[Token], *fields: Field) -> Markup:
     """Return the table of a user's tokens, each with a form to revoke it that has these fields as well."""
     if not tokens:
-        return tag("p", "There are no tokens.", class_="quiet")
-    return make_table(
-        ("Label", "Rights", "Last used", "Revoke"),
-        (
-            (
-                token.label or f"token {token.id}",
-                tag("code", token.rights()),
-                token.last_used(),
-                make_form("deltoken", "Revoke", Field("id", value=str(token.id)), *fields, is_bad=True),
-            )
-            for token in tokens
-        ),
-    )
+        return tag("p", "There are none.", class_="quiet")
+    rows = []
+    for token in tokens:
+        label, token_id = token.label or f"token {token.id}", Field("id", value=str(token.id))
+        form = make_form("deltoken", "Revoke", token_id, *fields, is_bad=True, what=label)
+        rows.append((label, tag("code", token.rights()), token.last_used(), form))
+    return make_table(("Label", "Rights", "Last used", "Revoke"), rows)
 
 
 def add_slash(store: Store, request: Request) -> Response:
@@ -2233,12 +2235,12 @@ def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
     return make_page(
         "Accounts",
         make_table(("Name", "Role", "States", "Newest change", "Delete"), rows),
-        *make_turns("./", [user.name for user in users], after),
+        make_turns("./", [user.name for user in users], after),
         tag("h2", "Add a user"),
         make_form(
             "adduser",
             "Add",
-            Field("username", "Name", attributes={**REQUIRED, "autocomplete": "off", "autocapitalize": "none"}),
+            Field("username", "Name", attributes={"required": True, **AS_TYPED}),
             NEW_PASSWORD,
             Field("isAdmin", "May manage accounts (admin)", "checkbox"),
             problem=problem,
@@ -2270,30 +2272,20 @@ def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> 
     after = request.parameters.get("after", "")
     pairs = store.pairs(user.id, "", after, PAGE_ROWS_MAX + 1)
     whose, page = Field("username", value=user.name), Field("page", value="user")
-    other_role = Field("isAdmin", value="0" if user.is_admin else "1")
+    whose_password = whose._replace(kind="username")
+    role, other_role = ("admin", "0") if user.is_admin else ("user", "1")
     change_role = "Take the admin role away" if user.is_admin else "Make an admin"
+    turns = make_turns("user", [pair.key for pair in pairs], after, username=user.name)
     return make_page(
         user.name,
         tag("p", "The change is made.", id="done", role="status"),
-        tag(
-            "p",
-            f"{'Admin' if user.is_admin else 'User'}, states: {user.pairs}, newest change: ",
-            make_time(user.newest),
-        ),
-        make_form(
-            "setpassword",
-            "Set the password",
-            whose._replace(kind="username"),
-            NEW_PASSWORD,
-            page,
-            problem=problem,
-        ),
+        tag("p", f"Role: {role}, states: {user.pairs}, newest change: ", make_time(user.newest)),
+        make_form("setpassword", "Set the password", whose_password, NEW_PASSWORD, page, problem=problem),
         tag("p", "The tokens below stay as they are when the password changes.", class_="quiet"),
-        make_form("setadmin", change_role, other_role, whose, page, problem=problem),
+        make_form("setadmin", change_role, Field("isAdmin", value=other_role), whose, page, problem=problem),
         tag("p", tag("a", "Delete this user…", href=url_to("delete", username=user.name))),
         tag("h2", "States"),
-        make_states(pairs, are_own=False),
-        *make_turns("user", [pair.key for pair in pairs], after, username=user.name),
+        make_states(pairs, turns, are_own=False),
         tag("h2", "Tokens"),
         make_tokens(store.tokens(user.name), whose, page),
         links=page_links(request.user),
@@ -2304,17 +2296,11 @@ def deletion_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
     """Answer with what would be lost with a user, and ask."""
     user = find_user(store, request)
     tokens = store.tokens(user.name)
+    fields = (Field("username", value=user.name), Field("page", value="delete"))
     return make_page(
         f"Delete {user.name}?",
         tag("p", f"Deleted with the user, for good: states: {user.pairs}, tokens: {len(tokens)}."),
-        make_form(
-            "deluser",
-            f"Delete {user.name}",
-            Field("username", value=user.name),
-            Field("page", value="delete"),
-            problem=problem,
-            is_bad=True,
-        ),
+        make_form("deluser", f"Delete {user.name}", *fields, problem=problem, is_bad=True),
         tag("p", tag("a", "Keep this user", href="./")),
         links=page_links(request.user),
     )
@@ -2325,20 +2311,19 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
     parameters = {} if problem.action else request.parameters
     prefix, after = parameters.get("prefix", ""), parameters.get("after", "")
     pairs = store.pairs(request.user.id, prefix, after, PAGE_ROWS_MAX + 1)
-    search = Field("prefix", "Keys that begin with", "search", attributes={"autocapitalize": "none"})
-    no_capitals = {"autocapitalize": "none", "autocomplete": "off"}
+    turns = make_turns("./", [pair.key for pair in pairs], after, **({"prefix": prefix} if prefix else {}))
+    search = Field("prefix", "Keys that begin with", "search", attributes=AS_TYPED)
+    current: dict[str, str | bool | int] = {"required": True, "autocomplete": "current-password"}
     return make_page(
         "Your states",
         tag("p", *(tag("a", name, href="#" + name.lower()) for name in ("Add", "Tokens", "Password")), class_="turns"),
         tag("form", make_field(search, {"prefix": prefix}), tag("button", "Search"), class_="search", role="search"),
-        make_states(pairs, are_own=True),
-        *([] if pairs else [tag("p", "There are none.", class_="quiet")]),
-        *make_turns("./", [pair.key for pair in pairs], after, **({"prefix": prefix} if prefix else {})),
+        make_states(pairs, turns, are_own=True),
         tag("h2", "Add a state", id="add"),
         make_form(
             "set",
             "Add",
-            Field("key", "Key", attributes={**REQUIRED, **no_capitals}),
+            Field("key", "Key", attributes={"required": True, **AS_TYPED}),
             Field("value", "Value", "textarea", attributes={"rows": 2}),
             problem=problem,
         ),
@@ -2349,7 +2334,7 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
             "addtoken",
             "Add a token",
             Field("label", "What it is for", attributes={"maxlength": LABEL_CHARACTERS_MAX}),
-            Field("prefix", "Only keys that begin with (empty for all)", attributes=no_capitals),
+            Field("prefix", "Only keys that begin with (empty for all)", attributes=AS_TYPED),
             Field("readonly", "May only read", "checkbox"),
             problem=problem,
         ),
@@ -2358,10 +2343,8 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
         make_form(
             "passwd",
             "Change the password",
-            Field(
-                "current", "Current password", "password", attributes={**REQUIRED, "autocomplete": "current-password"}
-            ),
             Field("", kind="username", value=request.user.name),
+            Field("current", "Current password", "password", attributes=current),
             NEW_PASSWORD,
             problem=problem,
         ),
@@ -2377,21 +2360,14 @@ def fits_form(value: bytes) -> bool:
 
 def state_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
     """Answer with one pair and forms to edit and to delete it."""
-    key = request.parameters["key"]
+    key = required(request, "key")
     pair = store.pair(request.user.id, key)
     if pair is None:
         raise HTTPError(404, "there is no such key, or no longer")
     value, url = pair.value.decode("utf-8"), url_to("./", key=key)
     if fits_form(pair.value):
-        rows = min(20, value.count("\n") + 2)
-        edit = make_form(
-            "set",
-            "Save",
-            Field("value", "Value", "textarea", value, {"rows": rows, "autocapitalize": "none", "spellcheck": "false"}),
-            Field("page", value="state"),
-            problem=problem,
-            url=url,
-        )
+        area = Field("value", "Value", "textarea", value, {"rows": min(20, value.count("\n") + 2), **AS_TYPED})
+        edit = make_form("set", "Save", area, Field("page", value="state"), problem=problem, url=url)
     else:
         edit = tag("pre", value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"}))
         edit = tag("div", edit, tag("p", "A form would change this value, or is too small for it: edit it with /set."))
@@ -2418,7 +2394,7 @@ def check_visitor(user: User, is_for_admins: bool) -> None:
     if user.token:
         raise HTTPError(401, "a token does not open pages; log in with your password")
     if is_for_admins and not user.is_admin:
-        raise HTTPError(403, "only admins may manage accounts; your own states are at /me/")
+        raise HTTPError(403, "only admins may manage accounts; ask one of them")
 
 
 def current_user(store: Store, request: Request) -> User:
@@ -2429,89 +2405,66 @@ def current_user(store: Store, request: Request) -> User:
     return user
 
 
-def revoke_token(store: Store, request: Request, user_name: str) -> None:
-    """Delete a token of a user."""
-    token_id = required(request, "id")
-    if not TOKEN_ID.fullmatch(token_id):
-        raise HTTPError(400, "the parameter id is the number of a token")
-    try:
-        store.delete_token(user_name, int(token_id))
-    except NoSuchToken:
-        raise HTTPError(404, "there is no such token, or no longer") from None
-
-
-def change_account(store: Store, request: Request, action: str) -> None:
-    """Carry out an action on an account."""
-    name = required(request, "username")
-    if action == "adduser":
-        check_user_name(name)
-        if store.user(name):
-            raise HTTPError(409, f"the name {name} is taken; choose another one")
-        store.add_user(name, new_password_hash(request), is_on(request.parameters.get("isAdmin")))
-        return
-    find_user(store, request)
-    if action == "deluser":
-        if name == request.user.name:
-            raise HTTPError(409, "nobody can delete themselves; ask another admin")
-        store.delete_user(name, even_last_admin=False)
-    elif action == "setpassword":
-        store.set_password_hash(name, new_password_hash(request))
-    elif action == "setadmin":
-        store.set_admin(name, is_on(request.parameters.get("isAdmin")))
-    elif action == "deltoken":
-        revoke_token(store, request, name)
-    else:
-        raise HTTPError(400, "the parameter action can be: adduser, deluser, setpassword, setadmin, deltoken")
-
-
-def as_problem(error: Exception) -> HTTPError:
-    """Return what an error in a form is answered with."""
-    if isinstance(error, HTTPError):
-        return error
-    if isinstance(error, LastAdmin):
-        return HTTPError(409, "this is the last admin; make somebody else an admin first")
-    return HTTPError(400, str(error))
-
-
-def change_accounts(store: Store, request: Request) -> Response:
-    """Carry out an action on an account, and lead back to the page of the form, or answer with it if that failed."""
-    action, page = required(request, "action"), request.parameters.get("page")
-    check_visitor(current_user(store, request), is_for_admins=True)
-    try:
-        change_account(store, request, action)
-    except (HTTPError, BadCredential, LastAdmin) as error:
-        problem = as_problem(error)
-        if not request.path.endswith("/"):  # a program's request: all links would be wrong from here
-            raise problem from None
-        make = {"user": user_page, "delete": deletion_page}.get(page or "", accounts_page)
-        response = make(store, request, Problem(action, problem.message, request.parameters))
-        return response._replace(status=problem.status)
-    url = "./"
-    if page == "user":
-        url = url_to("user", username=request.parameters["username"]) + "#done"
-    return see_other(url if request.path.endswith("/") else "admin/" + url)
-
-
 def see_other(url: str) -> Response:
     """Return the answer to a form that leads to a page (RFC 9110 section 15.4.4)."""
     return Response(status=303, headers=(("Location", url),))
 
 
-def change_own(store: Store, request: Request, action: str) -> Response | None:
-    """Carry out an action on one's own pairs, tokens or password; return a page if that is to be seen only now."""
+def revoke_token(store: Store, request: Request, user_name: str) -> None:
+    """Delete a token of a user."""
+    number = required(request, "id")
+    store.delete_token(user_name, int(number) if TOKEN_ID.fullmatch(number) else 0)
+
+
+def change_account(store: Store, request: Request, action: str) -> Response:
+    """Carry out an action on an account, and lead back to the page of the form."""
+    name, is_admin = required(request, "username"), is_on(request.parameters.get("isAdmin"))
+    if action == "adduser":
+        check_user_name(name)
+        if store.user(name):
+            raise HTTPError(409, f"the name {name} is taken; choose another one")
+        store.add_user(name, new_password_hash(request), is_admin)
+        return see_other("./")
+    find_user(store, request)
+    if action == "deluser":
+        if name == request.user.name:
+            raise HTTPError(409, "nobody can delete themselves; ask another admin")
+        store.delete_user(name, even_last_admin=False)
+        return see_other("./")
+    if action == "setpassword":
+        store.set_password_hash(name, new_password_hash(request))
+    elif action == "setadmin":
+        store.set_admin(name, is_admin)
+    elif action == "deltoken":
+        revoke_token(store, request, name)
+    else:
+        raise HTTPError(400, "the parameter action can be: adduser, deluser, setpassword, setadmin, deltoken")
+    is_from_user = request.parameters.get("page") == "user"
+    return see_other(url_to("user", username=name) + "#done" if is_from_user else "./")
+
+
+def change_own_pair(store: Store, request: Request, action: str) -> Response:
+    """Store or remove one of one's own pairs."""
+    key, is_edit = request.parameters.get("key"), request.parameters.get("page") == "state"
+    check_key(key, None)
+    assert key
+    if action == "del":
+        if not store.delete_pair(request.user.id, key):
+            raise HTTPError(404, UNKNOWN_KEY)
+        return see_other("./")
+    # A browser sends line ends as CR LF, whatever they were.
+    value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")
+    pair = store.pair(request.user.id, key)
+    store.set_value(request.user.id, key, value, pair.expires if pair and is_edit else None)
+    return see_other(url_to("state", key=key) + "#done" if is_edit else "./")
+
+
+def change_own(store: Store, request: Request, action: str) -> Response:
+    """Carry out an action on one's own pairs, tokens or password, and lead back to the page of the form."""
     user, parameters = request.user, request.parameters
     if action in ("set", "del"):
-        key = parameters.get("key")
-        check_key(key, None)
-        pair = store.pair(user.id, key or "")
-        if action == "set":
-            # A browser sends line ends as CR LF, whatever they were.
-            value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")
-            expires = pair.expires if pair and parameters.get("page") == "state" else None
-            store.set_value(user.id, key or "", value, expires)
-        elif not store.delete_pair(user.id, key or ""):
-            raise HTTPError(404, "there is no such key, or no longer")
-    elif action == "passwd":
+        return change_own_pair(store, request, action)
+    if action == "passwd":
         # Nobody has come here with another password than the current one.
         _, _, credentials = request.fields.headers["authorization"].partition(" ")
         current = required(request, "current").encode("utf-8")
@@ -2535,25 +2488,41 @@ def change_own(store: Store, request: Request, action: str) -> Response | None:
         revoke_token(store, request, user.name)
     else:
         raise HTTPError(400, "the parameter action can be: set, del, passwd, addtoken, deltoken")
-    return None
+    return see_other("./")
+
+
+def answer_form(
+    store: Store,
+    request: Request,
+    change: Callable[[Store, Request, str], Response],
+    pages: Mapping[str, Callable[[Store, Request, Problem], Response]],
+) -> Response:
+    """Carry out the action of a form, or answer with the page of the form and the reason why that was refused.
+
+    A field of the form says which of the pages it stands on, an empty name by default.
+    """
+    action, parameters = required(request, "action"), request.parameters
+    try:
+        return change(store, request, action)
+    except (HTTPError, BadCredential, LastAdmin) as error:  # nothing has been changed before these are raised
+        status = error.status if isinstance(error, HTTPError) else 409 if isinstance(error, LastAdmin) else 400
+        page = pages.get(parameters.get("page", ""), pages[""])
+        return page(store, request, Problem(action, str(error), parameters))._replace(status=status)
+
+
+def change_accounts(store: Store, request: Request) -> Response:
+    """Answer a form of the pages for admins."""
+    check_visitor(current_user(store, request), is_for_admins=True)
+    if not request.path.endswith("/"):  # a program sends this, which wants no page; no link would be right here
+        change_account(store, request, required(request, "action"))
+        return see_other("admin/")
+    return answer_form(store, request, change_account, {"": accounts_page, "user": user_page, "delete": deletion_page})
 
 
 def change_states(store: Store, request: Request) -> Response:
-    """Carry out an action on what is one's own, and lead back to the page of the form, or answer with it if that failed."""
-    action, is_state = required(request, "action"), request.parameters.get("page") == "state"
+    """Answer a form of one's own pages."""
     current_user(store, request)
-    try:
-        page = change_own(store, request, action)
-    except (HTTPError, BadCredential) as error:
-        problem = as_problem(error)
-        make = state_page if is_state and "key" in request.parameters else states_page
-        response = make(store, request, Problem(action, problem.message, request.parameters))
-        return response._replace(status=problem.status)
-    if page:
-        return page
-    if is_state and action == "set":
-        return see_other(url_to("state", key=request.parameters["key"]) + "#done")
-    return see_other("./")
+    return answer_form(store, request, change_own, {"": states_page, "state": state_page})
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
@@ -2656,8 +2625,12 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
         return error
     if isinstance(error, NoSuchUser):
         return HTTPError(401, "the user has been deleted")
-    if isinstance(error, TooMuch):
+    if isinstance(error, NoSuchToken):
+        return HTTPError(404, "there is no such token, or no longer")
+    if isinstance(error, (TooMuch, LastAdmin)):
         return HTTPError(409, str(error))
+    if isinstance(error, BadCredential):
+        return HTTPError(400, str(error))
     if isinstance(error, StoreBusy):
         return HTTPError(503, f"{error}; try again", RETRY_AFTER)
     if isinstance(error, (StoreError, sqlite3.Error)):
@@ -2923,32 +2896,28 @@ class RequestHandler:
         if len(request.body) <= QUICK_BODY_BYTES_MAX:
             request.parameters = parse_parameters(request, route)
             return True
+        self.enter(WAITING, math.inf)
+        self.server.work(lambda: parse_parameters(request, route), self.taking("parameters"))
+        return False
+
+    def taking(self, name: str) -> Callable[[Any], None]:
+        """Return what notes an outcome in the request under that name and goes on, or answers if it is an exception."""
 
         def take(outcome: Any) -> None:
             if isinstance(outcome, Exception):
                 self.finish(outcome)
             else:
-                request.parameters = outcome
+                setattr(self.request, name, outcome)
                 self.go_on()
 
-        self.enter(WAITING, math.inf)
-        self.server.work(lambda: parse_parameters(request, route), take)
-        return False
+        return take
 
     def hash_password(self) -> None:
-        """Go on when the parameter password of a request has been hashed."""
-
-        def take(outcome: Any) -> None:
-            if isinstance(outcome, Exception):
-                self.finish(outcome)
-            elif self.request:
-                self.request.password_hash = outcome
-                self.go_on()
-
+        """Have the password in a form hashed, and then go on."""
+        self.enter(WAITING, math.inf)
         try:
-            self.enter(WAITING, math.inf)
-            if self.request:
-                self.server.authenticator.hash_password(self.request.parameters["password"], take)
+            assert self.request
+            self.server.authenticator.hash_password(self.request.parameters["password"], self.taking("password_hash"))
         except HTTPError as error:
             self.finish(error)
 
@@ -3705,7 +3674,7 @@ def delete_user(arguments: argparse.Namespace) -> None:
         what = f"the user {user.name} and what they stored (pairs: {user.pairs})"
         if not arguments.yes:
             if user.is_admin and sum(other.is_admin for other in users) == 1:
-                raise LastAdmin(user.name)
+                raise CommandError(f"{user.name} is the last admin; to delete it all the same, add --yes")
             if not sys.stdin.isatty():
                 raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
             if input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
