@@ -3724,14 +3724,6 @@ def announce(server: Server, store: Store) -> None:
     print(f"listening on {server.url(server.server_name)}", flush=True)
 
 
-def return_memory() -> None:
-    """Give the memory back that it took to compile this file: a quarter of all, which glibc would keep for later."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):  # other C libraries do not know this
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until SIGTERM or Ctrl-C."""
     settings = read_settings(arguments, SETTINGS)
@@ -3747,7 +3739,6 @@ def serve(arguments: argparse.Namespace) -> None:
             signal.signal(number, lambda *_: server.stop())
         log("INFO", f"started: database={store.path}")
         announce(server, store)
-        return_memory()
         finished = server.run()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # impatience must not change the exit code
