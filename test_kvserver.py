@@ -5283,6 +5283,16 @@ class Readme(CommandCase):
         found = [match["address"] for match in matches if match]
         self.assertEqual(["203.0.113.9", "2001:db8::9", "203.0.113.10"], found)
 
+    def test_it_runs_as_a_module_too(self) -> None:
+        self.assertIn("\npython -m kvserver serve\n", self.text)
+        command = [sys.executable, "-m", "kvserver", "users", "--db", self.database]
+        self.add_user("alice")
+        done = subprocess.run(
+            command, cwd=os.path.dirname(PROGRAM), capture_output=True, text=True, timeout=WAIT_SECONDS
+        )
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        self.assertIn("alice", done.stdout)
+
     def test_every_setting_is_named(self) -> None:
         for setting in kvserver.SETTINGS:
             row = f"| `--{setting.name.replace('_', '-')}"
