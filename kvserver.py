@@ -794,7 +794,8 @@ class Store:
         begin = max(prefix, after + NEXT_KEY if after else "")
         page = (user_id, begin, prefix + LAST_KEY, time.time(), limit)
         rows = self._read(SELECT_PAIRS, 4 * VALUE_SHOWN_CHARACTERS_MAX + 4, *page)  # a character has 4 bytes at most
-        return [PairSummary(key, value.decode("utf-8", "ignore"), *times) for key, value, *times in rows]
+        # Of an empty value, substr makes NULL.
+        return [PairSummary(key, (value or b"").decode("utf-8", "ignore"), *times) for key, value, *times in rows]
 
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
         """Store a value under a key, until expires in unix seconds; raise NoSuchUser when the user has been deleted."""
