@@ -3740,13 +3740,17 @@ class WebDriver:
         paths = find_driver()
         assert paths
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self._process = subprocess.Popen([paths[0], "--port=0"], stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout
-        port = next(
-            match[1]
-            for match in (re.search(r"successfully on port (\d+)", line) for line in self._process.stdout)
-            if match
-        )
+        port = None
+        for _ in range(5):  # the free port that it finds may be taken when it listens there, and then it ends
+            self._process = subprocess.Popen([paths[0], "--port=0"], stdout=subprocess.PIPE, text=True)
+            assert self._process.stdout
+            lines = (re.search(r"successfully on port (\d+)", line) for line in self._process.stdout)
+            port = next((match[1] for match in lines if match), None)
+            if port:
+                break
+            self._process.stdout.close()
+            self._process.wait()
+        assert port, "chromedriver does not start"
         self._url = f"http://127.0.0.1:{port}/session"
         arguments = ["--headless=new", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking"]
         options = {
