@@ -3720,7 +3720,8 @@ class OwnPages(PageCase):
                 seconds.append(time.perf_counter() - begun)
                 self.assertEqual(200, answer.status)
                 self.assertLess(len(answer.body), 40_000, target)
-            self.assertLess(statistics.median(seconds), 0.020, target)
+            if sys.gettrace() is None:  # who measures coverage, with each line that runs, takes several times as long
+                self.assertLess(statistics.median(seconds), 0.020, target)
 
 
 def find_driver() -> tuple[str, str] | None:
