@@ -2154,8 +2154,10 @@ def make_time(seconds: float | None) -> str:
     return tag("time", words, datetime=exact.replace(" ", "T") + "Z", title=exact + " UTC")
 
 
-def make_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
-    """Return a table with these names of columns."""
+def make_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    """Return a table with these names of columns, or a line that says so if it would have no rows."""
+    if not rows:
+        return tag("p", "There are none.", class_="quiet")
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
     return tag("table", head, tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)))
 
@@ -2168,25 +2170,21 @@ def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -
     return tag("p", *links, class_="turns")
 
 
-def make_states(pairs: Sequence[PairSummary], turns: Markup, are_own: bool) -> Markup:
-    """Return the table of a user's pairs, which have links if they are one's own, above the links to its other pages."""
-    if not pairs:
-        return tag("p", "There are none.", class_="quiet")
+def make_states(pairs: Sequence[PairSummary], are_own: bool) -> Markup:
+    """Return the table of a user's pairs, which have links if they are one's own."""
     rows = []
     for pair in pairs[:PAGE_ROWS_MAX]:
         key, value = (text.translate(VISIBLE) for text in (pair.key, pair.value))
         if len(value) > VALUE_SHOWN_CHARACTERS_MAX:
             value = value[:VALUE_SHOWN_CHARACTERS_MAX] + "…"
         cell = tag("a", key, href=url_to("state", key=pair.key)) if are_own else key
-        expiry = [tag("small", "expires ", make_time(pair.expires))] if pair.expires else []
-        rows.append((cell, tag("code", value), tag("div", make_time(pair.updated), *expiry)))
-    return tag("div", make_table(("Key", "Value", "Changed"), rows), turns)
+        expires = [tag("small", "expires ", make_time(pair.expires))] if pair.expires else []
+        rows.append((cell, tag("code", value), tag("div", make_time(pair.updated), *expires)))
+    return make_table(("Key", "Value", "Changed"), rows)
 
 
 def make_tokens(tokens: Sequence[Token], *fields: Field) -> Markup:
     """Return the table of a user's tokens, each with a form to revoke it that has these fields as well."""
-    if not tokens:
-        return tag("p", "There are none.", class_="quiet")
     rows = []
     for token in tokens:
         label, token_id = token.label or f"token {token.id}", Field("id", value=str(token.id))
@@ -2227,7 +2225,7 @@ def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
     """Answer with the table of all users and a form to add one."""
     after = request.parameters.get("after", "")
     users = store.users(after + NEXT_KEY if after else "", limit=PAGE_ROWS_MAX + 1)
-    rows = (
+    rows = [
         (
             tag("a", user.name, href=url_to("user", username=user.name)),
             "admin" if user.is_admin else "user",
@@ -2236,7 +2234,7 @@ def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
             tag("a", "Delete…", href=url_to("delete", username=user.name), aria_label=f"Delete {user.name}"),
         )
         for user in users[:PAGE_ROWS_MAX]
-    )
+    ]
     return make_page(
         "Accounts",
         make_table(("Name", "Role", "States", "Newest change", "Delete"), rows),
@@ -2280,7 +2278,6 @@ def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> 
     whose_password = whose._replace(kind="username")
     role, other_role = ("admin", "0") if user.is_admin else ("user", "1")
     change_role = "Take the admin role away" if user.is_admin else "Make an admin"
-    turns = make_turns("user", [pair.key for pair in pairs], after, username=user.name)
     return make_page(
         user.name,
         tag("p", "The change is made.", id="done", role="status"),
@@ -2290,7 +2287,8 @@ def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> 
         make_form("setadmin", change_role, Field("isAdmin", value=other_role), whose, page, problem=problem),
         tag("p", tag("a", "Delete this user…", href=url_to("delete", username=user.name))),
         tag("h2", "States"),
-        make_states(pairs, turns, are_own=False),
+        make_states(pairs, are_own=False),
+        make_turns("user", [pair.key for pair in pairs], after, username=user.name),
         tag("h2", "Tokens"),
         make_tokens(store.tokens(user.name), whose, page),
         links=page_links(request.user),
@@ -2316,14 +2314,14 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
     parameters = {} if problem.action else request.parameters
     prefix, after = parameters.get("prefix", ""), parameters.get("after", "")
     pairs = store.pairs(request.user.id, prefix, after, PAGE_ROWS_MAX + 1)
-    turns = make_turns("./", [pair.key for pair in pairs], after, **({"prefix": prefix} if prefix else {}))
     search = Field("prefix", "Keys that begin with", "search", attributes=AS_TYPED)
     current: dict[str, str | bool | int] = {"required": True, "autocomplete": "current-password"}
     return make_page(
         "Your states",
         tag("p", *(tag("a", name, href="#" + name.lower()) for name in ("Add", "Tokens", "Password")), class_="turns"),
         tag("form", make_field(search, {"prefix": prefix}), tag("button", "Search"), class_="search", role="search"),
-        make_states(pairs, turns, are_own=True),
+        make_states(pairs, are_own=True),
+        make_turns("./", [pair.key for pair in pairs], after, **({"prefix": prefix} if prefix else {})),
         tag("h2", "Add a state", id="add"),
         make_form(
             "set",
