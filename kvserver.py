@@ -61,7 +61,6 @@ import sqlite3
 import sys
 import threading
 import time
-import types
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Union, cast
@@ -2000,6 +1999,10 @@ CONTENT_POLICY = (
 PAGE_HEADERS = (("Content-Security-Policy", CONTENT_POLICY), ("Referrer-Policy", "same-origin"))
 
 
+Attributes = Mapping[str, Union[str, bool, int]]  # of an HTML element
+NO_ATTRIBUTES: Attributes = {}
+
+
 class Field(NamedTuple):
     """A field of a form: an input of a kind, or a textarea. One without a label is hidden."""
 
@@ -2007,7 +2010,7 @@ class Field(NamedTuple):
     label: str = ""
     kind: str = "text"
     value: str = ""
-    attributes: Mapping[str, str | bool | int] = types.MappingProxyType({})
+    attributes: Attributes = NO_ATTRIBUTES
 
 
 class Problem(NamedTuple):
@@ -2019,9 +2022,7 @@ class Problem(NamedTuple):
 
 
 NO_PROBLEM = Problem("", "", {})
-AS_TYPED: Mapping[str, str | bool | int] = types.MappingProxyType(
-    {"autocapitalize": "none", "autocomplete": "off", "spellcheck": "false"}
-)
+AS_TYPED: Attributes = {"autocapitalize": "none", "autocomplete": "off", "spellcheck": "false"}
 NEW_PASSWORD = Field(
     "password",
     f"New password, at least {PASSWORD_CHARACTERS_MIN} characters",
@@ -2315,7 +2316,7 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
     prefix, after = parameters.get("prefix", ""), parameters.get("after", "")
     pairs = store.pairs(request.user.id, prefix, after, PAGE_ROWS_MAX + 1)
     search = Field("prefix", "Keys that begin with", "search", attributes=AS_TYPED)
-    current: dict[str, str | bool | int] = {"required": True, "autocomplete": "current-password"}
+    current: Attributes = {"required": True, "autocomplete": "current-password"}
     return make_page(
         "Your states",
         tag("p", *(tag("a", name, href="#" + name.lower()) for name in ("Add", "Tokens", "Password")), class_="turns"),
