@@ -2055,8 +2055,8 @@ def wants_html(request: Request) -> bool:
     return "text/html" in request.fields.headers.get("accept", "").lower()
 
 
-def make_page(title: str, *content: str, links: Sequence[str] = ()) -> Response:
-    """Return a page; links stand at its top."""
+def make_page(title: str, *content: str, user: User | None = None, path: str = "", root: str = "../") -> Response:
+    """Return a page, with who is logged in at its top, and links to the first pages, of which its path may be one."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -2064,17 +2064,12 @@ def make_page(title: str, *content: str, links: Sequence[str] = ()) -> Response:
         tag("title", f"{title} - kvserver"),
         tag("style", STYLE),
     )
-    top = [tag("nav", *links, aria_label="Pages")] if links else []
+    names = {"me/": "Your states", **({"admin/": "Accounts"} if user and user.is_admin else {})}
+    links = (tag("a", name, href=root + link, aria_current=link == path and "page") for link, name in names.items())
+    top = [tag("nav", *links, tag("span", user.name), aria_label="Pages")] if user else []
     body = tag("body", *top, tag("main", tag("h1", title), *content))
     document = "<!DOCTYPE html>" + tag("html", head, body, lang="en")
     return Response(document.encode("utf-8"), content_type=HTML, headers=PAGE_HEADERS)
-
-
-def page_links(user: User, path: str = "", root: str = "../") -> list[Markup]:
-    """Return what stands at the top of a page: links to the first pages, of which it may be one, and who is logged in."""
-    names = {"me/": "Your states", **({"admin/": "Accounts"} if user.is_admin else {})}
-    links = (tag("a", name, href=root + link, aria_current=link == path and "page") for link, name in names.items())
-    return [*links, tag("span", user.name)]
 
 
 def make_alert(message: str) -> Markup:
@@ -2084,8 +2079,8 @@ def make_alert(message: str) -> Markup:
 
 def error_page(error: HTTPError, user: User, route: Route) -> Response:
     """Return the page that says why a request for a route is refused."""
-    links = page_links(user, root="../" if route.path.count("/") > 1 else "")
-    page = make_page(http.HTTPStatus(error.status).phrase, make_alert(error.message), links=links)
+    root = "../" if route.path.count("/") > 1 else ""
+    page = make_page(http.HTTPStatus(error.status).phrase, make_alert(error.message), user=user, root=root)
     return page._replace(status=error.status, headers=(*PAGE_HEADERS, *error.headers))
 
 
@@ -2249,7 +2244,8 @@ def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
             Field("isAdmin", "May manage accounts (admin)", "checkbox"),
             problem=problem,
         ),
-        links=page_links(request.user, "admin/"),
+        user=request.user,
+        path="admin/",
     )
 
 
@@ -2292,7 +2288,7 @@ def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> 
         make_turns("user", [pair.key for pair in pairs], after, username=user.name),
         tag("h2", "Tokens"),
         make_tokens(store.tokens(user.name), whose, page),
-        links=page_links(request.user),
+        user=request.user,
     )
 
 
@@ -2306,7 +2302,7 @@ def deletion_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
         tag("p", f"Deleted with the user, for good: states: {user.pairs}, tokens: {len(tokens)}."),
         make_form("deluser", f"Delete {user.name}", *fields, problem=problem, is_bad=True),
         tag("p", tag("a", "Keep this user", href="./")),
-        links=page_links(request.user),
+        user=request.user,
     )
 
 
@@ -2352,7 +2348,8 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
             NEW_PASSWORD,
             problem=problem,
         ),
-        links=page_links(request.user, "me/"),
+        user=request.user,
+        path="me/",
     )
 
 
@@ -2381,7 +2378,7 @@ def state_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) ->
         tag("p", "Changed ", make_time(pair.updated), ", expires ", make_time(pair.expires), "."),
         edit,
         tag("details", tag("summary", "Delete…"), make_form("del", "Delete this state", url=url, is_bad=True)),
-        links=page_links(request.user),
+        user=request.user,
     )
 
 
@@ -2486,7 +2483,7 @@ def change_own(store: Store, request: Request, action: str) -> Response:
             tag("pre", token),
             tag("p", "It goes into the header Authorization: Bearer TOKEN, or in place of your password."),
             tag("p", tag("a", "Back to your states", href="./")),
-            links=page_links(user),
+            user=user,
         )
     elif action == "deltoken":
         revoke_token(store, request, user.name)
