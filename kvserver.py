@@ -1559,13 +1559,19 @@ class Throttle:
             self._paid_off[client] -= FAILURE_SECONDS
 
 
-def decode_credentials(encoded: str) -> tuple[str, str]:
-    """Return user name and password of Basic credentials (RFC 7617, in UTF-8), both empty when they are malformed.
+def decode_credentials(authorization: str) -> tuple[str | None, str]:
+    """Return what an Authorization header holds: a user name and a password, or None and a token; raise HTTPError.
 
-    Control characters make them malformed: scrypt pads with zeros, so "password" and "password\\0" would be one.
+    The former come by Basic (RFC 7617, in UTF-8), and are both empty when they are malformed. Control characters make
+    them so: scrypt pads with zeros, so "password" and "password\\0" would be one. A token alone comes by Bearer.
     """
+    scheme, _, credentials = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return None, credentials.strip(" ")
+    if scheme.lower() != "basic":
+        raise HTTPError(401, "this authentication scheme is not supported; use Basic, or Bearer")
     try:
-        text = base64.b64decode(encoded.strip(" "), validate=True).decode("utf-8")
+        text = base64.b64decode(credentials.strip(" "), validate=True).decode("utf-8")
     except ValueError:
         return "", ""
     name, colon, password = text.partition(":")
@@ -1662,28 +1668,21 @@ class Authenticator:
 
     def _token_user(self, authorization: str) -> User | None:
         """Return the user whose token an Authorization header holds: alone as Bearer, or as the user's password."""
-        scheme, _, credentials = authorization.partition(" ")
-        is_basic = scheme.lower() == "basic"
-        name, token = decode_credentials(credentials) if is_basic else ("", credentials.strip(" "))
-        if not token.startswith(TOKEN_PREFIX) or scheme.lower() not in ("basic", "bearer"):
-            return None
-        user = self._store.token_user(hash_token(token))
-        return user if user and (not is_basic or name == user.name) else None
+        name, token = decode_credentials(authorization)
+        user = self._store.token_user(hash_token(token)) if token.startswith(TOKEN_PREFIX) else None
+        return user if user and name in (None, user.name) else None
 
     def check(self, authorization: str, login: Login) -> None:
         """Check credentials that are not remembered, and tell the login later what has come of it.
 
         They are remembered if they are right. Requests with the same header share one check. Raises HTTPError when too
-        many wait, or too many have failed, or for another scheme. A failure is charged beforehand, or else all that
-        come before the first one has failed would be free.
+        many wait, or too many have failed. A failure is charged beforehand, or else all that come before the first one
+        has failed would be free.
         """
-        scheme, _, encoded = authorization.partition(" ")
-        if scheme.lower() not in ("basic", "bearer"):
-            raise HTTPError(401, "this authentication scheme is not supported; use Basic, or Bearer")
-        name, password = decode_credentials(encoded) if scheme.lower() == "basic" else ("", "")
+        name, password = decode_credentials(authorization)
         if not name or not password:
             self._throttle.charge(login.address)
-            self._post(lambda: login.done(Check(name)))
+            self._post(lambda: login.done(Check(name or "")))
             return
         user = self._store.user(name)
         # With the row in it, a request that comes after a change of the password does not join an older check.
@@ -2467,9 +2466,8 @@ def change_own(store: Store, request: Request, action: str) -> Response:
         return change_own_pair(store, request, action)
     if action == "passwd":
         # Nobody has come here with another password than the current one.
-        _, _, credentials = request.fields.headers["authorization"].partition(" ")
-        current = required(request, "current").encode("utf-8")
-        if not secrets.compare_digest(current, decode_credentials(credentials)[1].encode("utf-8")):
+        _, password = decode_credentials(request.fields.headers["authorization"])
+        if not secrets.compare_digest(required(request, "current").encode("utf-8"), password.encode("utf-8")):
             raise HTTPError(400, "the current password is another one")
         store.set_password_hash(user.name, new_password_hash(request))
     elif action == "addtoken":
