@@ -1463,9 +1463,8 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 
 RETRY_AFTER = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 CHECK_REFUSED = "no password can be checked just now; try again"
-NETWORK_PORTS = {"http": "80", "https": "443"}
+USUAL_PORTS = {"http": ":80", "https": ":443"}
 ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
-HOST_AND_PORT = re.compile(r"(.*?)(?::([0-9]*))?")
 FOREIGN = "another site's page may change nothing here; a proxy has to hand on the header Host as it came"
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
@@ -1480,8 +1479,8 @@ def is_foreign(url: str, host: str) -> bool:
     origin = ORIGIN.match(url)
     if not origin:  # "null" for example
         return True
-    matches = [HOST_AND_PORT.fullmatch(text.lower()) for text in (origin[2], host)]
-    theirs, ours = ((match[1], match[2] or NETWORK_PORTS[origin[1].lower()]) for match in matches if match)
+    port = USUAL_PORTS[origin[1].lower()]
+    theirs, ours = (text.lower().removesuffix(port).removesuffix(":") for text in (origin[2], host))
     return theirs != ours
 
 
