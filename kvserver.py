@@ -381,7 +381,8 @@ SELECT_EXPIRED = "SELECT 1 FROM pair WHERE expires <= ? LIMIT 1"
 SELECT_ANY_ROWS = "SELECT (SELECT id FROM user LIMIT 1), (SELECT key FROM pair LIMIT 1)"
 
 # No key that begins like another one comes after that one with this behind it: it is as long as a key can be, of the
-# last character that there is. Without NUL in it, no key lies between another one and that one with NUL behind it.
+# last character that there is. Without NUL in it, no key lies between another one and that one with NUL behind it, nor
+# before NUL alone.
 LAST_KEY = "\U0010ffff" * (KEY_BYTES_MAX // 4)
 NEXT_KEY = "\0"
 LAST_NAME = "\x7f"  # comes after all names of users
@@ -772,26 +773,21 @@ class Store:
         negative. With times, each value is an object like that of as_json. Returns the last key too if more follow it,
         else None. Raises TooMuch when they have more than LIST_BYTES_MAX.
         """
-        now, begin = time.time(), max(prefix, after + NEXT_KEY if after else "")
-        page = (user_id, begin, prefix + LAST_KEY, now)
+        now = time.time()
+        page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, now)
         # What a small database has need not be added up.
         if with_times or self._read(SELECT_DATABASE_BYTES)[0][0] > LIST_BYTES_MAX:
             size = int(self._read(SELECT_PAGE_BYTES, LIST_TIMES_BYTES if with_times else 0, *page, limit)[0][0])
             if size > LIST_BYTES_MAX:
                 raise TooMuch(f"the list would have about {size} bytes, and has at most {LIST_BYTES_MAX}; use limit=N")
-        rows = (
-            self._read(SELECT_PAGE_WITH_TIMES, now, *page, limit)
-            if with_times
-            else self._read(SELECT_PAGE, *page, limit)
-        )
-        json_object: bytes = rows[0][0]
+        select = (SELECT_PAGE_WITH_TIMES, now) if with_times else (SELECT_PAGE,)
+        json_object: bytes = self._read(*select, *page, limit)[0][0]
         keys = self._read(SELECT_LAST_AND_NEXT, *page, limit + 1, limit - 1) if limit > 0 else ()
         return json_object, keys[0][0] if len(keys) == 2 else None
 
     def pairs(self, user_id: int, prefix: str, after: str, limit: int) -> list[PairSummary]:
         """Return limit of a user's pairs whose keys begin with prefix and come after the key after, sorted by key."""
-        begin = max(prefix, after + NEXT_KEY if after else "")
-        page = (user_id, begin, prefix + LAST_KEY, time.time(), limit)
+        page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time(), limit)
         rows = self._read(SELECT_PAIRS, 4 * VALUE_SHOWN_CHARACTERS_MAX + 4, *page)  # a character has 4 bytes at most
         # Of an empty value, substr makes NULL.
         return [PairSummary(key, (value or b"").decode("utf-8", "ignore"), *times) for key, value, *times in rows]
@@ -2218,7 +2214,7 @@ def welcome_page(store: Store, request: Request) -> Response:
 def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
     """Answer with the table of all users and a form to add one."""
     after = request.parameters.get("after", "")
-    users = store.users(after + NEXT_KEY if after else "", limit=PAGE_ROWS_MAX + 1)
+    users = store.users(after + NEXT_KEY, limit=PAGE_ROWS_MAX + 1)
     rows = [
         (
             tag("a", user.name, href=url_to("user", username=user.name)),
