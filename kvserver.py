@@ -1388,14 +1388,15 @@ def parse_key_in_path(encoded: str) -> str:
         raise HTTPError(400, "the key is not UTF-8; percent-encode the bytes of its UTF-8 form") from None
 
 
-def check_key(key: str | None, token: Token | None) -> None:
-    """Raise HTTPError when a key is missing, cannot be one, or is none that the token may see."""
+def require_key(key: str | None, token: Token | None = None) -> str:
+    """Return a key; raise HTTPError when it is missing, cannot be one, or is none that the token may see."""
     if key is None:
         raise HTTPError(400, "the parameter key is missing; send it as in ?key=door")
     if not 1 <= len(key.encode("utf-8")) <= KEY_BYTES_MAX or "\0" in key:
         raise HTTPError(400, f"a key is 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
     if token and not key.startswith(token.prefix):
         raise HTTPError(403, "this token may only see keys that begin with its prefix")
+    return key
 
 
 def parse_parameters(request: Request, route: Route) -> dict[str, str]:
@@ -1411,8 +1412,7 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     unknown = [name for name in parameters if name not in route.parameters]
     if request.key_in_path or route.parameters[:1] == ("key",):
         key = parse_key_in_path(request.key_in_path) if request.key_in_path else parameters.get("key")
-        check_key(key, request.user.token)
-        parameters["key"] = key or ""
+        parameters["key"] = require_key(key, request.user.token)
     if unknown:
         names = ", ".join(route.parameters) or "none"
         raise HTTPError(400, f"the parameter {shorten(unknown[0])} is unknown; {route.path} takes: {names}")
@@ -2440,9 +2440,7 @@ def change_account(store: Store, request: Request, action: str) -> Response:
 
 def change_own_pair(store: Store, request: Request, action: str) -> Response:
     """Store or remove one of one's own pairs."""
-    key, is_edit = request.parameters.get("key"), request.parameters.get("page") == "state"
-    check_key(key, None)
-    assert key
+    key, is_edit = require_key(request.parameters.get("key")), request.parameters.get("page") == "state"
     if action == "del":
         if not store.delete_pair(request.user.id, key):
             raise HTTPError(404, UNKNOWN_KEY)
