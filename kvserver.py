@@ -62,7 +62,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union, cast
 
 __version__ = "0.1.0"
@@ -3563,9 +3563,13 @@ def database_path(arguments: argparse.Namespace) -> str:
     return str(read_settings(arguments, [DATABASE])[DATABASE.name])
 
 
-def existing_store(arguments: argparse.Namespace) -> contextlib.closing[Store]:
-    """Open the database of a command that needs one to exist."""
-    return contextlib.closing(open_store(database_path(arguments), create=False))
+@contextlib.contextmanager
+def existing_store(arguments: argparse.Namespace) -> Iterator[Store]:
+    """Open the database of a command that needs it to exist, and its user too if it names one."""
+    with contextlib.closing(open_store(database_path(arguments), create=False)) as store:
+        if "name" in arguments and not store.user(arguments.name):
+            raise NoSuchUser(arguments.name)
+        yield store
 
 
 def read_password(arguments: argparse.Namespace) -> str:
@@ -3622,8 +3626,6 @@ def set_password(arguments: argparse.Namespace) -> None:
     """Set a user's password."""
     check_user_name(arguments.name)
     with existing_store(arguments) as store:
-        if not store.user(arguments.name):
-            raise NoSuchUser(arguments.name)
         store.set_password_hash(arguments.name, hash_password(read_password(arguments)))
     print(f"set the password of {arguments.name}; the tokens stay as they are")
 
@@ -3632,9 +3634,7 @@ def delete_user(arguments: argparse.Namespace) -> None:
     """Delete a user and all they stored, after asking."""
     with existing_store(arguments) as store:
         users = store.users()
-        user = next((user for user in users if user.name == arguments.name), None)
-        if user is None:
-            raise NoSuchUser(arguments.name)
+        user = next(user for user in users if user.name == arguments.name)
         what = f"the user {user.name} and what they stored (pairs: {user.pairs})"
         if not arguments.yes:
             if user.is_admin and sum(other.is_admin for other in users) == 1:
@@ -3666,8 +3666,6 @@ def add_token(arguments: argparse.Namespace) -> None:
 def list_tokens(arguments: argparse.Namespace) -> None:
     """Print the tokens of a user as a table."""
     with existing_store(arguments) as store:
-        if not store.user(arguments.name):
-            raise NoSuchUser(arguments.name)
         tokens = store.tokens(arguments.name)
     rows = [("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED")]
     for token in tokens:
@@ -3685,8 +3683,6 @@ def parse_id(text: str) -> int:
 def delete_token(arguments: argparse.Namespace) -> None:
     """Delete a token of a user."""
     with existing_store(arguments) as store:
-        if not store.user(arguments.name):
-            raise NoSuchUser(arguments.name)
         store.delete_token(arguments.name, arguments.id)
     print(f"deleted the token {arguments.id} of {arguments.name}")
 
