@@ -2526,14 +2526,12 @@ def change_states(store: Store, request: Request) -> Response:
 # USER with a login; PERSON with a password, since what a device has does not open pages; ADMIN as PERSON, and an admin.
 ANYONE, BROWSER, USER, PERSON, ADMIN = "anyone", "browser", "user", "person", "admin"
 PAGE_VISITORS = (PERSON, ADMIN)
-CHALLENGES = {USER: 'Basic realm="kvserver", charset="UTF-8"'}
 # With a realm of their own, below their own paths, the pages get credentials that browsers keep from the API (RFC 7617
 # section 2.2).
-CHALLENGES.update(dict.fromkeys(PAGE_VISITORS, 'Basic realm="kvserver pages", charset="UTF-8"'))
+REALMS = {USER: "kvserver", PERSON: "kvserver pages", ADMIN: "kvserver pages"}
 # Where an endpoint runs: what answers at once in the leading thread; what changes something in the writer's transaction,
 # its answer held back until the commit; what may take long in a thread of a pool, with a store of its own.
 LEADER, WRITER, WORKER = "leader", "writer", "worker"
-
 
 READ = ("GET", "HEAD")
 ACCOUNT_FIELDS = ("action", "username", "password", "isAdmin", "id", "page")
@@ -2637,7 +2635,8 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request | No
     else:
         response = error.response(request.fields.headers.get("accept", "") if request else "")
     if error.status == 401 and route:
-        return response._replace(headers=(*response.headers, ("WWW-Authenticate", CHALLENGES[route.who])))
+        challenge = f'Basic realm="{REALMS[route.who]}", charset="UTF-8"'
+        return response._replace(headers=(*response.headers, ("WWW-Authenticate", challenge)))
     return response
 
 
