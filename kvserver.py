@@ -1458,7 +1458,6 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 # credentials that were verified are remembered, under a keyed hash, never as they came.
 
 RETRY_AFTER = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
-CHECK_REFUSED = "no password can be checked just now; try again"
 USUAL_PORTS = {"http": ":80", "https": ":443"}
 ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
 FOREIGN = "another site's page may change nothing here; a proxy has to hand on the header Host as it came"
@@ -1686,7 +1685,7 @@ class Authenticator:
             self._waiting[check_key].append(login)
             return
         if len(self._waiting) >= CHECKS_MAX:
-            raise HTTPError(503, CHECK_REFUSED, RETRY_AFTER)
+            raise HTTPError(503, "no password can be checked just now; try again", RETRY_AFTER)
         self._throttle.charge(login.address)
         self._scrypt.submit(
             lambda: self._verify(check_key, name, password),
@@ -1942,7 +1941,6 @@ def check_health(store: Store, request: Request) -> Response:
 HTML = "text/html; charset=utf-8"
 VOID_ELEMENTS = frozenset(("input", "meta"))
 VISIBLE = {**dict.fromkeys((*range(32), 127), "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
-NO_USER = "there is no such user, or no longer"
 TOKEN_ID = re.compile("[0-9]{1,18}")
 NOT_IN_FORM = re.compile(b"[\0\r]")  # a form would change these
 FORM_SAFE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789*-._ "
@@ -2256,7 +2254,7 @@ def find_user(store: Store, request: Request) -> UserSummary:
     name = required(request, "username")
     users = store.users(name, name)
     if not users:
-        raise HTTPError(404, NO_USER)
+        raise HTTPError(404, "there is no such user, or no longer")
     return users[0]
 
 
