@@ -2791,18 +2791,22 @@ class RequestHandler:
                 return answer_without_route(request.method, request.path, list(methods))
             if self.route.who == BROWSER and not wants_html(request):
                 return answer_without_route(request.method, request.path, ())
-        assert self.route
-        if self.route.who not in (ANYONE, BROWSER):
-            if request.user is NOBODY and not self.authenticate(request):
+        route = self.route
+        assert route
+        if route.who not in (ANYONE, BROWSER):
+            if request.user is NOBODY and not self.admit(route, request):
                 return None
             if self.body_pending and not self.take_body(request):
                 return None
-        if request.parameters is NOT_PARSED and not self.parse(self.route, request):
+        if request.parameters is NOT_PARSED and not self.parse(route, request):
             return None
-        return self.run(self.route, request)
+        return self.run(route, request)
 
-    def authenticate(self, request: Request) -> bool:
-        """Note the user who sends a request, or wait for the check of their password and return False."""
+    def admit(self, route: Route, request: Request) -> bool:
+        """Note the user who sends a request, and raise HTTPError unless they may, and its body is not too long.
+
+        Returns False if the check of their password has to be waited for.
+        """
         known_fields, user = self.login
         if request.fields is not known_fields or not self.server.reader.is_current(user):
             authorization = request.fields.headers.get("authorization")
@@ -2813,11 +2817,11 @@ class RequestHandler:
             self.login = (request.fields, verified)
             user = verified
         request.user = user
-        if self.route and self.route.who in PAGE_VISITORS:
-            check_visitor(user, self.route.who == ADMIN)
+        if route.who in PAGE_VISITORS:
+            check_visitor(user, route.who == ADMIN)
         if user.token:
             self.server.note_use(user.token)
-        if self.route and self.route.where == WRITER:
+        if route.where == WRITER:
             check_same_site(request.fields.headers)
             if user.token and user.token.is_read_only:
                 raise HTTPError(403, "this token may only read; make another one with: python kvserver.py addtoken")
