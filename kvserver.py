@@ -1530,8 +1530,7 @@ class Throttle:
     @staticmethod
     def _client(address: Address | None) -> Any:
         """Return what is counted: all addresses that one client can easily take."""
-        is_ipv6 = address is not None and address.version == 6
-        return int(cast(Address, address)) >> (128 - IPV6_CLIENT_BITS) if is_ipv6 else address
+        return int(address) >> (128 - IPV6_CLIENT_BITS) if isinstance(address, ipaddress.IPv6Address) else address
 
     def charge(self, address: Address | None) -> None:
         """Count a failed login; raise HTTPError when that is one too many."""
