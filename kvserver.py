@@ -2123,13 +2123,12 @@ def make_form(
 
 def relative_time(seconds: float) -> str:
     """Return a time from now, in seconds, in words: "3 minutes ago" or "in 2 days"."""
-    units = (("day", DAY_SECONDS), ("hour", 3600), ("minute", 60), ("second", 1))
-    unit, length = next(((unit, length) for unit, length in units if abs(seconds) >= length), ("", 1))
-    count = int(abs(seconds) // length)
-    if not count:
-        return "now"
-    words = f"{count} {unit}" + ("s" if count > 1 else "")
-    return f"in {words}" if seconds > 0 else f"{words} ago"
+    for unit, length in (("day", DAY_SECONDS), ("hour", 3600), ("minute", 60), ("second", 1)):
+        count = int(abs(seconds) // length)
+        if count:
+            words = f"{count} {unit}" + ("s" if count > 1 else "")
+            return f"in {words}" if seconds > 0 else f"{words} ago"
+    return "now"
 
 
 def make_time(seconds: float | None) -> str:
