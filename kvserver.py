@@ -2794,8 +2794,12 @@ class RequestHandler:
         if route.who not in (ANYONE, BROWSER):
             if request.user is NOBODY and not self.admit(route, request):
                 return None
-            if self.body_pending and not self.take_body(request):
-                return None
+            if self.body_pending:
+                if not self.take_body(request):
+                    return None
+                # While the body was on its way, the password may have been changed, or the token deleted.
+                if not self.admit(route, request):
+                    return None
         if request.parameters is NOT_PARSED and not self.parse(route, request):
             return None
         return self.run(route, request)
@@ -2859,6 +2863,8 @@ class RequestHandler:
 
     def go_on(self, seconds: float = REQUEST_SECONDS) -> None:
         """Go on with a request that has waited; what of it is still to come has so many seconds."""
+        assert self.request
+        self.request.user = NOBODY  # whoever sent it may have been deleted meanwhile, or their password changed
         self.enter(RECEIVING, seconds)
         self.proceed()
         self.settle()

@@ -785,6 +785,37 @@ class Logins(ServerCase):
         headers = {"Authorization": basic("bob", "another password")}
         self.assertEqual(200, self.request("GET", "/list", user=None, headers=headers).status)
 
+    def test_what_counts_is_the_password_at_the_time_when_the_body_is_there(self) -> None:
+        token = kvserver.make_token()
+        self.store.add_token("bob", kvserver.hash_token(token), "", False, "")
+        for authorization in (basic("bob", PASSWORDS["bob"]), "Bearer " + token):
+            for path, body in (
+                ("/set", b"key=a&value=1"),
+                ("/kv/a", b"1"),
+                ("/me/", b"action=set&key=a&value=1"),
+                ("/list", b"prefix=a"),
+            ):
+                if path == "/me/" and authorization.startswith("Bearer"):
+                    continue
+                headers = {"Authorization": authorization, "Content-Type": kvserver.FORM}
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
+                with contextlib.closing(connection):
+                    method = {"/kv/a": "PUT", "/list": "GET"}.get(path, "POST")
+                    connection.putrequest(method, path)
+                    for name, text in {**headers, "Expect": "100-continue", "Content-Length": str(len(body))}.items():
+                        connection.putheader(name, text)
+                    connection.endheaders()
+                    assert connection.sock
+                    self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", connection.sock.recv(100))
+                    self.store.set_password_hash("bob", kvserver.hash_password("another password"))
+                    self.store._execute("UPDATE token SET digest = x'00'")
+                    connection.send(body)
+                    self.assertEqual(401, connection.getresponse().status, path)
+                self.assertEqual({}, self.pairs())
+                self.store.set_password_hash("bob", kvserver.hash_password(PASSWORDS["bob"]))
+                self.store._execute("UPDATE token SET digest = ?", kvserver.hash_token(token))
+        self.assertEqual({}, self.pairs("bob"))
+
     def test_deleted_user_is_out_at_once(self) -> None:
         self.assertEqual(200, self.request("GET", "/list", user="bob").status)
         self.store.delete_user("bob", even_last_admin=False)
