@@ -121,6 +121,7 @@ FIRST_BYTE_SECONDS = 10
 REQUEST_SECONDS = 10
 IDLE_SECONDS = 30
 SEND_SECONDS = 10  # without any progress of an answer
+UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all answers that clients are slow to take
 LINGER_SECONDS = 2
 DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
 LOCK_POLL_SECONDS = 0.02
@@ -2665,6 +2666,7 @@ class RequestHandler:
         self.peer: str = address[0]
         self.received = bytearray()
         self.unsent: bytes | memoryview = b""
+        self.answer_bytes = 0  # of the answer whose rest is unsent
         self.after_answer = IDLE
         self.watched = 0  # the selector's events
         self.started = time.monotonic()  # the connection, and later the request
@@ -2988,10 +2990,11 @@ class RequestHandler:
             self.enter(CLOSING, 0)
             return
         if sent < len(self.unsent):
+            self.answer_bytes = self.answer_bytes or len(self.unsent)
             self.unsent = memoryview(self.unsent)[sent:]
             self.enter(SENDING, SEND_SECONDS)
             return
-        self.unsent = b""
+        self.unsent, self.answer_bytes = b"", 0
         if self.after_answer == LINGERING:
             # To close a connection with unread bytes is to reset it, and a reset takes the answer with it (RFC 9112
             # section 9.6): what comes is read and thrown away until the client has seen the answer and closes.
@@ -3413,9 +3416,20 @@ class Server(http.server.ThreadingHTTPServer):
                 self._call(functools.partial(handler.give_up, phase), connection)
             elif phase == POLLING:
                 self.look_at(deadline)
+        self._bound_unsent()
         with contextlib.suppress(sqlite3.Error):  # who asks for something is told that the disk fails
             self._has_expired = self.reader.has_expired()
         self._finished = self.stopping and not self.connections or now > self._stop_begun + STOP_SECONDS
+
+    def _bound_unsent(self) -> None:
+        """Close connections whose clients have taken nothing for long, if the answers to all such are too much."""
+        slow = [handler for handler in self.connections.values() if handler.state[0] == SENDING]
+        unsent = sum(handler.answer_bytes for handler in slow)
+        while unsent > UNSENT_BYTES_MAX:
+            slowest = min(slow, key=lambda handler: handler.state[1])
+            slow.remove(slowest)
+            unsent -= slowest.answer_bytes
+            self._call(slowest.give_way, slowest.connection)
 
     def _begin_stop(self, now: float) -> None:
         """Accept no more connections."""

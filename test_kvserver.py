@@ -1432,6 +1432,22 @@ class Connections(ServerCase):
         connection.sendall(self.raw("GET /list HTTP/1.1"))
         self.assertTrue(closed.wait(WAIT_SECONDS))
 
+    def test_answers_that_clients_are_slow_to_take_are_bounded(self) -> None:
+        for number in range(8):
+            self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
+        self.enter(mock.patch.object(kvserver, "UNSENT_BYTES_MAX", 20 * 1024 * 1024))
+        clients = [self.connect() for _ in range(3)]
+        for client in clients:
+            client.sendall(self.raw("GET /list HTTP/1.1", "Connection: close"))
+            client.recv(1)
+        sizes = []
+        for client in reversed(clients):
+            with contextlib.suppress(ConnectionError):
+                sizes.append(0)
+                while data := client.recv(1 << 20):
+                    sizes[-1] += len(data)
+        self.assertEqual(2, sum(size > 8 * kvserver.VALUE_BYTES_MAX for size in sizes), sizes)
+
     def test_slow_client_that_goes_on_reading_gets_the_whole_answer(self) -> None:
         for number in range(12):
             self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
