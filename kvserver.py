@@ -144,6 +144,7 @@ LIST_TIMES_BYTES = 150  # what the times of a pair and the JSON around them take
 EXPIRED_PAIRS_MAX = 1000  # that one transaction removes in passing
 ENTITY_TAG_BYTES = 16
 TOKEN_BYTES = 32
+TOKENS_MAX = 100  # of a user
 LABEL_CHARACTERS_MAX = 64
 DAY_SECONDS = 24 * 3600
 PAGE_ROWS_MAX = 100
@@ -345,6 +346,7 @@ SELECT_TOKEN_USER = (
 INSERT_TOKEN = (
     "INSERT INTO token (user_id, digest, label, is_read_only, prefix, created)"
     " SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"
+    " AND (SELECT count(*) FROM token WHERE user_id = user.id) < ?"
 )
 UPDATE_TOKEN_USE = "UPDATE token SET last_used_day = ? WHERE id = ?"
 DELETE_TOKEN = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
@@ -474,7 +476,7 @@ class StoreFull(StoreError):
 
 
 class TooMuch(StoreError):
-    """What is asked for is too much for one answer."""
+    """What is asked for is too much for one answer, or for one user."""
 
 
 class NoSuchUser(StoreError):
@@ -739,9 +741,10 @@ class Store:
         return User(*rows[0][:4])._replace(token=Token(*rows[0][4:])) if rows else None
 
     def add_token(self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str) -> None:
-        """Add a token of a user; raise NoSuchUser."""
-        if not self._change_users(INSERT_TOKEN, digest, label, is_read_only, prefix, time.time(), name):
-            raise NoSuchUser(name)
+        """Add a token of a user; raise NoSuchUser, or TooMuch when they have TOKENS_MAX."""
+        if not self._change_users(INSERT_TOKEN, digest, label, is_read_only, prefix, time.time(), name, TOKENS_MAX):
+            too_many = TooMuch(f"a user has at most {TOKENS_MAX} tokens; delete one that is no longer used")
+            raise too_many if self.user(name) else NoSuchUser(name)
 
     def note_token_use(self, token_id: int, day: int) -> None:
         """Note on which day a token was last used, in days since 1970."""
