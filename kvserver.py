@@ -504,7 +504,7 @@ class LastAdmin(StoreError):
     """The user is the only admin, and without one nobody could administer."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"{name} is the last admin; make somebody else an admin first")
+        super().__init__(f"the last admin is {name}; make somebody else an admin first")
 
 
 def file_identity(path: str) -> tuple[int, int]:
@@ -963,9 +963,7 @@ ADDRESS_TOO_LONG = f"the address is longer than {REQUEST_LINE_BYTES_MAX} bytes; 
 HEADERS_TOO_LARGE = (
     f"the headers are over {HEADER_FIELDS_MAX} lines of {HEADER_LINE_BYTES_MAX} bytes, or {HEADERS_BYTES_MAX} in all"
 )
-BODY_TOO_LARGE = (
-    f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; store it in parts"
-)
+BODY_TOO_LARGE = f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; send a value alone, or in parts"
 
 ENTITY_TAGS = re.compile(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+')
 ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
@@ -1094,6 +1092,9 @@ class Request:
 PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
 
 
+ANYTHING = ("*",)  # the parameters of a route that takes all there are
+
+
 class Unchanged(NamedTuple):
     """Stands for a response that is held back: the endpoint is to be called again when the pair has changed.
 
@@ -1101,6 +1102,12 @@ class Unchanged(NamedTuple):
     """
 
     seconds: float
+
+
+class Elsewhere(NamedTuple):
+    """Stands for a response that another endpoint is to make, where it may take long: not within the transaction."""
+
+    endpoint: Callable[[Any, Request], Response]
 
 
 class Unhashed(Exception):
@@ -1115,7 +1122,7 @@ class Route(NamedTuple):
 
     path: str
     methods: tuple[str, ...]
-    endpoint: Callable[[Any, Request], Response | Unchanged]
+    endpoint: Callable[[Any, Request], Response | Unchanged | Elsewhere]
     who: str
     where: str
     parameters: tuple[str, ...] = ()
@@ -1413,7 +1420,7 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     if request.body or route.body == VALUE:
         parameters = unique_names([*in_query, *parse_body(request, parameters, route.body)])
     parameters.pop("_", None)
-    unknown = [name for name in parameters if name not in route.parameters]
+    unknown = [name for name in parameters if name not in route.parameters and route.parameters is not ANYTHING]
     if request.key_in_path or route.parameters[:1] == ("key",):
         key = parse_key_in_path(request.key_in_path) if request.key_in_path else parameters.get("key")
         parameters["key"] = require_key(key, request.user.token)
@@ -1464,7 +1471,9 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 RETRY_AFTER = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 USUAL_PORTS = {"http": ":80", "https": ":443"}
 ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
-FOREIGN = "another site's page may change nothing here; a proxy has to hand on the header Host as it came"
+FOREIGN = (
+    "this comes from another site's page, or a proxy has changed the header Host; open the page here and try again"
+)
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
@@ -1696,9 +1705,12 @@ class Authenticator:
         )
         self._waiting[check_key] = [login]
 
-    def hash_password(self, password: str, done: Callable[[Any], None]) -> None:
-        """Hash a new password, and tell later what it returned or raised; raise HTTPError when too many wait."""
-        if self._new_passwords >= NEW_PASSWORDS_MAX:
+    def hash_password(self, password: str, is_for_admin: bool, done: Callable[[Any], None]) -> None:
+        """Hash a new password, and tell later what it returned or raised; raise HTTPError when too many wait.
+
+        Half of the places are for admins, who can then help against those who take all others.
+        """
+        if self._new_passwords >= (NEW_PASSWORDS_MAX if is_for_admin else NEW_PASSWORDS_MAX // 2):
             raise HTTPError(503, "the server is busy with other passwords; try again", RETRY_AFTER)
 
         def finish(outcome: Any) -> None:
@@ -1943,7 +1955,15 @@ def check_health(store: Store, request: Request) -> Response:
 
 HTML = "text/html; charset=utf-8"
 VOID_ELEMENTS = frozenset(("input", "meta"))
-VISIBLE = {**dict.fromkeys((*range(32), 127), "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
+OPEN_ELEMENTS = frozenset(("tr", "th", "td"))  # a browser ends them where the next one begins
+# Of what cannot be seen, or turns the order of what stands beside it (Unicode standard annex 9), one sees that it is there.
+UNSEEN = (*range(32), 127, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
+VISIBLE = {**dict.fromkeys(UNSEEN, "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
+OUTER_SPACES = re.compile("^ +| +$")
+NOT_IN_QUERY = re.compile(r"(?![\w/:.~-])[\x00-\x7f]")
+NO_KEY = "there is no such key, or no longer"
+DONE = "#done"  # where a page says that what its form was for has been done
+LIST_DONE = "./" + DONE
 TOKEN_ID = re.compile("[0-9]{1,18}")
 NOT_IN_FORM = re.compile(b"[\0\r]")  # a form would change these
 FORM_SAFE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789*-._ "
@@ -1967,10 +1987,15 @@ h1,h2,p,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
 h1{font-size:1.6rem;line-height:1.25;margin:1.5rem 0 .75rem}h2{font-size:1.15rem;margin:2.25rem 0 .5rem}
 table{width:100%;border-collapse:collapse;margin:.75rem 0}
 th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
-unicode-bidi:isolate}td:first-child{overflow-wrap:anywhere;min-width:6rem}
+unicode-bidi:isolate}td:first-child{overflow-wrap:anywhere;min-width:6rem}td a,code{white-space:pre-wrap}
+.states{table-layout:fixed}.states td{overflow-wrap:anywhere}
+.states td:nth-child(2){font-family:ui-monospace,monospace;font-size:.9375rem;white-space:pre-wrap}
+.states th:first-child{width:40%}.states th:last-child{width:10rem}time{position:relative}p time::after{content:" (" attr(datetime) ")"}
+td time:hover::after{content:attr(datetime);position:absolute;right:0;bottom:100%;padding:.1rem .5rem;white-space:nowrap;
+color:var(--back);background:var(--text);border-radius:.35rem}
 th{color:var(--quiet);font-size:.875rem;font-weight:500}small{display:block;font-size:.875rem;color:var(--quiet)}
 form{max-width:32rem;margin:.75rem 0;padding:1rem;background:var(--card);border:1px solid var(--line);
-border-radius:.5rem}form.bare,form.search{padding:0;background:none;border:0}td form.bare{margin:0}
+border-radius:.5rem}form.bare,form.search{padding:0;background:none;border:0}
 .search,.turns{display:flex;align-items:end;gap:.5rem 1rem}.search label{flex:1;margin:0}[hidden]{display:none}
 label{display:block;margin-bottom:.75rem}
 input,textarea{display:block;width:100%;padding:.5rem .6rem;font:inherit;color:inherit;background:var(--back);
@@ -1979,12 +2004,13 @@ input[type=checkbox]{display:inline-block;width:auto;margin:0 .5rem 0 0}
 textarea,pre,code{font-family:ui-monospace,monospace;font-size:.9375rem}
 pre{white-space:pre-wrap;padding:1rem;background:var(--card);border-radius:.5rem}
 button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:1px solid transparent;
-border-radius:.35rem;cursor:pointer}td button{padding:.15rem .6rem}button.bad{background:var(--bad)}
+border-radius:.35rem;cursor:pointer;max-width:100%;overflow-wrap:anywhere}button.bad{background:var(--bad)}
+summary{color:var(--link);cursor:pointer;width:max-content}td button{padding:.15rem .6rem}td form.bare{margin:.35rem 0 0}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
-[role=alert]{color:var(--bad);font-weight:600;margin-top:0}.quiet{color:var(--quiet)}
+[role=alert]{color:var(--bad);font-weight:600;margin-top:0;outline:0}.quiet{color:var(--quiet)}
 #done{display:none;font-weight:600}#done:target{display:block}
-@media(max-width:30rem){td,th,td code{padding-right:.4rem;font-size:.875rem}td:first-child{min-width:4rem}
-td button{padding:.15rem .4rem}}
+@media(max-width:30rem){td,th,td code,.states td:nth-child(2){padding-right:.4rem;font-size:.875rem}td:first-child{min-width:4rem}
+.states th:first-child{width:43%}.states th:last-child{width:5.25rem}}
 """)
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 CONTENT_POLICY = (
@@ -2039,10 +2065,16 @@ def tag(name: str, /, *children: str, **attributes: str | bool | int) -> Markup:
             begin += "" if value is True else f'="{html.escape(str(value))}"'
     if name in VOID_ELEMENTS:
         return Markup(f"<{begin}>")
-    texts = (child if isinstance(child, Markup) else html.escape(child) for child in children)
+    texts = (child if isinstance(child, Markup) else html.escape(child, quote=False) for child in children)
     # Of these two a browser throws away a newline at the beginning (HTML standard, section 13.1.2.5).
     newline = "\n" if name in ("textarea", "pre") else ""
-    return Markup(f"<{begin}>{newline}{''.join(texts)}</{name}>")
+    end = "" if name in OPEN_ELEMENTS else f"</{name}>"
+    return Markup(f"<{begin}>{newline}{''.join(texts)}{end}")
+
+
+def make_visible(text: str) -> str:
+    """Return a text as one line of which all can be seen."""
+    return OUTER_SPACES.sub(lambda spaces: "␣" * len(spaces[0]), text.translate(VISIBLE))
 
 
 def wants_html(request: Request) -> bool:
@@ -2050,38 +2082,61 @@ def wants_html(request: Request) -> bool:
     return "text/html" in request.fields.headers.get("accept", "").lower()
 
 
-def make_page(title: str, *content: str, user: User | None = None, path: str = "", root: str = "../") -> Response:
-    """Return a page, with who is logged in at its top, and links to the first pages, of which its path may be one."""
+def make_alert(message: str) -> Markup:
+    """Return a message of one line as a sentence that tells what is wrong."""
+    # With the focus on it, it is seen and read out first, wherever on the page it stands.
+    return tag("p", f"{message[:1].upper()}{message[1:]}.", role="alert", tabindex=-1, autofocus=True)
+
+
+def make_page(
+    title: str,
+    *content: str,
+    user: User | None = None,
+    path: str = "",
+    root: str = "../",
+    problem: Problem = NO_PROBLEM,
+) -> Response:
+    """Return a page, with who is logged in at its top, and links to the first pages, of which its path may be one.
+
+    If there is a problem with a form that does not stand on it, the page says so itself.
+    """
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{title} - kvserver"),
+        tag("title", " - ".join(dict.fromkeys((title, "kvserver")))),
         tag("style", STYLE),
     )
     names = {"me/": "Your states", **({"admin/": "Accounts"} if user and user.is_admin else {})}
     links = (tag("a", name, href=root + link, aria_current=link == path and "page") for link, name in names.items())
     top = [tag("nav", *links, tag("span", user.name), aria_label="Pages")] if user else []
-    body = tag("body", *top, tag("main", tag("h1", title), *content))
+    done = tag("p", "The change is made.", id="done", role="status") if user else Markup()
+    alert = make_alert(problem.message) if problem.action else Markup()
+    is_said = any(alert in part for part in content)
+    body = tag("body", *top, tag("main", tag("h1", title), done, *([] if is_said else [alert]), *content))
     document = "<!DOCTYPE html>" + tag("html", head, body, lang="en")
     return Response(document.encode("utf-8"), content_type=HTML, headers=PAGE_HEADERS)
 
 
-def make_alert(message: str) -> Markup:
-    """Return a message of one line as a sentence that tells what is wrong."""
-    return tag("p", f"{message[:1].upper()}{message[1:]}.", role="alert")
-
-
-def error_page(error: HTTPError, user: User, route: Route) -> Response:
-    """Return the page that says why a request for a route is refused."""
+def error_page(error: HTTPError, user: User | None, route: Route) -> Response:
+    """Return the page that says why a user's request for a route is refused."""
     root = "../" if route.path.count("/") > 1 else ""
     page = make_page(http.HTTPStatus(error.status).phrase, make_alert(error.message), user=user, root=root)
     return page._replace(status=error.status, headers=(*PAGE_HEADERS, *error.headers))
 
 
 def url_to(path: str, **parameters: str) -> str:
-    """Return a relative address with a query of these parameters."""
-    return f"{path}?{urllib.parse.urlencode(parameters)}"
+    """Return a relative address with a query of these parameters, in which all that is not ASCII stands as it is."""
+    pairs = parameters.items()
+    return f"{path}?" + "&".join(
+        f"{name}={NOT_IN_QUERY.sub(lambda c: urllib.parse.quote(c[0]), text)}" for name, text in pairs
+    )
+
+
+def lead_to(url: str, status: int = 303) -> Response:
+    """Return an answer that leads to another page, as the one to a form does (RFC 9110 section 15.4.4)."""
+    ascii_url = re.sub("[^!-~]+", lambda text: urllib.parse.quote(text[0]), url)
+    return Response(status=status, headers=(("Location", ascii_url),))
 
 
 def is_on(text: str | None) -> bool:
@@ -2111,18 +2166,23 @@ def make_form(
     problem: Problem = NO_PROBLEM,
     url: str = "./",
     is_bad: bool = False,
-    what: str = "",
 ) -> Markup:
     """Return a form that sends an action to a URL, with the problem that there was with it, if there was.
 
-    The button is red if what it does is bad. Who does not see the page is told what it does that to.
+    The button is red if what it does is bad.
     """
     is_back = problem.action == action
     alert = [make_alert(problem.message)] if is_back else []
     inputs = (make_field(field, problem.typed if is_back else {}) for field in (Field("action", value=action), *fields))
-    press = tag("button", button, class_=is_bad and "bad", aria_label=bool(what) and f"{button} {what}")
+    press = tag("button", button, class_=is_bad and "bad")
     is_bare = not any(field.label for field in fields)
     return tag("form", *alert, *inputs, press, method="post", action=url, class_=is_bare and "bare")
+
+
+def make_question(word: str, what: str, action: str, *fields: Field, url: str = "./") -> Markup:
+    """Return the form of an action that loses something, folded up so that nobody sends it by mistake."""
+    form = make_form(action, f"{word} {what}", *fields, url=url, is_bad=True)
+    return tag("details", tag("summary", f"{word}…", aria_label=f"{word} {what}"), form)
 
 
 def relative_time(seconds: float) -> str:
@@ -2139,17 +2199,17 @@ def make_time(seconds: float | None) -> str:
     """Return a time in unix seconds in words that say how long ago that is, and exactly where somebody points at it."""
     if seconds is None:
         return "never"
-    exact = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
-    words = relative_time(seconds - time.time())
-    return tag("time", words, datetime=exact.replace(" ", "T") + "Z", title=exact + " UTC")
+    exact = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
+    return tag("time", relative_time(seconds - time.time()), datetime=exact)
 
 
-def make_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    """Return a table with these names of columns, or a line that says so if it would have no rows."""
+def make_table(names: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> Markup:
+    """Return a table of a kind with these names of columns, or a line that says so if it would have no rows."""
     if not rows:
         return tag("p", "There are none.", class_="quiet")
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
-    return tag("table", head, tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)))
+    body = tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows))
+    return tag("table", head, body, class_=bool(kind) and kind)
 
 
 def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -> Markup:
@@ -2164,13 +2224,15 @@ def make_states(pairs: Sequence[PairSummary], are_own: bool) -> Markup:
     """Return the table of a user's pairs, which have links if they are one's own."""
     rows = []
     for pair in pairs[:PAGE_ROWS_MAX]:
-        key, value = (text.translate(VISIBLE) for text in (pair.key, pair.value))
+        key, value = make_visible(pair.key), make_visible(pair.value)
         if len(value) > VALUE_SHOWN_CHARACTERS_MAX:
             value = value[:VALUE_SHOWN_CHARACTERS_MAX] + "…"
         cell = tag("a", key, href=url_to("state", key=pair.key)) if are_own else key
-        expires = [tag("small", "expires ", make_time(pair.expires))] if pair.expires else []
-        rows.append((cell, tag("code", value), tag("div", make_time(pair.updated), *expires)))
-    return make_table(("Key", "Value", "Changed"), rows)
+        changed = make_time(pair.updated)
+        if pair.expires:
+            changed = Markup(changed + tag("small", "expires ", make_time(pair.expires)))
+        rows.append((cell, value or tag("small", "empty"), changed))
+    return make_table(("Key", "Value", "Changed"), rows, "states")
 
 
 def make_tokens(tokens: Sequence[Token], *fields: Field) -> Markup:
@@ -2178,8 +2240,8 @@ def make_tokens(tokens: Sequence[Token], *fields: Field) -> Markup:
     rows = []
     for token in tokens:
         label, token_id = token.label or f"token {token.id}", Field("id", value=str(token.id))
-        form = make_form("deltoken", "Revoke", token_id, *fields, is_bad=True, what=label)
-        rows.append((label, tag("code", token.rights()), token.last_used(), form))
+        revoke = make_question("Revoke", label, "deltoken", token_id, *fields)
+        rows.append((label, tag("code", token.rights()), token.last_used(), revoke))
     return make_table(("Label", "Rights", "Last used", "Revoke"), rows)
 
 
@@ -2190,7 +2252,8 @@ def add_slash(store: Store, request: Request) -> Response:
     """
     if "action" in request.parameters:
         raise HTTPError(405, "send actions by POST", (("Allow", "POST, OPTIONS"),))
-    return Response(status=301, headers=(("Location", request.path.rpartition("/")[2] + "/"),))
+    query = f"?{request.query}" if request.query else ""
+    return lead_to(f"{request.path.rpartition('/')[2]}/{query}", 301)
 
 
 def no_icon(store: Store, request: Request) -> Response:
@@ -2217,7 +2280,7 @@ def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
     users = store.users(after + NEXT_KEY, limit=PAGE_ROWS_MAX + 1)
     rows = [
         (
-            tag("a", user.name, href=url_to("user", username=user.name)),
+            tag("a", make_visible(user.name), href=url_to("user", username=user.name)),
             "admin" if user.is_admin else "user",
             str(user.pairs),
             make_time(user.newest),
@@ -2240,6 +2303,7 @@ def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
         ),
         user=request.user,
         path="admin/",
+        problem=problem,
     )
 
 
@@ -2270,33 +2334,38 @@ def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> 
     role, other_role = ("admin", "0") if user.is_admin else ("user", "1")
     change_role = "Take the admin role away" if user.is_admin else "Make an admin"
     return make_page(
-        user.name,
-        tag("p", "The change is made.", id="done", role="status"),
+        make_visible(user.name),
         tag("p", f"Role: {role}, states: {user.pairs}, newest change: ", make_time(user.newest)),
         make_form("setpassword", "Set the password", whose_password, NEW_PASSWORD, page, problem=problem),
-        tag("p", "The tokens below stay as they are when the password changes.", class_="quiet"),
+        tag("p", "The tokens stay as they are when the password changes.", class_="quiet"),
         make_form("setadmin", change_role, Field("isAdmin", value=other_role), whose, page, problem=problem),
         tag("p", tag("a", "Delete this user…", href=url_to("delete", username=user.name))),
+        tag("h2", "Tokens"),
+        make_tokens(store.tokens(user.name), whose, page),
         tag("h2", "States"),
         make_states(pairs, are_own=False),
         make_turns("user", [pair.key for pair in pairs], after, username=user.name),
-        tag("h2", "Tokens"),
-        make_tokens(store.tokens(user.name), whose, page),
         user=request.user,
+        problem=problem,
     )
 
 
 def deletion_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
     """Answer with what would be lost with a user, and ask."""
     user = find_user(store, request)
-    tokens = store.tokens(user.name)
-    fields = (Field("username", value=user.name), Field("page", value="delete"))
+    name, tokens = make_visible(user.name), store.tokens(user.name)
+    if user.id == request.user.id:
+        question = tag("p", "You cannot delete yourself: ask another admin.")
+    else:
+        fields = (Field("username", value=user.name), Field("page", value="delete"))
+        question = make_form("deluser", f"Delete {name}", *fields, problem=problem, is_bad=True)
     return make_page(
-        f"Delete {user.name}?",
+        f"Delete {name}?",
         tag("p", f"Deleted with the user, for good: states: {user.pairs}, tokens: {len(tokens)}."),
-        make_form("deluser", f"Delete {user.name}", *fields, problem=problem, is_bad=True),
-        tag("p", tag("a", "Keep this user", href="./")),
+        question,
+        tag("p", tag("a", "Keep this user", href=url_to("user", username=user.name))),
         user=request.user,
+        problem=problem,
     )
 
 
@@ -2311,6 +2380,7 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
         "Your states",
         tag("p", *(tag("a", name, href="#" + name.lower()) for name in ("Add", "Tokens", "Password")), class_="turns"),
         tag("form", make_field(search, {"prefix": prefix}), tag("button", "Search"), class_="search", role="search"),
+        *([tag("p", tag("a", "All states", href="./"))] if prefix else []),
         make_states(pairs, are_own=True),
         make_turns("./", [pair.key for pair in pairs], after, **({"prefix": prefix} if prefix else {})),
         tag("h2", "Add a state", id="add"),
@@ -2319,6 +2389,7 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
             "Add",
             Field("key", "Key", attributes={"required": True, **AS_TYPED}),
             Field("value", "Value", "textarea", attributes={"rows": 2}),
+            Field("page", value="add"),
             problem=problem,
         ),
         tag("h2", "Tokens", id="tokens"),
@@ -2344,13 +2415,19 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
         ),
         user=request.user,
         path="me/",
+        problem=problem,
     )
 
 
-def fits_form(value: bytes) -> bool:
-    """Tell whether a form can carry a value unchanged: in its encoding most bytes take three, and a line end six."""
+def why_not_in_form(value: bytes) -> str:
+    """Return why a form cannot carry a value unchanged, nothing if it can.
+
+    In a form's encoding most bytes take three, and a line end six.
+    """
+    if NOT_IN_FORM.search(value):
+        return "it has NUL or CR, which a form would change"
     size = len(value) + 2 * len(value.translate(None, FORM_SAFE)) + 3 * value.count(b"\n")
-    return not NOT_IN_FORM.search(value) and size <= BODY_BYTES_MAX - FORM_FIELDS_BYTES
+    return "it is too long for a form" if size > BODY_BYTES_MAX - FORM_FIELDS_BYTES else ""
 
 
 def state_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
@@ -2358,21 +2435,24 @@ def state_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) ->
     key = required(request, "key")
     pair = store.pair(request.user.id, key)
     if pair is None:
-        raise HTTPError(404, "there is no such key, or no longer")
-    value, url = pair.value.decode("utf-8"), url_to("./", key=key)
-    if fits_form(pair.value):
-        area = Field("value", "Value", "textarea", value, {"rows": min(20, value.count("\n") + 2), **AS_TYPED})
-        edit = make_form("set", "Save", area, Field("page", value="state"), problem=problem, url=url)
+        raise HTTPError(404, NO_KEY)
+    value, url, why_not = pair.value.decode("utf-8"), url_to("./", key=key), why_not_in_form(pair.value)
+    shown = tag("pre", value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"}))
+    if why_not:
+        content = [tag("p", f"This value can be edited by /set, but not here: {why_not}."), shown]
     else:
-        edit = tag("pre", value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"}))
-        edit = tag("div", edit, tag("p", "A form would change this value, or is too small for it: edit it with /set."))
+        area = Field("value", "Value", "textarea", value, {"rows": min(20, value.count("\n") + 2), **AS_TYPED})
+        fields = (area, Field("page", value="state"), Field("tag", value=pair.tag))
+        content = [make_form("set", "Save", *fields, problem=problem, url=url)]
+        if problem.action:
+            content += [tag("p", "What is stored now:"), shown]
     return make_page(
-        key.translate(VISIBLE),
-        tag("p", "The change is made.", id="done", role="status"),
+        make_visible(key),
         tag("p", "Changed ", make_time(pair.updated), ", expires ", make_time(pair.expires), "."),
-        edit,
-        tag("details", tag("summary", "Delete…"), make_form("del", "Delete this state", url=url, is_bad=True)),
+        *content,
+        make_question("Delete", "this state", "del", Field("page", value="state"), url=url),
         user=request.user,
+        problem=problem,
     )
 
 
@@ -2400,11 +2480,6 @@ def current_user(store: Store, request: Request) -> User:
     return user
 
 
-def see_other(url: str) -> Response:
-    """Return the answer to a form that leads to a page (RFC 9110 section 15.4.4)."""
-    return Response(status=303, headers=(("Location", url),))
-
-
 def revoke_token(store: Store, request: Request, user_name: str) -> None:
     """Delete a token of a user."""
     number = required(request, "id")
@@ -2419,37 +2494,47 @@ def change_account(store: Store, request: Request, action: str) -> Response:
         if store.user(name):
             raise HTTPError(409, f"the name {name} is taken; choose another one")
         store.add_user(name, new_password_hash(request), is_admin)
-        return see_other("./")
+        return lead_to(LIST_DONE)
     find_user(store, request)
     if action == "deluser":
         if name == request.user.name:
             raise HTTPError(409, "nobody can delete themselves; ask another admin")
         store.delete_user(name, even_last_admin=False)
-        return see_other("./")
+        return lead_to(LIST_DONE)
     if action == "setpassword":
         store.set_password_hash(name, new_password_hash(request))
     elif action == "setadmin":
         store.set_admin(name, is_admin)
+        if name == request.user.name and not is_admin:
+            return lead_to("../me/#done")  # to them, the pages for admins are closed from now on
     elif action == "deltoken":
         revoke_token(store, request, name)
     else:
         raise HTTPError(400, "the parameter action can be: adduser, deluser, setpassword, setadmin, deltoken")
     is_from_user = request.parameters.get("page") == "user"
-    return see_other(url_to("user", username=name) + "#done" if is_from_user else "./")
+    return lead_to(url_to("user", username=name) + DONE if is_from_user else LIST_DONE)
 
 
 def change_own_pair(store: Store, request: Request, action: str) -> Response:
-    """Store or remove one of one's own pairs."""
-    key, is_edit = require_key(request.parameters.get("key")), request.parameters.get("page") == "state"
+    """Store or remove one of one's own pairs.
+
+    Who adds one must not overwrite another one, nor who edits one what a device has stored meanwhile.
+    """
+    key, page = require_key(request.parameters.get("key")), request.parameters.get("page")
+    pair = store.pair(request.user.id, key)
+    if pair is None and (action == "del" or page == "state"):
+        raise HTTPError(404, NO_KEY)
     if action == "del":
-        if not store.delete_pair(request.user.id, key):
-            raise HTTPError(404, UNKNOWN_KEY)
-        return see_other("./")
+        store.delete_pair(request.user.id, key)
+        return lead_to(LIST_DONE)
     # A browser sends line ends as CR LF, whatever they were.
     value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")
-    pair = store.pair(request.user.id, key)
-    store.set_value(request.user.id, key, value, pair.expires if pair and is_edit else None)
-    return see_other(url_to("state", key=key) + "#done" if is_edit else "./")
+    if pair and page == "add":
+        raise HTTPError(409, "there is a state with this key; choose another key, or search for that one and edit it")
+    if pair and page == "state" and request.parameters.get("tag", pair.tag) != pair.tag:
+        raise HTTPError(409, "something else has been stored meanwhile; save again to replace that")
+    store.set_value(request.user.id, key, value, pair.expires if pair and page == "state" else None)
+    return lead_to(url_to("state", key=key) + DONE if page == "state" else LIST_DONE)
 
 
 def change_own(store: Store, request: Request, action: str) -> Response:
@@ -2461,7 +2546,7 @@ def change_own(store: Store, request: Request, action: str) -> Response:
         # Nobody has come here with another password than the current one.
         _, password = decode_credentials(request.fields.headers["authorization"])
         if not secrets.compare_digest(required(request, "current").encode("utf-8"), password.encode("utf-8")):
-            raise HTTPError(400, "the current password is another one")
+            raise HTTPError(400, "the current password is wrong")
         store.set_password_hash(user.name, new_password_hash(request))
     elif action == "addtoken":
         label, prefix = parameters.get("label", ""), parameters.get("prefix", "")
@@ -2470,7 +2555,7 @@ def change_own(store: Store, request: Request, action: str) -> Response:
         store.add_token(user.name, hash_token(token), label, is_on(parameters.get("readonly")), prefix)
         return make_page(
             "New token",
-            tag("p", "Copy it to the device now: it cannot be shown again."),
+            tag("p", "Copy it to the device now: it cannot be shown again, and to reload this page makes another one."),
             tag("pre", token),
             tag("p", "It goes into the header Authorization: Bearer TOKEN, or in place of your password."),
             tag("p", tag("a", "Back to your states", href="./")),
@@ -2480,7 +2565,7 @@ def change_own(store: Store, request: Request, action: str) -> Response:
         revoke_token(store, request, user.name)
     else:
         raise HTTPError(400, "the parameter action can be: set, del, passwd, addtoken, deltoken")
-    return see_other("./")
+    return lead_to(LIST_DONE)
 
 
 def answer_form(
@@ -2488,7 +2573,7 @@ def answer_form(
     request: Request,
     change: Callable[[Store, Request, str], Response],
     pages: Mapping[str, Callable[[Store, Request, Problem], Response]],
-) -> Response:
+) -> Response | Elsewhere:
     """Carry out the action of a form, or answer with the page of the form and the reason why that was refused.
 
     A field of the form says which of the pages it stands on, an empty name by default.
@@ -2496,22 +2581,22 @@ def answer_form(
     action, parameters = required(request, "action"), request.parameters
     try:
         return change(store, request, action)
-    except (HTTPError, BadCredential, LastAdmin) as error:  # nothing has been changed before these are raised
-        status = error.status if isinstance(error, HTTPError) else 409 if isinstance(error, LastAdmin) else 400
-        page = pages.get(parameters.get("page", ""), pages[""])
-        return page(store, request, Problem(action, str(error), parameters))._replace(status=status)
+    except (HTTPError, BadCredential, LastAdmin, TooMuch) as error:  # nothing has been changed before these are raised
+        status = error.status if isinstance(error, HTTPError) else 400 if isinstance(error, BadCredential) else 409
+        page, problem = pages.get(parameters.get("page", ""), pages[""]), Problem(action, str(error), parameters)
+        return Elsewhere(lambda store, request: page(store, request, problem)._replace(status=status))
 
 
-def change_accounts(store: Store, request: Request) -> Response:
+def change_accounts(store: Store, request: Request) -> Response | Elsewhere:
     """Answer a form of the pages for admins."""
     check_visitor(current_user(store, request), is_for_admins=True)
     if not request.path.endswith("/"):  # a program sends this, which wants no page; no link would be right here
         change_account(store, request, required(request, "action"))
-        return see_other("admin/")
+        return lead_to("admin/")
     return answer_form(store, request, change_account, {"": accounts_page, "user": user_page, "delete": deletion_page})
 
 
-def change_states(store: Store, request: Request) -> Response:
+def change_states(store: Store, request: Request) -> Response | Elsewhere:
     """Answer a form of one's own pages."""
     current_user(store, request)
     return answer_form(store, request, change_own, {"": states_page, "state": state_page})
@@ -2535,7 +2620,7 @@ LEADER, WRITER, WORKER = "leader", "writer", "worker"
 
 READ = ("GET", "HEAD")
 ACCOUNT_FIELDS = ("action", "username", "password", "isAdmin", "id", "page")
-STATE_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page")
+STATE_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page", "tag")
 
 ROUTES = (
     Route("/set", ("GET", "POST", "PUT"), set_value, USER, WRITER, ("key", "value", "ttl", "nx", "old"), EITHER),
@@ -2548,16 +2633,16 @@ ROUTES = (
     Route("/kv/KEY", ("PUT",), put_resource, USER, WRITER, ("value", "ttl"), VALUE),
     Route("/kv/KEY", ("DELETE",), delete_resource, USER, WRITER),
     Route("/health", READ, check_health, ANYONE, WORKER),
-    Route("", READ, add_slash, ANYONE, LEADER),
+    Route("", READ, add_slash, ANYONE, LEADER, ANYTHING),
     Route("/", READ, welcome_page, BROWSER, LEADER),
     Route("/favicon.ico", READ, no_icon, ANYONE, LEADER),
-    Route("/admin", READ, add_slash, ANYONE, LEADER, ACCOUNT_FIELDS),
+    Route("/admin", READ, add_slash, ANYONE, LEADER, ANYTHING),
     Route("/admin", ("POST",), change_accounts, ADMIN, WRITER, ACCOUNT_FIELDS),
     Route("/admin/", READ, accounts_page, ADMIN, WORKER, ("after",)),
     Route("/admin/", ("POST",), change_accounts, ADMIN, WRITER, ACCOUNT_FIELDS),
     Route("/admin/user", READ, user_page, ADMIN, WORKER, ("username", "after")),
     Route("/admin/delete", READ, deletion_page, ADMIN, WORKER, ("username",)),
-    Route("/me", READ, add_slash, ANYONE, LEADER),
+    Route("/me", READ, add_slash, ANYONE, LEADER, ANYTHING),
     Route("/me/", READ, states_page, PERSON, WORKER, ("prefix", "after")),
     Route("/me/", ("POST",), change_states, PERSON, WRITER, STATE_FIELDS),
     Route("/me/state", READ, state_page, PERSON, WORKER, ("key",)),
@@ -2631,7 +2716,8 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
 def answer_to_error(error: HTTPError, route: Route | None, request: Request | None) -> Response:
     """Return the answer to a request that is refused: a page if it was to be one, and with the challenge of a 401."""
     if request and route and route.who in PAGE_VISITORS and wants_html(request):
-        response = error_page(error, request.user, route)
+        # Who has only somebody's token is not told whose it is.
+        response = error_page(error, request.user if error.status != 401 else None, route)
     else:
         response = error.response(request.fields.headers.get("accept", "") if request else "")
     if error.status == 401 and route:
@@ -2910,12 +2996,16 @@ class RequestHandler:
 
         return take
 
-    def hash_password(self) -> None:
-        """Have the password in a form hashed, and then go on."""
-        self.enter(WAITING, math.inf)
+    def take_detour(self, outcome: Unhashed | Elsewhere) -> None:
+        """Have a password hashed and then go on, or have another endpoint make the answer."""
+        assert self.request
         try:
-            assert self.request
-            self.server.authenticator.hash_password(self.request.parameters["password"], self.taking("password_hash"))
+            if isinstance(outcome, Elsewhere):
+                self.run_elsewhere(outcome.endpoint, self.request)
+                return
+            self.enter(WAITING, math.inf)
+            password, is_admin = self.request.parameters["password"], self.request.user.is_admin
+            self.server.authenticator.hash_password(password, is_admin, self.taking("password_hash"))
         except HTTPError as error:
             self.finish(error)
 
@@ -2925,6 +3015,7 @@ class RequestHandler:
             outcome = route.endpoint(self.server.reader, request)
             if isinstance(outcome, Response):
                 return outcome
+            assert isinstance(outcome, Unchanged)
             self.server.poll(self, (request.user.id, request.parameters["key"]))
             self.enter(POLLING, outcome.seconds)
             self.server.look_at(self.state[1])
@@ -2934,27 +3025,30 @@ class RequestHandler:
             self.waiting_for = Change(lambda store: route.endpoint(store, request), self.finish, size)
             self.server.change(self.waiting_for)
         else:
-
-            def run() -> Response | Unchanged:
-                self.server.writer.check_file()
-                with contextlib.closing(Store(self.server.path)) as store:
-                    return route.endpoint(store, request)
-
-            self.enter(WAITING, math.inf)
-            self.server.work(run, self.finish)
+            self.run_elsewhere(route.endpoint, request)
         return None
+
+    def run_elsewhere(self, endpoint: Callable[[Store, Request], Any], request: Request) -> None:
+        """Run an endpoint in a thread of the pool, with a store of its own."""
+
+        def run() -> Any:
+            self.server.writer.check_file()
+            with contextlib.closing(Store(self.server.path)) as store:
+                return endpoint(store, request)
+
+        self.enter(WAITING, math.inf)
+        self.server.work(run, self.finish)
 
     def look_again(self) -> None:
         """Go on with a request that waits for a change, since there may have been one, or its time is up."""
         if self.request and self.server.polls.pop(self, None):
-            self.request.user = NOBODY  # whoever sent it may have been deleted meanwhile
             self.request.may_wait = not self.server.stopping
             self.go_on()
 
-    def finish(self, outcome: Response | Exception) -> None:
+    def finish(self, outcome: Response | Elsewhere | Exception) -> None:
         """Send the answer that was waited for; called by the thread that made it."""
-        if isinstance(outcome, Unhashed):
-            self.server.post(self.hash_password)
+        if isinstance(outcome, (Unhashed, Elsewhere)):
+            self.server.post(functools.partial(self.take_detour, outcome))
             return
         try:
             self.answer(outcome)
