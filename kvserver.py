@@ -2110,10 +2110,10 @@ def make_page(
     names = {"me/": "Your states", **({"admin/": "Accounts"} if user and user.is_admin else {})}
     links = (tag("a", name, href=root + link, aria_current=link == path and "page") for link, name in names.items())
     top = [tag("nav", *links, tag("span", user.name), aria_label="Pages")] if user else []
-    done = tag("p", "The change is made.", id="done", role="status") if user else Markup()
-    alert = make_alert(problem.message) if problem.action else Markup()
-    is_said = any(alert in part for part in content)
-    body = tag("body", *top, tag("main", tag("h1", title), done, *([] if is_said else [alert]), *content))
+    notes = [tag("p", "The change is made.", id="done", role="status")] if user else []
+    if problem.action and not any(make_alert(problem.message) in part for part in content):
+        notes.append(make_alert(problem.message))
+    body = tag("body", *top, tag("main", tag("h1", title), *notes, *content))
     document = "<!DOCTYPE html>" + tag("html", head, body, lang="en")
     return Response(document.encode("utf-8"), content_type=HTML, headers=PAGE_HEADERS)
 
@@ -2203,12 +2203,16 @@ def make_time(seconds: float | None) -> str:
     return tag("time", relative_time(seconds - time.time()), datetime=exact)
 
 
-def make_table(names: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> Markup:
-    """Return a table of a kind with these names of columns, or a line that says so if it would have no rows."""
+def make_table(names: Sequence[str], rows: Sequence[Sequence[str | list[str]]], kind: str = "") -> Markup:
+    """Return a table of a kind with these names of columns, or a line that says so if it would have no rows.
+
+    A cell may be several texts.
+    """
     if not rows:
         return tag("p", "There are none.", class_="quiet")
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
-    body = tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows))
+    cells = ([tag("td", *([cell] if isinstance(cell, str) else cell)) for cell in row] for row in rows)
+    body = tag("tbody", *(tag("tr", *row) for row in cells))
     return tag("table", head, body, class_=bool(kind) and kind)
 
 
@@ -2228,9 +2232,9 @@ def make_states(pairs: Sequence[PairSummary], are_own: bool) -> Markup:
         if len(value) > VALUE_SHOWN_CHARACTERS_MAX:
             value = value[:VALUE_SHOWN_CHARACTERS_MAX] + "…"
         cell = tag("a", key, href=url_to("state", key=pair.key)) if are_own else key
-        changed = make_time(pair.updated)
+        changed = [make_time(pair.updated)]
         if pair.expires:
-            changed = Markup(changed + tag("small", "expires ", make_time(pair.expires)))
+            changed.append(tag("small", "expires ", make_time(pair.expires)))
         rows.append((cell, value or tag("small", "empty"), changed))
     return make_table(("Key", "Value", "Changed"), rows, "states")
 

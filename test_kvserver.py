@@ -1957,6 +1957,8 @@ class States(ServerCase):
 
     def test_unknown_parameters_are_400_everywhere(self) -> None:
         for route in kvserver.ROUTES:
+            if route.parameters == kvserver.ANYTHING:  # what is asked for goes along to where it is known
+                continue
             path = "/iotpersistenceapi" + route.path.replace("KEY", "k")
             for method in route.methods:
                 known = "key=x&" if route.parameters[:1] == ("key",) else ""
