@@ -3754,7 +3754,9 @@ def delete_user(arguments: argparse.Namespace) -> None:
     """Delete a user and all they stored, after asking."""
     with existing_store(arguments) as store:
         users = store.users()
-        user = next(user for user in users if user.name == arguments.name)
+        user = next((user for user in users if user.name == arguments.name), None)
+        if user is None:  # deleted just now
+            raise NoSuchUser(arguments.name)
         what = f"the user {user.name} and what they stored (pairs: {user.pairs})"
         if not arguments.yes:
             if user.is_admin and sum(other.is_admin for other in users) == 1:
