@@ -3322,10 +3322,9 @@ class Server(http.server.ThreadingHTTPServer):
     def _make_room(self) -> bool:
         """Close the connection whose request has been incomplete longest, else the one idle longest, if there is one."""
         before = len(self.connections)
-        ranks = ((handler.rank(), handler) for handler in self.connections.values())
-        spare = min(((rank, id(handler), handler) for rank, handler in ranks if rank), default=None)
-        if spare:
-            spare[2].give_way()
+        ranks = {handler: rank for handler in self.connections.values() if (rank := handler.rank())}
+        if ranks:
+            min(ranks, key=ranks.__getitem__).give_way()
         return len(self.connections) < before
 
     def process_request(self, request: Any, client_address: Any) -> None:
