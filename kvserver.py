@@ -1327,8 +1327,7 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return values by name; raise HTTPError when a name stands twice."""
     by_name = dict(pairs)
     if len(by_name) != len(pairs):
-        names = sorted(name for name, _ in pairs)
-        repeated = next(name for name, following in zip(names, names[1:]) if name == following)
+        repeated = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise HTTPError(400, f"the name {shorten(repeated)} stands twice; send it once")
     return by_name
 
