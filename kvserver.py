@@ -2773,7 +2773,7 @@ class RequestHandler:
         self.request: Request | None = None
         self.route: Route | None = None
         self.checked = 0  # offset of the line at which an incomplete head ends
-        self.body: bytearray | None = None  # what has come of a chunked body
+        self.body = bytearray()  # what has come of a chunked body
         self.body_pending = True  # whether bytes of the request may still be on their way, as until its head is good
 
     def enter(self, phase: str, seconds: float) -> None:
@@ -2966,7 +2966,6 @@ class RequestHandler:
     def take_body(self, request: Request) -> bool:
         """Take the body of a request from what has been received; tell whether it was there in full."""
         if request.fields.body_length == CHUNKED:
-            self.body = bytearray() if self.body is None else self.body
             if not take_chunks(self.received, self.body):
                 return False
             request.body = bytes(self.body)
