@@ -948,8 +948,8 @@ CHUNKED = -1  # stands for the length of a body that comes in chunks, each with 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 
-TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+HTTP_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+REQUEST_LINE = re.compile(rf"({HTTP_TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 ABSOLUTE_TARGET = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 LENGTH = re.compile(r"[0-9]{1,18}")
@@ -1154,7 +1154,7 @@ def parse_lines(lines: Sequence[str]) -> dict[str, str]:
         name, colon, value = line.partition(":")
         if len(line) > HEADER_LINE_BYTES_MAX:
             raise HTTPError(431, HEADERS_TOO_LARGE)
-        if not colon or not TOKEN.fullmatch(name) or NOT_IN_FIELD.search(value):
+        if not colon or not HTTP_TOKEN.fullmatch(name) or NOT_IN_FIELD.search(value):
             raise HTTPError(400, "a header is malformed; it is NAME: VALUE on one line, with no space before the colon")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
