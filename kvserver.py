@@ -364,16 +364,16 @@ PAIR_AS_JSON = (
 SELECT_AS_JSON = (
     f"SELECT CAST({PAIR_AS_JSON} AS BLOB) FROM (SELECT ? AS key, CAST(? AS TEXT) AS value, ? AS updated, ? AS expires)"
 )
-PAGE = (
+FROM_PAGE = (
     "FROM (SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ?"
     " AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT ?)"
 )
-SELECT_PAIRS = f"SELECT key, substr(CAST(value AS BLOB), 1, ?), updated, expires {PAGE}"
-SELECT_PAGE_BYTES = f"SELECT total(? + length(key) + length(CAST(value AS BLOB))) {PAGE}"
-SELECT_LAST_AND_NEXT = f"SELECT key {PAGE} LIMIT 2 OFFSET ?"
+SELECT_PAIRS = f"SELECT key, substr(CAST(value AS BLOB), 1, ?), updated, expires {FROM_PAGE}"
+SELECT_PAGE_BYTES = f"SELECT total(? + length(key) + length(CAST(value AS BLOB))) {FROM_PAGE}"
+SELECT_LAST_AND_NEXT = f"SELECT key {FROM_PAGE} LIMIT 2 OFFSET ?"
 SELECT_DATABASE_BYTES = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-SELECT_PAGE = f"SELECT CAST(json_group_object(key, value) AS BLOB) {PAGE}"
-SELECT_PAGE_WITH_TIMES = f"SELECT CAST(json_group_object(key, {PAIR_AS_JSON}) AS BLOB) {PAGE}"
+SELECT_PAGE = f"SELECT CAST(json_group_object(key, value) AS BLOB) {FROM_PAGE}"
+SELECT_PAGE_WITH_TIMES = f"SELECT CAST(json_group_object(key, {PAIR_AS_JSON}) AS BLOB) {FROM_PAGE}"
 UPSERT_PAIR = (
     "INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) ON CONFLICT (user_id, key)"
     " DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"
