@@ -1600,16 +1600,17 @@ class Login(NamedTuple):
 
 
 class Pool:
-    """Threads that run functions one after the other."""
+    """Threads that run functions one after the other, and hand what comes of each to post."""
 
-    def __init__(self, threads_max: int) -> None:
+    def __init__(self, threads_max: int, post: Callable[[Callable[[], None]], None]) -> None:
         """Be ready to start so many threads."""
+        self._post = post
         self._threads, self._threads_left = 0, threads_max
-        self._jobs: collections.deque[tuple[Callable[[], Any], Callable[[Any], object]]] = collections.deque()
+        self._jobs: collections.deque[tuple[Callable[[], Any], Callable[[Any], None]]] = collections.deque()
         self._jobs_count = threading.Semaphore(0)
 
-    def submit(self, function: Callable[[], Any], done: Callable[[Any], object]) -> None:
-        """Run function, and then done with what it returned or raised, both in a thread of the pool."""
+    def submit(self, function: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Run a function in a thread of the pool, and post done with what it returned or raised."""
         if self._threads_left:
             try:
                 # A daemon does not hold up the end of the process.
@@ -1630,7 +1631,7 @@ class Pool:
                 outcome = function()
             except Exception as error:  # noqa: BLE001 - it is handed to whoever waits for the outcome
                 outcome = error
-            done(outcome)
+            self._post(functools.partial(done, outcome))
 
 
 class Authenticator:
@@ -1646,7 +1647,7 @@ class Authenticator:
         self._verified: dict[bytes, tuple[str, tuple[str, ...]]] = {}
         self._secret = secrets.token_bytes(32)
         # One thread runs scrypt, because the allocator keeps 16 MiB for each thread that has ever run it.
-        self._scrypt = Pool(1)
+        self._scrypt = Pool(1, post)
         # Who waits for a check in that thread, by the same keyed hash and the row that is checked against.
         self._waiting: dict[tuple[bytes, User | None], list[Login]] = {}
         self._throttle = Throttle()
@@ -1700,7 +1701,7 @@ class Authenticator:
         self._throttle.charge(login.address)
         self._scrypt.submit(
             lambda: self._verify(check_key, name, password),
-            lambda check: self._post(lambda: self._finish(check_key, login, check)),
+            lambda check: self._finish(check_key, login, check),
         )
         self._waiting[check_key] = [login]
 
@@ -1716,7 +1717,7 @@ class Authenticator:
             self._new_passwords -= 1
             done(outcome)
 
-        self._scrypt.submit(lambda: hash_password(password), lambda outcome: self._post(lambda: finish(outcome)))
+        self._scrypt.submit(lambda: hash_password(password), finish)
         self._new_passwords += 1
 
     def withdraw(self, login: Login) -> None:
@@ -2983,7 +2984,7 @@ class RequestHandler:
             request.parameters = parse_parameters(request, route)
             return True
         self.enter(WAITING, math.inf)
-        self.server.work(lambda: parse_parameters(request, route), self.taking("parameters"))
+        self.server.workers.submit(lambda: parse_parameters(request, route), self.taking("parameters"))
         return False
 
     def taking(self, name: str) -> Callable[[Any], None]:
@@ -3039,7 +3040,7 @@ class RequestHandler:
                 return endpoint(store, request)
 
         self.enter(WAITING, math.inf)
-        self.server.work(run, self.finish)
+        self.server.workers.submit(run, self.finish)
 
     def look_again(self) -> None:
         """Go on with a request that waits for a change, since there may have been one, or its time is up."""
@@ -3184,7 +3185,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._leader = 0  # the thread identifier of who leads, while anybody does
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._woken, self._waker = socket.socketpair()
-        self._workers = Pool(WORKERS_MAX)
+        self.workers = Pool(WORKERS_MAX, self.post)
         self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
         self._next_checkpoint = 0.0  # monotonic seconds
@@ -3385,10 +3386,6 @@ class Server(http.server.ThreadingHTTPServer):
             self.polls.pop(handler, None)
         self.close_request(request)
         self._resume_accepting()
-
-    def work(self, function: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Run a function in a thread of the pool, and have the leader call done with what it returned or raised."""
-        self._workers.submit(function, lambda outcome: self.post(lambda: done(outcome)))
 
     def renew_hash(self, check: Check) -> None:
         """Store the hash that is to replace an outdated one."""
