@@ -11,7 +11,7 @@ answered only after it is on the disk.
     python kvserver.py addtoken USER     add a token for a device; tokens USER lists them, deltoken USER ID deletes one
 
     request                      answer
-    GET /set?key=K&value=V       200 Success; ttl=SECONDS, nx=1 (409 if the key exists), old=V (409 unless that is stored)
+    GET /set?key=K&value=V       200 Success; ttl=SECONDS; nx=1 (409 if the key exists); old=V (409 unless it is stored)
     GET /get?key=K               200 and the value as text, byte for byte; 404 when the key is unknown, or default=D
                                  format=json or age; wait=SECONDS&unless=V answers when the value is another one
     GET /del?key=K               200 Successfully removed state; 404 when the key is unknown, or missing=ok
@@ -27,8 +27,9 @@ answered only after it is on the disk.
 stand in the query, in a form or in a JSON object; the body of /set?key=K may be the value itself. All paths also exist
 below /iotpersistenceapi, or the prefix that --base-path names. An error is one line of text that says what to do.
 
-The file is built from the ground up, each section using only what stands above it: Limits and defaults, Names,
-passwords and tokens, Storage, HTTP messages, Parameters, Authentication, API, Pages, Server, Settings, Command line.
+The file is built from the ground up, each section using only what stands above it: Limits and defaults, Log, Names,
+passwords and tokens, Storage, HTTP messages, Parameters, Authentication, API, Pages, Routes, Connections, Server,
+Settings, Command line.
 """
 
 from __future__ import annotations
@@ -157,6 +158,9 @@ DEFAULT_DATABASE_MB_MAX = 1024
 DEFAULT_BASE_PATH = "/iotpersistenceapi"
 DEFAULT_DATABASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kvserver.db")
 
+# ---- Log -------------------------------------------------------------------------------------------------------------
+# What the person who runs the server gets to read, on standard error: one line an event, no secrets in it.
+
 TOKEN_PREFIX = "kv_"
 TOKEN_IN_TEXT = re.compile(TOKEN_PREFIX + "[A-Za-z0-9_-]{8,}")
 
@@ -204,7 +208,7 @@ SCRYPT_HASH = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Z
 
 
 class BadCredential(ValueError):
-    """This cannot be a user's name or password; the message says what can."""
+    """This cannot be a user's name or password, or a token's label or prefix; the message says what can."""
 
 
 def check_user_name(name: str) -> None:
@@ -455,7 +459,7 @@ class Pair(NamedTuple):
     value: bytes  # UTF-8
     updated: float  # unix seconds, when it was last set
     expires: float | None  # unix seconds
-    tag: str  # strong entity tag: a hash of the value, so that equal values have equal tags (RFC 9110 section 8.8.3)
+    etag: str  # strong entity tag: a hash of the value, so that equal values have equal tags (RFC 9110 section 8.8.3)
 
 
 def entity_tag(value: bytes) -> str:
@@ -963,12 +967,15 @@ ADDRESS_TOO_LONG = f"the address is longer than {REQUEST_LINE_BYTES_MAX} bytes; 
 HEADERS_TOO_LARGE = (
     f"the headers are over {HEADER_FIELDS_MAX} lines of {HEADER_LINE_BYTES_MAX} bytes, or {HEADERS_BYTES_MAX} in all"
 )
-BODY_TOO_LARGE = f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; send a value alone, or in parts"
+BODY_TOO_LARGE = (
+    f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; send a value alone, or parts"
+)
 
 ENTITY_TAGS = re.compile(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+')
 ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
 
 Headers = tuple[tuple[str, str], ...]
+RETRY_AFTER = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 
 
 class Response(NamedTuple):
@@ -996,6 +1003,23 @@ class HTTPError(Exception):
             return Response(self.message.encode(), self.status, TEXT, self.headers)
         problem = {"title": http.HTTPStatus(self.status).phrase, "status": self.status, "detail": self.message}
         return Response(json.dumps(problem).encode(), self.status, PROBLEM, self.headers)
+
+
+def as_refusal(error: Exception) -> HTTPError | None:
+    """Return the answer to an error that is the client's, or that a second try may mend; None for any other."""
+    if isinstance(error, HTTPError):
+        return error
+    if isinstance(error, BadCredential):
+        return HTTPError(400, str(error))
+    if isinstance(error, NoSuchUser):
+        return HTTPError(401, "the user has been deleted")
+    if isinstance(error, NoSuchToken):
+        return HTTPError(404, "there is no such token, or no longer")
+    if isinstance(error, (LastAdmin, TooMuch)):
+        return HTTPError(409, str(error))
+    if isinstance(error, StoreBusy):
+        return HTTPError(503, f"{error}; try again", RETRY_AFTER)
+    return None
 
 
 def parse_target(method: str, target: str) -> tuple[str, str, str]:
@@ -1070,7 +1094,7 @@ class Request:
         self.was_there = False  # what it waits for a change of
         self.password_hash = ""  # of the parameter password, once that has been hashed
 
-    def names_tag(self, header: str, tag: str) -> bool:
+    def names_etag(self, header: str, etag: str) -> bool:
         """Tell whether If-Match or If-None-Match, as header says, names an entity tag; raise HTTPError.
 
         An empty tag is that of what does not exist. If-Match compares strongly, so that weak tags name nothing, and
@@ -1080,11 +1104,11 @@ class Request:
         if condition is None:
             return False
         if condition == "*":
-            return tag != ""
+            return etag != ""
         if not ENTITY_TAGS.fullmatch(condition):
             raise HTTPError(400, f'the header {header} is malformed; it is * or the ETag of an answer, as in "0a1b"')
         return any(
-            match[2] == tag and (header != "if-match" or not match[1]) for match in ENTITY_TAG.finditer(condition)
+            match[2] == etag and (header != "if-match" or not match[1]) for match in ENTITY_TAG.finditer(condition)
         )
 
 
@@ -1444,6 +1468,14 @@ def require_value(request: Request) -> str:
     return value
 
 
+def required(request: Request, name: str) -> str:
+    """Return a parameter; raise HTTPError when it is missing."""
+    text = request.parameters.get(name)
+    if text is None:
+        raise HTTPError(400, f"the parameter {name} is missing")
+    return text
+
+
 def take_choice(request: Request, name: str, choices: Sequence[str]) -> str | None:
     """Return a parameter that can only be one of a few words, None if it is not there; raise HTTPError."""
     text = request.parameters.get(name)
@@ -1467,7 +1499,6 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 # Credentials in, a User or an HTTPError out. scrypt makes guessing expensive, and would make every request so: hence
 # credentials that were verified are remembered, under a keyed hash, never as they came.
 
-RETRY_AFTER = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 USUAL_PORTS = {"http": ":80", "https": ":443"}
 ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
 FOREIGN = (
@@ -1759,6 +1790,14 @@ class Authenticator:
             login.done(outcome)
 
 
+def check_visitor(user: User, is_for_admins: bool) -> None:
+    """Raise HTTPError when a user may not open a page."""
+    if user.token:
+        raise HTTPError(401, "a token does not open pages; log in with your password")
+    if is_for_admins and not user.is_admin:
+        raise HTTPError(403, "only admins may manage accounts; ask one of them")
+
+
 # ---- API -------------------------------------------------------------------------------------------------------------
 # One plain function an endpoint: the store and the request in, the response out. The bodies are those that clients of
 # IoT Persistence Api look for.
@@ -1796,7 +1835,7 @@ def set_value(store: Store, request: Request) -> Response:
     return Response(b"Success")
 
 
-def seconds_to_wait(request: Request, pair: Pair | None, tag: str) -> float:
+def seconds_to_wait(request: Request, pair: Pair | None, etag: str) -> float:
     """Return for how many seconds the answer to a request is to wait for a change, 0 if it need not."""
     wait_seconds, unless = take_seconds(request, "wait", 0, WAIT_SECONDS_MAX), request.parameters.get("unless")
     if wait_seconds is None and unless is None:
@@ -1808,7 +1847,7 @@ def seconds_to_wait(request: Request, pair: Pair | None, tag: str) -> float:
     elif unless is not None:
         is_news = pair.value != unless.encode("utf-8")
     else:
-        is_news = not request.names_tag("if-none-match", tag)
+        is_news = not request.names_etag("if-none-match", etag)
     request.was_there = pair is not None
     if is_news or not request.may_wait:
         return 0
@@ -1824,26 +1863,26 @@ def get_value(store: Store, request: Request) -> Response | Unchanged:
     if len(request.parameters) == 1 and "if-none-match" not in request.fields.headers:  # nearly always
         pair = stored_pair(store, request)
         if pair:
-            return Response(pair.value, headers=(("ETag", pair.tag),))
+            return Response(pair.value, headers=(("ETag", pair.etag),))
     form, default = take_choice(request, "format", ("json", "age")), request.parameters.get("default")
     if form and default is not None:
         raise HTTPError(400, "the parameter default is for the plain value; leave out format")
     pair = stored_pair(store, request)
-    tag = pair.tag if pair else ""
-    wait_seconds = seconds_to_wait(request, pair, tag)
+    etag = pair.etag if pair else ""
+    wait_seconds = seconds_to_wait(request, pair, etag)
     if wait_seconds > 0:
         return Unchanged(wait_seconds)
     if pair is None:
         if default is None:
             raise HTTPError(404, UNKNOWN_KEY)
         return Response(default.encode("utf-8"))
-    if "unless" not in request.parameters and request.names_tag("if-none-match", tag):
-        return Response(status=304, headers=(("ETag", tag),))
+    if "unless" not in request.parameters and request.names_etag("if-none-match", etag):
+        return Response(status=304, headers=(("ETag", etag),))
     if form == "json":
         return Response(store.as_json(request.parameters["key"], pair), content_type=JSON)
     if form == "age":
         return Response(str(max(0, int(time.time() - pair.updated))).encode())
-    return Response(pair.value, headers=(("ETag", tag),))
+    return Response(pair.value, headers=(("ETag", etag),))
 
 
 def delete_pair(store: Store, request: Request) -> Response:
@@ -1856,9 +1895,9 @@ def delete_pair(store: Store, request: Request) -> Response:
 
 def check_preconditions(request: Request, pair: Pair | None) -> None:
     """Raise HTTPError unless a pair is as If-Match and If-None-Match want it (RFC 9110 section 13.2.2)."""
-    tag = pair.tag if pair else ""
-    is_wanted = "if-match" not in request.fields.headers or request.names_tag("if-match", tag)
-    if not is_wanted or request.names_tag("if-none-match", tag):
+    etag = pair.etag if pair else ""
+    is_wanted = "if-match" not in request.fields.headers or request.names_etag("if-match", etag)
+    if not is_wanted or request.names_etag("if-none-match", etag):
         raise HTTPError(412, "the value is not what If-Match or If-None-Match wants; get it, and try again")
 
 
@@ -1956,7 +1995,7 @@ def check_health(store: Store, request: Request) -> Response:
 HTML = "text/html; charset=utf-8"
 VOID_ELEMENTS = frozenset(("input", "meta"))
 OPEN_ELEMENTS = frozenset(("tr", "th", "td"))  # a browser ends them where the next one begins
-# Of what cannot be seen, or turns the order of what stands beside it (Unicode standard annex 9), one sees that it is there.
+# What cannot be seen, or turns the order of what stands beside it (Unicode standard annex 9), is shown by a sign.
 UNSEEN = (*range(32), 127, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
 VISIBLE = {**dict.fromkeys(UNSEEN, "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
 OUTER_SPACES = re.compile("^ +| +$")
@@ -1990,9 +2029,10 @@ th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);text-al
 unicode-bidi:isolate}td:first-child{overflow-wrap:anywhere;min-width:6rem}td a,code{white-space:pre-wrap}
 .states{table-layout:fixed}.states td{overflow-wrap:anywhere}
 .states td:nth-child(2){font-family:ui-monospace,monospace;font-size:.9375rem;white-space:pre-wrap}
-.states th:first-child{width:40%}.states th:last-child{width:10rem}time{position:relative}p time::after{content:" (" attr(datetime) ")"}
-td time:hover::after{content:attr(datetime);position:absolute;right:0;bottom:100%;padding:.1rem .5rem;white-space:nowrap;
-color:var(--back);background:var(--text);border-radius:.35rem}
+.states th:first-child{width:40%}.states th:last-child{width:10rem}
+time{position:relative}p time::after{content:" (" attr(datetime) ")"}
+td time:hover::after{content:attr(datetime);position:absolute;right:0;bottom:100%;padding:.1rem .5rem;
+white-space:nowrap;color:var(--back);background:var(--text);border-radius:.35rem}
 th{color:var(--quiet);font-size:.875rem;font-weight:500}small{display:block;font-size:.875rem;color:var(--quiet)}
 form{max-width:32rem;margin:.75rem 0;padding:1rem;background:var(--card);border:1px solid var(--line);
 border-radius:.5rem}form.bare,form.search{padding:0;background:none;border:0}
@@ -2005,11 +2045,13 @@ textarea,pre,code{font-family:ui-monospace,monospace;font-size:.9375rem}
 pre{white-space:pre-wrap;padding:1rem;background:var(--card);border-radius:.5rem}
 button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:1px solid transparent;
 border-radius:.35rem;cursor:pointer;max-width:100%;overflow-wrap:anywhere}button.bad{background:var(--bad)}
-summary{color:var(--link);cursor:pointer;width:max-content}td button{padding:.15rem .6rem}td form.bare{margin:.35rem 0 0}
+summary{color:var(--link);cursor:pointer;width:max-content}
+td button{padding:.15rem .6rem}td form.bare{margin:.35rem 0 0}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 [role=alert]{color:var(--bad);font-weight:600;margin-top:0;outline:0}.quiet{color:var(--quiet)}
 #done{display:none;font-weight:600}#done:target{display:block}
-@media(max-width:30rem){td,th,td code,.states td:nth-child(2){padding-right:.4rem;font-size:.875rem}td:first-child{min-width:4rem}
+@media(max-width:30rem){td,th,td code,.states td:nth-child(2){padding-right:.4rem;font-size:.875rem}
+td:first-child{min-width:4rem}
 .states th:first-child{width:43%}.states th:last-child{width:5.25rem}}
 """)
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
@@ -2075,11 +2117,6 @@ def tag(name: str, /, *children: str, **attributes: str | bool | int) -> Markup:
 def make_visible(text: str) -> str:
     """Return a text as one line of which all can be seen."""
     return OUTER_SPACES.sub(lambda spaces: "␣" * len(spaces[0]), text.translate(VISIBLE))
-
-
-def wants_html(request: Request) -> bool:
-    """Tell whether a request comes from a browser that is to show the answer."""
-    return "text/html" in request.fields.headers.get("accept", "").lower()
 
 
 def make_alert(message: str) -> Markup:
@@ -2311,14 +2348,6 @@ def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
     )
 
 
-def required(request: Request, name: str) -> str:
-    """Return a parameter; raise HTTPError when it is missing."""
-    text = request.parameters.get(name)
-    if text is None:
-        raise HTTPError(400, f"the parameter {name} is missing")
-    return text
-
-
 def find_user(store: Store, request: Request) -> UserSummary:
     """Return the user whom the parameter username names; raise HTTPError."""
     name = required(request, "username")
@@ -2446,7 +2475,7 @@ def state_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) ->
         content = [tag("p", f"This value can be edited by /set, but not here: {why_not}."), shown]
     else:
         area = Field("value", "Value", "textarea", value, {"rows": min(20, value.count("\n") + 2), **AS_TYPED})
-        fields = (area, Field("page", value="state"), Field("tag", value=pair.tag))
+        fields = (area, Field("page", value="state"), Field("etag", value=pair.etag))
         content = [make_form("set", "Save", *fields, problem=problem, url=url)]
         if problem.action:
             content += [tag("p", "What is stored now:"), shown]
@@ -2466,14 +2495,6 @@ def new_password_hash(request: Request) -> str:
     if not request.password_hash:
         raise Unhashed
     return request.password_hash
-
-
-def check_visitor(user: User, is_for_admins: bool) -> None:
-    """Raise HTTPError when a user may not open a page."""
-    if user.token:
-        raise HTTPError(401, "a token does not open pages; log in with your password")
-    if is_for_admins and not user.is_admin:
-        raise HTTPError(403, "only admins may manage accounts; ask one of them")
 
 
 def current_user(store: Store, request: Request) -> User:
@@ -2535,7 +2556,7 @@ def change_own_pair(store: Store, request: Request, action: str) -> Response:
     value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")
     if pair and page == "add":
         raise HTTPError(409, "there is a state with this key; choose another key, or search for that one and edit it")
-    if pair and page == "state" and request.parameters.get("tag", pair.tag) != pair.tag:
+    if pair and page == "state" and request.parameters.get("etag", pair.etag) != pair.etag:
         raise HTTPError(409, "something else has been stored meanwhile; save again to replace that")
     store.set_value(request.user.id, key, value, pair.expires if pair and page == "state" else None)
     return lead_to(url_to("state", key=key) + DONE if page == "state" else LIST_DONE)
@@ -2585,9 +2606,11 @@ def answer_form(
     action, parameters = required(request, "action"), request.parameters
     try:
         return change(store, request, action)
-    except (HTTPError, BadCredential, LastAdmin, TooMuch) as error:  # nothing has been changed before these are raised
-        status = error.status if isinstance(error, HTTPError) else 400 if isinstance(error, BadCredential) else 409
-        page, problem = pages.get(parameters.get("page", ""), pages[""]), Problem(action, str(error), parameters)
+    except (HTTPError, BadCredential, LastAdmin, NoSuchToken, TooMuch) as error:
+        # Nothing has been changed before these are raised.
+        refusal, page = as_refusal(error), pages.get(parameters.get("page", ""), pages[""])
+        assert refusal
+        status, problem = refusal.status, Problem(action, refusal.message, parameters)
         return Elsewhere(lambda store, request: page(store, request, problem)._replace(status=status))
 
 
@@ -2606,25 +2629,23 @@ def change_states(store: Store, request: Request) -> Response | Elsewhere:
     return answer_form(store, request, change_own, {"": states_page, "state": state_page})
 
 
-# ---- Server ----------------------------------------------------------------------------------------------------------
-# The HTTP surface in one table, the handler that serves one connection, and the server that accepts connections and
-# calls the handlers when there is something to do. No socket blocks: a handler notes until when it may wait, and the
-# server ends what is overdue, so that a client that sends a byte now and then gains nothing.
+# ---- Routes ----------------------------------------------------------------------------------------------------------
+# The HTTP surface in one table, with the policy of each route on its row, and what answers a request that none takes.
 
-# Who may send a request: ANYONE without a login, but BROWSER only if they ask for HTML, or else the path does not exist;
+# Who may send a request: ANYONE without a login, but BROWSER only if they ask for HTML, else the path does not exist;
 # USER with a login; PERSON with a password, since what a device has does not open pages; ADMIN as PERSON, and an admin.
 ANYONE, BROWSER, USER, PERSON, ADMIN = "anyone", "browser", "user", "person", "admin"
 PAGE_VISITORS = (PERSON, ADMIN)
 # With a realm of their own, below their own paths, the pages get credentials that browsers keep from the API (RFC 7617
 # section 2.2).
 REALMS = {USER: "kvserver", PERSON: "kvserver pages", ADMIN: "kvserver pages"}
-# Where an endpoint runs: what answers at once in the leading thread; what changes something in the writer's transaction,
-# its answer held back until the commit; what may take long in a thread of a pool, with a store of its own.
+# Where an endpoint runs: what answers at once in the leading thread; what changes something in the transaction of the
+# writer, its answer held back until the commit; what may take long in a thread of a pool, with a store of its own.
 LEADER, WRITER, WORKER = "leader", "writer", "worker"
 
 READ = ("GET", "HEAD")
 ACCOUNT_FIELDS = ("action", "username", "password", "isAdmin", "id", "page")
-STATE_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page", "tag")
+STATE_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page", "etag")
 
 ROUTES = (
     Route("/set", ("GET", "POST", "PUT"), set_value, USER, WRITER, ("key", "value", "ttl", "nx", "old"), EITHER),
@@ -2653,15 +2674,11 @@ ROUTES = (
 )
 API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
-# What a connection is doing; it decides who may use its handler, and what happens when the time for it is up.
-IDLE, RECEIVING, WAITING, SENDING = "idle", "receiving", "waiting", "sending"
-POLLING, LINGERING, CLOSING, CLOSED = "polling", "lingering", "closing", "closed"
-
 RouteTable = dict[str, dict[str, Route]]
 
 
 def route_tables(base_path: str) -> tuple[RouteTable, RouteTable]:
-    """Return the routes, below base_path and at the root, by path and method; and those with a key by what precedes it."""
+    """Return the routes, below base_path and at the root, by path and method; those with a key by what precedes it."""
     by_path: RouteTable = {}
     by_beginning: RouteTable = {}
     for prefix, route in itertools.product((base_path, ""), ROUTES):
@@ -2695,19 +2712,10 @@ def describe_mistake(error: BaseException | None) -> str:
 
 
 def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
-    """Return the answer to an exception: the one place where errors of the sections above get their status."""
-    if isinstance(error, HTTPError):
-        return error
-    if isinstance(error, NoSuchUser):
-        return HTTPError(401, "the user has been deleted")
-    if isinstance(error, NoSuchToken):
-        return HTTPError(404, "there is no such token, or no longer")
-    if isinstance(error, (TooMuch, LastAdmin)):
-        return HTTPError(409, str(error))
-    if isinstance(error, BadCredential):
-        return HTTPError(400, str(error))
-    if isinstance(error, StoreBusy):
-        return HTTPError(503, f"{error}; try again", RETRY_AFTER)
+    """Return the answer to an exception; what is the server's fault is logged."""
+    answer = as_refusal(error)
+    if answer:
+        return answer
     if isinstance(error, (StoreError, sqlite3.Error)):
         errors.write(f"the database failed: {error}")
         if isinstance(error, StoreFull):
@@ -2715,6 +2723,11 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
         return HTTPError(503, "the database cannot be used; the server's log says why", RETRY_AFTER)
     errors.write(describe_mistake(error))
     return HTTPError(500, "the server made a mistake; its log says where")
+
+
+def wants_html(request: Request) -> bool:
+    """Tell whether a request comes from a browser that is to show the answer."""
+    return "text/html" in request.fields.headers.get("accept", "").lower()
 
 
 def answer_to_error(error: HTTPError, route: Route | None, request: Request | None) -> Response:
@@ -2738,6 +2751,16 @@ def log_request(request: Request, status: int, seconds: float, address: Address 
     log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={request.user.name!r} address={address}")
 
 
+# ---- Connections -----------------------------------------------------------------------------------------------------
+# What is done with one connection: it receives a request, finds out who sends it, runs its endpoint where that belongs,
+# and sends the answer. No socket blocks: a handler notes until when it may wait, and the server ends what is overdue,
+# so that a client that sends a byte now and then gains nothing.
+
+# What a connection is doing; it decides who may use its handler, and what happens when the time for it is up.
+IDLE, RECEIVING, WAITING, SENDING = "idle", "receiving", "waiting", "sending"
+POLLING, LINGERING, CLOSING, CLOSED = "polling", "lingering", "closing", "closed"
+
+
 class Change(NamedTuple):
     """What the writer is to do in its next transaction, and what is to be done with the outcome after the commit."""
 
@@ -2750,7 +2773,7 @@ class RequestHandler:
     """Serves one connection: request after request, until one side closes it.
 
     It never waits. The leading thread of the server calls it when bytes have come or can go, and it does what can be
-    done with them. Only finish may be called by another thread, the one that made the answer it was WAITING for.
+    done with them. Only finish may be called by another thread, the one that committed the change it was WAITING for.
     """
 
     def __init__(self, connection: socket.socket, address: tuple[Any, ...], server: Server) -> None:
@@ -3049,7 +3072,7 @@ class RequestHandler:
             self.go_on()
 
     def finish(self, outcome: Response | Elsewhere | Exception) -> None:
-        """Send the answer that was waited for; called by the thread that made it."""
+        """Send the answer that was waited for; called by the thread that committed, if that was for a change."""
         if isinstance(outcome, (Unhashed, Elsewhere)):
             self.server.post(functools.partial(self.take_detour, outcome))
             return
@@ -3126,6 +3149,11 @@ class RequestHandler:
         elif phase != WAITING and self.state is state:
             self.enter(CLOSING, 0)
         self.settle()
+
+
+# ---- Server ----------------------------------------------------------------------------------------------------------
+# Accepts connections, calls their handlers when there is something to do, and makes changes, in transactions that many
+# requests share.
 
 
 def bind_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
@@ -3319,7 +3347,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.process_request(connection, address)
 
     def _make_room(self) -> bool:
-        """Close the connection whose request has been incomplete longest, else the one idle longest, if there is one."""
+        """Close the connection whose request is incomplete longest, else the one idle longest, if there is one."""
         before = len(self.connections)
         ranks = {handler: rank for handler in self.connections.values() if (rank := handler.rank())}
         if ranks:
@@ -3359,7 +3387,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.polls[handler] = pair
 
     def _wake_polls(self, changed_pairs: set[tuple[int, str]] | None, state_before: bytes, state: bytes) -> None:
-        """Look again at the requests that wait for a change of these pairs, or of any, which came between two states."""
+        """Look again at the requests that wait for a change of these pairs, or of any, that came between two states."""
         if changed_pairs is None or (
             self._polls_state == state_before and self.reader.is_one_commit(state_before, state)
         ):
@@ -3425,7 +3453,7 @@ class Server(http.server.ThreadingHTTPServer):
             return True
 
     def _commit(self, leading: bool) -> bool:
-        """Make the changes that wait in one transaction, then those that have come meanwhile; return if still leading."""
+        """Make the changes that wait in one transaction, then those that came meanwhile; return if still leading."""
         while True:
             committed = self._commit_once(leading)
             leading = leading and self._leader == threading.get_ident()
@@ -3791,7 +3819,7 @@ def list_tokens(arguments: argparse.Namespace) -> None:
 
 def parse_id(text: str) -> int:
     """Return the number of a token."""
-    if not re.fullmatch("[0-9]{1,18}", text):
+    if not TOKEN_ID.fullmatch(text):
         raise argparse.ArgumentTypeError("an ID is a number, the one in the first column of: tokens USER")
     return int(text)
 

@@ -3780,18 +3780,18 @@ class OwnPages(PageCase):
 
     def test_an_edit_does_not_overwrite_what_a_device_has_stored_meanwhile(self) -> None:
         self.store.set_value(1, "a", "seen")
-        tag = self.page("/me/state?key=a").values(name="tag")[0]
+        tag = self.page("/me/state?key=a").values(name="etag")[0]
         self.store.set_value(1, "a", "new")
-        answer = self.send("/me/?key=a", action="set", value="typed", page="state", tag=tag)
+        answer = self.send("/me/?key=a", action="set", value="typed", page="state", etag=tag)
         self.assertEqual((409, {"a": "new"}), (answer.status, self.pairs()))
         page = Page(answer)
         self.assertIn("typed", page.text)
         self.assertIn("new", page.text)
-        tag = page.values(name="tag")[0]
-        self.assertEqual(303, self.send("/me/?key=a", action="set", value="typed", page="state", tag=tag).status)
+        tag = page.values(name="etag")[0]
+        self.assertEqual(303, self.send("/me/?key=a", action="set", value="typed", page="state", etag=tag).status)
         self.assertEqual({"a": "typed"}, self.pairs())
         self.store.delete_pair(1, "a")
-        self.assertEqual(404, self.send("/me/?key=a", action="set", value="x", page="state", tag=tag).status)
+        self.assertEqual(404, self.send("/me/?key=a", action="set", value="x", page="state", etag=tag).status)
         self.assertEqual({}, self.pairs())
 
     def test_what_cannot_be_seen_is_shown(self) -> None:
