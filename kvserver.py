@@ -494,7 +494,7 @@ class UserExists(StoreError):
     """There is a user of that name already."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"the user {name} exists; set a password with: python kvserver.py passwd NAME")
+        super().__init__(f"the user {name} exists; set a password with: python kvserver.py passwd {name}")
 
 
 class NoSuchToken(StoreError):
@@ -1348,11 +1348,12 @@ def parse_form(text: str) -> list[tuple[str, str]]:
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return values by name; raise HTTPError when a name stands twice."""
+    """Return values by name; raise HTTPError when a name stands twice, unless it is the one that is thrown away."""
     by_name = dict(pairs)
     if len(by_name) != len(pairs):
-        repeated = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise HTTPError(400, f"the name {shorten(repeated)} stands twice; send it once")
+        for repeated, count in collections.Counter(name for name, _ in pairs if name != "_").most_common(1):
+            if count > 1:
+                raise HTTPError(400, f"the name {shorten(repeated)} stands twice; send it once")
     return by_name
 
 
@@ -1383,6 +1384,9 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
             raise HTTPError(400, "the JSON body is not an object, or its key is not a string")
         if len(members) > PARAMETERS_MAX:
             raise HTTPError(400, TOO_MANY_PARAMETERS)
+        for name, member in members.items():
+            if isinstance(member, (dict, list)) and name not in ("value", "old", "unless", "default"):
+                raise HTTPError(400, f"{shorten(name)} in the JSON body cannot be an array or an object; send a string")
         texts = [
             (name, member if isinstance(member, str) else json.dumps(member, ensure_ascii=False, allow_nan=False))
             for name, member in members.items()
@@ -1429,7 +1433,7 @@ def require_key(key: str | None, token: Token | None = None) -> str:
     if not 1 <= len(key.encode("utf-8")) <= KEY_BYTES_MAX or "\0" in key:
         raise HTTPError(400, f"a key is 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
     if token and not key.startswith(token.prefix):
-        raise HTTPError(403, "this token may only see keys that begin with its prefix")
+        raise HTTPError(403, f"this token may only see keys that begin with {shorten(token.prefix)}")
     return key
 
 
@@ -1440,7 +1444,7 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     """
     in_query = parse_form(request.query) if request.query else []
     parameters = unique_names(in_query)
-    if request.body or route.body == VALUE:
+    if request.body and route.body != VALUE:
         parameters = unique_names([*in_query, *parse_body(request, parameters, route.body)])
     parameters.pop("_", None)
     unknown = [name for name in parameters if name not in route.parameters and route.parameters is not ANYTHING]
@@ -1450,6 +1454,8 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     if unknown:
         names = ", ".join(route.parameters) or "none"
         raise HTTPError(400, f"the parameter {shorten(unknown[0])} is unknown; {route.path} takes: {names}")
+    if route.body == VALUE:
+        parameters["value"] = decode_text(request.body)
     return parameters
 
 
@@ -1463,7 +1469,9 @@ def require_value(request: Request) -> str:
     """Return the parameter value; raise HTTPError when it is missing or cannot be a value."""
     value = request.parameters.get("value")
     if value is None:
-        raise HTTPError(400, "the parameter value is missing; send it as in ?key=door&value=open, or as the body")
+        raise HTTPError(
+            400, "the parameter value is missing; send it as in ?key=door&value=open, or as the body; value= is empty"
+        )
     check_value(value)
     return value
 
@@ -1696,7 +1704,9 @@ class Authenticator:
         it.
         """
         if authorization is None:
-            raise HTTPError(401, "log in with a user name and a password, by HTTP Basic authentication")
+            raise HTTPError(
+                401, "log in with a user name and a password by HTTP Basic authentication, or a Bearer token"
+            )
         name, hashes = self._verified.get(self._digest(authorization), ("", ()))
         if not name:
             return self._token_user(authorization)
@@ -1804,7 +1814,7 @@ def check_visitor(user: User, is_for_admins: bool) -> None:
 
 UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
 NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
-A_NUMBER = f"a number such as 5, -1 or 0.25, of at most {NUMBER_DIGITS_MAX} digits"
+A_NUMBER = f"a number such as 5, -1 or 0.25, without +, of at most {NUMBER_DIGITS_MAX} digits"
 LIMIT = re.compile("[0-9]{1,5}")
 
 
@@ -1876,7 +1886,7 @@ def get_value(store: Store, request: Request) -> Response | Unchanged:
         if default is None:
             raise HTTPError(404, UNKNOWN_KEY)
         return Response(default.encode("utf-8"))
-    if "unless" not in request.parameters and request.names_etag("if-none-match", etag):
+    if not form and "unless" not in request.parameters and request.names_etag("if-none-match", etag):
         return Response(status=304, headers=(("ETag", etag),))
     if form == "json":
         return Response(store.as_json(request.parameters["key"], pair), content_type=JSON)
@@ -2049,7 +2059,7 @@ summary{color:var(--link);cursor:pointer;width:max-content}
 td button{padding:.15rem .6rem}td form.bare{margin:.35rem 0 0}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 [role=alert]{color:var(--bad);font-weight:600;margin-top:0;outline:0}.quiet{color:var(--quiet)}
-#done{display:none;font-weight:600}#done:target{display:block}
+#done{display:none;font-weight:600;scroll-margin-top:10rem}#done:target{display:block}
 @media(max-width:30rem){td,th,td code,.states td:nth-child(2){padding-right:.4rem;font-size:.875rem}
 td:first-child{min-width:4rem}
 .states th:first-child{width:43%}.states th:last-child{width:5.25rem}}
@@ -2325,7 +2335,9 @@ def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
             "admin" if user.is_admin else "user",
             str(user.pairs),
             make_time(user.newest),
-            tag("a", "Delete…", href=url_to("delete", username=user.name), aria_label=f"Delete {user.name}"),
+            ""
+            if user.id == request.user.id
+            else tag("a", "Delete…", href=url_to("delete", username=user.name), aria_label=f"Delete {user.name}"),
         )
         for user in users[:PAGE_ROWS_MAX]
     ]
@@ -2364,14 +2376,17 @@ def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> 
     pairs = store.pairs(user.id, "", after, PAGE_ROWS_MAX + 1)
     whose, page = Field("username", value=user.name), Field("page", value="user")
     whose_password = whose._replace(kind="username")
-    role, other_role = ("admin", "0") if user.is_admin else ("user", "1")
-    change_role = "Take the admin role away" if user.is_admin else "Make an admin"
+    if user.is_admin:
+        role, change_role = "admin", make_question("Take away", "the admin role", "setadmin", whose, page)
+    else:
+        to_admin = Field("isAdmin", value="1")
+        role, change_role = "user", make_form("setadmin", "Make an admin", to_admin, whose, page, problem=problem)
     return make_page(
         make_visible(user.name),
         tag("p", f"Role: {role}, states: {user.pairs}, newest change: ", make_time(user.newest)),
         make_form("setpassword", "Set the password", whose_password, NEW_PASSWORD, page, problem=problem),
         tag("p", "The tokens stay as they are when the password changes.", class_="quiet"),
-        make_form("setadmin", change_role, Field("isAdmin", value=other_role), whose, page, problem=problem),
+        change_role,
         tag("p", tag("a", "Delete this user…", href=url_to("delete", username=user.name))),
         tag("h2", "Tokens"),
         make_tokens(store.tokens(user.name), whose, page),
@@ -2423,6 +2438,7 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
             Field("key", "Key", attributes={"required": True, **AS_TYPED}),
             Field("value", "Value", "textarea", attributes={"rows": 2}),
             Field("page", value="add"),
+            Field("etag"),
             problem=problem,
         ),
         tag("h2", "Tokens", id="tokens"),
@@ -2464,29 +2480,34 @@ def why_not_in_form(value: bytes) -> str:
 
 
 def state_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
-    """Answer with one pair and forms to edit and to delete it."""
+    """Answer with one pair and forms to edit and to delete it; what was typed stays, even if the pair is gone."""
     key = required(request, "key")
     pair = store.pair(request.user.id, key)
-    if pair is None:
+    if pair is None and "value" not in problem.typed:
         raise HTTPError(404, NO_KEY)
-    value, url, why_not = pair.value.decode("utf-8"), url_to("./", key=key), why_not_in_form(pair.value)
-    shown = tag("pre", value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"}))
-    if why_not:
-        content = [tag("p", f"This value can be edited by /set, but not here: {why_not}."), shown]
-    else:
+    stored, url = pair.value if pair else b"", url_to("./", key=key)
+    value, why_not = stored.decode("utf-8"), why_not_in_form(stored)
+    content = []
+    if not why_not:
         area = Field("value", "Value", "textarea", value, {"rows": min(20, value.count("\n") + 2), **AS_TYPED})
-        fields = (area, Field("page", value="state"), Field("etag", value=pair.etag))
-        content = [make_form("set", "Save", *fields, problem=problem, url=url)]
-        if problem.action:
+        fields = (area, Field("page", value="state"), Field("etag", value=pair.etag if pair else ""))
+        content.append(make_form("set", "Save", *fields, problem=problem, url=url))
+    if pair:
+        times = tag("p", "Changed ", make_time(pair.updated), ", expires ", make_time(pair.expires), ".")
+        content.insert(0, times)
+        if why_not:
+            content.append(tag("p", f"This value can be edited by /set, but not here: {why_not}."))
+        if why_not or problem.action:
+            shown = tag("pre", value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"}))
             content += [tag("p", "What is stored now:"), shown]
-    return make_page(
-        make_visible(key),
-        tag("p", "Changed ", make_time(pair.updated), ", expires ", make_time(pair.expires), "."),
-        *content,
-        make_question("Delete", "this state", "del", Field("page", value="state"), url=url),
-        user=request.user,
-        problem=problem,
-    )
+        content.append(make_question("Delete", "this state", "del", Field("page", value="state"), url=url))
+    return make_page(make_visible(key), *content, user=request.user, problem=problem)
+
+
+def added_page(store: Store, request: Request, problem: Problem) -> Response:
+    """Answer why a pair could not be added: with its own page if it is there already."""
+    is_there = store.pair(request.user.id, problem.typed.get("key", ""))
+    return (state_page if is_there else states_page)(store, request, problem)
 
 
 def new_password_hash(request: Request) -> str:
@@ -2541,25 +2562,22 @@ def change_account(store: Store, request: Request, action: str) -> Response:
 
 
 def change_own_pair(store: Store, request: Request, action: str) -> Response:
-    """Store or remove one of one's own pairs.
-
-    Who adds one must not overwrite another one, nor who edits one what a device has stored meanwhile.
-    """
+    """Store or remove one of one's own pairs; with an entity tag only if it is still that one's, or none if empty."""
     key, page = require_key(request.parameters.get("key")), request.parameters.get("page")
     pair = store.pair(request.user.id, key)
-    if pair is None and (action == "del" or page == "state"):
-        raise HTTPError(404, NO_KEY)
     if action == "del":
-        store.delete_pair(request.user.id, key)
+        if not store.delete_pair(request.user.id, key):
+            raise HTTPError(404, NO_KEY)
         return lead_to(LIST_DONE)
     # A browser sends line ends as CR LF, whatever they were.
     value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")
-    if pair and page == "add":
-        raise HTTPError(409, "there is a state with this key; choose another key, or search for that one and edit it")
-    if pair and page == "state" and request.parameters.get("etag", pair.etag) != pair.etag:
-        raise HTTPError(409, "something else has been stored meanwhile; save again to replace that")
+    etag = pair.etag if pair else ""
+    if request.parameters.get("etag", etag) != etag:
+        what = "is something else stored" if pair else "is nothing stored any more"
+        raise HTTPError(409, f"under this key {what}; save again to store this all the same")
     store.set_value(request.user.id, key, value, pair.expires if pair and page == "state" else None)
-    return lead_to(url_to("state", key=key) + DONE if page == "state" else LIST_DONE)
+    urls = {"state": url_to("state", key=key), "add": url_to("./", prefix=key)}
+    return lead_to(urls.get(page or "", "./") + DONE)
 
 
 def change_own(store: Store, request: Request, action: str) -> Response:
@@ -2626,7 +2644,7 @@ def change_accounts(store: Store, request: Request) -> Response | Elsewhere:
 def change_states(store: Store, request: Request) -> Response | Elsewhere:
     """Answer a form of one's own pages."""
     current_user(store, request)
-    return answer_form(store, request, change_own, {"": states_page, "state": state_page})
+    return answer_form(store, request, change_own, {"": states_page, "state": state_page, "add": added_page})
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
@@ -2655,7 +2673,7 @@ ROUTES = (
     Route("/toggle", ("GET", "POST"), toggle, USER, WRITER, ("key", "values", "ttl")),
     Route("/list", READ, list_pairs, USER, WORKER, ("prefix", "limit", "after", "format")),
     Route("/kv/KEY", READ, get_value, USER, LEADER),
-    Route("/kv/KEY", ("PUT",), put_resource, USER, WRITER, ("value", "ttl"), VALUE),
+    Route("/kv/KEY", ("PUT",), put_resource, USER, WRITER, ("ttl",), VALUE),
     Route("/kv/KEY", ("DELETE",), delete_resource, USER, WRITER),
     Route("/health", READ, check_health, ANYONE, WORKER),
     Route("", READ, add_slash, ANYONE, LEADER, ANYTHING),

@@ -1850,6 +1850,16 @@ class States(ServerCase):
             self.assertEqual(status, self.request("POST", "/toggle", form, kvserver.FORM).status)
         self.assertIsNone(self.get("1"))
 
+    def test_only_a_value_can_be_an_array_or_an_object(self) -> None:
+        for member in ('["a", "b"]', '{"a": 1}'):
+            answer = self.request("POST", "/toggle", f'{{"key": "a", "values": {member}}}', kvserver.JSON)
+            self.assertEqual(400, answer.status)
+            self.assertIn(b"values in the JSON body", answer.body)
+            answer = self.request("POST", "/set", f'{{"key": "a", "value": {member}}}', kvserver.JSON)
+            self.assertEqual((200, {"a": member}), (answer.status, self.pairs()))
+            answer = self.request("POST", "/set", f'{{"key": "a", "value": 1, "old": {member}}}', kvserver.JSON)
+            self.assertEqual((200, {"a": "1"}), (answer.status, self.pairs()))
+
     def test_incr_and_toggle_take_form_and_json(self) -> None:
         for body, content_type in (("key=a&by=2", kvserver.FORM), ('{"key": "a", "by": 2}', kvserver.JSON)):
             self.assertEqual(200, self.request("POST", "/incr", body, content_type).status)
@@ -1946,6 +1956,11 @@ class States(ServerCase):
         for form in ("age", "json"):
             self.assertNotIn("etag", self.request("GET", f"/get?key=a%22&format={form}").headers)
             self.assertEqual(404, self.ask(f"/get?key=b&format={form}")[0])
+            # The value may be the one that is known, but its age is another.
+            etag = self.request("GET", "/get?key=a%22").headers["etag"]
+            for wait in ("", "&wait=0.01"):
+                target = f"/get?key=a%22&format={form}{wait}"
+                self.assertEqual(200, self.request("GET", target, headers={"If-None-Match": etag}).status)
         self.assertEqual(400, self.ask("/get?key=a%22&format=xml")[0])
 
     def test_the_same_value_again_is_an_update(self) -> None:
@@ -1968,7 +1983,7 @@ class States(ServerCase):
                     self.assertIn(b"tll is unknown", answer.body)
         for body, content_type in (("key=a&value=1&tll=1", kvserver.FORM), ('{"key": "a", "tll": 1}', kvserver.JSON)):
             self.assertIn(b"tll is unknown", self.request("POST", "/set", body, content_type).body)
-        self.assertEqual((200, "Success"), self.ask("/set?key=a&value=1&_=123"))
+        self.assertEqual((200, "Success"), self.ask("/set?key=a&value=1&_=123&_=124"))
         self.assertEqual({"a": "1"}, self.pairs())
 
     def test_lists_have_pages(self) -> None:
@@ -2177,6 +2192,12 @@ class Resources(ServerCase):
         for content_type in (kvserver.FORM, kvserver.JSON, "text/plain"):
             self.request("PUT", "/kv/a", "value=1", content_type)
             self.assertEqual(b"value=1", self.get("a"))
+
+    def test_the_value_stands_in_the_body_only(self) -> None:
+        for body in (None, "1"):
+            status, message = self.send("PUT", "/kv/a?value=2", body)
+            self.assertEqual((400, b"the parameter value is unknown; /kv/KEY takes: ttl"), (status, message))
+        self.assertEqual({}, self.pairs())
 
     def test_paths_without_a_key_are_404(self) -> None:
         for path in ("/kv", "/kv/", "/iotpersistenceapi/kv/"):
@@ -3443,7 +3464,7 @@ class AccountPages(PageCase):
             ("/me/", 400, {"action": "del"}),
             ("/me/", 404, {"action": "del", "key": "gone"}),
             ("/me/", 404, {"action": "del", "key": "gone", "page": "state"}),
-            ("/me/", 404, {"action": "set", "key": "gone", "page": "state", "value": "1"}),
+            ("/me/", 409, {"action": "set", "key": "gone", "page": "state", "value": "1", "etag": '"a"'}),
             ("/admin/", 400, {"action": "zzz", "username": "bob"}),
             ("/admin/", 400, {"action": "deluser"}),
             ("/admin/", 404, {"action": "deluser", "username": "nobody"}),
@@ -3766,32 +3787,42 @@ class OwnPages(PageCase):
             self.assertEqual(303, self.edit("a\n+&é").status)
             self.assertEqual({"a\n+&é": value}, self.pairs())
 
-    def test_adding_does_not_overwrite(self) -> None:
+    def test_adding_overwrites_only_what_was_seen(self) -> None:
+        self.assertEqual([""], self.page("/me/").values(name="etag"))
+        answer = self.send("/me/", action="set", key="b/é", value="2", page="add", etag="")
+        self.assertEqual("./?prefix=b/%C3%A9#done", self.location(answer))
         self.store.set_value(1, "a", "1", time.time() + 100)
-        answer = self.send("/me/", action="set", key="a", value="typed", page="add")
-        self.assertEqual(409, answer.status)
+        answer = self.send("/me/", action="set", key="a", value="typed", page="add", etag="")
+        self.assertEqual((409, {"a": "1", "b/é": "2"}), (answer.status, self.pairs()))
         page = Page(answer)
-        self.assertEqual(["a"], page.values(name="key"))
-        self.assertIn("typed", page.text)
-        self.assertEqual({"a": "1"}, self.pairs())
-        self.assertEqual(303, self.send("/me/", action="set", key="b", value="2", page="add").status)
-        self.assertEqual({"a": "1", "b": "2"}, self.pairs())
+        self.assertRegex(page.text, r"(?s)typed.*What is stored now:\s*1")
+        etag = page.values(name="etag")[0]
+        self.assertEqual(303, self.send("/me/?key=a", action="set", value="typed", page="state", etag=etag).status)
+        self.assertEqual("typed", self.pairs()["a"])
 
     def test_an_edit_does_not_overwrite_what_a_device_has_stored_meanwhile(self) -> None:
         self.store.set_value(1, "a", "seen")
-        tag = self.page("/me/state?key=a").values(name="etag")[0]
+        etag = self.page("/me/state?key=a").values(name="etag")[0]
         self.store.set_value(1, "a", "new")
-        answer = self.send("/me/?key=a", action="set", value="typed", page="state", etag=tag)
+        answer = self.send("/me/?key=a", action="set", value="typed", page="state", etag=etag)
         self.assertEqual((409, {"a": "new"}), (answer.status, self.pairs()))
         page = Page(answer)
-        self.assertIn("typed", page.text)
-        self.assertIn("new", page.text)
-        tag = page.values(name="etag")[0]
-        self.assertEqual(303, self.send("/me/?key=a", action="set", value="typed", page="state", etag=tag).status)
+        self.assertRegex(page.text, r"(?s)typed.*What is stored now:\s*new")
+        etag = page.values(name="etag")[0]
+        self.assertEqual(303, self.send("/me/?key=a", action="set", value="typed", page="state", etag=etag).status)
         self.assertEqual({"a": "typed"}, self.pairs())
+
+    def test_what_was_typed_outlives_the_state(self) -> None:
+        self.store.set_value(1, "a", "seen")
+        etag = self.page("/me/state?key=a").values(name="etag")[0]
         self.store.delete_pair(1, "a")
-        self.assertEqual(404, self.send("/me/?key=a", action="set", value="x", page="state", etag=tag).status)
-        self.assertEqual({}, self.pairs())
+        answer = self.send("/me/?key=a", action="set", value="typed", page="state", etag=etag)
+        self.assertEqual((409, {}), (answer.status, self.pairs()))
+        page = Page(answer)
+        self.assertIn("typed", page.text)
+        self.assertEqual([""], page.values(name="etag"))
+        self.assertEqual(303, self.send("/me/?key=a", action="set", value="typed", page="state", etag="").status)
+        self.assertEqual({"a": "typed"}, self.pairs())
 
     def test_what_cannot_be_seen_is_shown(self) -> None:
         for key in (" ", " a", "a ", "\u202eabc", "\u200b"):
