@@ -2860,25 +2860,29 @@ class RequestHandler:
 
     def settle(self) -> None:
         """Go on as far as possible, and then watch for what is needed."""
-        events = selectors.EVENT_READ
-        if self.received and self.state[0] in (IDLE, RECEIVING):
-            if self.state[0] == IDLE:
-                self.started = time.monotonic()
-            if not self.proceed():
-                if self.state[0] == IDLE:
-                    self.enter(RECEIVING, REQUEST_SECONDS)
-            elif self.received and self.state[0] == IDLE:
-                self.server.post(self.settle)  # the next request waits until the other connections have had their turn
-                events = 0  # and more need not be received before that
+        if self.state[0] == IDLE and self.received:
+            self.enter(RECEIVING, REQUEST_SECONDS)
+            self.started = time.monotonic()
+        if self.state[0] == RECEIVING:
+            outcome: Response | Exception | None
+            try:
+                outcome = self.respond()
+            except Exception as error:  # noqa: BLE001 - whatever happens, the client gets an answer
+                outcome = error
+            if outcome:
+                self.answer(outcome)
         phase = self.state[0]
         if phase == CLOSING:
             self.watch(0)
             self.enter(CLOSED, math.inf)
             self.server.shutdown_request(self.connection)
-        elif phase == POLLING:
-            self.watch(0 if self.received else events)  # that the client has gone is looked at, not what it sends
+        elif phase == IDLE and self.received:
+            self.server.post(self.settle)  # the next request waits until the other connections have had their turn
+            self.watch(0)  # and more need not be received before that
+        elif phase == POLLING:  # that the client has gone is looked at, not what it sends
+            self.watch(0 if self.received else selectors.EVENT_READ)
         elif phase not in (WAITING, CLOSED):
-            self.watch(selectors.EVENT_WRITE if phase == SENDING else events)
+            self.watch(selectors.EVENT_WRITE if phase == SENDING else selectors.EVENT_READ)
 
     def receive(self) -> None:
         """Receive what has come."""
@@ -2895,17 +2899,6 @@ class RequestHandler:
             self.enter(CLOSING, 0)
         elif self.state[0] != LINGERING:
             self.received += data
-
-    def proceed(self) -> bool:
-        """Go on with a request and tell whether it was answered."""
-        outcome: Response | Exception | None
-        try:
-            outcome = self.respond()
-        except Exception as error:  # noqa: BLE001 - whatever happens, the client gets an answer
-            outcome = error
-        if outcome:
-            self.answer(outcome)
-        return outcome is not None
 
     def respond(self) -> Response | None:
         """Return the answer to the request, or None if something is waited for; what it raises is answered too."""
@@ -3002,7 +2995,6 @@ class RequestHandler:
         assert self.request
         self.request.user = NOBODY  # whoever sent it may have been deleted meanwhile, or their password changed
         self.enter(RECEIVING, seconds)
-        self.proceed()
         self.settle()
 
     def take_body(self, request: Request) -> bool:
