@@ -1134,10 +1134,6 @@ class Elsewhere(NamedTuple):
     endpoint: Callable[[Any, Request], Response]
 
 
-class Unhashed(Exception):
-    """The endpoint is to be called again when the parameter password has been hashed, which takes long."""
-
-
 class Route(NamedTuple):
     """A row of the table of all routes. A path that ends in KEY stands for all that have a key in this place.
 
@@ -1649,7 +1645,7 @@ class Pool:
         self._jobs_count = threading.Semaphore(0)
 
     def submit(self, function: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Run a function in a thread of the pool, and post done with what it returned or raised."""
+        """Run a function in a thread of the pool, and post done with what it returned or raised, or an HTTPError."""
         if self._threads_left:
             try:
                 # A daemon does not hold up the end of the process.
@@ -1658,7 +1654,9 @@ class Pool:
                 self._threads += 1
             except RuntimeError:  # there is no memory for it
                 if not self._threads:
-                    raise HTTPError(503, "the server is short of memory; try again", RETRY_AFTER) from None
+                    error = HTTPError(503, "the server is short of memory; try again", RETRY_AFTER)
+                    self._post(functools.partial(done, error))
+                    return
         self._jobs.append((function, done))
         self._jobs_count.release()
 
@@ -2511,10 +2509,8 @@ def added_page(store: Store, request: Request, problem: Problem) -> Response:
 
 
 def new_password_hash(request: Request) -> str:
-    """Return the hash of the password in a form; raise BadCredential, or Unhashed if that is yet to be made."""
+    """Return the hash of the password in a form; raise BadCredential."""
     check_password(request.parameters.get("password", ""))
-    if not request.password_hash:
-        raise Unhashed
     return request.password_hash
 
 
@@ -2931,6 +2927,11 @@ class RequestHandler:
                     return None
         if request.parameters is NOT_PARSED and not self.parse(route, request):
             return None
+        if "password" in request.parameters and not request.password_hash:  # it takes too long for the transaction
+            self.enter(WAITING, math.inf)
+            password, is_admin = request.parameters["password"], request.user.is_admin
+            self.server.authenticator.hash_password(password, is_admin, self.taking("password_hash"))
+            return None
         return self.run(route, request)
 
     def admit(self, route: Route, request: Request) -> bool:
@@ -3032,19 +3033,6 @@ class RequestHandler:
 
         return take
 
-    def take_detour(self, outcome: Unhashed | Elsewhere) -> None:
-        """Have a password hashed and then go on, or have another endpoint make the answer."""
-        assert self.request
-        try:
-            if isinstance(outcome, Elsewhere):
-                self.run_elsewhere(outcome.endpoint, self.request)
-                return
-            self.enter(WAITING, math.inf)
-            password, is_admin = self.request.parameters["password"], self.request.user.is_admin
-            self.server.authenticator.hash_password(password, is_admin, self.taking("password_hash"))
-        except HTTPError as error:
-            self.finish(error)
-
     def run(self, route: Route, request: Request) -> Response | None:
         """Run the endpoint of a request here, or elsewhere if it may have to wait, and then return None."""
         if route.where == LEADER:
@@ -3083,8 +3071,9 @@ class RequestHandler:
 
     def finish(self, outcome: Response | Elsewhere | Exception) -> None:
         """Send the answer that was waited for; called by the thread that committed, if that was for a change."""
-        if isinstance(outcome, (Unhashed, Elsewhere)):
-            self.server.post(functools.partial(self.take_detour, outcome))
+        if isinstance(outcome, Elsewhere):
+            assert self.request
+            self.server.post(functools.partial(self.run_elsewhere, outcome.endpoint, self.request))
             return
         try:
             self.answer(outcome)
