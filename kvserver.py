@@ -1619,19 +1619,18 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
     return ("", "") if CONTROL_CHARACTER.search(text) or not colon else (name, password)
 
 
-class Check(NamedTuple):
-    """What came of checking credentials: the user, if they are right, and a hash to replace an outdated one with."""
-
-    name: str
-    user: User | None = None
-    renewed_hash: str = ""
-
-
 class Login(NamedTuple):
     """A request that waits for a check: the address that it comes from, and what to call with what comes of it."""
 
     address: Address | None
-    done: Callable[[Any], None]  # takes a Check, or an exception
+    done: Callable[[Exception | None], None]  # takes why it is refused, or None
+
+
+def fail_login(name: str | None, address: Address | None) -> HTTPError:
+    """Log a failed login, and return the answer to it; without a name it was one with a token."""
+    # repr escapes what could forge another line or field, and the address stands last for the same reason.
+    log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
+    return HTTPError(401, "the token is unknown" if name is None else "the user name or the password is wrong")
 
 
 class Pool:
@@ -1672,11 +1671,11 @@ class Pool:
 
 
 class Authenticator:
-    """Tells who sends a request. All but _verify runs in one thread, the one to which post hands what it is given."""
+    """Tells who sends a request. All but _verify runs in one thread, the one to which the pool posts."""
 
-    def __init__(self, store: Store, post: Callable[[Callable[[], None]], None]) -> None:
-        """Use the users of a store."""
-        self._store, self._post = store, post
+    def __init__(self, store: Store, scrypt: Pool, renew_hash: Callable[[User, str], None]) -> None:
+        """Use the users of a store, and a pool of one thread; renew_hash stores the new hash of a user."""
+        self._store, self._renew_hash = store, renew_hash
         # What an unknown name is checked against, so that it takes as long as a wrong password and does not tell which
         # names exist. No password matches a random digest.
         self._unknown_user_hash = format_hash(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES))
@@ -1684,7 +1683,7 @@ class Authenticator:
         self._verified: dict[bytes, tuple[str, tuple[str, ...]]] = {}
         self._secret = secrets.token_bytes(32)
         # One thread runs scrypt, because the allocator keeps 16 MiB for each thread that has ever run it.
-        self._scrypt = Pool(1, post)
+        self._scrypt = scrypt
         # Who waits for a check in that thread, by the same keyed hash and the row that is checked against.
         self._waiting: dict[tuple[bytes, User | None], list[Login]] = {}
         self._throttle = Throttle()
@@ -1727,8 +1726,7 @@ class Authenticator:
         name, password = decode_credentials(authorization)
         if not name or not password:
             self._throttle.charge(login.address)
-            self._post(lambda: login.done(Check(name or "")))
-            return
+            raise fail_login(name, login.address)
         user = self._store.user(name)
         # With the row in it, a request that comes after a change of the password does not join an older check.
         check_key = (self._digest(authorization), user)
@@ -1739,8 +1737,8 @@ class Authenticator:
             raise HTTPError(503, "no password can be checked just now; try again", RETRY_AFTER)
         self._throttle.charge(login.address)
         self._scrypt.submit(
-            lambda: self._verify(check_key, name, password),
-            lambda check: self._finish(check_key, login, check),
+            lambda: self._verify(check_key, password),
+            lambda outcome: self._finish(check_key, name, login, outcome),
         )
         self._waiting[check_key] = [login]
 
@@ -1766,36 +1764,42 @@ class Authenticator:
             if not self._waiting[check_key]:
                 del self._waiting[check_key]
 
-    def _verify(self, check_key: tuple[bytes, User | None], name: str, password: str) -> Check | None:
-        """Check a password, if anybody still waits for that; runs in the scrypt thread."""
+    def _verify(self, check_key: tuple[bytes, User | None], password: str) -> tuple[str, ...] | None:
+        """Return the stored hash that a password matches, and a new one if that is outdated; none if it is wrong.
+
+        Returns None if nobody waits for that any more. Runs in the scrypt thread.
+        """
         user = check_key[1]
         if check_key not in self._waiting:
             return None
         if not verify_password(password, user.password_hash if user else self._unknown_user_hash) or not user:
-            return Check(name)
+            return ()
         is_current = user.password_hash.startswith(hash_parameters())
-        return Check(name, user, "" if is_current else hash_password(password))
+        return (user.password_hash,) if is_current else (user.password_hash, hash_password(password))
 
-    def _finish(self, check_key: tuple[bytes, User | None], charged: Login, check: Any) -> None:
+    def _finish(self, check_key: tuple[bytes, User | None], name: str, charged: Login, outcome: Any) -> None:
         """Remember credentials that are right, and tell all who wait: those who joined are charged only now."""
-        if check is None:  # nobody waited
+        if outcome is None:  # nobody waited
             return
-        has_failed = isinstance(check, Check) and not check.user
-        if not has_failed:
+        digest, user = check_key
+        if outcome != ():
             self._throttle.give_back(charged.address)
-        if isinstance(check, Check) and check.user:
+        if user and outcome and not isinstance(outcome, Exception):
             if len(self._verified) >= CREDENTIALS_MAX:
                 del self._verified[next(iter(self._verified))]
-            hashes = (check.user.password_hash, check.renewed_hash or check.user.password_hash)
-            self._verified[check_key[0]] = (check.name, hashes)
+            self._verified[digest] = (name, outcome)
+            if len(outcome) == 2:
+                self._renew_hash(user, outcome[1])
         for login in self._waiting.pop(check_key, ()):
-            outcome = check
-            if has_failed and login is not charged:
+            refusal: Exception | None = outcome if isinstance(outcome, Exception) else None
+            if outcome == ():
                 try:
-                    self._throttle.charge(login.address)
+                    if login is not charged:
+                        self._throttle.charge(login.address)
+                    refusal = fail_login(name, login.address)
                 except HTTPError as error:
-                    outcome = error
-            login.done(outcome)
+                    refusal = error
+            login.done(refusal)
 
 
 def check_visitor(user: User, is_for_admins: bool) -> None:
@@ -2968,28 +2972,18 @@ class RequestHandler:
         """Have a password checked before the request goes on."""
         # What a login takes is not the client's fault.
         body_seconds = self.started + REQUEST_SECONDS - time.monotonic()
-        login = Login(self.address(), lambda check: self.resume(login, check, body_seconds))
+
+        def resume(refusal: Exception | None) -> None:
+            self.waiting_for = None
+            if refusal:
+                self.finish(refusal)
+            else:
+                self.go_on(body_seconds)
+
+        login = Login(self.address(), resume)
         self.server.authenticator.check(authorization, login)
         self.waiting_for = login
         self.enter(WAITING, CHECK_SECONDS)
-
-    def resume(self, login: Login, check: Any, body_seconds: float) -> None:
-        """Go on after the check of a password, unless that has taken too long."""
-        if self.waiting_for is not login:
-            return
-        self.waiting_for = None
-        if not isinstance(check, Exception):
-            if check.user:
-                self.server.renew_hash(check)
-                self.go_on(body_seconds)
-                return
-            # repr escapes what could forge another line or field, and the address stands last for the same reason.
-            log("WARNING", f"login failed: user={check.name[:64]!r} address={login.address}")
-            is_bearer = self.fields and self.fields.headers["authorization"].lower().startswith("bearer ")
-            what = "the token is unknown" if is_bearer else "the user name or the password is wrong"
-            check = HTTPError(401, what)
-        self.answer(check)
-        self.settle()
 
     def go_on(self, seconds: float = REQUEST_SECONDS) -> None:
         """Go on with a request that has waited; what of it is still to come has so many seconds."""
@@ -3192,7 +3186,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.path = path
         self.reader = CachingStore(path)
         self.writer = Store(path, lock_seconds=0, mb_max=max_db_mb)
-        self.authenticator = Authenticator(self.reader, self.post)
+        self.authenticator = Authenticator(self.reader, Pool(1, self.post), self.renew_hash)
         self.routes, self.routes_with_key = route_tables(base_path)
         self.log_requests = log_requests
         self.max_connections = max_connections
@@ -3414,16 +3408,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.close_request(request)
         self._resume_accepting()
 
-    def renew_hash(self, check: Check) -> None:
-        """Store the hash that is to replace an outdated one."""
-        user = check.user
-        if check.renewed_hash and user:
+    def renew_hash(self, user: User, renewed_hash: str) -> None:
+        """Store the hash that is to replace a user's outdated one."""
 
-            def report(outcome: object) -> None:
-                if isinstance(outcome, Exception):  # the old hash is good too
-                    log("WARNING", f"cannot store a new password hash: user={check.name!r} error={outcome}")
+        def report(outcome: object) -> None:
+            if isinstance(outcome, Exception):  # the old hash is good too
+                log("WARNING", f"cannot store a new password hash: user={user.name!r} error={outcome}")
 
-            self.change(Change(lambda store: store.renew_password_hash(user, check.renewed_hash), report, 0))
+        self.change(Change(lambda store: store.renew_password_hash(user, renewed_hash), report, 0))
 
     def change(self, change: Change) -> None:
         """Have a change made by the next transaction."""
