@@ -678,17 +678,15 @@ class Store:
         finally:
             if self._connection.in_transaction:
                 self._roll_back()
-        outcomes = [outcome for operation in operations for outcome in self._commit_alone(operation)]
+        outcomes = []
+        for operation in operations:
+            try:
+                self.begin()
+                outcomes += self.commit([operation])
+            except (StoreError, sqlite3.Error) as error:
+                outcomes.append(error)
         self.changed_pairs = None  # several commits, of which only the last one's pairs are known
         return outcomes
-
-    def _commit_alone(self, operation: Callable[[Store], Any]) -> list[Any]:
-        """Run an operation in a transaction of its own and return what it returned or raised, as a list."""
-        try:
-            self.begin()
-        except (StoreError, sqlite3.Error) as error:
-            return [error]
-        return self.commit([operation])
 
     def check(self) -> None:
         """Read a row of each table; raise sqlite3.Error when that fails.
@@ -881,23 +879,21 @@ class CachingStore(Store):
                 self._rows.pop(pair, None)
             self._rows_state = state
 
+    def _user(self, key: Any, read: Callable[[Any], User | None]) -> User | None:
+        """Return the user that is remembered under a key, or is read by it."""
+        rows = self._current_rows()
+        user: User | None = rows.get(key) or read(key)
+        if user:
+            rows[key] = user
+        return user
+
     def user(self, name: str) -> User | None:
         """Return the user of that name, if there is one."""
-        rows = self._current_rows()
-        user: User | None = rows.get(name)
-        if user is None:
-            user = rows[name] = super().user(name)
-        return user
+        return self._user(name, super().user)
 
     def token_user(self, digest: bytes) -> User | None:
         """Return the user whose token has that digest, with the token, if there is one."""
-        rows = self._current_rows()
-        user: User | None = rows.get(digest)
-        if user is None:
-            user = super().token_user(digest)
-            if user is not None:
-                rows[digest] = user
-        return user
+        return self._user(digest, super().token_user)
 
     def is_current(self, user: User) -> bool:
         """Tell whether a user that was read here is still what is stored: the very same object then."""
