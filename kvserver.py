@@ -1234,18 +1234,6 @@ def check_incomplete_head(received: bytearray, begin: int) -> int:
     return begin
 
 
-def take_trailers(received: bytearray, begin: int) -> bool:
-    """Remove the trailers of a body that begin after offset begin; tell whether they have come in full."""
-    end = received.find(b"\r\n\r\n", begin)
-    if end > begin:
-        parse_lines(received[begin + 2 : end].decode("iso-8859-1").split("\r\n"))
-    if (end if end >= 0 else len(received)) > begin + HEADERS_BYTES_MAX:
-        raise HTTPError(431, HEADERS_TOO_LARGE)
-    if end >= 0:
-        del received[: end + 4]
-    return end >= 0
-
-
 def take_chunks(received: bytearray, body: bytearray) -> bool:
     """Move the chunks that have come in full from received to body (RFC 9112 section 7.1); raise HTTPError.
 
@@ -1257,7 +1245,13 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
             break
         size = int(match[1], 16)
         if size == 0:
-            return take_trailers(received, end)
+            trailers, is_complete, rest = received[end:].partition(b"\r\n\r\n")
+            if len(trailers) > HEADERS_BYTES_MAX:
+                raise HTTPError(431, HEADERS_TOO_LARGE)
+            if is_complete:
+                parse_lines(trailers.decode("iso-8859-1").split("\r\n")[1:])
+                received[:] = rest
+            return bool(is_complete)
         if len(body) + size > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
         if len(received) < end + 2 + size + 2:
