@@ -106,8 +106,9 @@ IPV6_CLIENT_BITS = 64  # of an address; who has one has all that begin like it
 THROTTLED_ADDRESSES_MAX = 10_000
 
 CACHED_ROWS_MAX = 256
-CACHED_VALUE_BYTES_MAX = 4096
+CACHED_BYTES_MAX = 4 * 1024 * 1024  # of values
 LIST_BYTES_MAX = 32 * 1024 * 1024
+JSON_GROWTH_MAX = 6  # a control character becomes six
 TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, but for the last one
 WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log is begun anew, even if readers have to be waited for
 CHECKPOINT_SECONDS = 2  # how long they are waited for
@@ -142,7 +143,7 @@ WAIT_SECONDS_MAX = 60
 NUMBER_DIGITS_MAX = 100
 LIST_LIMIT_MAX = 10_000
 LIST_TIMES_BYTES = 150  # what the times of a pair and the JSON around them take, about
-EXPIRED_PAIRS_MAX = 1000  # that one transaction removes in passing
+EXPIRED_PAIRS_MAX = 100  # that one transaction removes in passing: if they are long, others wait for that
 ENTITY_TAG_BYTES = 16
 TOKEN_BYTES = 32
 TOKENS_MAX = 100  # of a user
@@ -373,7 +374,10 @@ FROM_PAGE = (
     " AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT ?)"
 )
 SELECT_PAIRS = f"SELECT key, substr(CAST(value AS BLOB), 1, ?), updated, expires {FROM_PAGE}"
-SELECT_PAGE_BYTES = f"SELECT total(? + length(key) + length(CAST(value AS BLOB))) {FROM_PAGE}"
+# What JSON escapes is up to JSON_GROWTH_MAX times as long in it.
+SELECT_PAGE_BYTES = (
+    f"SELECT total(? + length(CAST(json_quote(key) AS BLOB)) + length(CAST(json_quote(value) AS BLOB))) {FROM_PAGE}"
+)
 SELECT_LAST_AND_NEXT = f"SELECT key {FROM_PAGE} LIMIT 2 OFFSET ?"
 SELECT_DATABASE_BYTES = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 SELECT_PAGE = f"SELECT CAST(json_group_object(key, value) AS BLOB) {FROM_PAGE}"
@@ -688,6 +692,10 @@ class Store:
         self.changed_pairs = None  # several commits, of which only the last one's pairs are known
         return outcomes
 
+    def hold_still(self) -> None:
+        """Have all that is read from now on come from one state of the database."""
+        self._execute("BEGIN")
+
     def check(self) -> None:
         """Read a row of each table; raise sqlite3.Error when that fails.
 
@@ -782,7 +790,7 @@ class Store:
         now = time.time()
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, now)
         # What a small database has need not be added up.
-        if with_times or self._read(SELECT_DATABASE_BYTES)[0][0] > LIST_BYTES_MAX:
+        if with_times or self._read(SELECT_DATABASE_BYTES)[0][0] > LIST_BYTES_MAX / JSON_GROWTH_MAX:
             size = int(self._read(SELECT_PAGE_BYTES, LIST_TIMES_BYTES if with_times else 0, *page, limit)[0][0])
             if size > LIST_BYTES_MAX:
                 raise TooMuch(f"the list would have about {size} bytes, and has at most {LIST_BYTES_MAX}; use limit=N")
@@ -838,6 +846,7 @@ class CachingStore(Store):
         super().__init__(path)
         self._rows: dict[Any, Any] = {}
         self._rows_state = b""  # the header that _rows belong to
+        self._rows_bytes = 0  # of the values in _rows
         self.check()  # the first read makes the file
         # It stays open, because closing any descriptor of a file drops all locks that the process has on it (POSIX).
         self._shared_file = open(os.path.realpath(self.path) + "-shm", "rb")  # noqa: SIM115
@@ -862,7 +871,7 @@ class CachingStore(Store):
         state = self.state()
         if state != self._rows_state or len(self._rows) >= CACHED_ROWS_MAX:
             # The state is from before the next read: what is committed between the two makes it differ again.
-            self._rows, self._rows_state = {}, state
+            self._rows, self._rows_state, self._rows_bytes = {}, state, 0
         return self._rows
 
     def is_one_commit(self, state_before: bytes, state: bytes) -> bool:
@@ -875,8 +884,9 @@ class CachingStore(Store):
         if changed_pairs is None or self._rows_state != state_before:
             return
         if self.is_one_commit(state_before, state):
-            for pair in changed_pairs:
-                self._rows.pop(pair, None)
+            for changed in changed_pairs:
+                pair = self._rows.pop(changed, None)
+                self._rows_bytes -= len(pair.value) if pair else 0
             self._rows_state = state
 
     def _user(self, key: Any, read: Callable[[Any], User | None]) -> User | None:
@@ -905,8 +915,9 @@ class CachingStore(Store):
         pair: Pair | None = rows.get((user_id, key))
         if pair is None:
             pair = super().pair(user_id, key)
-            if pair is not None and len(pair.value) <= CACHED_VALUE_BYTES_MAX:
+            if pair is not None and self._rows_bytes + len(pair.value) <= CACHED_BYTES_MAX:
                 rows[user_id, key] = pair
+                self._rows_bytes += len(pair.value)
         elif pair.expires is not None and pair.expires <= time.time():
             return None
         return pair
@@ -953,7 +964,7 @@ REQUEST_LINE = re.compile(rf"({HTTP_TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9
 ABSOLUTE_TARGET = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 LENGTH = re.compile(r"[0-9]{1,18}")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t -~\x80-\xff]*)?")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 NOT_HTTP = re.compile(rb"[^!-~\r]|[^\n]*\r[^\n]")  # what waits in vain for the end of a line, such as TLS
 NOT_IN_FIELD = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 # A second one of these would change whom we believe or where a request ends. Others are joined with a comma.
@@ -1624,16 +1635,18 @@ def fail_login(name: str | None, address: Address | None) -> HTTPError:
 
 
 class Pool:
-    """Threads that run functions one after the other, and hand what comes of each to post."""
+    """Threads that run functions one after the other, of each owner in turn, and hand what comes of each to post."""
 
     def __init__(self, threads_max: int, post: Callable[[Callable[[], None]], None]) -> None:
         """Be ready to start so many threads."""
         self._post = post
         self._threads, self._threads_left = 0, threads_max
-        self._jobs: collections.deque[tuple[Callable[[], Any], Callable[[Any], None]]] = collections.deque()
+        # By owner, whose turn it is first.
+        self._jobs: dict[int, collections.deque[tuple[Callable[[], Any], Callable[[Any], None]]]] = {}
+        self._jobs_lock = threading.Lock()
         self._jobs_count = threading.Semaphore(0)
 
-    def submit(self, function: Callable[[], Any], done: Callable[[Any], None]) -> None:
+    def submit(self, function: Callable[[], Any], done: Callable[[Any], None], owner: int = NOBODY.id) -> None:
         """Run a function in a thread of the pool, and post done with what it returned or raised, or an HTTPError."""
         if self._threads_left:
             try:
@@ -1646,13 +1659,19 @@ class Pool:
                     error = HTTPError(503, "the server is short of memory; try again", RETRY_AFTER)
                     self._post(functools.partial(done, error))
                     return
-        self._jobs.append((function, done))
+        with self._jobs_lock:
+            self._jobs.setdefault(owner, collections.deque()).append((function, done))
         self._jobs_count.release()
 
     def _run(self) -> None:
         """Run what is submitted."""
         while self._jobs_count.acquire():
-            function, done = self._jobs.popleft()
+            with self._jobs_lock:
+                owner = next(iter(self._jobs))
+                jobs = self._jobs.pop(owner)
+                function, done = jobs.popleft()
+                if jobs:
+                    self._jobs[owner] = jobs  # behind all others
             try:
                 outcome = function()
             except Exception as error:  # noqa: BLE001 - it is handed to whoever waits for the outcome
@@ -1680,8 +1699,10 @@ class Authenticator:
         self._new_passwords = 0  # that wait to be hashed
 
     def _digest(self, authorization: str) -> bytes:
-        """Return the keyed hash under which an Authorization header is remembered."""
-        return hashlib.blake2b(authorization.encode("iso-8859-1"), key=self._secret).digest()
+        """Return the keyed hash under which an Authorization header is remembered, however it is spelt."""
+        scheme, _, credentials = authorization.partition(" ")
+        spelling = f"{scheme.lower()} {credentials.strip(' ')}"
+        return hashlib.blake2b(spelling.encode("iso-8859-1"), key=self._secret).digest()
 
     def authenticate(self, authorization: str | None) -> User | None:
         """Return the user whose credentials an Authorization header holds, or None if they have to be checked first.
@@ -1726,11 +1747,11 @@ class Authenticator:
         if len(self._waiting) >= CHECKS_MAX:
             raise HTTPError(503, "no password can be checked just now; try again", RETRY_AFTER)
         self._throttle.charge(login.address)
+        self._waiting[check_key] = [login]  # first: the other thread looks whether anybody waits
         self._scrypt.submit(
             lambda: self._verify(check_key, password),
             lambda outcome: self._finish(check_key, name, login, outcome),
         )
-        self._waiting[check_key] = [login]
 
     def hash_password(self, password: str, is_for_admin: bool, done: Callable[[Any], None]) -> None:
         """Hash a new password, and tell later what it returned or raised; raise HTTPError when too many wait.
@@ -2823,7 +2844,11 @@ class RequestHandler:
         phase, deadline = self.state
         if phase in (RECEIVING, LINGERING) or (phase == IDLE and self.fields is None):
             return 0, self.started
-        return (1, deadline) if phase == IDLE and not self.received else None
+        if (
+            self.login[1] is NOBODY
+        ):  # a stranger's answers are short: who is slow to take them, or has more to ask, waits
+            return (1, deadline) if phase in (IDLE, SENDING) else None
+        return (2, deadline) if phase == IDLE and not self.received else None
 
     def watch(self, events: int) -> None:
         """Have on_ready called when the connection is ready for these events of the selector."""
@@ -2850,6 +2875,8 @@ class RequestHandler:
 
     def settle(self) -> None:
         """Go on as far as possible, and then watch for what is needed."""
+        if self.state[0] == IDLE and self.received == b"\r\n":  # some clients send one more behind a body
+            self.received.clear()
         if self.state[0] == IDLE and self.received:
             self.enter(RECEIVING, REQUEST_SECONDS)
             self.started = time.monotonic()
@@ -3042,10 +3069,11 @@ class RequestHandler:
         def run() -> Any:
             self.server.writer.check_file()
             with contextlib.closing(Store(self.server.path)) as store:
+                store.hold_still()
                 return endpoint(store, request)
 
         self.enter(WAITING, math.inf)
-        self.server.workers.submit(run, self.finish)
+        self.server.workers.submit(run, self.finish, request.user.id)
 
     def look_again(self) -> None:
         """Go on with a request that waits for a change, since there may have been one, or its time is up."""
@@ -3109,8 +3137,8 @@ class RequestHandler:
         self.enter(self.after_answer, LINGER_SECONDS if self.after_answer == LINGERING else IDLE_SECONDS)
 
     def give_way(self) -> None:
-        """Close the connection for another one's sake."""
-        if self.state[0] == IDLE:
+        """Close the connection for another one's sake, unless somebody who has logged in is just asking again."""
+        if self.state[0] == IDLE and self.login[1] is not NOBODY:
             self.give_up(IDLE)
         else:
             self.enter(CLOSING, 0)
@@ -3526,13 +3554,17 @@ class Server(http.server.ThreadingHTTPServer):
         self._finished = self.stopping and not self.connections or now > self._stop_begun + STOP_SECONDS
 
     def _bound_unsent(self) -> None:
-        """Close connections whose clients have taken nothing for long, if the answers to all such are too much."""
+        """Close connections that are slow to take answers, if these are too much: of the user who has most of them."""
         slow = [handler for handler in self.connections.values() if handler.state[0] == SENDING]
-        unsent = sum(handler.answer_bytes for handler in slow)
-        while unsent > UNSENT_BYTES_MAX:
-            slowest = min(slow, key=lambda handler: handler.state[1])
+        unsent: collections.Counter[int] = collections.Counter()
+        for handler in slow:
+            unsent[handler.login[1].id] += handler.answer_bytes
+        while sum(unsent.values()) > UNSENT_BYTES_MAX:
+            user_id = unsent.most_common(1)[0][0]
+            theirs = (handler for handler in slow if handler.login[1].id == user_id)
+            slowest = min(theirs, key=lambda handler: handler.state[1])
             slow.remove(slowest)
-            unsent -= slowest.answer_bytes
+            unsent[user_id] -= slowest.answer_bytes
             self._call(slowest.give_way, slowest.connection)
 
     def _begin_stop(self, now: float) -> None:

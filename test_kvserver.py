@@ -823,11 +823,11 @@ class Logins(ServerCase):
 
     def test_remembered_credentials_are_bounded(self) -> None:
         self.enter(mock.patch.object(kvserver, "CREDENTIALS_MAX", 2))
-        right = base64.b64encode(f"alice:{PASSWORDS['alice']}".encode()).decode()
+        self.store.add_user("carol", kvserver.hash_password("a password"), False)
+        self.enter(mock.patch.dict(PASSWORDS, carol="a password"))
         with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
-            for blanks, count in ((1, 1), (2, 2), (2, 2), (3, 3), (3, 3), (1, 4)):
-                headers = {"Authorization": "Basic" + " " * blanks + right}
-                self.assertEqual(200, self.request("GET", "/list", user=None, headers=headers).status)
+            for user, count in (("alice", 1), ("bob", 2), ("bob", 2), ("carol", 3), ("carol", 3), ("alice", 4)):
+                self.assertEqual(200, self.request("GET", "/list", user=user).status)
                 self.assertEqual(count, scrypt.call_count)
 
     def test_a_lone_password_does_not_come_into_the_log(self) -> None:
@@ -903,6 +903,24 @@ class Checks(ServerCase):
         self.assertEqual(b"1", self.get("a", user="bob"))
         self.release.set()
         self.assertIn(b" 404 ", connection.recv(65536))
+
+    def test_however_it_is_spelt_a_login_is_checked_once(self) -> None:
+        self.release.set()
+        login = basic("alice", PASSWORDS["alice"])
+        for spelling in (login, login.replace("Basic ", "bAsIc   "), login.replace("Basic", "BASIC")):
+            answer = self.request("GET", "/get?key=a", user=None, headers={"Authorization": spelling})
+            self.assertEqual(404, answer.status)
+        self.assertEqual(1, len(self.checked))
+
+    def test_a_check_may_be_over_before_who_asked_for_it_goes_on(self) -> None:
+        self.release.set()
+
+        def submit(function: Callable[[], Any], done: Callable[[Any], None]) -> None:
+            outcome = function()
+            self.server.post(lambda: done(outcome))
+
+        with mock.patch.object(self.server.authenticator._scrypt, "submit", submit):
+            self.assertIn(b" 404 ", self.send_login(PASSWORDS["alice"]).recv(65536))
 
     def test_one_thread_makes_all_checks(self) -> None:
         self.release.set()
@@ -1163,9 +1181,18 @@ class Commits(ServerCase):
         for number in range(3 * kvserver.CACHED_ROWS_MAX):
             self.assertEqual(b"x", value(reader, str(number)))
             self.assertLessEqual(len(reader._rows), kvserver.CACHED_ROWS_MAX)
-        self.store.set_value(1, "long", "x" * (kvserver.CACHED_VALUE_BYTES_MAX + 1))
-        self.assertEqual(kvserver.CACHED_VALUE_BYTES_MAX + 1, len(value(reader, "long") or b""))
-        self.assertEqual({}, reader._rows)
+        half = kvserver.CACHED_BYTES_MAX // 2
+        with mock.patch.object(kvserver, "VALUE_BYTES_MAX", half):
+            for key, size in (("a", half), ("b", half - 1), ("c", 2), ("d", 1)):
+                self.store.set_value(1, key, "x" * size)
+        for key, size in (("a", half), ("b", half - 1), ("c", 2), ("d", 1)):
+            self.assertEqual(size, len(value(reader, key) or b""))
+        self.assertEqual([(1, "a"), (1, "b"), (1, "d")], list(reader._rows))
+        before = reader.state()
+        self.store.set_value(1, "a", "x")
+        reader.keep_rows(before, reader.state(), {(1, "a")})
+        self.assertEqual(2, len(value(reader, "c") or b""))
+        self.assertEqual([(1, "b"), (1, "d"), (1, "c")], list(reader._rows))
 
 
 class Hashes(unittest.TestCase):
@@ -1295,6 +1322,7 @@ class Connections(ServerCase):
         for length in (b"+5", b"-1", b"1_0", b"5, 5", b"5 5", b"0x5", b"", b"\xb2", b"9" * 30):
             cases.append((good + b"Content-Length: " + length + b"\r\n\r\nhello", 400))
         for chunks in (
+            b"1 \r\nx\r\n0\r\n\r\n",
             b"x\r\n",
             b"-1\r\n",
             b"0x1\r\na\r\n",
@@ -1383,6 +1411,15 @@ class Connections(ServerCase):
             answer = self.request("POST", target, b"x" * 3_000_000, user=user)
             self.assertEqual((status, "close"), (answer.status, answer.headers["connection"]))
 
+    def test_an_empty_line_behind_a_request_begins_no_other_one(self) -> None:
+        connection = self.connect()
+        connection.sendall(self.raw("GET /get?key=a HTTP/1.1") + b"\r\n")
+        self.assertIn(b" 404 ", connection.recv(65536))
+        wait_until(lambda: all(not handler.received for handler in self.server.connections.values()))
+        self.assertEqual([kvserver.IDLE], [handler.state[0] for handler in self.server.connections.values()])
+        connection.sendall(b"\r\n" + self.raw("GET /get?key=a HTTP/1.1"))
+        self.assertIn(b" 404 ", connection.recv(65536))
+
     def test_100_continue_comes_only_before_a_body_that_will_be_read(self) -> None:
         def begin(*lines: str, login: bool = True) -> tuple[socket.socket, bytes]:
             data = self.raw("POST /set?key=a HTTP/1.1", "Expect: 100-Continue", *lines)
@@ -1435,18 +1472,22 @@ class Connections(ServerCase):
     def test_answers_that_clients_are_slow_to_take_are_bounded(self) -> None:
         for number in range(8):
             self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
+            self.store.set_value(2, str(number), "x" * kvserver.VALUE_BYTES_MAX)
         self.enter(mock.patch.object(kvserver, "UNSENT_BYTES_MAX", 20 * 1024 * 1024))
         clients = [self.connect() for _ in range(3)]
-        for client in clients:
-            client.sendall(self.raw("GET /list HTTP/1.1", "Connection: close"))
+        for client, user in zip(clients, ("bob", "alice", "alice")):
+            login = "Authorization: " + basic(user, PASSWORDS[user])
+            client.sendall(f"GET /list HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{login}\r\n\r\n".encode())
             client.recv(1)
+        wait_until(lambda: len(self.server.connections) < len(clients))
         sizes = []
-        for client in reversed(clients):
+        for client in clients:
+            sizes.append(0)
             with contextlib.suppress(ConnectionError):
-                sizes.append(0)
                 while data := client.recv(1 << 20):
                     sizes[-1] += len(data)
-        self.assertEqual(2, sum(size > 8 * kvserver.VALUE_BYTES_MAX for size in sizes), sizes)
+        whole = [size > 8 * kvserver.VALUE_BYTES_MAX for size in sizes]
+        self.assertTrue(whole[0] and sum(whole) == 2, sizes)
 
     def test_slow_client_that_goes_on_reading_gets_the_whole_answer(self) -> None:
         for number in range(12):
@@ -2408,6 +2449,62 @@ class Overload(ServerCase):
             self.assertIn(b" 200 ", connection.recv(65536))
         self.assertIn(b" 404 ", late.recv(65536))
 
+    def test_strangers_who_always_ask_give_way_before_those_who_have_logged_in(self) -> None:
+        self.server.max_connections = 4
+        known = self.connect()
+        known.sendall(self.raw("GET /nowhere HTTP/1.1") + self.raw("GET /get?key=a HTTP/1.1"))
+        self.assertEqual(2, known.recv(65536).count(b" 404 ") + known.recv(65536).count(b" 404 "))
+        request = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+
+        def ask_again_and_again(connection: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while not go_on.is_set():
+                    connection.sendall(request * 20)
+                    connection.recv(65536)
+
+        strangers = [self.ask() for _ in range(3)]
+        threads = [threading.Thread(target=ask_again_and_again, args=(stranger,)) for stranger in strangers]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            self.assertEqual(404, self.request("GET", "/get?key=a").status)
+            known.sendall(self.raw("GET /get?key=a HTTP/1.1"))
+            self.assertIn(b" 404 ", known.recv(65536))
+        go_on.set()
+        for stranger in strangers:
+            stranger.close()
+        for thread in threads:
+            thread.join()
+
+    def test_what_takes_long_is_done_for_each_user_in_turn(self) -> None:
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        real = kvserver.Store.page_as_json
+        served: list[int] = []
+
+        def page_slowly(store: kvserver.Store, user_id: int, *arguments: Any) -> Any:
+            served.append(user_id)
+            self.assertTrue(go_on.wait(WAIT_SECONDS))
+            return real(store, user_id, *arguments)
+
+        with mock.patch.object(kvserver.Store, "page_as_json", page_slowly):
+            connections = [self.connect() for _ in range(20)]
+            for connection in connections:
+                connection.sendall(self.raw("GET /list HTTP/1.1"))
+            wait_until(lambda: len(self.server.workers._jobs.get(1, ())) == 20 - kvserver.WORKERS_MAX)
+            bob = threading.Thread(target=lambda: self.pairs("bob"))
+            bob.start()
+            wait_until(lambda: 2 in self.server.workers._jobs)
+            go_on.set()
+            for connection in connections:
+                self.assertIn(b" 200 ", connection.recv(65536))
+            bob.join()
+        self.assertEqual(21, len(served))
+        self.assertLess(served.index(2), 2 * kvserver.WORKERS_MAX)
+        self.assertEqual({}, self.server.workers._jobs)
+
     def test_slow_clients_do_not_keep_others_out(self) -> None:
         slow = [self.connect() for _ in range(300)]
         seconds: list[float] = []
@@ -2660,13 +2757,30 @@ class Disk(ServerCase):
             self.assertEqual(damaged, file.read())
 
     def test_a_list_that_is_too_long_is_409(self) -> None:
-        self.enter(mock.patch.object(kvserver, "LIST_BYTES_MAX", 10))
+        self.enter(mock.patch.object(kvserver, "LIST_BYTES_MAX", 14))
         self.request("GET", "/set?key=k&value=123456789")
         self.assertEqual({"k": "123456789"}, self.pairs())
-        self.request("GET", "/set?key=k&value=%C3%A9123456789")
-        answer = self.request("GET", "/list")
-        self.assertEqual(409, answer.status)
-        self.assertIn(b"limit", answer.body)
+        for text in ("%C3%A9123456789", "%01%0212"):  # JSON makes six bytes of each control character
+            self.request("GET", f"/set?key=k&value={text}")
+            answer = self.request("GET", "/list")
+            self.assertEqual(409, answer.status)
+            self.assertIn(b"limit", answer.body)
+
+    def test_a_list_and_its_link_are_of_one_moment(self) -> None:
+        for key in "bcdef":
+            self.store.set_value(1, key, "1")
+        read = kvserver.Store._read
+
+        def read_and_change(store: kvserver.Store, statement: str, *parameters: Any) -> list[Any]:
+            rows = read(store, statement, *parameters)
+            if statement == kvserver.SELECT_PAGE:
+                self.store.set_value(1, "a", "1")
+            return rows
+
+        with mock.patch.object(kvserver.Store, "_read", read_and_change):
+            answer = self.request("GET", "/list?limit=2")
+        self.assertEqual({"b": "1", "c": "1"}, json.loads(answer.body))
+        self.assertIn("after=c", answer.headers["link"])
 
 
 class Log(ServerCase):
