@@ -3591,8 +3591,7 @@ class Setting(NamedTuple):
 
     name: str
     parse: Callable[[str], Any]  # raises ArgumentTypeError, which says what the text may be
-    json_types: tuple[type, ...]
-    default: Any
+    default: Any  # if it is a text, so is what stands in the file
     metavar: str
     help: str
 
@@ -3638,21 +3637,18 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-DATABASE = Setting("db", str, (str,), DEFAULT_DATABASE, "FILE", "database (default: kvserver.db beside the program)")
-LOG_REQUESTS = Setting("log_requests", parse_switch, (bool, int, str), False, "", "log a line for each request")
+DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", "database (default: kvserver.db beside the program)")
+LOG_REQUESTS = Setting("log_requests", parse_switch, False, "", "log a line for each request")
 TRUSTED_PROXY_HELP = "address or network whose X-Forwarded-For is believed; may be repeated"
-TRUSTED_PROXY = Setting("trusted_proxy", parse_networks, (list, str), (), "A", TRUSTED_PROXY_HELP)
-NUMBER_TYPES = (int, str)
+TRUSTED_PROXY = Setting("trusted_proxy", parse_networks, (), "A", TRUSTED_PROXY_HELP)
 SETTINGS = (
-    Setting("host", str, (str,), "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
-    Setting("port", parse_port, NUMBER_TYPES, DEFAULT_PORT, "P", "port, 0 for any"),
+    Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
+    Setting("port", parse_port, DEFAULT_PORT, "P", "port, 0 for any"),
     DATABASE,
-    Setting("base_path", parse_base_path, (str,), DEFAULT_BASE_PATH, "P", "prefix of all paths, / for none"),
+    Setting("base_path", parse_base_path, DEFAULT_BASE_PATH, "P", "prefix of all paths, / for none"),
     LOG_REQUESTS,
-    Setting("max_connections", parse_count, NUMBER_TYPES, DEFAULT_CONNECTIONS_MAX, "N", "connections open at a time"),
-    Setting(
-        "max_db_mb", parse_count, NUMBER_TYPES, DEFAULT_DATABASE_MB_MAX, "N", "megabytes that the database may have"
-    ),
+    Setting("max_connections", parse_count, DEFAULT_CONNECTIONS_MAX, "N", "connections open at a time"),
+    Setting("max_db_mb", parse_count, DEFAULT_DATABASE_MB_MAX, "N", "megabytes that the database may have"),
     TRUSTED_PROXY,
 )
 
@@ -3673,8 +3669,8 @@ def read_config(path: str | None) -> dict[str, str]:
     for name, member in members.items():
         if name not in settings:
             raise CommandError(f"unknown name {name!r} in {path}; the names are: {', '.join(settings)}")
-        if type(member) not in settings[name].json_types:
-            raise CommandError(f"{name} in {path} cannot be {json.dumps(member)}")
+        if isinstance(settings[name].default, str) and not isinstance(member, str):
+            raise CommandError(f"{name} in {path} is not a text: {json.dumps(member)}")
         if isinstance(member, list):
             member = ",".join(map(str, member))
         config[name] = member if isinstance(member, str) else json.dumps(member)
@@ -3898,11 +3894,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add_command(
-        name: str, run: Callable[[argparse.Namespace], None], what: str, settings: Sequence[Setting] = (DATABASE,)
+        name: str, run: Callable[[argparse.Namespace], None], what: str, user: str = ""
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         command.set_defaults(run=run)
-        for setting in settings:
+        if user:
+            command.add_argument("name", metavar=user)
+        for setting in SETTINGS if run is serve else (DATABASE,):
             flag = "--" + setting.name.replace("_", "-")
             has_default = setting.default and setting is not DATABASE
             text = f"{setting.help} (default: {setting.default})" if has_default else setting.help
@@ -3913,28 +3911,22 @@ def build_parser() -> argparse.ArgumentParser:
                 command.add_argument(flag, type=setting.parse, action=action, metavar=setting.metavar, help=text)
         return command
 
-    command = add_command("serve", serve, "run the server", SETTINGS)
+    command = add_command("serve", serve, "run the server")
     command.add_argument("--config", metavar="FILE", help="JSON file with settings, named as these flags, _ for -")
-    command = add_command("adduser", add_user, "add a user")
-    command.add_argument("name", metavar="NAME")
+    command = add_command("adduser", add_user, "add a user", "NAME")
     command.add_argument("--admin", action="store_true", help="make the user an admin")
     command.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
-    command = add_command("passwd", set_password, "set a user's password")
-    command.add_argument("name", metavar="NAME")
+    command = add_command("passwd", set_password, "set a user's password", "NAME")
     command.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
-    command = add_command("deluser", delete_user, "delete a user and all they stored")
-    command.add_argument("name", metavar="NAME")
+    command = add_command("deluser", delete_user, "delete a user and all they stored", "NAME")
     command.add_argument("--yes", action="store_true", help="do not ask, and delete even the last admin")
     add_command("users", list_users, "list the users")
-    command = add_command("addtoken", add_token, "add a token that a device logs in with in place of a user")
-    command.add_argument("name", metavar="USER")
+    command = add_command("addtoken", add_token, "add a token that a device logs in with in place of a user", "USER")
     command.add_argument("--label", metavar="TEXT", default="", help="what it is for")
     command.add_argument("--read-only", action="store_true", help="it may not change anything")
     command.add_argument("--prefix", metavar="P", default="", help="it sees only keys that begin with P")
-    command = add_command("tokens", list_tokens, "list the tokens of a user")
-    command.add_argument("name", metavar="USER")
-    command = add_command("deltoken", delete_token, "delete a token of a user")
-    command.add_argument("name", metavar="USER")
+    add_command("tokens", list_tokens, "list the tokens of a user", "USER")
+    command = add_command("deltoken", delete_token, "delete a token of a user", "USER")
     command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of the list")
     return parser
 
