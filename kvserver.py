@@ -1172,9 +1172,10 @@ def parse_request_line(line: str) -> tuple[str, str, bool]:
     return method, target, minor == "0"
 
 
-def parse_lines(lines: Sequence[str]) -> dict[str, str]:
-    """Return the header fields on these lines by lower-case name (RFC 9112 section 5); raise HTTPError."""
-    if len(lines) > HEADER_FIELDS_MAX:
+def parse_lines(text: str) -> dict[str, str]:
+    """Return the header fields of a text by lower-case name (RFC 9112 section 5); raise HTTPError."""
+    lines = text.split("\r\n") if text else ()
+    if len(lines) > HEADER_FIELDS_MAX or len(text) + 2 > HEADERS_BYTES_MAX:
         raise HTTPError(431, HEADERS_TOO_LARGE)
     headers: dict[str, str] = {}
     for line in lines:
@@ -1194,9 +1195,7 @@ def parse_lines(lines: Sequence[str]) -> dict[str, str]:
 
 def parse_fields(text: str, is_http_1_0: bool) -> Fields:
     """Return what the header fields of a request say; raise HTTPError."""
-    if len(text) + 2 > HEADERS_BYTES_MAX:
-        raise HTTPError(431, HEADERS_TOO_LARGE)
-    headers = parse_lines(text.split("\r\n") if text else ())
+    headers = parse_lines(text)
     if not HOST.fullmatch(headers.get("host", "" if is_http_1_0 else " ")):
         raise HTTPError(400, "the header Host is missing or malformed; it is a name or an address, and a port perhaps")
     if headers.get("expect", "100-continue").lower() != "100-continue":
@@ -1222,27 +1221,24 @@ def parse_head(head: bytes, known: Fields | None = None) -> Request:
     return Request(method, path, query, known)
 
 
-def check_incomplete_head(received: bytearray, begin: int) -> int:
+def check_incomplete_head(received: bytearray, checked: int) -> int:
     """Raise HTTPError when bytes cannot become a head: there is no need to wait for more.
 
-    Lines before begin, an offset, have been checked already. Returns where the line that is still incomplete begins.
+    Returns how many of them are whole lines. They are checked again, with all others, only when another one has come.
     """
     if NOT_HTTP.match(received):
         raise HTTPError(400, "this is not HTTP/1.1; if it is TLS, use http:// instead of https://")
     end = received.rfind(b"\n") + 1
-    if end > max(begin, 2):  # an empty first line is ignored
-        lines = received[begin : end - 1].decode("iso-8859-1").removesuffix("\r").removeprefix("\r\n").split("\r\n")
-        if begin == 0:
-            parse_request_line(lines.pop(0))
+    is_in_first_line = end <= 2  # an empty one before it is ignored
+    if end > checked and not is_in_first_line:
         if not received.endswith(b"\r\n", 0, end):
             raise HTTPError(400, "a line does not end in CR LF")
-        parse_lines(lines)
-        begin = end
-    if len(received) - begin > (HEADER_LINE_BYTES_MAX if begin else REQUEST_LINE_BYTES_MAX) + 1:
-        raise HTTPError(431, HEADERS_TOO_LARGE) if begin else HTTPError(414, ADDRESS_TOO_LONG)
-    if len(received) > REQUEST_LINE_BYTES_MAX + HEADERS_BYTES_MAX:
-        raise HTTPError(431, HEADERS_TOO_LARGE)
-    return begin
+        line, _, text = received[: end - 2].decode("iso-8859-1").removeprefix("\r\n").partition("\r\n")
+        parse_request_line(line)
+        parse_lines(text)
+    if len(received) - end > (REQUEST_LINE_BYTES_MAX if is_in_first_line else HEADER_LINE_BYTES_MAX) + 1:
+        raise HTTPError(414, ADDRESS_TOO_LONG) if is_in_first_line else HTTPError(431, HEADERS_TOO_LARGE)
+    return end
 
 
 def take_chunks(received: bytearray, body: bytearray) -> bool:
@@ -1260,7 +1256,7 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
             if len(trailers) > HEADERS_BYTES_MAX:
                 raise HTTPError(431, HEADERS_TOO_LARGE)
             if is_complete:
-                parse_lines(trailers.decode("iso-8859-1").split("\r\n")[1:])
+                parse_lines(trailers[2:].decode("iso-8859-1"))
                 received[:] = rest
             return bool(is_complete)
         if len(body) + size > BODY_BYTES_MAX:
