@@ -1084,11 +1084,6 @@ NOT_PARSED: dict[str, str] = {}
 class Request:
     """A request; user, body and parameters are set when they are known. The query is still encoded."""
 
-    __slots__ = (
-        *("begun", "body", "fields", "key_in_path", "may_wait", "method", "parameters", "password_hash", "path"),
-        *("query", "user", "was_there"),
-    )
-
     def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
         """Take what the head says."""
         self.method, self.path, self.query, self.fields = method, path, query, fields
