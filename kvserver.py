@@ -3582,7 +3582,7 @@ class Setting(NamedTuple):
 
     name: str
     parse: Callable[[str], Any]  # raises ArgumentTypeError, which says what the text may be
-    default: Any  # if it is a text, so is what stands in the file
+    default: Any  # of a text, a switch or a list, it says that the setting is one
     metavar: str
     help: str
 
@@ -3591,17 +3591,10 @@ class Setting(NamedTuple):
         return "KVSERVER_" + self.name.upper()
 
 
-def parse_port(text: str) -> int:
-    """Return a port number."""
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
-    return int(text)
-
-
-def parse_count(text: str) -> int:
-    """Return a limit."""
-    if not re.fullmatch("[0-9]{1,6}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError("this limit is a number from 1 to 999999")
+def parse_number(text: str, least: int = 1, most: int = 999_999) -> int:
+    """Return a number within these bounds."""
+    if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"this is a number from {least} to {most}")
     return int(text)
 
 
@@ -3629,18 +3622,16 @@ def parse_switch(text: str) -> bool:
 
 
 DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", "database (default: kvserver.db beside the program)")
-LOG_REQUESTS = Setting("log_requests", parse_switch, False, "", "log a line for each request")
-TRUSTED_PROXY_HELP = "address or network whose X-Forwarded-For is believed; may be repeated"
-TRUSTED_PROXY = Setting("trusted_proxy", parse_networks, (), "A", TRUSTED_PROXY_HELP)
+PROXY_HELP = "address or network whose X-Forwarded-For is believed; may be repeated"
 SETTINGS = (
     Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
-    Setting("port", parse_port, DEFAULT_PORT, "P", "port, 0 for any"),
+    Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port, 0 for any"),
     DATABASE,
     Setting("base_path", parse_base_path, DEFAULT_BASE_PATH, "P", "prefix of all paths, / for none"),
-    LOG_REQUESTS,
-    Setting("max_connections", parse_count, DEFAULT_CONNECTIONS_MAX, "N", "connections open at a time"),
-    Setting("max_db_mb", parse_count, DEFAULT_DATABASE_MB_MAX, "N", "megabytes that the database may have"),
-    TRUSTED_PROXY,
+    Setting("log_requests", parse_switch, False, "", "log a line for each request"),
+    Setting("max_connections", parse_number, DEFAULT_CONNECTIONS_MAX, "N", "connections open at a time"),
+    Setting("max_db_mb", parse_number, DEFAULT_DATABASE_MB_MAX, "N", "megabytes that the database may have"),
+    Setting("trusted_proxy", parse_networks, (), "A", PROXY_HELP),
 )
 
 
@@ -3895,10 +3886,10 @@ def build_parser() -> argparse.ArgumentParser:
             flag = "--" + setting.name.replace("_", "-")
             has_default = setting.default and setting is not DATABASE
             text = f"{setting.help} (default: {setting.default})" if has_default else setting.help
-            if setting is LOG_REQUESTS:
+            if isinstance(setting.default, bool):
                 command.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             else:
-                action = "extend" if setting is TRUSTED_PROXY else "store"
+                action = "extend" if isinstance(setting.default, tuple) else "store"
                 command.add_argument(flag, type=setting.parse, action=action, metavar=setting.metavar, help=text)
         return command
 
