@@ -3524,7 +3524,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Look now and then for what is overdue."""
         now = time.monotonic()
         if self.stopping and self._stop_begun == math.inf:
-            self._begin_stop(now)
+            self._stop_begun = now
+            if self._accepting:
+                self._pause_accepting()
+            self.socket.close()
         if now < self._next_look:
             return
         self._next_look = now + (STOP_POLL_SECONDS if self.stopping else POLL_SECONDS)
@@ -3557,13 +3560,6 @@ class Server(http.server.ThreadingHTTPServer):
             slow.remove(slowest)
             unsent[user_id] -= slowest.answer_bytes
             self._call(slowest.give_way, slowest.connection)
-
-    def _begin_stop(self, now: float) -> None:
-        """Accept no more connections."""
-        self._stop_begun = now
-        if self._accepting:
-            self._pause_accepting()
-        self.socket.close()
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
