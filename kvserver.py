@@ -3649,7 +3649,7 @@ def read_config(path: str | None) -> dict[str, str]:
             raise CommandError(f"unknown name {name!r} in {path}; the names are: {', '.join(settings)}")
         if isinstance(settings[name].default, str) and not isinstance(member, str):
             raise CommandError(f"{name} in {path} is not a text: {json.dumps(member)}")
-        if isinstance(member, list):
+        if isinstance(member, list) and isinstance(settings[name].default, tuple):
             member = ",".join(map(str, member))
         config[name] = member if isinstance(member, str) else json.dumps(member)
     if DATABASE.name in config:

@@ -5013,6 +5013,7 @@ class Serving(CommandCase):
             ('{"port": "x"}', "port"),
             ('{"port": true}', "port"),
             ('{"port": 1.5}', "port"),
+            ('{"port": [80]}', "port"),
             ('{"db": 5}', "db"),
             ('{"host": null}', "host"),
             ('{"log_requests": "perhaps"}', "log_requests"),
