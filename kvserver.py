@@ -2835,9 +2835,8 @@ class RequestHandler:
         phase, deadline = self.state
         if phase in (RECEIVING, LINGERING) or (phase == IDLE and self.fields is None):
             return 0, self.started
-        if (
-            self.login[1] is NOBODY
-        ):  # a stranger's answers are short: who is slow to take them, or has more to ask, waits
+        # A stranger's answers are short: who is slow to take them, or always has more to ask, may come again.
+        if self.login[1] is NOBODY:
             return (1, deadline) if phase in (IDLE, SENDING) else None
         return (2, deadline) if phase == IDLE and not self.received else None
 
