@@ -2381,7 +2381,7 @@ def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> 
     whose, page = Field("username", value=user.name), Field("page", value="user")
     whose_password = whose._replace(kind="username")
     if user.is_admin:
-        role, change_role = "admin", make_question("Take away", "the admin role", "setadmin", whose, page)
+        role, change_role = "admin", make_question("Take the admin role", "away", "setadmin", whose, page)
     else:
         to_admin = Field("isAdmin", value="1")
         role, change_role = "user", make_form("setadmin", "Make an admin", to_admin, whose, page, problem=problem)
