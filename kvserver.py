@@ -2938,7 +2938,8 @@ class RequestHandler:
                     return None
         if request.parameters is NOT_PARSED and not self.parse(route, request):
             return None
-        if "password" in request.parameters and not request.password_hash:  # it takes too long for the transaction
+        # To hash it takes too long for the transaction. A redirect takes all parameters, and from anybody: none there.
+        if route.where == WRITER and "password" in request.parameters and not request.password_hash:
             self.enter(WAITING, math.inf)
             password, is_admin = request.parameters["password"], request.user.is_admin
             self.server.authenticator.hash_password(password, is_admin, self.taking("password_hash"))

@@ -3735,6 +3735,16 @@ class AccountPages(PageCase):
         self.assertEqual(2 + kvserver.NEW_PASSWORDS_MAX, len(self.names()))
         self.assertEqual(303, self.send("/admin/", action="adduser", username="z", password="a password").status)
 
+    def test_strangers_have_no_password_hashed(self) -> None:
+        with mock.patch.object(kvserver, "hash_password") as hash_password:
+            for path in ("/me", "/admin", "/iotpersistenceapi"):
+                self.assertEqual(301, self.see(path + "?password=x", None).status)
+            for path in ("/me/", "/admin/", "/admin"):
+                for user in (None, "bob") if path != "/me/" else (None,):
+                    answer = self.request("POST", path, "action=passwd&password=x", kvserver.FORM, user)
+                    self.assertIn(answer.status, (401, 403))
+        hash_password.assert_not_called()
+
     def test_half_of_the_places_for_new_passwords_are_for_admins(self) -> None:
         go_on = threading.Event()
         real = kvserver.hash_password
