@@ -374,9 +374,10 @@ FROM_PAGE = (
     " AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT ?)"
 )
 SELECT_PAIRS = f"SELECT key, substr(CAST(value AS BLOB), 1, ?), updated, expires {FROM_PAGE}"
-# What JSON escapes is up to JSON_GROWTH_MAX times as long in it.
+# What JSON escapes is up to JSON_GROWTH_MAX times as long in it. The parameters are how many bytes stand beside each
+# pair, and how often its key stands there.
 SELECT_PAGE_BYTES = (
-    f"SELECT total(? + length(CAST(json_quote(key) AS BLOB)) + length(CAST(json_quote(value) AS BLOB))) {FROM_PAGE}"
+    f"SELECT total(? + ? * length(CAST(json_quote(key) AS BLOB)) + length(CAST(json_quote(value) AS BLOB))) {FROM_PAGE}"
 )
 SELECT_LAST_AND_NEXT = f"SELECT key {FROM_PAGE} LIMIT 2 OFFSET ?"
 SELECT_DATABASE_BYTES = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
@@ -791,7 +792,8 @@ class Store:
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, now)
         # What a small database has need not be added up.
         if with_times or self._read(SELECT_DATABASE_BYTES)[0][0] > LIST_BYTES_MAX / JSON_GROWTH_MAX:
-            size = int(self._read(SELECT_PAGE_BYTES, LIST_TIMES_BYTES if with_times else 0, *page, limit)[0][0])
+            beside = (LIST_TIMES_BYTES, 2) if with_times else (0, 1)
+            size = int(self._read(SELECT_PAGE_BYTES, *beside, *page, limit)[0][0])
             if size > LIST_BYTES_MAX:
                 raise TooMuch(f"the list would have about {size} bytes, and has at most {LIST_BYTES_MAX}; use limit=N")
         select = (SELECT_PAGE_WITH_TIMES, now) if with_times else (SELECT_PAGE,)
@@ -1116,8 +1118,6 @@ class Request:
 
 # What a body is: parameters; the value; or the value if the query has a key and no value, and else parameters.
 PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
-
-
 ANYTHING = ("*",)  # the parameters of a route that takes all there are
 
 

@@ -2766,6 +2766,13 @@ class Disk(ServerCase):
             self.assertEqual(409, answer.status)
             self.assertIn(b"limit", answer.body)
 
+    def test_a_list_with_times_counts_its_keys_twice(self) -> None:
+        for number in range(10):
+            self.store.set_value(1, f"{number}".ljust(500, "\x01"), "")
+        size = len(self.request("GET", "/list?format=json").body)
+        self.enter(mock.patch.object(kvserver, "LIST_BYTES_MAX", size * 9 // 10))
+        self.assertEqual(409, self.request("GET", "/list?format=json").status)
+
     def test_a_list_and_its_link_are_of_one_moment(self) -> None:
         for key in "bcdef":
             self.store.set_value(1, key, "1")
