@@ -3349,7 +3349,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.process_request(connection, address)
 
     def _make_room(self) -> bool:
-        """Close the connection whose request is incomplete longest, else the one idle longest, if there is one."""
+        """Close the connection whose turn it is to give way, if there is one, and tell whether that made room."""
         before = len(self.connections)
         ranks = {handler: rank for handler in self.connections.values() if (rank := handler.rank())}
         if ranks:
