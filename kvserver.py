@@ -59,6 +59,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import sys
 import threading
 import time
@@ -119,10 +120,12 @@ THREAD_STACK_BYTES = 512 * 1024  # the usual 8 MiB a thread are much for a machi
 QUICK_BODY_BYTES_MAX = 16 * 1024  # to parse a longer body may take up to a second, during which others are served
 WORKERS_MAX = 4  # threads for requests that may take long
 LISTEN_BACKLOG = 128
+HANDSHAKE_SECONDS = 10
 FIRST_BYTE_SECONDS = 10
 REQUEST_SECONDS = 10
 IDLE_SECONDS = 30
 SEND_SECONDS = 10  # without any progress of an answer
+TLS_SEND_BYTES = 64 * 1024  # at a time: within that, TLS does not tell of progress
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all answers that clients are slow to take
 LINGER_SECONDS = 2
 DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
@@ -157,7 +160,9 @@ DEFAULT_PORT = 8080
 DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
 DEFAULT_DATABASE_MB_MAX = 1024
 DEFAULT_BASE_PATH = "/iotpersistenceapi"
-DEFAULT_DATABASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kvserver.db")
+# systemd names a service's folders for what it keeps, with colons between them.
+STATE_FOLDER = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or os.path.dirname(os.path.abspath(__file__))
+DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
 # What the person who runs the server gets to read, on standard error: one line an event, no secrets in it.
@@ -2777,8 +2782,97 @@ def log_request(request: Request, status: int, seconds: float, address: Address 
 # so that a client that sends a byte now and then gains nothing.
 
 # What a connection is doing; it decides who may use its handler, and what happens when the time for it is up.
-IDLE, RECEIVING, WAITING, SENDING = "idle", "receiving", "waiting", "sending"
+HANDSHAKING, IDLE, RECEIVING, WAITING, SENDING = "handshaking", "idle", "receiving", "waiting", "sending"
 POLLING, LINGERING, CLOSING, CLOSED = "polling", "lingering", "closing", "closed"
+
+
+class SecureSocket(ssl.SSLSocket):
+    """A connection with TLS that can be used like one without, once the handshake is done; it never blocks."""
+
+    def recv(self, size: int = RECEIVE_BYTES, flags: int = 0) -> bytes:
+        """Receive up to size bytes; raise BlockingIOError when none has come.
+
+        size is no less than a TLS record (RFC 8446 section 5.1: 16 KiB). So nothing stays behind where the selector
+        does not see it.
+        """
+        try:
+            return super().recv(size, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send the first bytes of data and return how many; raise BlockingIOError when none can be sent.
+
+        The next call has to have the same data.
+        """
+        try:
+            return super().send(memoryview(data)[:TLS_SEND_BYTES], flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+
+    def shutdown(self, how: int) -> None:
+        """Say that no more will be sent, in TLS too: else what was sent might seem to be cut (RFC 8446 section 6.1)."""
+        with contextlib.suppress(OSError, ValueError):
+            self.unwrap()
+        super().shutdown(how)
+
+    def close(self) -> None:
+        """Close the connection."""
+        with contextlib.suppress(OSError, ValueError):
+            self.unwrap()
+        super().close()
+
+
+class BadCertificate(Exception):
+    """A certificate or its key cannot be used; the message is a sentence for people."""
+
+
+class Certificate:
+    """A certificate for TLS and its key, from files in PEM format, which may be replaced by newer ones."""
+
+    def __init__(self, path: str, key_path: str) -> None:
+        """Load the certificate, with those that lead to its root, and the key; raise BadCertificate."""
+        self._path, self._key_path = path, key_path
+        self._context = self._load()
+
+    def _load(self) -> ssl.SSLContext:
+        """Return what connections are made with; raise BadCertificate."""
+
+        def refuse_password() -> str:
+            raise BadCertificate(f"the key {self._key_path} is encrypted; name one that is not")
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        context.sslsocket_class = SecureSocket
+        for path in (self._path, self._key_path):  # the error of the next step does not name the file
+            try:
+                with open(path, "rb"):
+                    pass
+            except (OSError, ValueError) as error:  # ValueError is for a path with NUL
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise BadCertificate(f"cannot read {path}: {reason}") from None
+        try:
+            context.load_cert_chain(self._path, self._key_path, refuse_password)
+        except ssl.SSLError as error:
+            if error.reason == "KEY_VALUES_MISMATCH":
+                raise BadCertificate(f"{self._key_path} is not the key of the certificate {self._path}") from None
+            detail = f": {error.reason}" if error.reason else ""
+            message = f"{self._path} has no certificate in PEM format, or {self._key_path} no key for it{detail}"
+            raise BadCertificate(message) from None
+        return context
+
+    def renew(self) -> None:
+        """Load the files anew for connections that come from now on; if that fails, all stays as it is."""
+        try:
+            self._context = self._load()
+            log("INFO", f"loaded the certificate {self._path}")
+        except (BadCertificate, OSError) as error:
+            log("ERROR", f"the old certificate stays in use: {error}")
+
+    def wrap(self, connection: socket.socket) -> socket.socket:
+        """Return a connection that is about to do the handshake; raise OSError when the client has gone."""
+        return self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
 
 
 class Change(NamedTuple):
@@ -2797,7 +2891,7 @@ class RequestHandler:
     """
 
     def __init__(self, connection: socket.socket, address: tuple[Any, ...], server: Server) -> None:
-        """Take over a connection that has been accepted."""
+        """Take over a connection that has been accepted, and that begins with a handshake if it is a SecureSocket."""
         self.connection, self.server = connection, server
         self.peer: str = address[0]
         self.received = bytearray()
@@ -2810,7 +2904,10 @@ class RequestHandler:
         self.fields: Fields | None = None  # of the last request
         self.login: tuple[Fields | None, User] = (None, NOBODY)  # fields that were found to be those of a user
         self.forget_request()
-        self.enter(IDLE, FIRST_BYTE_SECONDS)
+        if isinstance(connection, SecureSocket):
+            self.enter(HANDSHAKING, HANDSHAKE_SECONDS)
+        else:
+            self.enter(IDLE, FIRST_BYTE_SECONDS)
 
     def forget_request(self) -> None:
         """Be ready for the next request."""
@@ -2833,7 +2930,7 @@ class RequestHandler:
     def rank(self) -> tuple[int, float] | None:
         """Return when it is the connection's turn to give way if there are too many, the least first; None: never."""
         phase, deadline = self.state
-        if phase in (RECEIVING, LINGERING) or (phase == IDLE and self.fields is None):
+        if phase in (HANDSHAKING, RECEIVING, LINGERING) or (phase == IDLE and self.fields is None):
             return 0, self.started
         # A stranger's answers are short: who is slow to take them, or always has more to ask, may come again.
         if self.login[1] is NOBODY:
@@ -2859,9 +2956,43 @@ class RequestHandler:
             self.watch(0)  # what the client sends now, or that it has gone, is looked at when it has its answer
         elif phase == SENDING:
             self.send()
+        elif phase == HANDSHAKING:
+            self.shake_hands()
         elif phase != CLOSED:
             self.receive()
         self.settle()
+
+    def shake_hands(self) -> None:
+        """Go on with the TLS handshake, in another thread: its arithmetic takes long on a small machine.
+
+        What it sends fits into the socket's buffer, so that it only ever waits for the client.
+        """
+        state, connection = self.state, cast(SecureSocket, self.connection)
+
+        def go_on(outcome: Exception | None) -> None:
+            if isinstance(outcome, ssl.SSLWantReadError):
+                self.state = state
+                self.settle()
+            elif outcome:
+                if getattr(outcome, "reason", "") == "HTTP_REQUEST":
+                    self.refuse_plain_http()
+                self.enter(CLOSING, 0)
+                self.settle()
+            else:
+                self.enter(IDLE, FIRST_BYTE_SECONDS)
+                self.on_ready()
+
+        self.watch(0)
+        self.enter(WAITING, math.inf)
+        self.server.handshakes.submit(connection.do_handshake, go_on)
+
+    def refuse_plain_http(self) -> None:
+        """Tell a client that does not speak TLS to do so, in plain HTTP."""
+        refusal = HTTPError(400, "this server speaks TLS; use https:// instead of http://").response("")
+        answer = encode_response(refusal, format_date(int(time.time()), usegmt=True), "close", with_body=True)
+        with contextlib.suppress(OSError):
+            socket.socket.send(self.connection, answer)
+            socket.socket.recv(self.connection, RECEIVE_BYTES)  # to close with unread bytes would be to reset
 
     def settle(self) -> None:
         """Go on as far as possible, and then watch for what is needed."""
@@ -3189,8 +3320,12 @@ class Server(http.server.ThreadingHTTPServer):
         max_connections: int = DEFAULT_CONNECTIONS_MAX,
         max_db_mb: int = DEFAULT_DATABASE_MB_MAX,
         trusted_proxy: Networks = (),
+        certificate: Certificate | None = None,
     ) -> None:
-        """Use the database at path, bind host and port and listen; raise OSError when that is not possible."""
+        """Use the database at path, bind host and port and listen; raise OSError when that is not possible.
+
+        With a certificate all connections are by TLS.
+        """
         self.address_family, address = bind_address(host, port)
         self.path = path
         self.reader = CachingStore(path)
@@ -3200,6 +3335,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.log_requests = log_requests
         self.max_connections = max_connections
         self.trusted_proxy = trusted_proxy
+        self.certificate = certificate
         self.errors = ErrorLog()
         self.stopping = False
         self.connections: dict[socket.socket, RequestHandler] = {}
@@ -3216,6 +3352,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._woken, self._waker = socket.socketpair()
         self.workers = Pool(WORKERS_MAX, self.post)
+        self.handshakes = Pool(1, self.post)
         self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
         self._next_checkpoint = 0.0  # monotonic seconds
@@ -3248,7 +3385,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def url(self, host: str) -> str:
         """Return the URL of this server under the given host."""
-        return f"http://[{host}]:{self.server_port}" if ":" in host else f"http://{host}:{self.server_port}"
+        scheme = "https" if self.certificate else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}"
 
     def run(self) -> bool:
         """Serve until stop is called, finish what is under way, and tell whether that came to an end in time."""
@@ -3359,8 +3497,14 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection."""
         request.setblocking(False)
+        if self.certificate:
+            try:
+                request = self.certificate.wrap(request)
+            except OSError:
+                self.close_request(request)
+                return
         self.connections[request] = handler = RequestHandler(request, client_address, self)
-        self._call(handler.on_ready, request)
+        self._call(handler.settle if self.certificate else handler.on_ready, request)
 
     def _pause_accepting(self) -> None:
         """Leave further connections to the listen queue until the next look at what is due, or until one is closed."""
@@ -3535,7 +3679,7 @@ class Server(http.server.ThreadingHTTPServer):
         state = self.reader.state()
         if self.polls and state != self._polls_state:  # another process has committed, or polls have begun anew
             self._wake_polls(None, self._polls_state, state)
-        stop_seconds = {IDLE: 0.0, POLLING: 0.0, SENDING: STOP_SECONDS}
+        stop_seconds = {HANDSHAKING: 0.0, IDLE: 0.0, POLLING: 0.0, SENDING: STOP_SECONDS}
         for connection, handler in list(self.connections.items()):
             phase, deadline = handler.state
             if min(deadline, self._stop_begun + stop_seconds.get(phase, STOP_REQUEST_SECONDS)) < now:
@@ -3571,6 +3715,10 @@ CONFIG_VARIABLE = "KVSERVER_CONFIG"
 
 class CommandError(Exception):
     """A command cannot be carried out; the message is one line for people."""
+
+
+class UsageError(CommandError):
+    """A command is used in a wrong way."""
 
 
 class Setting(NamedTuple):
@@ -3617,7 +3765,8 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", "database (default: kvserver.db beside the program)")
+DATABASE_HELP = "database (default: kvserver.db in the first folder of $STATE_DIRECTORY, else beside the program)"
+DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", DATABASE_HELP)
 PROXY_HELP = "address or network whose X-Forwarded-For is believed; may be repeated"
 SETTINGS = (
     Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
@@ -3628,6 +3777,10 @@ SETTINGS = (
     Setting("max_connections", parse_number, DEFAULT_CONNECTIONS_MAX, "N", "connections open at a time"),
     Setting("max_db_mb", parse_number, DEFAULT_DATABASE_MB_MAX, "N", "megabytes that the database may have"),
     Setting("trusted_proxy", parse_networks, (), "A", PROXY_HELP),
+    Setting(
+        "tls_cert", str, "", "FILE", "certificate in PEM format with those that lead to its root; then it is https"
+    ),
+    Setting("tls_key", str, "", "FILE", "key of the certificate, not encrypted"),
 )
 
 
@@ -3651,9 +3804,9 @@ def read_config(path: str | None) -> dict[str, str]:
             raise CommandError(f"{name} in {path} is not a text: {json.dumps(member)}")
         if isinstance(member, list) and isinstance(settings[name].default, tuple):
             member = ",".join(map(str, member))
-        config[name] = member if isinstance(member, str) else json.dumps(member)
-    if DATABASE.name in config:
-        config[DATABASE.name] = os.path.join(os.path.dirname(path), config[DATABASE.name])
+        text = member if isinstance(member, str) else json.dumps(member)
+        is_path = settings[name].metavar == "FILE" and text
+        config[name] = os.path.join(os.path.dirname(path), text) if is_path else text
     return config
 
 
@@ -3821,9 +3974,29 @@ def delete_token(arguments: argparse.Namespace) -> None:
 LOOPBACK = re.compile(r"(?:::ffff:)?127\.|::1\Z")
 
 
+def take_certificate(settings: dict[str, Any]) -> Certificate | None:
+    """Take the settings of TLS out, and return the certificate that they name; raise UsageError or BadCertificate."""
+    path, key_path = settings.pop("tls_cert"), settings.pop("tls_key")
+    if bool(path) != bool(key_path):
+        raise UsageError("--tls-cert and --tls-key go together: the certificate, and the key that belongs to it")
+    return Certificate(path, key_path) if path else None
+
+
+def notify_ready() -> None:
+    """Tell systemd, if that has started the server and wants to know, that it listens (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
+                notify_socket.connect("\0" + address[1:] if address.startswith("@") else address)
+                notify_socket.send(b"READY=1")
+        except OSError as error:
+            log("ERROR", f"cannot tell systemd that the server is ready: {error.strerror}")
+
+
 def announce(server: Server, store: Store) -> None:
     """Say that the server is there; if there is no user yet, make one and say how to try it."""
-    if not LOOPBACK.match(server.server_name):
+    if not LOOPBACK.match(server.server_name) and not server.certificate:
         log("WARNING", "plain HTTP shows passwords to the network; put a TLS proxy before it, or use --host 127.0.0.1")
     with contextlib.suppress(UserExists):  # another process was quicker
         if not store.users():
@@ -3832,7 +4005,9 @@ def announce(server: Server, store: Store) -> None:
             url = server.url("127.0.0.1" if server.server_name in ("::", "0.0.0.0") else server.server_name)
             try:
                 print(f"created the user admin with the password {password} (it is shown only now)")
-                print(f"try it: curl -u admin:{password} '{url}/set?key=door&value=open'", flush=True)
+                # A certificate is seldom for the address of the machine itself, hence -k.
+                curl = "curl -k" if server.certificate else "curl"
+                print(f"try it: {curl} -u admin:{password} '{url}/set?key=door&value=open'", flush=True)
             except OSError:
                 store.delete_user("admin", even_last_admin=True)  # nobody has seen the password
                 raise
@@ -3842,18 +4017,22 @@ def announce(server: Server, store: Store) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until SIGTERM or Ctrl-C."""
     settings = read_settings(arguments, SETTINGS)
+    certificate = take_certificate(settings)
     threading.stack_size(THREAD_STACK_BYTES)
     with contextlib.closing(open_store(settings.pop("db"), mb_max=settings["max_db_mb"])) as store:
         try:
-            server = Server(store.path, **settings)
+            server = Server(store.path, certificate=certificate, **settings)
         except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one of a host
             reason = error.strerror if isinstance(error, OSError) else "this is no host name"
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
             raise CommandError(f"cannot listen on {where}: {reason}; see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, (lambda *_: certificate.renew()) if certificate else signal.SIG_IGN)
         log("INFO", f"started: database={store.path}")
         announce(server, store)
+        notify_ready()
         finished = server.run()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # impatience must not change the exit code
@@ -3915,7 +4094,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
         return 0
-    except (CommandError, BadCredential, StoreError, OSError) as error:
+    except UsageError as error:
+        build_parser().error(str(error))
+    except (CommandError, BadCredential, BadCertificate, StoreError, OSError) as error:
         message = str(error)
     except sqlite3.Error as error:
         message = f"the database failed: {error}"

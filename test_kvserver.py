@@ -31,6 +31,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import statistics
 import subprocess
@@ -41,6 +42,7 @@ import time
 import unittest
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 from unittest import mock
@@ -57,6 +59,55 @@ CHEAP_PROGRAM = [
     "import sys, kvserver; kvserver.SCRYPT_COST_LOG2 = 1; sys.exit(kvserver.main())",
 ]
 WAIT_SECONDS = 20  # how long a test waits for what should come at once
+# Two certificates for localhost and 127.0.0.1 with their keys, and the first key encrypted. They are for tests only.
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBejCCASCgAwIBAgIUW41TSLLc3YB1Uxn3V+hGPYr1FbwwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTAwMDEwMTAwMDAwMFoYDzIyMDAwMTAx
+MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAASIyhCd8CB9Sd1AbdXimIGqJQv3rDnP3oqnpGVZ5vjCXY+Q1qNpHwu/
+uMGHUQA5BYQW1Hm2NKuFAJ3gwHZaxKSOo04wTDAaBgNVHREEEzARgglsb2NhbGhv
+c3SHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAdBgNVHQ4EFgQUMS357Hb/+cMPAXtU
+wFmCgA+f9PowCgYIKoZIzj0EAwIDSAAwRQIgH6tHJSwve2qlBxgLrh3ySugk42Qd
+v3y+3qcIr7PSXxMCIQD053RLanPTvsjvt7htpeWuJgb8FhQeLoQ0eLwq+BqznQ==
+-----END CERTIFICATE-----
+"""
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg2a6daiEjeHNXsfwn
+HOEIOjJdPlTWVOOmU4T25fL8BHihRANCAASIyhCd8CB9Sd1AbdXimIGqJQv3rDnP
+3oqnpGVZ5vjCXY+Q1qNpHwu/uMGHUQA5BYQW1Hm2NKuFAJ3gwHZaxKSO
+-----END PRIVATE KEY-----
+"""
+OTHER_CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBezCCASCgAwIBAgIUXknCluheeBhN/5bOFDB7RjgVOzAwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTAwMDEwMTAwMDAwMFoYDzIyMDAwMTAx
+MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAASdz94T7GexL92VAsDkbPz3GOnf/Jle5m9o3tIx7htmVhDyUqg9ULhg
+O2D4mU6RQ8A5WF+yd5JU5NmwYPOjJplgo04wTDAaBgNVHREEEzARgglsb2NhbGhv
+c3SHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAdBgNVHQ4EFgQUHArEwf3hQ4l69kQJ
+98sVkJRrLR8wCgYIKoZIzj0EAwIDSQAwRgIhAKONkoBjLGIouIFlnEiSVpoN9N5w
+QbStHobUfRLiZfHhAiEAsCvtCRvfqVBuaN4S4itcwYSj9wXE1pEYA97Lmwii66c=
+-----END CERTIFICATE-----
+"""
+OTHER_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg0QHAesVMgdD/Fen8
+2IcLGpqei0SPJ/HgX9ofVhjG6nChRANCAASdz94T7GexL92VAsDkbPz3GOnf/Jle
+5m9o3tIx7htmVhDyUqg9ULhgO2D4mU6RQ8A5WF+yd5JU5NmwYPOjJplg
+-----END PRIVATE KEY-----
+"""
+ENCRYPTED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIH0MF8GCSqGSIb3DQEFDTBSMDEGCSqGSIb3DQEFDDAkBBCezmeDNS45i6+2LNxi
+gye5AgIIADAMBggqhkiG9w0CCQUAMB0GCWCGSAFlAwQBKgQQl7I8u9uPUCAD3IqG
+XHv7EASBkIwFJ2hp9wa0Q+Pnnl5jtw1bW3hBJUHnxTiVIOcFXwKHeofTlvvpCZ4D
+a1bLoRNs7iItLTPVMrU3SCLYgSPzgQrrydxugvtTbi+nOEddLEOQAxzgP+x8O4qz
+qoyI5yn+BzZG76LDhjWMtlE5Py7GiV+e6NA4M6ae9Dv9t9N9hHipWkXT3ksOqta/
+VNnq5WSySA==
+-----END ENCRYPTED PRIVATE KEY-----
+"""
 PASSWORDS = {"alice": "alice's password", "bob": "bob's pässword ☃"}
 
 
@@ -134,6 +185,7 @@ class ServerCase(unittest.TestCase):
     failures_max = 1000  # most tests are not about the throttle
     max_db_mb = kvserver.DEFAULT_DATABASE_MB_MAX
     trusted_proxy: kvserver.Networks = ()
+    certificate: kvserver.Certificate | None = None
 
     def setUp(self) -> None:
         for name, value in (("SCRYPT_COST_LOG2", 1), ("POLL_SECONDS", 0.01), ("FAILURES_MAX", self.failures_max)):
@@ -164,6 +216,7 @@ class ServerCase(unittest.TestCase):
             self.log_requests,
             max_db_mb=self.max_db_mb,
             trusted_proxy=self.trusted_proxy,
+            certificate=self.certificate,
         )
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.run)
@@ -1600,6 +1653,134 @@ class Connections(ServerCase):
             connection.sendall(self.raw("GET /list HTTP/1.1"))
         for connection in connections:
             self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n"))
+
+
+def trust(certificate: str) -> ssl.SSLContext:
+    """Return what a client uses that trusts a certificate, and no other."""
+    context = ssl.create_default_context(cadata=certificate)
+    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    return context
+
+
+class Secure(ServerCase):
+    """Connections by TLS."""
+
+    def setUp(self) -> None:
+        folder = self.enter(tempfile.TemporaryDirectory())
+        paths = [os.path.join(folder, name) for name in ("certificate", "key")]
+        for path, text in zip(paths, (CERTIFICATE, KEY)):
+            with open(path, "w", encoding="ascii") as file:
+                file.write(text)
+        self.certificate = kvserver.Certificate(*paths)
+        self.enter(mock.patch.object(kvserver, "HANDSHAKE_SECONDS", 0.3))
+        super().setUp()
+
+    def secure(self, context: ssl.SSLContext | None = None) -> http.client.HTTPSConnection:
+        """Return a connection that trusts the server's certificate."""
+        context = context or trust(CERTIFICATE)
+        connection = http.client.HTTPSConnection("localhost", self.port, timeout=WAIT_SECONDS, context=context)
+        self.addCleanup(connection.close)
+        return connection
+
+    def list_all(self) -> int:
+        """Return the status of a request that is sent on a connection of its own."""
+        connection = self.secure()
+        status = self.ask(connection, "GET", "/list").status
+        connection.close()
+        return status
+
+    def ask(self, connection: http.client.HTTPConnection, method: str, target: str, body: bytes = b"") -> Answer:
+        """Send alice's request on a connection that stays open."""
+        connection.request(method, target, body, {"Authorization": basic("alice", PASSWORDS["alice"])})
+        return read_answer(connection.getresponse())
+
+    def test_the_longest_value_comes_back_and_the_connection_stays(self) -> None:
+        value = random.Random(7).randbytes(kvserver.VALUE_BYTES_MAX // 2).hex().encode()
+        connection = self.secure()
+        self.assertEqual(201, self.ask(connection, "PUT", "/kv/a", value).status)
+        first = connection.sock
+        self.assertEqual(value, self.ask(connection, "GET", "/kv/a").body)
+        self.assertIs(first, connection.sock)
+
+    def test_an_answer_longer_than_the_buffers_comes_whole(self) -> None:
+        value = "x" * kvserver.VALUE_BYTES_MAX
+        for number in range(8):
+            self.store.set_value(1, str(number), value)
+        connection = self.secure()
+        answer = self.ask(connection, "GET", "/list")
+        self.assertEqual({str(number): value for number in range(8)}, json.loads(answer.body))
+
+    def test_requests_that_come_in_one_piece_are_all_answered(self) -> None:
+        with trust(CERTIFICATE).wrap_socket(self.connect(), server_hostname="localhost") as connection:
+            put = self.raw("PUT /kv/a HTTP/1.1", "Content-Length: 40000", body=b"x" * 40000)
+            connection.sendall(put + self.raw("GET /kv/a HTTP/1.1") * 20 + self.raw("GET /get HTTP/1.0"))
+            answers = b"".join(iter(lambda: connection.recv(65536), b""))
+        self.assertEqual(20 * 40000, answers.count(b"x") - answers.count(b"text"))
+        self.assertEqual(1, answers.count(b"HTTP/1.1 400 "))
+
+    def test_before_tls_1_2_nothing_is_spoken(self) -> None:
+        context = trust(CERTIFICATE)
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+        with self.assertRaisesRegex(ssl.SSLError, "ALERT_PROTOCOL_VERSION"):
+            self.ask(self.secure(context), "GET", "/list")
+        context = trust(CERTIFICATE)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        self.assertEqual(200, self.ask(self.secure(context), "GET", "/list").status)
+
+    def test_who_does_not_finish_the_handshake_holds_up_nobody(self) -> None:
+        silent = [self.connect() for _ in range(20)]
+        halfway = self.connect()
+        sent, received = ssl.MemoryBIO(), ssl.MemoryBIO()
+        with self.assertRaises(ssl.SSLWantReadError):
+            trust(CERTIFICATE).wrap_bio(received, sent, server_hostname="localhost").do_handshake()
+        hello = sent.read()
+        halfway.sendall(hello[:-1])
+        begun = time.monotonic()
+        self.assertEqual(200, self.list_all())
+        for connection in (*silent, halfway):
+            self.assertEqual(b"", connection.recv(1))
+        self.assertLess(time.monotonic() - begun, 5)
+        dripping = self.connect()
+        with self.assertRaises(OSError):
+            for byte in itertools.chain(hello[:-1], itertools.repeat(0)):
+                dripping.sendall(bytes([byte]))
+                self.list_all()
+        wait_until(lambda: not self.server.connections)
+        self.assertEqual("", self.log.text())
+
+    def test_who_goes_in_the_middle_of_the_handshake_leaves_nothing_behind(self) -> None:
+        for data in (b"", b"\x16\x03\x01\x02\x00", bytes(range(256)) * 100):
+            connection = self.connect()
+            connection.sendall(data)
+            connection.close()
+        self.assertEqual(200, self.list_all())
+        wait_until(lambda: not self.server.connections)
+        self.assertEqual("", self.log.text())
+
+    def test_plain_http_is_told_to_use_https(self) -> None:
+        answer = self.request("GET", "/list")
+        self.assertEqual(
+            (400, b"this server speaks TLS; use https:// instead of http://"), (answer.status, answer.body)
+        )
+
+    def test_the_end_is_told(self) -> None:
+        context = trust(CERTIFICATE)
+        with context.wrap_socket(self.connect(), server_hostname="localhost", suppress_ragged_eofs=False) as connection:
+            connection.sendall(self.raw("GET /list HTTP/1.0"))
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))  # raises if the end is not told
+        self.assertTrue(answer.endswith(b"{}"))
+
+    def test_a_stop_does_not_wait_for_a_handshake(self) -> None:
+        self.enter(mock.patch.object(kvserver, "HANDSHAKE_SECONDS", 60))
+        connection = self.connect()
+        wait_until(lambda: bool(self.server.connections))
+        begun = time.monotonic()
+        self.stop()
+        self.assertEqual(b"", connection.recv(1))
+        self.assertLess(time.monotonic() - begun, kvserver.STOP_REQUEST_SECONDS)
 
 
 class Throttled(ServerCase):
@@ -4909,8 +5090,8 @@ class Terminal(CommandCase):
         self.assertNotIn("bob", self.run_program("users")[1])
 
 
-class Serving(CommandCase):
-    """The command serve."""
+class ServingCase(CommandCase):
+    """The command serve, and its end."""
 
     def stop(self, process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> float:
         """Stop a server, check its exit code and return the seconds that it took."""
@@ -4918,6 +5099,113 @@ class Serving(CommandCase):
         process.send_signal(number)
         self.assertEqual(0, process.wait(WAIT_SECONDS))
         return time.monotonic() - started
+
+
+class Certificates(ServingCase):
+    """The files that TLS needs, and their renewal."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write("certificate", CERTIFICATE)
+        self.write("key", KEY)
+        self.flags = ("--tls-cert", "certificate", "--tls-key", "key")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file."""
+        with open(os.path.join(self.folder, name), "w", encoding="ascii") as file:
+            file.write(text)
+
+    def connect(self, port: int, certificate: str) -> http.client.HTTPSConnection:
+        """Return a connection to a server that has to show a certificate."""
+        context = trust(certificate)
+        connection = http.client.HTTPSConnection("localhost", port, timeout=WAIT_SECONDS, context=context)
+        self.addCleanup(connection.close)
+        return connection
+
+    def health(self, connection: http.client.HTTPConnection) -> int:
+        """Return what a connection says of the server's health."""
+        connection.request("GET", "/health")
+        return read_answer(connection.getresponse()).status
+
+    def test_the_lines_at_the_start_say_https_and_curl_works(self) -> None:
+        with self.serving(*self.flags, "--host", "0.0.0.0") as (process, port, lines):
+            self.assertEqual(f"listening on https://0.0.0.0:{port}", lines[2])
+            self.assertIn(f"'https://127.0.0.1:{port}/set?key=door&value=open'", lines[1])
+            self.assertEqual(200, self.health(self.connect(port, CERTIFICATE)))
+            if shutil.which("curl"):
+                done = subprocess.run(["sh", "-c", lines[1].partition(": ")[2]], capture_output=True, check=True)
+                self.assertEqual(b"Success", done.stdout)
+            self.stop(process)
+            assert process.stderr
+            self.assertNotIn("plain HTTP", process.stderr.read())
+
+    def test_paths_in_the_configuration_are_relative_to_it(self) -> None:
+        os.mkdir(os.path.join(self.folder, "sub"))
+        self.write("sub/config.json", '{"tls_cert": "../certificate", "tls_key": "../key"}')
+        with self.serving("--config", "sub/config.json") as (_, port, _):
+            self.assertEqual(200, self.health(self.connect(port, CERTIFICATE)))
+        environment = {"KVSERVER_TLS_CERT": "certificate", "KVSERVER_TLS_KEY": "key"}
+        with self.serving(environment=environment) as (_, port, _):
+            self.assertEqual(200, self.health(self.connect(port, CERTIFICATE)))
+
+    def test_files_that_are_no_good_are_one_line_and_nothing_is_created(self) -> None:
+        for certificate, key, message in (
+            (CERTIFICATE, OTHER_KEY, "key is not the key of the certificate certificate"),
+            (CERTIFICATE, "", "certificate has no certificate in PEM format, or key no key for it"),
+            ("", KEY, "certificate has no certificate in PEM format, or key no key for it"),
+            (CERTIFICATE, ENCRYPTED_KEY, "the key key is encrypted; name one that is not"),
+            (CERTIFICATE, None, "cannot read key: No such file or directory"),
+        ):
+            with self.subTest(message):
+                self.write("certificate", certificate)
+                if key is None:
+                    os.remove(os.path.join(self.folder, "key"))
+                else:
+                    self.write("key", key)
+                self.assert_fails(message, "serve", *self.flags)
+        for flags in (self.flags[:2], self.flags[2:], (*self.flags[:3], "")):
+            code, output, errors = self.run_program("serve", *flags)
+            self.assertEqual((2, ""), (code, output))
+            self.assertIn("--tls-cert and --tls-key go together", errors)
+        self.assertEqual({"certificate"}, set(os.listdir(self.folder)))
+
+    def test_a_renewed_certificate_counts_after_sighup_and_no_connection_is_dropped(self) -> None:
+        with self.serving(*self.flags) as (process, port, _):
+            assert process.stderr
+            old = self.connect(port, CERTIFICATE)
+            self.assertEqual(200, self.health(old))
+            first = old.sock
+
+            def renew() -> str:
+                process.send_signal(signal.SIGHUP)
+                assert process.stderr
+                return next(line for line in process.stderr if "certificate" in line)
+
+            self.write("certificate", OTHER_CERTIFICATE)
+            self.assertIn("the old certificate stays in use: key is not the key of the certificate", renew())
+            self.assertEqual(200, self.health(self.connect(port, CERTIFICATE)))
+            self.write("key", OTHER_KEY)
+            self.assertIn("INFO loaded the certificate", renew())
+            self.assertEqual(200, self.health(self.connect(port, OTHER_CERTIFICATE)))
+            with self.assertRaises(ssl.SSLCertVerificationError):
+                self.health(self.connect(port, CERTIFICATE))
+            self.assertEqual(200, self.health(old))
+            self.assertIs(first, old.sock)
+            os.remove(os.path.join(self.folder, "key"))
+            self.assertIn("the old certificate stays in use: cannot read key", renew())
+            self.assertEqual(200, self.health(self.connect(port, OTHER_CERTIFICATE)))
+            self.stop(process)
+
+    def test_sighup_without_tls_is_ignored(self) -> None:
+        self.add_user("alice")
+        with self.serving() as (process, port, _):
+            process.send_signal(signal.SIGHUP)
+            self.assertEqual((200, b"{}"), self.request(port, "/list"))
+            self.stop(process)
+
+
+class Serving(ServingCase):
+    """The command serve."""
 
     def test_one_command_gives_a_working_server(self) -> None:
         shutil.copy(PROGRAM, self.folder)
@@ -4994,6 +5282,44 @@ class Serving(CommandCase):
                     assert process.stderr
                     self.assertEqual(logged, f"request: method=GET path='{path}/list'" in process.stderr.read())
         self.assertIn("alice", self.run_program("users", KVSERVER_CONFIG=config)[1])
+
+    def test_the_database_of_a_service_is_in_its_first_folder_unless_it_is_named(self) -> None:
+        del self.environment["KVSERVER_DB"]
+        for name in ("state", "other"):
+            os.mkdir(os.path.join(self.folder, name))
+        folders = {"STATE_DIRECTORY": f"{self.folder}/state:{self.folder}/other"}
+        with open(os.path.join(self.folder, "config.json"), "w", encoding="utf-8") as file:
+            json.dump({"db": "config.db"}, file)
+        for path, arguments, environment in (
+            ("state/kvserver.db", (), {}),
+            ("config.db", (), {"KVSERVER_CONFIG": "config.json"}),
+            ("variable.db", (), {"KVSERVER_CONFIG": "config.json", "KVSERVER_DB": "variable.db"}),
+            ("flag.db", ("--db", "flag.db"), {"KVSERVER_CONFIG": "config.json", "KVSERVER_DB": "variable.db"}),
+        ):
+            with self.subTest(path):
+                add = ("adduser", "alice", "--password-stdin", *arguments)
+                self.assertEqual(0, self.run_program(*add, stdin="a password", **folders, **environment)[0])
+                self.assertTrue(os.path.exists(os.path.join(self.folder, path)))
+                self.assertIn("alice", self.run_program("users", *arguments, **folders, **environment)[1])
+                with self.serving(*arguments, environment={**folders, **environment}) as (_, port, _):
+                    self.assertEqual((200, b"{}"), self.request(port, "/list"))
+
+    def test_systemd_is_told_when_the_server_listens(self) -> None:
+        self.add_user("alice")
+        for name in (os.path.join(self.folder, "notify"), "\0kvserver-test-" + os.path.basename(self.folder)):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
+                notify_socket.bind(name)
+                notify_socket.settimeout(WAIT_SECONDS)
+                environment = {"NOTIFY_SOCKET": name.replace("\0", "@")}
+                with self.serving(environment=environment) as (process, port, _):
+                    self.assertEqual(b"READY=1", notify_socket.recv(100))
+                    self.assertEqual((200, b"{}"), self.request(port, "/list"))
+                    self.stop(process)
+        with self.serving(environment={"NOTIFY_SOCKET": "/nowhere/at/all"}) as (process, port, _):
+            self.assertEqual((200, b"{}"), self.request(port, "/list"))
+            self.stop(process)
+            assert process.stderr
+            self.assertIn("cannot tell systemd that the server is ready: No such file", process.stderr.read())
 
     def test_limits_and_proxies_can_be_set_in_every_way(self) -> None:
         config = os.path.join(self.folder, "config.json")
