@@ -28,8 +28,8 @@ stand in the query, in a form or in a JSON object; the body of /set?key=K may be
 below /iotpersistenceapi, or the prefix that --base-path names. An error is one line of text that says what to do.
 
 The file is built from the ground up, each section using only what stands above it: Limits and defaults, Log, Names,
-passwords and tokens, Storage, HTTP messages, Parameters, Authentication, API, Pages, Routes, Connections, Server,
-Settings, Command line.
+passwords and tokens, Storage, HTTP messages, Parameters, Metrics, Authentication, API, Pages, Routes, Connections,
+Server, Settings, Command line.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import base64
 import bisect
 import collections
 import contextlib
+import copy
 import email.utils
 import errno
 import functools
@@ -64,7 +65,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, Union, cast
 
 __version__ = "0.1.0"
@@ -155,6 +156,23 @@ DAY_SECONDS = 24 * 3600
 PAGE_ROWS_MAX = 100
 VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
 FORM_FIELDS_BYTES = 4 * 1024  # what a form has beside a value, at most
+DURATION_SECONDS = (
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    5,
+    10,
+    60,
+)  # of a histogram
 
 DEFAULT_PORT = 8080
 DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
@@ -395,6 +413,7 @@ UPSERT_PAIR = (
 DELETE_PAIR = "DELETE FROM pair WHERE user_id = ? AND key = ? AND (expires IS NULL OR expires > ?)"
 DELETE_EXPIRED = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
 SELECT_EXPIRED = "SELECT 1 FROM pair WHERE expires <= ? LIMIT 1"
+SELECT_COUNTS = "SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair WHERE expires IS NULL OR expires > ?)"
 SELECT_ANY_ROWS = "SELECT (SELECT id FROM user LIMIT 1), (SELECT key FROM pair LIMIT 1)"
 
 # No key that begins like another one comes after that one with this behind it: it is as long as a key can be, of the
@@ -549,6 +568,7 @@ class Store:
             uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False
         )
         self.commit_seconds = math.inf  # how long the last commit of a transaction took
+        self.commits = 0  # of transactions
         # By the transaction; None when it changed users as well.
         self.changed_pairs: set[tuple[int, str]] | None = set()
         self._lock_milliseconds = int(lock_seconds * 1000)
@@ -681,6 +701,7 @@ class Store:
             begun = time.monotonic()
             self._execute("COMMIT")
             self.commit_seconds = time.monotonic() - begun
+            self.commits += 1
             return outcomes
         except Exception as error:  # noqa: BLE001
             if len(operations) == 1:
@@ -708,6 +729,18 @@ class Store:
         A store that has been open for long may answer from its memory even after the file has become unreadable.
         """
         self._read(SELECT_ANY_ROWS)
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many users and pairs there are."""
+        users, pairs = self._read(SELECT_COUNTS, time.time())[0]
+        return users, pairs
+
+    def file_bytes(self) -> tuple[int, int]:
+        """Return how long the database and its write-ahead log are on the disk."""
+        path = os.path.realpath(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.getsize(path), os.path.getsize(path + "-wal")
+        return os.path.getsize(path), 0
 
     def user(self, name: str) -> User | None:
         """Return the user of that name, if there is one."""
@@ -1101,6 +1134,7 @@ class Request:
         self.begun = time.monotonic()
         self.may_wait = True  # for a change
         self.was_there = False  # what it waits for a change of
+        self.metrics: Metrics | None = None  # for an endpoint that runs in a worker
         self.password_hash = ""  # of the parameter password, once that has been hashed
 
     def names_etag(self, header: str, etag: str) -> bool:
@@ -1496,6 +1530,78 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
     return float(text)
 
 
+# ---- Metrics ---------------------------------------------------------------------------------------------------------
+# What the server counts, for programs that draw curves and raise alarms. Users and keys are counted, never named.
+
+METRICS = "text/plain; version=0.0.4; charset=utf-8"  # the text format of Prometheus
+NO_ENDPOINT = "other"  # stands for all paths that are not served, and for what is no request
+
+
+class Metrics:
+    """Counts what the server does from its start on. Any thread may call it."""
+
+    def __init__(self, connections: Sized, polls: Sized) -> None:
+        """Count from now on; what connections and polls contain is counted when it is asked for."""
+        self._connections, self._polls = connections, polls
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._answers: collections.Counter[tuple[str, int]] = collections.Counter()  # by endpoint and status
+        # By endpoint, how many took up to each of DURATION_SECONDS but not up to the one before, and how many longer.
+        self._durations: dict[str, list[int]] = {}
+        self._seconds: dict[str, float] = {}  # by endpoint, of all answers together
+        # Each of these is only changed by one thread at a time.
+        self.failed_logins = 0
+        self.commits = 0
+        self.writes = 0
+
+    def note_answer(self, endpoint: str, status: int, seconds: float) -> None:
+        """Count an answer, and how long it took from the first byte of the request on."""
+        with self._lock:
+            if endpoint not in self._durations:
+                self._durations[endpoint], self._seconds[endpoint] = [0] * (len(DURATION_SECONDS) + 1), 0
+            self._answers[endpoint, status] += 1
+            self._durations[endpoint][bisect.bisect_left(DURATION_SECONDS, seconds)] += 1
+            self._seconds[endpoint] += seconds
+
+    def text(self, store: Store) -> str:
+        """Return all that is counted in the text format of Prometheus, with what a store has."""
+        users, pairs = store.counts()
+        database_bytes, log_bytes = store.file_bytes()
+        with self._lock:
+            answers, durations, seconds = dict(self._answers), copy.deepcopy(self._durations), dict(self._seconds)
+        requests = [(f'{{endpoint="{path}",status="{status}"}}', count) for (path, status), count in answers.items()]
+        buckets: list[tuple[str, float]] = []
+        for path, counts in durations.items():
+            for bound, count in zip((*DURATION_SECONDS, "+Inf"), itertools.accumulate(counts)):
+                buckets.append((f'_bucket{{endpoint="{path}",le="{bound}"}}', count))
+            buckets.append((f'_sum{{endpoint="{path}"}}', seconds[path]))
+            buckets.append((f'_count{{endpoint="{path}"}}', sum(counts)))
+        families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
+            ("requests_total", "counter", "Answers by endpoint and status.", requests),
+            ("request_seconds", "histogram", "Time from a request's first byte to its answer.", buckets),
+            (
+                "failed_logins_total",
+                "counter",
+                "Logins with a wrong name, password or token.",
+                [("", self.failed_logins)],
+            ),
+            ("commits_total", "counter", "Transactions that were committed.", [("", self.commits)]),
+            ("writes_total", "counter", "Changes in these transactions.", [("", self.writes)]),
+            ("connections", "gauge", "Connections that are open.", [("", len(self._connections))]),
+            ("polls", "gauge", "Requests that wait for a change.", [("", len(self._polls))]),
+            ("database_bytes", "gauge", "Length of the database.", [("", database_bytes)]),
+            ("wal_bytes", "gauge", "Length of its write-ahead log.", [("", log_bytes)]),
+            ("users", "gauge", "Users.", [("", users)]),
+            ("pairs", "gauge", "Pairs that are stored.", [("", pairs)]),
+            ("uptime_seconds", "gauge", "Time since the start.", [("", time.monotonic() - self._started)]),
+        ]
+        lines = []
+        for name, kind, meaning, samples in families:
+            lines += [f"# HELP kvserver_{name} {meaning}", f"# TYPE kvserver_{name} {kind}"]
+            lines += [f"kvserver_{name}{labels} {number}" for labels, number in samples]
+        return "\n".join(lines) + "\n"
+
+
 # ---- Authentication --------------------------------------------------------------------------------------------------
 # Credentials in, a User or an HTTPError out. scrypt makes guessing expensive, and would make every request so: hence
 # credentials that were verified are remembered, under a keyed hash, never as they came.
@@ -1505,6 +1611,15 @@ ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
 FOREIGN = (
     "this comes from another site's page, or a proxy has changed the header Host; open the page here and try again"
 )
+
+# Who may send a request: ANYONE without a login, but BROWSER only if they ask for HTML, else the path does not exist;
+# USER with a login; PERSON with a password, since what a device has does not open pages; ADMIN as PERSON, and an admin;
+# OPERATOR as an admin too, but for a program: with a password, or a token that may do all that its user may.
+ANYONE, BROWSER, USER, PERSON, ADMIN, OPERATOR = "anyone", "browser", "user", "person", "admin", "operator"
+PAGE_VISITORS = (PERSON, ADMIN)
+# With a realm of their own, below their own paths, the pages get credentials that browsers keep from the API (RFC 7617
+# section 2.2).
+REALMS = {USER: "kvserver", OPERATOR: "kvserver", PERSON: "kvserver pages", ADMIN: "kvserver pages"}
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
@@ -1623,13 +1738,6 @@ class Login(NamedTuple):
     done: Callable[[Exception | None], None]  # takes why it is refused, or None
 
 
-def fail_login(name: str | None, address: Address | None) -> HTTPError:
-    """Log a failed login, and return the answer to it; without a name it was one with a token."""
-    # repr escapes what could forge another line or field, and the address stands last for the same reason.
-    log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
-    return HTTPError(401, "the token is unknown" if name is None else "the user name or the password is wrong")
-
-
 class Pool:
     """Threads that run functions one after the other, of each owner in turn, and hand what comes of each to post."""
 
@@ -1678,9 +1786,9 @@ class Pool:
 class Authenticator:
     """Tells who sends a request. All but _verify runs in one thread, the one to which the pool posts."""
 
-    def __init__(self, store: Store, scrypt: Pool, renew_hash: Callable[[User, str], None]) -> None:
+    def __init__(self, store: Store, scrypt: Pool, renew_hash: Callable[[User, str], None], metrics: Metrics) -> None:
         """Use the users of a store, and a pool of one thread; renew_hash stores the new hash of a user."""
-        self._store, self._renew_hash = store, renew_hash
+        self._store, self._renew_hash, self._metrics = store, renew_hash, metrics
         # What an unknown name is checked against, so that it takes as long as a wrong password and does not tell which
         # names exist. No password matches a random digest.
         self._unknown_user_hash = format_hash(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES))
@@ -1733,7 +1841,7 @@ class Authenticator:
         name, password = decode_credentials(authorization)
         if not name or not password:
             self._throttle.charge(login.address)
-            raise fail_login(name, login.address)
+            raise self._fail(name, login.address)
         user = self._store.user(name)
         # With the row in it, a request that comes after a change of the password does not join an older check.
         check_key = (self._digest(authorization), user)
@@ -1748,6 +1856,13 @@ class Authenticator:
             lambda: self._verify(check_key, password),
             lambda outcome: self._finish(check_key, name, login, outcome),
         )
+
+    def _fail(self, name: str | None, address: Address | None) -> HTTPError:
+        """Log and count a failed login, and return the answer to it; without a name it was one with a token."""
+        self._metrics.failed_logins += 1
+        # repr escapes what could forge another line or field, and the address stands last for the same reason.
+        log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
+        return HTTPError(401, "the token is unknown" if name is None else "the user name or the password is wrong")
 
     def hash_password(self, password: str, is_for_admin: bool, done: Callable[[Any], None]) -> None:
         """Hash a new password, and tell later what it returned or raised; raise HTTPError when too many wait.
@@ -1803,18 +1918,21 @@ class Authenticator:
                 try:
                     if login is not charged:
                         self._throttle.charge(login.address)
-                    refusal = fail_login(name, login.address)
+                    refusal = self._fail(name, login.address)
                 except HTTPError as error:
                     refusal = error
             login.done(refusal)
 
 
-def check_visitor(user: User, is_for_admins: bool) -> None:
-    """Raise HTTPError when a user may not open a page."""
-    if user.token:
+def check_visitor(user: User, who: str) -> None:
+    """Raise HTTPError unless a user, who has logged in, is one of who may send a request."""
+    if who in PAGE_VISITORS and user.token:
         raise HTTPError(401, "a token does not open pages; log in with your password")
-    if is_for_admins and not user.is_admin:
-        raise HTTPError(403, "only admins may manage accounts; ask one of them")
+    if who in (ADMIN, OPERATOR) and not user.is_admin:
+        what = "manage accounts" if who == ADMIN else "see the metrics"
+        raise HTTPError(403, f"only admins may {what}; ask one of them")
+    if who == OPERATOR and user.token and (user.token.is_read_only or user.token.prefix):
+        raise HTTPError(403, "this token is restricted; use one that was made without --read-only and --prefix")
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
@@ -2004,6 +2122,12 @@ def check_health(store: Store, request: Request) -> Response:
     """Answer whether the database can be read."""
     store.check()
     return Response(b"ok")
+
+
+def report_metrics(store: Store, request: Request) -> Response:
+    """Answer with what the server has counted."""
+    assert request.metrics
+    return Response(request.metrics.text(store).encode(), content_type=METRICS)
 
 
 # ---- Pages -----------------------------------------------------------------------------------------------------------
@@ -2641,7 +2765,7 @@ def answer_form(
 
 def change_accounts(store: Store, request: Request) -> Response | Elsewhere:
     """Answer a form of the pages for admins."""
-    check_visitor(current_user(store, request), is_for_admins=True)
+    check_visitor(current_user(store, request), ADMIN)
     if not request.path.endswith("/"):  # a program sends this, which wants no page; no link would be right here
         change_account(store, request, required(request, "action"))
         return lead_to("admin/")
@@ -2657,13 +2781,6 @@ def change_states(store: Store, request: Request) -> Response | Elsewhere:
 # ---- Routes ----------------------------------------------------------------------------------------------------------
 # The HTTP surface in one table, with the policy of each route on its row, and what answers a request that none takes.
 
-# Who may send a request: ANYONE without a login, but BROWSER only if they ask for HTML, else the path does not exist;
-# USER with a login; PERSON with a password, since what a device has does not open pages; ADMIN as PERSON, and an admin.
-ANYONE, BROWSER, USER, PERSON, ADMIN = "anyone", "browser", "user", "person", "admin"
-PAGE_VISITORS = (PERSON, ADMIN)
-# With a realm of their own, below their own paths, the pages get credentials that browsers keep from the API (RFC 7617
-# section 2.2).
-REALMS = {USER: "kvserver", PERSON: "kvserver pages", ADMIN: "kvserver pages"}
 # Where an endpoint runs: what answers at once in the leading thread; what changes something in the transaction of the
 # writer, its answer held back until the commit; what may take long in a thread of a pool, with a store of its own.
 LEADER, WRITER, WORKER = "leader", "writer", "worker"
@@ -2683,6 +2800,7 @@ ROUTES = (
     Route("/kv/KEY", ("PUT",), put_resource, USER, WRITER, ("ttl",), VALUE),
     Route("/kv/KEY", ("DELETE",), delete_resource, USER, WRITER),
     Route("/health", READ, check_health, ANYONE, WORKER),
+    Route("/metrics", READ, report_metrics, OPERATOR, WORKER),
     Route("", READ, add_slash, ANYONE, LEADER, ANYTHING),
     Route("/", READ, welcome_page, BROWSER, LEADER),
     Route("/favicon.ico", READ, no_icon, ANYONE, LEADER),
@@ -2768,12 +2886,17 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request | No
     return response
 
 
-def log_request(request: Request, status: int, seconds: float, address: Address | None) -> None:
-    """Log an answered request: its key, but not its value nor the query as it came."""
-    key = request.parameters.get("key", "")[:KEY_BYTES_MAX]
-    path = request.path[:KEY_BYTES_MAX]
-    line = f"request: method={request.method} path={path!r} key={key!r} status={status}"
-    log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={request.user.name!r} address={address}")
+def log_request(request: Request | None, route: Route | None, status: int, seconds: float, address: str) -> None:
+    """Log an answered request: its key, but not its value nor the query as it came.
+
+    Of a path that is not served it tells nothing, since a value may have been written there by mistake.
+    """
+    method, path, key, user = "", "", "", ""
+    if request and route:
+        method, key, user = request.method, request.parameters.get("key", "")[:KEY_BYTES_MAX], request.user.name
+        path = request.path.removesuffix(request.key_in_path) if request.key_in_path else request.path
+    line = f"request: method={method} path={path!r} key={key!r} status={status}"
+    log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={user!r} address={address}")
 
 
 # ---- Connections -----------------------------------------------------------------------------------------------------
@@ -3092,8 +3215,8 @@ class RequestHandler:
             self.login = (request.fields, verified)
             user = verified
         request.user = user
-        if route.who in PAGE_VISITORS:
-            check_visitor(user, route.who == ADMIN)
+        if route.who != USER:
+            check_visitor(user, route.who)
         if user.token:
             self.server.note_use(user.token)
         if route.where == WRITER:
@@ -3194,6 +3317,7 @@ class RequestHandler:
                 store.hold_still()
                 return endpoint(store, request)
 
+        request.metrics = self.server.metrics
         self.enter(WAITING, math.inf)
         self.server.workers.submit(run, self.finish, request.user.id)
 
@@ -3226,8 +3350,11 @@ class RequestHandler:
             response = outcome
         keep_alive = request and request.fields.keep_alive and not self.body_pending and not self.server.stopping
         connection = "close" if not keep_alive else "keep-alive" if request and request.fields.is_http_1_0 else ""
-        if request and self.server.log_requests:
-            log_request(request, response.status, time.monotonic() - self.started, self.address())
+        seconds = time.monotonic() - self.started
+        endpoint = self.route.path or "/" if self.route else NO_ENDPOINT
+        self.server.metrics.note_answer(endpoint, response.status, seconds)
+        if self.server.log_requests:
+            log_request(request, self.route, response.status, seconds, str(self.address()))
         with_body = not request or request.method != "HEAD"
         self.unsent = encode_response(response, format_date(int(time.time()), usegmt=True), connection, with_body)
         self.after_answer = IDLE if keep_alive else LINGERING if self.body_pending else CLOSING
@@ -3330,7 +3457,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.path = path
         self.reader = CachingStore(path)
         self.writer = Store(path, lock_seconds=0, mb_max=max_db_mb)
-        self.authenticator = Authenticator(self.reader, Pool(1, self.post), self.renew_hash)
         self.routes, self.routes_with_key = route_tables(base_path)
         self.log_requests = log_requests
         self.max_connections = max_connections
@@ -3341,6 +3467,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.connections: dict[socket.socket, RequestHandler] = {}
         self.selector = selectors.DefaultSelector()
         self.polls: dict[RequestHandler, tuple[int, str]] = {}  # who waits for a change, and of which pair
+        self.metrics = Metrics(self.connections, self.polls)
+        self.authenticator = Authenticator(self.reader, Pool(1, self.post), self.renew_hash, self.metrics)
         self._polls_state = b""  # of the database, when all of them were last looked at
         self._days_noted: dict[int, int] = {}  # by a token's id, on which day its use was last noted
         self.changes: list[Change] = []  # to be made by the next transaction
@@ -3634,6 +3762,8 @@ class Server(http.server.ThreadingHTTPServer):
                 passing = [Store.remove_expired] if self._has_expired else []
                 outcomes = self.writer.commit([*passing, *(change.operation for change in changes)])[len(passing) :]
                 self._has_expired = False
+                self.metrics.commits = self.writer.commits
+                self.metrics.writes += sum(not isinstance(outcome, Exception) for outcome in outcomes)
                 self._restart_long_log()
         except Exception as error:  # noqa: BLE001 - all who wait get it as their answer
             failure = error

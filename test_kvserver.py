@@ -2868,6 +2868,178 @@ class RequestLog(ServerCase):
         self.assertEqual(5, len(self.log.lines))
         self.assertNotIn("s3cr3t", self.log.text())
 
+    def test_nothing_that_may_be_a_value_is_in_it(self) -> None:
+        for target in (
+            "/set?key=a&value=s3cr3t1&old=s3cr3t2",
+            "/get?key=b&default=s3cr3t3",
+            "/get?key=b&wait=0&unless=s3cr3t4",
+            "/toggle?key=a&values=s3cr3t5,s3cr3t6",
+            "/set&key=a&value=s3cr3t7",
+            "/set%3Fkey=a&value=s3cr3t8",
+            "/a/s3cr3t9",
+            "/set?key=a&value=s3cr3t10&what=s3cr3t11",
+            "/set?key=a&s3cr3t12",
+            "/list?after=s3cr3t13&limit=s3cr3t14",
+        ):
+            self.request("GET", target)
+        self.request("PUT", "/kv/the/door?ttl=s3cr3t15", "s3cr3t16")
+        self.request("PUT", "/kv/the/door", "s3cr3t17")
+        self.request("s3cr3t18", "/list")
+        self.exchange(b"GET /set?key=a&value=s3cr3t19 s3cr3t20 HTTP/1.1\r\n\r\n")
+        self.stop()
+        self.assertNotIn("s3cr3t", self.log.text())
+        self.assertEqual(14, len(self.log.lines))
+        self.assertIn("method=PUT path='/kv/' key='the/door' status=201 ", self.log.lines[11])
+        self.assertIn("method= path='' key='' status=404 ", self.log.lines[4])
+        self.assertRegex(self.log.lines[13], "method= path='' key='' status=400 .* user='' address=127.0.0.1")
+
+
+class Observed(ServerCase):
+    """What the server tells of itself."""
+
+    def metrics(self, **headers: str) -> dict[str, float]:
+        """Return what is counted, by name with labels, after a look at the format."""
+        answer = self.request("GET", "/metrics", headers=headers)
+        self.assertEqual(
+            (200, "text/plain; version=0.0.4; charset=utf-8"), (answer.status, answer.headers["content-type"])
+        )
+        text = answer.body.decode()
+        self.assertTrue(text.endswith("\n"))
+        described: set[str] = set()
+        numbers: dict[str, float] = {}
+        name = kind = ""
+        for line in text.splitlines():
+            if line.startswith("# HELP "):
+                name = line.split()[2]
+                self.assertNotIn(name, described)
+                described.add(name)
+            elif line.startswith("# TYPE "):
+                _, _, typed, kind = line.split()
+                self.assertEqual(name, typed)
+            else:
+                sample, _, number = line.rpartition(" ")
+                suffix = "(?:_bucket|_sum|_count)" if kind == "histogram" else ""
+                self.assertRegex(sample, rf'\A{name}{suffix}(?:\{{[a-z]+="[^"\\]*"(?:,[a-z]+="[^"\\]*")*\}})?\Z')
+                self.assertNotIn(sample, numbers)
+                numbers[sample] = float(number)
+        return numbers
+
+    def test_requests_are_counted_by_endpoint_and_status(self) -> None:
+        for target in (
+            "/set?key=door&value=open",
+            "/iotpersistenceapi/set?key=a&value=1",
+            "/get?key=door",
+            "/get?key=b",
+        ):
+            self.request("GET", target)
+        self.request("PUT", "/kv/door", "shut")
+        self.request("GET", "/what?key=door")
+        self.request("PATCH", "/set")
+        self.exchange(b"nonsense\r\n\r\n")
+        counted = {name: count for name, count in self.metrics().items() if "requests_total" in name}
+        self.assertEqual(
+            {
+                'kvserver_requests_total{endpoint="/set",status="200"}': 2,
+                'kvserver_requests_total{endpoint="/get",status="200"}': 1,
+                'kvserver_requests_total{endpoint="/get",status="404"}': 1,
+                'kvserver_requests_total{endpoint="/kv/KEY",status="200"}': 1,
+                'kvserver_requests_total{endpoint="other",status="404"}': 1,
+                'kvserver_requests_total{endpoint="other",status="405"}': 1,
+                'kvserver_requests_total{endpoint="other",status="400"}': 1,
+            },
+            counted,
+        )
+        self.assertEqual(1, self.metrics()['kvserver_requests_total{endpoint="/metrics",status="200"}'])
+
+    def test_durations_are_a_histogram(self) -> None:
+        for _ in range(3):
+            self.request("GET", "/get?key=a")
+        self.request("GET", "/get?key=a&wait=0.3&unless=x")
+        numbers = self.metrics()
+        bounds = [str(bound) for bound in kvserver.DURATION_SECONDS] + ["+Inf"]
+        counts = [numbers[f'kvserver_request_seconds_bucket{{endpoint="/get",le="{bound}"}}'] for bound in bounds]
+        self.assertEqual(sorted(counts), counts)
+        self.assertEqual((4, 4), (counts[-1], numbers['kvserver_request_seconds_count{endpoint="/get"}']))
+        self.assertLessEqual(counts[bounds.index("0.25")], 3)
+        self.assertGreaterEqual(numbers['kvserver_request_seconds_sum{endpoint="/get"}'], 0.3)
+
+    def test_what_there_is_is_told(self) -> None:
+        before = self.metrics()
+        self.assertEqual((2, 0), (before["kvserver_users"], before["kvserver_pairs"]))
+        self.request("GET", "/set?key=a&value=1")
+        self.request("GET", "/set?key=b&value=1&ttl=0.001")
+        self.request("GET", "/set?key=a&value=2&nx=1")
+        waiting = self.connect()
+        waiting.sendall(self.raw("GET /get?key=a&wait=60&unless=1 HTTP/1.1"))
+        wait_until(lambda: bool(self.server.polls))
+        numbers = self.metrics()
+        self.assertEqual(1, numbers["kvserver_pairs"])
+        self.assertEqual((1, 2), (numbers["kvserver_polls"], numbers["kvserver_connections"]))
+        self.assertEqual(2, numbers["kvserver_writes_total"] - before["kvserver_writes_total"])
+        self.assertIn(numbers["kvserver_commits_total"] - before["kvserver_commits_total"], (2, 3))
+        self.assertEqual(os.path.getsize(self.database), numbers["kvserver_database_bytes"])
+        self.assertEqual(os.path.getsize(self.database + "-wal"), numbers["kvserver_wal_bytes"])
+        self.assertGreater(numbers["kvserver_uptime_seconds"], before["kvserver_uptime_seconds"])
+
+    def test_failed_logins_are_counted(self) -> None:
+        self.request("GET", "/list", user=None)  # who has not tried has not failed
+        for authorization in (basic("alice", "wrong"), basic("", "x"), "Bearer kv_unknown"):
+            self.request("GET", "/list", user=None, headers={"Authorization": authorization})
+        self.assertEqual(3, self.metrics()["kvserver_failed_logins_total"])
+
+    def test_no_answer_is_missed_when_many_ask_at_once(self) -> None:
+        def ask(number: int) -> None:
+            with contextlib.closing(self.connect()) as connection:
+                for _ in range(50):
+                    connection.sendall(self.raw(f"GET /set?key={number}&value=1 HTTP/1.1"))
+                    connection.recv(65536)
+                    connection.sendall(self.raw(f"GET /get?key={number} HTTP/1.1"))
+                    connection.recv(65536)
+
+        self.server.writer.commit_seconds = math.inf  # so that two threads answer
+        self.enter(mock.patch.object(kvserver, "QUICK_COMMIT_SECONDS", 0))
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        numbers = self.metrics()
+        self.assertEqual(400, numbers['kvserver_requests_total{endpoint="/set",status="200"}'])
+        self.assertEqual(400, numbers['kvserver_requests_total{endpoint="/get",status="200"}'])
+        self.assertEqual(400, numbers["kvserver_writes_total"])
+
+    def test_they_are_for_admins_by_password_or_a_token_that_may_do_all(self) -> None:
+        tokens = {}
+        for name, user, is_read_only, prefix in (
+            ("full", "alice", False, ""),
+            ("read-only", "alice", True, ""),
+            ("prefix", "alice", False, "a"),
+            ("bob's", "bob", False, ""),
+        ):
+            tokens[name] = kvserver.make_token()
+            self.store.add_token(user, kvserver.hash_token(tokens[name]), name, is_read_only, prefix)
+        statuses = {
+            name: self.request("GET", "/metrics", user=None, headers={"Authorization": f"Bearer {token}"}).status
+            for name, token in tokens.items()
+        }
+        self.assertEqual({"full": 200, "read-only": 403, "prefix": 403, "bob's": 403}, statuses)
+        self.assertEqual(403, self.request("GET", "/metrics", user="bob").status)
+        self.assertEqual(200, self.request("HEAD", "/metrics").status)
+        self.assertEqual(200, self.request("GET", "/iotpersistenceapi/metrics").status)
+        answer = self.request("GET", "/metrics", user=None)
+        self.assertEqual(
+            (401, 'Basic realm="kvserver", charset="UTF-8"'), (answer.status, answer.headers["www-authenticate"])
+        )
+
+    def test_they_name_no_user_and_no_key(self) -> None:
+        self.request("GET", "/set?key=s3cr3t&value=s3cr3t")
+        self.request("GET", "/kv/s3cr3t")
+        self.request("GET", "/s3cr3t")
+        self.request("GET", "/me/state?key=s3cr3t")
+        body = self.request("GET", "/metrics").body
+        self.assertNotIn(b"s3cr3t", body)
+        self.assertNotIn(b"alice", body)
+
 
 class Disk(ServerCase):
     """A disk that is full, broken or gone, and what still works then."""
