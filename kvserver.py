@@ -29,7 +29,7 @@ below /iotpersistenceapi, or the prefix that --base-path names. An error is one 
 
 The file is built from the ground up, each section using only what stands above it: Limits and defaults, Log, Names,
 passwords and tokens, Storage, HTTP messages, Parameters, Metrics, Authentication, API, Pages, Routes, Connections,
-Server, Settings, Command line.
+Server, Settings, Backup, export and import, Command line.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import bisect
 import collections
 import contextlib
 import copy
+import datetime
 import email.utils
 import errno
 import functools
@@ -66,7 +67,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, NamedTuple, Union, cast
+from typing import Any, BinaryIO, NamedTuple, Union, cast
 
 __version__ = "0.1.0"
 
@@ -96,6 +97,7 @@ SCRYPT_COST_LOG2 = 14
 SCRYPT_BLOCK_SIZE = 8
 SCRYPT_PARALLELISM = 5
 SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024
+PBKDF2_ITERATIONS_MAX = 10_000_000  # of a hash that another program made
 SALT_BYTES = 16
 DIGEST_BYTES = 32
 CREDENTIALS_MAX = 1024  # verified credentials that are remembered
@@ -114,7 +116,8 @@ JSON_GROWTH_MAX = 6  # a control character becomes six
 TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, but for the last one
 WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log is begun anew, even if readers have to be waited for
 CHECKPOINT_SECONDS = 2  # how long they are waited for
-CHECKPOINT_RETRY_SECONDS = 10
+CHECKPOINT_RETRY_SECONDS = 10  # twice as many after each further time that some reader did not end
+CHECKPOINT_RETRY_SECONDS_MAX = 600
 
 RECEIVE_BYTES = 64 * 1024
 THREAD_STACK_BYTES = 512 * 1024  # the usual 8 MiB a thread are much for a machine with 512
@@ -146,6 +149,8 @@ TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 WAIT_SECONDS_MAX = 60
 NUMBER_DIGITS_MAX = 100
 LIST_LIMIT_MAX = 10_000
+LINE_BYTES_MAX = 8 * 1024 * 1024  # of a file that is imported: a value in which all is escaped, and what is around it
+NAMES_SHOWN_MAX = 20  # in a message
 LIST_TIMES_BYTES = 150  # what the times of a pair and the JSON around them take, about
 EXPIRED_PAIRS_MAX = 100  # that one transaction removes in passing: if they are long, others wait for that
 ENTITY_TAG_BYTES = 16
@@ -229,6 +234,8 @@ USER_NAME = re.compile(r"[ -9;-~]{1,64}")
 PASSWORD_TOO_LONG = f"a password has at most {PASSWORD_BYTES_MAX} bytes in UTF-8"
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 SCRYPT_HASH = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
+WERKZEUG_SCRYPT = re.compile(r"scrypt:([0-9]{1,8}):([0-9]{1,4}):([0-9]{1,4})\$([^$]+)\$([0-9a-f]{128})")
+WERKZEUG_PBKDF2 = re.compile(r"pbkdf2:sha256:([0-9]{1,8})\$([^$]+)\$([0-9a-f]{64})")
 
 
 class BadCredential(ValueError):
@@ -251,11 +258,13 @@ def check_password(password: str) -> None:
         raise BadCredential("a password has no control characters")
 
 
-def scrypt(password: str, salt: bytes, cost_log2: int, block_size: int, parallelism: int) -> bytes:
-    """Return the scrypt digest (RFC 7914) of the password's UTF-8 bytes; this takes a good part of a second."""
-    cost, memory = 1 << cost_log2, SCRYPT_MEMORY_BYTES_MAX
-    secret = password.encode("utf-8")
-    return hashlib.scrypt(secret, salt=salt, n=cost, r=block_size, p=parallelism, maxmem=memory, dklen=DIGEST_BYTES)
+def scrypt(
+    secret: bytes, salt: bytes, cost: int, block_size: int, parallelism: int, length: int = DIGEST_BYTES
+) -> bytes:
+    """Return the scrypt digest (RFC 7914) of a secret, as many bytes as length; this takes a good part of a second."""
+    # Beside what is counted as the memory, a little more is needed.
+    memory = SCRYPT_MEMORY_BYTES_MAX + 1024 * 1024
+    return hashlib.scrypt(secret, salt=salt, n=cost, r=block_size, p=parallelism, maxmem=memory, dklen=length)
 
 
 def hash_parameters() -> str:
@@ -271,17 +280,44 @@ def format_hash(salt: bytes, digest: bytes) -> str:
 def hash_password(password: str) -> str:
     """Return the string to store for a password: scrypt with a random salt."""
     salt = secrets.token_bytes(SALT_BYTES)
-    return format_hash(salt, scrypt(password, salt, SCRYPT_COST_LOG2, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM))
+    secret, cost = password.encode("utf-8"), 1 << SCRYPT_COST_LOG2
+    return format_hash(salt, scrypt(secret, salt, cost, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM))
+
+
+def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
+    """Return the digest in a stored hash, and what makes that of the right password's UTF-8 bytes.
+
+    Werkzeug's hashes are known as well, so that accounts can be taken over. Returns None for a hash of another form,
+    or for one that would take too much memory or time.
+    """
+    match = SCRYPT_HASH.fullmatch(stored)
+    if match:
+        cost, block_size, parallelism = 1 << int(match[1]), int(match[2]), int(match[3])
+        try:
+            salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in match.group(4, 5))
+        except ValueError:
+            return None
+        return digest, functools.partial(scrypt, salt=salt, cost=cost, block_size=block_size, parallelism=parallelism)
+    match = WERKZEUG_SCRYPT.fullmatch(stored)
+    if match:
+        cost, block_size, parallelism = map(int, match.group(1, 2, 3))
+        is_power_of_2 = cost > 1 and cost & (cost - 1) == 0
+        if not is_power_of_2 or not 0 < 128 * cost * block_size * parallelism <= SCRYPT_MEMORY_BYTES_MAX:
+            return None
+        digest, salt = bytes.fromhex(match[5]), match[4].encode("utf-8")
+        return digest, lambda secret: scrypt(secret, salt, cost, block_size, parallelism, len(digest))
+    match = WERKZEUG_PBKDF2.fullmatch(stored)
+    if match and 1 <= int(match[1]) <= PBKDF2_ITERATIONS_MAX:
+        digest, salt, iterations = bytes.fromhex(match[3]), match[2].encode("utf-8"), int(match[1])
+        return digest, lambda secret: hashlib.pbkdf2_hmac("sha256", secret, salt, iterations)
+    return None
 
 
 def verify_password(password: str, stored: str) -> bool:
     """Tell whether the stored hash was made from password; a hash of unknown form was made from none."""
-    match = SCRYPT_HASH.fullmatch(stored)
-    if match is None:
-        return False
     try:
-        salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in match.group(4, 5))
-        return secrets.compare_digest(digest, scrypt(password, salt, int(match[1]), int(match[2]), int(match[3])))
+        parsed = parse_hash(stored)
+        return parsed is not None and secrets.compare_digest(parsed[0], parsed[1](password.encode("utf-8")))
     except (ValueError, OverflowError, TypeError):  # parameters that scrypt does not take
         return False
 
@@ -413,6 +449,24 @@ UPSERT_PAIR = (
 DELETE_PAIR = "DELETE FROM pair WHERE user_id = ? AND key = ? AND (expires IS NULL OR expires > ?)"
 DELETE_EXPIRED = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
 SELECT_EXPIRED = "SELECT 1 FROM pair WHERE expires <= ? LIMIT 1"
+# A cross join keeps the order: users by name, and of each the pairs by key, as both are on the disk.
+SELECT_ALL_PAIRS = (
+    "SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id"
+    " WHERE name BETWEEN ? AND ? AND (expires IS NULL OR expires > ?) ORDER BY name, key"
+)
+# What is imported waits in a table of the connection, so that the lock for the database need not be held meanwhile.
+CREATE_IMPORTED = (
+    "CREATE TEMP TABLE imported (name TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, updated REAL NOT NULL,"
+    " expires REAL, PRIMARY KEY (name, key)) WITHOUT ROWID"
+)
+INSERT_IMPORTED = "INSERT OR REPLACE INTO imported (name, key, value, updated, expires) VALUES (?, ?, ?, ?, ?)"
+SELECT_UNKNOWN_NAMES = "SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)"
+UPSERT_IMPORTED = (
+    "INSERT INTO pair (user_id, key, value, updated, expires)"
+    " SELECT user.id, key, value, updated, expires FROM imported JOIN user USING (name) WHERE true"
+    " ON CONFLICT (user_id, key)"
+    " DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"
+)
 SELECT_COUNTS = "SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair WHERE expires IS NULL OR expires > ?)"
 SELECT_ANY_ROWS = "SELECT (SELECT id FROM user LIMIT 1), (SELECT key FROM pair LIMIT 1)"
 
@@ -482,6 +536,16 @@ class PairSummary(NamedTuple):
     expires: float | None  # unix seconds
 
 
+class UserPair(NamedTuple):
+    """A pair with whose it is, as it is exported and imported."""
+
+    name: str  # of the user
+    key: str
+    value: str
+    updated: float  # unix seconds
+    expires: float | None  # unix seconds
+
+
 class Pair(NamedTuple):
     """What is stored under a key."""
 
@@ -512,11 +576,17 @@ class TooMuch(StoreError):
     """What is asked for is too much for one answer, or for one user."""
 
 
+def join_names(names: Sequence[str]) -> str:
+    """Return names for a message."""
+    more = f" and {len(names) - NAMES_SHOWN_MAX} more" if len(names) > NAMES_SHOWN_MAX else ""
+    return ", ".join(names[:NAMES_SHOWN_MAX]) + more
+
+
 class NoSuchUser(StoreError):
     """There is no user of that name, or no longer."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"no user {name}; add one with: python kvserver.py adduser NAME")
+    def __init__(self, *names: str) -> None:
+        super().__init__(f"no user {join_names(names)}; add one with: python kvserver.py adduser NAME")
 
 
 class UserExists(StoreError):
@@ -729,6 +799,59 @@ class Store:
         A store that has been open for long may answer from its memory even after the file has become unreadable.
         """
         self._read(SELECT_ANY_ROWS)
+
+    def back_up(self, path: str) -> None:
+        """Make the empty file at path a copy of the database as it is at one moment, while others go on writing.
+
+        Raises StoreError when the copy is damaged.
+        """
+        self.hold_still()
+        self.check()  # so that the copy need not wait for any lock
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy_of_all:
+            copy_of_all.execute("PRAGMA journal_mode = OFF")
+            copy_of_all.execute("PRAGMA synchronous = OFF")  # whoever wants the file syncs it when it is complete
+            self._connection.backup(copy_of_all)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy_of_all:
+            copy_of_all.execute("PRAGMA journal_mode = DELETE")  # all is in one file, which may be read-only
+            if copy_of_all.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
+                raise StoreError(f"{self.path} is damaged; no backup was made")
+
+    def all_pairs(self, first: str = "", last: str = LAST_NAME) -> Iterator[UserPair]:
+        """Give all pairs of the users with names from first to last, sorted by name and key."""
+        for row in self._execute(SELECT_ALL_PAIRS, first, last, time.time()):
+            yield UserPair(*row)
+
+    def import_all(self, accounts: Mapping[str, User], pairs: Iterable[UserPair], merge: bool = False) -> int:
+        """Add accounts, by name, and store pairs, or nothing of that; return how many pairs that were.
+
+        Of pairs with one key the last one is stored, and in the place of what is there. Raises NoSuchUser when pairs
+        are of others than these accounts and the users that there are, and StoreError when an account is there already,
+        unless they are to be merged: then it stays as it is, and takes the pairs.
+        """
+        self._execute(CREATE_IMPORTED)
+        self._execute("BEGIN")
+        self._connection.executemany(INSERT_IMPORTED, pairs)
+        self._execute("COMMIT")
+        self.begin()
+        try:
+            existing = [name for name in accounts if self.user(name)]
+            if existing and not merge:
+                raise StoreError(
+                    f"these users exist already: {join_names(existing)}; nothing was imported. With --merge they take"
+                    " the pairs, and keep the password and the role that they have here"
+                )
+            for account in accounts.values():
+                if account.name not in existing:
+                    self.add_user(account.name, account.password_hash, account.is_admin)
+            unknown = [name for (name,) in self._read(SELECT_UNKNOWN_NAMES)]
+            if unknown:
+                raise NoSuchUser(*unknown)
+            count = self._execute(UPSERT_IMPORTED).rowcount
+            self._execute("COMMIT")
+            return count
+        finally:
+            if self._connection.in_transaction:
+                self._roll_back()
 
     def counts(self) -> tuple[int, int]:
         """Return how many users and pairs there are."""
@@ -963,10 +1086,11 @@ class CachingStore(Store):
         return pair
 
 
-def open_store(path: str, create: bool = True, mb_max: int = 0) -> Store:
+def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = True) -> Store:
     """Open the database at path, with the newest schema; raise StoreError when that is not possible.
 
-    Unless create is true, it has to be there already. mb_max is its limit in megabytes, if it is to have one.
+    Unless create is true, it has to be there already. mb_max is its limit in megabytes, if it is to have one. Without
+    migrate, its schema is not looked at.
     """
     path = os.path.abspath(path)
     try:
@@ -979,7 +1103,8 @@ def open_store(path: str, create: bool = True, mb_max: int = 0) -> Store:
         store = Store(path, mb_max=mb_max)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(store.close)
-            store.migrate()
+            if migrate:
+                store.migrate()
             on_failure.pop_all()
         return store
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
@@ -1330,6 +1455,7 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
 # UTF-8, or is said twice, is refused rather than guessed at.
 
 FORM = "application/x-www-form-urlencoded"
+MULTIPART = "multipart/form-data"
 FORM_WITH_VALUE = re.compile(rb"(?:^|&)value=")
 SECONDS = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?")
 JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
@@ -1434,6 +1560,8 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> list
     form that has a field "value" is a form even then.
     """
     content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == MULTIPART:  # stored as a value, it would be the value and what separates it from nothing
+        raise HTTPError(415, f"a body of the type {MULTIPART} is not supported; send {FORM}, or the value alone")
     if body == EITHER and "key" in in_query and "value" not in in_query:
         body = PARAMETERS if content_type == FORM and FORM_WITH_VALUE.search(request.body) else VALUE
     if body == VALUE:
@@ -3484,6 +3612,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
         self._next_checkpoint = 0.0  # monotonic seconds
+        self._checkpoint_retry_seconds = CHECKPOINT_RETRY_SECONDS
         self._has_expired = False  # whether there are pairs to be removed in passing
         self._finished = False
         super().__init__(address, cast(Any, RequestHandler))
@@ -3789,10 +3918,13 @@ class Server(http.server.ThreadingHTTPServer):
             return
         try:
             if self.writer.checkpoint():
+                self._checkpoint_retry_seconds = CHECKPOINT_RETRY_SECONDS
                 return
         except (StoreError, sqlite3.Error) as error:
             self.errors.write(f"the write-ahead log cannot be emptied: {error}")
-        self._next_checkpoint = now + CHECKPOINT_RETRY_SECONDS
+        # All who write wait for each try, and a program that copies the database may well read for ever.
+        self._next_checkpoint = now + self._checkpoint_retry_seconds
+        self._checkpoint_retry_seconds = min(2 * self._checkpoint_retry_seconds, CHECKPOINT_RETRY_SECONDS_MAX)
 
     def service_actions(self) -> None:
         """Look now and then for what is overdue."""
@@ -3966,6 +4098,225 @@ def read_settings(arguments: argparse.Namespace, settings: Sequence[Setting]) ->
     return values
 
 
+# ---- Backup, export and import ---------------------------------------------------------------------------------------
+# The whole database as a file that can be put in its place; its pairs as lines of JSON, which any program can read; and
+# such lines, or the database of an IoT Persistence Api, stored. What is imported is checked before anything is changed.
+
+SIDE_FILES = ("-wal", "-shm", "-journal")  # that SQLite puts beside a database
+RFC_3339 = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+PAIR_FIELDS = ("user", "key", "value", "updated", "expires")
+SQLITE_MAGIC = b"SQLite format 3\0"
+# The tables of IoT Persistence Api, and what is needed of them.
+FOREIGN_TABLES = {"user": ("name", "passwordHash", "isAdmin"), "state": ("key", "value", "user")}
+
+
+def check_backup_path(path: str, database: str, force: bool) -> None:
+    """Raise CommandError unless a backup of a database may be put at path."""
+    if os.path.islink(path):
+        raise CommandError(f"{path} is a symbolic link; name the file that it leads to")
+    in_use = [os.path.realpath(database) + suffix for suffix in ("", *SIDE_FILES)]
+    if os.path.realpath(path) in in_use or (os.path.exists(path) and os.path.samefile(path, database)):
+        raise CommandError(f"{path} is the database itself; name another file")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise CommandError(f"{path} is there, and is no file; name another one")
+    if os.path.lexists(path) and not force:
+        raise CommandError(f"{path} exists; to overwrite it, add --force")
+    for suffix in SIDE_FILES:
+        if os.path.lexists(path + suffix):
+            raise CommandError(f"there is {path}{suffix}, so {path} is a database in use; name another file")
+
+
+def sync(path: str) -> None:
+    """Have what has been written to a file, or in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_backup(store: Store, path: str, force: bool) -> None:
+    """Put a copy of a database at path, complete or not at all, readable by its owner only; raise CommandError."""
+    check_backup_path(path, store.path, force)
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        store.back_up(part)
+        sync(part)
+        if force:
+            os.replace(part, path)
+        else:
+            try:
+                os.link(part, path)  # fails if there is something by now, which a rename would overwrite
+            except FileExistsError:
+                raise CommandError(f"{path} exists; to overwrite it, add --force") from None
+            except OSError:  # a file system without hard links
+                os.rename(part, path)
+        with contextlib.suppress(OSError):  # not everywhere can folders be opened
+            sync(os.path.dirname(os.path.abspath(path)))
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+    except sqlite3.Error as error:
+        raise CommandError(f"cannot copy {store.path} to {path}: {error}") from None
+    finally:
+        for suffix in ("", *SIDE_FILES):
+            with contextlib.suppress(OSError):
+                os.remove(part + suffix)
+
+
+def format_time(seconds: float | None) -> str | None:
+    """Return a time in unix seconds as RFC 3339 has it, in UTC with microseconds."""
+    if seconds is None:
+        return None
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def parse_time(text: object) -> float:
+    """Return a time of RFC 3339 in unix seconds; raise ValueError."""
+    match = RFC_3339.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        raise ValueError("a time is like 2030-01-31T23:59:59Z")
+    zone = "+00:00" if match[4] in "Zz" else match[4]
+    return datetime.datetime.fromisoformat(f"{match[1]}T{match[2]}{zone}").timestamp() + float(match[3] or 0)
+
+
+def parse_pair(line: bytes) -> UserPair:
+    """Return the pair that a line of an export has; raise ValueError or HTTPError."""
+    text = line.decode("utf-8-sig")
+    check_json_depth(text)
+    members = json.loads(text, object_pairs_hook=unique_names)
+    if not isinstance(members, dict) or not set(PAIR_FIELDS[:3]) <= set(members) <= set(PAIR_FIELDS):
+        raise ValueError("a line is a JSON object with: " + ", ".join(PAIR_FIELDS))
+    name, key, value = texts = [members[field] for field in PAIR_FIELDS[:3]]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("user, key and value are strings")
+    "".join(texts).encode("utf-8")  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
+    check_value(value)
+    updated, expires = members.get("updated"), members.get("expires")
+    return UserPair(
+        name,
+        require_key(key),
+        value,
+        time.time() if updated is None else parse_time(updated),
+        None if expires is None else parse_time(expires),
+    )
+
+
+class ExportReader:
+    """Gives the pairs of a file with an export; those that have expired are counted instead."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Read from a file."""
+        self._file = file
+        self.expired = 0
+
+    def __iter__(self) -> Iterator[UserPair]:
+        """Give a pair after the other; raise CommandError, which names a bad line by its number."""
+        now = time.time()
+        for number in itertools.count(1):
+            line = self._file.readline(LINE_BYTES_MAX + 1)
+            if not line:
+                return
+            if not line.strip():
+                continue
+            try:
+                if len(line) > LINE_BYTES_MAX:
+                    raise ValueError(f"a line has at most {LINE_BYTES_MAX} bytes")
+                pair = parse_pair(line)
+            except (ValueError, OverflowError, RecursionError, HTTPError) as error:
+                # The decoder's messages may quote what stands there.
+                is_json = not isinstance(error, (json.JSONDecodeError, UnicodeError, RecursionError))
+                reason = str(error) if is_json else "this is no JSON in UTF-8"
+                raise CommandError(f"line {number}: {reason}; nothing was imported") from None
+            if pair.expires is not None and pair.expires <= now:
+                self.expired += 1
+            else:
+                yield pair
+
+
+class ForeignDatabase:
+    """What is taken over from a database of IoT Persistence Api: accounts by name, pairs, and what cannot be."""
+
+    def __init__(self, path: str) -> None:
+        """Read all of it; raise CommandError."""
+        self.accounts: dict[str, User] = {}
+        self.values: dict[tuple[str, str], str] = {}  # by user and key
+        self.left_out: list[str] = []
+        uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode=ro"
+        try:
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
+                self._check_tables(source, path)
+                source.text_factory = bytes  # some may be no UTF-8
+                for row in source.execute('SELECT "name", "passwordHash", "isAdmin" FROM "user"'):
+                    self._take_account(*row)
+                for row in source.execute('SELECT "key", "value", "user" FROM "state" ORDER BY rowid'):
+                    self._take_pair(*row)
+        except sqlite3.Error as error:
+            raise CommandError(f"cannot read {path}: {error}") from None
+
+    def pairs(self) -> Iterator[UserPair]:
+        """Give the pairs, as if they were stored now."""
+        now = time.time()
+        return (UserPair(name, key, value, now, None) for (name, key), value in self.values.items())
+
+    def _check_tables(self, source: sqlite3.Connection, path: str) -> None:
+        """Raise CommandError unless all that is needed is there: of what is not, SQLite would select the name."""
+        if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
+            raise CommandError(f"{path} is a database of kvserver; name it with --db, or import an export of it")
+        for table, columns in FOREIGN_TABLES.items():
+            there = [row[1].lower() for row in source.execute(f"PRAGMA table_info({table})")]
+            missing = [column for column in columns if column.lower() not in there]
+            if missing:
+                lacks = f"there is no column {missing[0]} in a table {table}"
+                raise CommandError(f"{path} is no database of IoT Persistence Api: {lacks}")
+
+    @staticmethod
+    def _text(stored: object) -> str | None:
+        """Return what is stored as text; None if it is none."""
+        try:
+            return stored.decode("utf-8") if isinstance(stored, bytes) else None
+        except UnicodeDecodeError:
+            return None
+
+    def _take_account(self, stored_name: object, stored_hash: object, is_admin: object) -> None:
+        """Note an account, or that it cannot be one here; raise CommandError when its password could not be checked."""
+        name, password_hash = self._text(stored_name), self._text(stored_hash)
+        try:
+            check_user_name(name or "")
+        except BadCredential as error:
+            self.left_out.append(f"account '{shorten(str(name or stored_name))}': {error}")
+            return
+        assert name
+        if password_hash is None or parse_hash(password_hash) is None:
+            raise CommandError(
+                f"the password hash of {name} is of a kind that is not known; give them a password there once more,"
+                " or delete them there; nothing was imported"
+            )
+        self.accounts[name] = User(0, name, password_hash, is_admin == 1)
+
+    def _take_pair(self, stored_key: object, stored_value: object, stored_name: object) -> None:
+        """Note a pair, or why it is left out."""
+        key, value, name = map(self._text, (stored_key, stored_value, stored_name))
+        what = f"user '{shorten(str(name or stored_name))}', key '{shorten(str(stored_key if key is None else key))}'"
+        try:
+            if name not in self.accounts:
+                raise HTTPError(400, "no account of this name was taken over")
+            if key is None or value is None:
+                raise HTTPError(400, "the key or the value is no text")
+            require_key(key)
+            check_value(value)
+        except HTTPError as error:
+            self.left_out.append(f"{what}: {error}")
+            return
+        assert name
+        if (name, key) in self.values:
+            self.left_out.append(f"{what}: another row has the same key, and is newer")
+        self.values[name, key] = value
+
+
 # ---- Command line ----------------------------------------------------------------------------------------------------
 # One function a command: it returns when all is done, or raises an error whose message is the one line that people see.
 
@@ -3979,8 +4330,9 @@ def database_path(arguments: argparse.Namespace) -> str:
 def existing_store(arguments: argparse.Namespace) -> Iterator[Store]:
     """Open the database of a command that needs it to exist, and its user too if it names one."""
     with contextlib.closing(open_store(database_path(arguments), create=False)) as store:
-        if "name" in arguments and not store.user(arguments.name):
-            raise NoSuchUser(arguments.name)
+        name = getattr(arguments, "name", None)
+        if name is not None and not store.user(name):
+            raise NoSuchUser(name)
         yield store
 
 
@@ -4101,6 +4453,61 @@ def delete_token(arguments: argparse.Namespace) -> None:
     print(f"deleted the token {arguments.id} of {arguments.name}")
 
 
+def back_up(arguments: argparse.Namespace) -> None:
+    """Copy the database to a file, also while the server runs."""
+    with contextlib.closing(open_store(database_path(arguments), create=False, migrate=False)) as store:
+        write_backup(store, arguments.file, arguments.force)
+    print(f"wrote {arguments.file}")
+
+
+def export_pairs(arguments: argparse.Namespace) -> None:
+    """Print all pairs, or those of one user, as lines of JSON."""
+    names = ("", LAST_NAME) if arguments.name is None else (arguments.name, arguments.name)
+    with existing_store(arguments) as store:
+        for pair in store.all_pairs(*names):
+            texts = (*pair[:3], format_time(pair.updated), format_time(pair.expires))
+            line = json.dumps(dict(zip(PAIR_FIELDS, texts)), ensure_ascii=False)
+            sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
+        sys.stdout.flush()
+
+
+def import_database(arguments: argparse.Namespace) -> None:
+    """Take over accounts and pairs from a database of IoT Persistence Api."""
+    found = ForeignDatabase(arguments.file)
+    with contextlib.closing(open_store(database_path(arguments))) as store:
+        there_before = {user.name for user in store.users()}
+        pairs = store.import_all(found.accounts, found.pairs(), arguments.merge)
+        has_admin = any(user.is_admin for user in store.users())
+    for line in found.left_out:
+        print(f"left out: {line}")
+    added = found.accounts.keys() - there_before
+    print(f"imported accounts: {len(added)}, pairs: {pairs}, left out: {len(found.left_out)}")
+    merged = sorted(found.accounts.keys() & there_before)
+    if merged:
+        print(f"these accounts keep their password and role here: {', '.join(merged)}")
+    if added:
+        print("the new accounts log in with the passwords that they had")
+    if not has_admin:
+        print("none is an admin; make one with: python kvserver.py adduser NAME --admin")
+
+
+def import_file(arguments: argparse.Namespace) -> None:
+    """Store what a file has: an export, or a database of IoT Persistence Api."""
+    with contextlib.ExitStack() as on_exit:
+        try:
+            file = on_exit.enter_context(open(arguments.file, "rb"))
+            is_database = file.peek(len(SQLITE_MAGIC)).startswith(SQLITE_MAGIC)
+        except (OSError, ValueError) as error:  # ValueError is for a path with NUL
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise CommandError(f"cannot read {arguments.file}: {reason}") from None
+        if is_database:
+            import_database(arguments)
+            return
+        pairs = ExportReader(file)
+        count = on_exit.enter_context(existing_store(arguments)).import_all({}, pairs)
+    print(f"imported pairs: {count}, left out because they have expired: {pairs.expired}")
+
+
 LOOPBACK = re.compile(r"(?:::ffff:)?127\.|::1\Z")
 
 
@@ -4213,6 +4620,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--read-only", action="store_true", help="it may not change anything")
     command.add_argument("--prefix", metavar="P", default="", help="it sees only keys that begin with P")
     add_command("tokens", list_tokens, "list the tokens of a user", "USER")
+    command = add_command("backup", back_up, "copy the database to a file, also while the server runs")
+    command.add_argument("file", metavar="FILE", help="file to write, readable by its owner only")
+    command.add_argument("--force", action="store_true", help="overwrite the file if it exists")
+    command = add_command("export", export_pairs, "print all pairs, or one user's, as lines of JSON")
+    command.add_argument("name", metavar="USER", nargs="?", help="whose pairs (default: everybody's)")
+    command = add_command("import", import_file, "store an export, or take over an IoT Persistence Api")
+    command.add_argument("file", metavar="FILE", help="lines of export, or the database of an IoT Persistence Api")
+    command.add_argument("--merge", action="store_true", help="accounts that exist here take the pairs too")
     command = add_command("deltoken", delete_token, "delete a token of a user", "USER")
     command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of the list")
     return parser

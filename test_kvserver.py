@@ -111,6 +111,15 @@ VNnq5WSySA==
 PASSWORDS = {"alice": "alice's password", "bob": "bob's pässword ☃"}
 
 
+# What Werkzeug 3.1 made of two passwords, with its default method and with the one before.
+WERKZEUG_HASHES = {
+    "admin's pässword": "scrypt:32768:8:1$E01eZtJMiow9H3WS$8fab4b30bff35f2194214986b0e358a514336c8c1151b21ec115095fe7cb474"
+    "bae7a189fa82620a0ad762a0022c66e0f75c8208e27e38cedcb7a77bb1a01624c",
+    "an old password": "pbkdf2:sha256:1000000$J5ZK2Hs3uAxFvfN1$e7cd7f246bac7de8502e89e6fed44312eda67ea466cb36099b35e1820e9"
+    "245d8",
+}
+
+
 def basic(name: str, password: str) -> str:
     """Return the value of an Authorization header."""
     return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
@@ -697,6 +706,14 @@ class Bodies(ServerCase):
             with self.subTest(body + " as " + content_type):
                 self.assert_stored({"a": body}, "/set?key=a", body, content_type)
 
+    def test_a_multipart_form_is_refused_and_not_stored_as_it_is(self) -> None:
+        body = '--x\r\nContent-Disposition: form-data; name="value"\r\n\r\n1\r\n--x--\r\n'
+        for target in ("/set?key=a", "/set"):
+            answer = self.request("POST", target, body, "Multipart/Form-Data; boundary=x")
+            self.assertEqual(415, answer.status)
+            self.assertIn(b"send application/x-www-form-urlencoded, or the value alone", answer.body)
+        self.assertEqual({}, self.pairs())
+
     def test_form_with_a_value_is_read_as_a_form(self) -> None:
         self.assert_stored({"a": "1"}, "/set?key=a", "value=1", kvserver.FORM)
         self.assert_stored({"a": "1"}, "/set?key=a", "ttl=100&value=1", kvserver.FORM)
@@ -1264,6 +1281,37 @@ class Hashes(unittest.TestCase):
         digest = bytes.fromhex("7023bdcb3afd7348461c06cd81fd38ebfda8fbba904f8e3ea9b543f6545da1f2")
         stored = f"$scrypt$ln=14,r=8,p=1${salt}${base64.b64encode(digest).decode().rstrip('=')}"
         self.assertTrue(kvserver.verify_password("pleaseletmein", stored))
+
+    def test_hashes_of_werkzeug_are_verified_as_they_are(self) -> None:
+        for password, stored in WERKZEUG_HASHES.items():
+            self.assertTrue(kvserver.verify_password(password, stored))
+            self.assertFalse(kvserver.verify_password(password + "x", stored))
+            self.assertFalse(kvserver.verify_password("", stored))
+
+    def test_hashes_that_take_too_much_are_not_computed(self) -> None:
+        scrypt, pbkdf2 = "$salt$" + "0" * 128, "$salt$" + "0" * 64
+        for stored, is_known in (
+            ("scrypt:65536:8:1" + scrypt, True),  # 64 MiB
+            ("scrypt:65536:8:2" + scrypt, False),
+            ("scrypt:131072:8:1" + scrypt, False),
+            ("scrypt:2:1:9999" + scrypt, True),
+            ("scrypt:32767:8:1" + scrypt, False),
+            ("scrypt:1:8:1" + scrypt, False),
+            ("scrypt:0:8:1" + scrypt, False),
+            ("scrypt:2:0:1" + scrypt, False),
+            ("pbkdf2:sha256:10000000" + pbkdf2, True),
+            ("pbkdf2:sha256:10000001" + pbkdf2, False),
+            ("pbkdf2:sha256:0" + pbkdf2, False),
+            ("pbkdf2:sha1:1000" + pbkdf2, False),
+            ("pbkdf2:sha256:1000$$" + "0" * 64, False),
+            ("pbkdf2:sha256:1000$salt$" + "0" * 63, False),
+            ("$scrypt$ln=14,r=8,p=5$a$aGFzaA", False),
+        ):
+            self.assertEqual(is_known, kvserver.parse_hash(stored) is not None, stored)
+        for stored in ("scrypt:65536:8:1" + scrypt, "scrypt:2:1:9999" + scrypt):  # and these can be computed
+            parsed = kvserver.parse_hash(stored)
+            assert parsed
+            self.assertEqual(64, len(parsed[1](b"a password")))
 
     def test_unknown_form_matches_nothing(self) -> None:
         for stored in (
@@ -3201,6 +3249,20 @@ class Log(ServerCase):
         self.server._next_checkpoint = 0
         self.write_much()
         self.assertLess(self.write_much(), 150)
+
+    def test_a_reader_for_ever_is_waited_for_less_and_less(self) -> None:
+        self.enter(mock.patch.object(kvserver, "WAL_PAGES_MAX", 0))
+        seconds = []
+        with mock.patch.object(self.server.writer, "checkpoint", return_value=False) as checkpoint:
+            for _ in range(9):
+                self.server._next_checkpoint = 0
+                self.server._restart_long_log()
+                seconds.append(round(self.server._next_checkpoint - time.monotonic()))
+            self.assertEqual([10, 20, 40, 80, 160, 320, 600, 600, 600], seconds)
+            checkpoint.return_value = True
+            self.server._next_checkpoint = 0
+            self.server._restart_long_log()
+        self.assertEqual(kvserver.CHECKPOINT_RETRY_SECONDS, self.server._checkpoint_retry_seconds)
 
     def test_a_checkpoint_that_fails_is_logged_and_loses_nothing(self) -> None:
         self.enter(mock.patch.object(kvserver, "WAL_PAGES_MAX", 0))
@@ -5198,6 +5260,490 @@ class Devices(CommandCase):
                     selector.unregister(key.fileobj)
                     delays.append(time.monotonic() - begun)
             self.assertLess(statistics.median(delays), 0.1)
+
+
+class Backups(CommandCase):
+    """Copies of the database."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = os.path.join(self.folder, "backup.db")
+
+    def names(self) -> set[str]:
+        """Return the names of all files that there are."""
+        return set(os.listdir(self.folder))
+
+    def test_a_backup_is_the_database_of_one_moment_though_the_server_writes(self) -> None:
+        self.add_user("alice")
+        with kvserver.open_store(self.database)._connection as connection:
+            connection.execute("BEGIN")
+            rows = ((1, f"filler {number}", "x" * 1000, 0) for number in range(5000))
+            connection.executemany("INSERT INTO pair (user_id, key, value, updated) VALUES (?, ?, ?, ?)", rows)
+            connection.execute("COMMIT")
+        connection.close()
+        with self.serving() as (_, port, _):
+            finished = threading.Event()
+            counts: list[int] = []
+
+            def count() -> None:
+                while not finished.is_set():
+                    one = int(self.request(port, "/incr?key=one")[1])
+                    other = int(self.request(port, "/incr?key=other")[1])
+                    self.assertEqual(one, other)
+                    counts.append(one)
+
+            thread = threading.Thread(target=count)
+            thread.start()
+            wait_until(lambda: bool(counts))
+            results = []
+            for number in range(5):
+                before = counts[-1]
+                self.assertEqual((0, "wrote backup.db\n", ""), self.run_program("backup", "backup.db", "--force"))
+                with contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro&immutable=1", uri=True)) as copy:
+                    self.assertEqual([("ok",)], copy.execute("PRAGMA integrity_check").fetchall())
+                    self.assertEqual(
+                        [(5000,)], copy.execute("SELECT count(*) FROM pair WHERE key > 'f' AND key < 'g'").fetchall()
+                    )
+                    numbers = dict(copy.execute("SELECT key, value FROM pair WHERE key IN ('one', 'other')"))
+                self.assertLessEqual(int(numbers["one"]) - int(numbers["other"]), 1)
+                self.assertLessEqual(before, int(numbers["one"]))
+                results.append(int(numbers["one"]))
+            finished.set()
+            thread.join()
+            self.assertLess(results[0], results[-1])
+            self.assertLessEqual(results[-1], counts[-1] + 1)
+        self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+        self.assertEqual({"backup.db", "test.db"}, {name for name in self.names() if "-" not in name})
+
+    def test_a_backup_can_be_put_in_the_place_of_the_database(self) -> None:
+        self.add_user("alice")
+        with self.serving() as (_, port, _):
+            self.assertEqual((200, b"Success"), self.request(port, "/set?key=door&value=open"))
+            self.assertEqual(0, self.run_program("backup", "backup.db")[0])
+            self.assertEqual((200, b"Success"), self.request(port, "/set?key=door&value=shut"))
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.database + suffix)
+        shutil.copy(self.path, self.database)
+        with self.serving() as (_, port, _):
+            self.assertEqual((200, b"open"), self.request(port, "/get?key=door"))
+            self.assertEqual((200, b"Success"), self.request(port, "/set?key=door&value=shut"))
+
+    def test_nothing_that_is_there_is_overwritten_without_force(self) -> None:
+        self.add_user("alice")
+        with open(self.path, "w", encoding="ascii") as file:
+            file.write("precious")
+        self.assert_fails("backup.db exists; to overwrite it, add --force", "backup", "backup.db")
+        with open(self.path, encoding="ascii") as file:
+            self.assertEqual("precious", file.read())
+        self.assertEqual(0, self.run_program("backup", "backup.db", "--force")[0])
+        self.assertIn("alice", self.run_program("users", "--db", "backup.db")[1])
+        self.assertEqual({"backup.db", "test.db"}, self.names())
+
+    def test_what_is_created_meanwhile_is_not_overwritten_either(self) -> None:
+        def create(store: kvserver.Store, path: str) -> None:
+            with open(self.path, "w", encoding="ascii") as file:
+                file.write("precious")
+
+        with (
+            contextlib.closing(kvserver.open_store(self.database)) as store,
+            mock.patch.object(kvserver.Store, "back_up", create),
+            self.assertRaises(kvserver.CommandError),
+        ):
+            kvserver.write_backup(store, self.path, force=False)
+        with open(self.path, encoding="ascii") as file:
+            self.assertEqual("precious", file.read())
+        self.assertFalse([name for name in self.names() if "part" in name])
+
+    def test_a_file_system_without_hard_links_will_do(self) -> None:
+        refuse = mock.patch("os.link", side_effect=PermissionError(1, "Operation not permitted"))
+        with contextlib.closing(kvserver.open_store(self.database)) as store, refuse:
+            kvserver.write_backup(store, self.path, force=False)
+        self.assertEqual({"backup.db", "test.db"}, self.names())
+
+    def test_what_must_not_be_a_backup_is_refused_even_with_force(self) -> None:
+        self.add_user("alice")
+        os.symlink("test.db", os.path.join(self.folder, "link"))
+        os.symlink("nothing", os.path.join(self.folder, "dangling"))
+        os.link(self.database, os.path.join(self.folder, "same"))
+        os.mkdir(os.path.join(self.folder, "sub"))
+        os.symlink(self.folder, os.path.join(self.folder, "sub", "folder"))
+        os.mkfifo(os.path.join(self.folder, "pipe"))
+        for name in ("used", "used-wal"):
+            with open(os.path.join(self.folder, name), "w", encoding="ascii"):
+                pass
+        names = self.names()
+        for path, message in (
+            ("link", "link is a symbolic link"),
+            ("dangling", "dangling is a symbolic link"),
+            ("test.db", "test.db is the database itself"),
+            ("test.db-wal", "test.db-wal is the database itself"),
+            ("sub/folder/test.db", "is the database itself"),
+            ("same", "same is the database itself"),
+            ("sub", "sub is there, and is no file"),
+            ("pipe", "pipe is there, and is no file"),
+            ("used", "used is a database in use"),
+            ("nowhere/backup.db", "cannot write nowhere/backup.db: No such file or directory"),
+        ):
+            with self.subTest(path):
+                self.assert_fails(message, "backup", path, "--force")
+        self.assertEqual(names, self.names())
+        self.assertIn("alice", self.run_program("users")[1])
+
+    def test_without_a_database_nothing_is_created(self) -> None:
+        self.assert_fails("there is no database", "backup", "backup.db")
+        self.assertEqual(set(), self.names())
+
+    def test_a_backup_that_fails_leaves_nothing_behind(self) -> None:
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            store.add_user("alice", kvserver.hash_token("x").hex(), is_admin=False)
+            for number in range(50):
+                store.set_value(1, str(number), "x" * 10_000)
+        limited = f"ulimit -f 100; exec {shlex.join(CHEAP_PROGRAM)} backup backup.db"
+        done = subprocess.run(
+            ["sh", "-c", limited], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        self.assertEqual(1, done.returncode, done.stderr)
+        self.assertRegex(done.stderr, r"\Akvserver: cannot copy .*/test.db to backup.db: [^\n]+\n\Z")
+        self.assertEqual({"test.db"}, self.names())
+        with open(self.database, "r+b") as file:
+            file.seek(200_000)
+            file.write(b"damaged" * 2000)
+        self.assert_fails("is damaged; no backup was made", "backup", "backup.db")
+        self.assertEqual({"test.db"}, self.names())
+
+    def test_an_older_database_is_not_changed_by_its_backup(self) -> None:
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            for statement in kvserver.MIGRATIONS[0]:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {kvserver.APPLICATION_ID}")
+            connection.execute("PRAGMA user_version = 1")
+        self.assertEqual(0, self.run_program("backup", "backup.db")[0])
+        for path in (self.database, self.path):
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                self.assertEqual([(1,)], connection.execute("PRAGMA user_version").fetchall())
+
+
+class Exports(CommandCase):
+    """Pairs as lines of JSON."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.add_user("alice")
+        self.add_user("bob")
+
+    def write(self, *lines: str | bytes) -> None:
+        """Write a file of lines."""
+        with open(os.path.join(self.folder, "lines"), "wb") as file:
+            file.write(b"".join((line.encode("utf-8") if isinstance(line, str) else line) + b"\n" for line in lines))
+
+    def export(self, *arguments: str) -> list[dict[str, str | None]]:
+        """Return what is exported."""
+        code, output, errors = self.run_program("export", *arguments)
+        self.assertEqual((0, ""), (code, errors))
+        self.assertTrue(output == "" or output.endswith("\n"))
+        return [json.loads(line) for line in output.split("\n")[:-1]]
+
+    def test_an_export_comes_back_as_it_was(self) -> None:
+        texts = ["open", "", "a\nb\r\n", "\0", "\u2028\x85", "☃ 😀", '"\\', "\ufeff", " "]
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            for number, text in enumerate(texts):
+                store.set_value(1, f"key {number}", text)
+                store.set_value(2, text.replace("\0", "") or "empty", text, time.time() + 1000 + number / 7)
+            store.set_value(2, "gone", "1", time.time() - 1)
+        lines = self.export()
+        self.assertEqual(
+            [("alice", f"key {number}", text, None) for number, text in enumerate(texts)],
+            [(line["user"], line["key"], line["value"], line["expires"]) for line in lines if line["user"] == "alice"],
+        )
+        self.assertEqual(2 * len(texts) - 1, len(lines))  # two of them have the key "empty"
+        for line in lines:
+            self.assertEqual(["user", "key", "value", "updated", "expires"], list(line))
+            for moment in filter(None, (line["updated"], line["expires"])):
+                self.assertRegex(moment, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")
+        output = self.run_program("export")[1]
+        self.write(output.removesuffix("\n"))
+        other = {"KVSERVER_DB": os.path.join(self.folder, "other.db")}
+        for name in ("alice", "bob"):
+            self.assertEqual(0, self.run_program("adduser", name, "--password-stdin", stdin="a password", **other)[0])
+        code, printed, errors = self.run_program("import", "lines", **other)
+        self.assertEqual((0, ""), (code, errors))
+        self.assertEqual(f"imported pairs: {len(lines)}, left out because they have expired: 0\n", printed)
+        self.assertEqual(output, self.run_program("export", **other)[1])
+
+    def test_one_users_pairs_and_no_secrets(self) -> None:
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            store.set_value(1, "a", "1")
+            store.set_value(2, "b", "2")
+            store.add_token("bob", kvserver.hash_token("kv_x"), "label", False, "")
+        self.assertEqual(
+            [("bob", "b", "2")], [(line["user"], line["key"], line["value"]) for line in self.export("bob")]
+        )
+        self.assertNotIn("label", self.run_program("export")[1])
+        self.assertNotIn("scrypt", self.run_program("export")[1])
+        self.assert_fails("no user carol", "export", "carol")
+        self.assert_fails("there is no database", "export", KVSERVER_DB="missing.db")
+        self.assertFalse(os.path.exists(os.path.join(self.folder, "missing.db")))
+
+    def test_a_reader_that_goes_away_is_one_line(self) -> None:
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            for number in range(200):
+                store.set_value(1, str(number), "x" * 10_000)
+        command = f"{shlex.join(CHEAP_PROGRAM)} export | head -c 10"
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        self.assertEqual('{"user": "', done.stdout)
+        self.assertRegex(done.stderr, r"\Akvserver: [^\n]*[Bb]roken pipe\n\Z")
+
+    def test_the_file_wins_and_times_are_kept(self) -> None:
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            for key in ("both", "here", "expired"):
+                store.set_value(1, key, "here", time.time() + 9)
+        self.write(
+            '{"user": "alice", "key": "both", "value": "1", "updated": "2020-01-02T03:04:05.5Z", "expires": null}',
+            '{"user": "alice", "key": "new", "value": "2", "updated": null, "expires": "2500-01-01T01:00:00.25+01:30"}',
+            "",
+            '{"user": "bob", "key": "short", "value": "3"}',
+            '{"user": "bob", "key": "twice", "value": "4", "updated": "2020-01-01t00:00:00z"}',
+            '{"user": "bob", "key": "twice", "value": "5", "updated": "2021-01-01T00:00:00-00:00"}',
+            '{"user": "alice", "key": "expired", "value": "6", "expires": "2020-01-01T00:00:00Z"}\r',
+        )
+        before = time.time()
+        self.assertEqual(
+            (0, "imported pairs: 4, left out because they have expired: 1\n", ""), self.run_program("import", "lines")
+        )
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            pairs = {(pair.name, pair.key): pair for pair in store.all_pairs()}
+        self.assertEqual(
+            {"both": "1", "here": "here", "expired": "here", "new": "2", "short": "3", "twice": "5"},
+            {key: pair.value for (_, key), pair in pairs.items()},
+        )
+        self.assertEqual((1577934245.5, None), pairs["alice", "both"][3:])
+        self.assertEqual(16725223800.25, pairs["alice", "new"].expires)
+        self.assertLessEqual(before, pairs["alice", "new"].updated)
+        self.assertEqual((1609459200.0, None), pairs["bob", "twice"][3:])
+
+    def test_an_import_counts_at_once_while_the_server_runs(self) -> None:
+        self.write('{"user": "alice", "key": "door", "value": "open"}')
+        with self.serving() as (_, port, _):
+            self.assertEqual(200, self.request(port, "/set?key=door&value=shut")[0])
+            answers: list[tuple[int, bytes]] = []
+            wait = "/get?key=door&wait=20&unless=shut"
+            thread = threading.Thread(target=lambda: answers.append(self.request(port, wait)))
+            thread.start()
+            self.assertEqual(0, self.run_program("import", "lines")[0])
+            thread.join()
+            self.assertEqual([(200, b"open")], answers)
+
+    def test_what_is_wrong_is_named_and_nothing_is_stored(self) -> None:
+        good = '{"user": "alice", "key": "a", "value": "1"}'
+        for line, message in (
+            ("{", "line 2: this is no JSON in UTF-8"),
+            (b"\xff", "line 2: this is no JSON in UTF-8"),
+            ("[" * 100_000, "line 2: nested too deeply"),
+            ("[]", "line 2: a line is a JSON object with: user, key, value, updated, expires"),
+            ('{"user": "alice", "key": "s3cr3t"}', "line 2: a line is a JSON object with"),
+            ('{"user": "alice", "key": "a", "value": "1", "expire": null}', "line 2: a line is a JSON object with"),
+            ('{"user": "alice", "key": "a", "value": "1", "value": "2"}', "line 2: the name value stands twice"),
+            ('{"user": "alice", "key": "a", "value": 1}', "line 2: user, key and value are strings"),
+            ('{"user": "alice", "key": "", "value": "1"}', "line 2: a key is 1 to 512 bytes"),
+            ('{"user": "alice", "key": "\\u0000", "value": "1"}', "line 2: a key is 1 to 512 bytes"),
+            ('{"user": "alice", "key": "a", "value": "\\ud800"}', "line 2: this is no JSON in UTF-8"),
+            ('{"user": "alice", "key": "a", "value": "%s"}' % ("x" * 1024 * 1025), "line 2: the value is too large"),
+            ('{"user": "alice", "key": "a", "value": "%s"}' % ("\\u0041" * 1500_000), "line 2: a line has at most"),
+            (
+                '{"user": "alice", "key": "a", "value": "1", "updated": 5}',
+                "line 2: a time is like 2030-01-31T23:59:59Z",
+            ),
+            ('{"user": "alice", "key": "a", "value": "1", "expires": "2030-01-31"}', "line 2: a time is like"),
+            ('{"user": "alice", "key": "a", "value": "1", "expires": "2030-02-31T00:00:00Z"}', "line 2: day"),
+            (
+                '{"user": "carol", "key": "a", "value": "1"}\n{"user": "x", "key": "a", "value": "1"}',
+                "no user carol, x;",
+            ),
+        ):
+            with self.subTest(message, line=line[:80]):
+                self.write(good, line, good)
+                self.assert_fails(message, "import", "lines")
+                self.assertNotIn("s3cr3t", self.run_program("import", "lines")[2])
+        self.assertEqual([], self.export())
+        self.assert_fails("cannot read missing: No such file or directory", "import", "missing")
+        self.assert_fails("cannot read .: Is a directory", "import", ".")
+        self.write(good)
+        self.assert_fails("there is no database", "import", "lines", KVSERVER_DB="missing.db")
+        self.assertFalse(os.path.exists(os.path.join(self.folder, "missing.db")))
+
+    def test_the_server_goes_on_writing_while_a_file_is_read(self) -> None:
+        pipe = os.path.join(self.folder, "pipe")
+        os.mkfifo(pipe)
+        with self.serving() as (_, port, _):
+            command = [*CHEAP_PROGRAM, "import", pipe]
+            process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL)
+            try:
+                with open(pipe, "wb") as file:
+                    file.write(b'{"user": "alice", "key": "a", "value": "1"}\n' * 1000)
+                    file.flush()
+                    self.assertEqual((200, b"Success"), self.request(port, "/set?key=b&value=2"))
+                self.assertEqual(0, process.wait(WAIT_SECONDS))
+            finally:
+                process.kill()
+                process.wait()
+            self.assertEqual((200, b'{"a":"1","b":"2"}'), self.request(port, "/list"))
+
+
+class MovingIn(CommandCase):
+    """What an IoT Persistence Api leaves behind, taken over."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.scrypt, self.pbkdf2 = WERKZEUG_HASHES.values()
+
+    def make(
+        self, accounts: Sequence[tuple[Any, ...]], states: Sequence[tuple[Any, ...]] = (), without: str = ""
+    ) -> None:
+        """Write the database that SQLAlchemy makes for it."""
+        path = os.path.join(self.folder, "database.db")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        columns = ["name VARCHAR NOT NULL", '"passwordHash" VARCHAR NOT NULL', '"isAdmin" BOOLEAN NOT NULL']
+        columns = [column for column in columns if not without or without not in column]
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(f"CREATE TABLE user ({', '.join(columns)}, PRIMARY KEY (name))")
+            connection.execute(
+                'CREATE TABLE state ("key" VARCHAR NOT NULL, value VARCHAR NOT NULL, user VARCHAR NOT NULL,'
+                ' PRIMARY KEY ("key", value), FOREIGN KEY (user) REFERENCES user (name))'
+            )
+            marks = ", ".join("?" * len(columns))
+            connection.executemany(f"INSERT INTO user VALUES ({marks})", accounts)
+            connection.executemany("INSERT INTO state VALUES (?, ?, ?)", states)
+
+    def stored_hash(self, name: str) -> str:
+        """Return what is stored of a user's password."""
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            ((password_hash,),) = connection.execute("SELECT password_hash FROM user WHERE name = ?", (name,))
+        return str(password_hash)
+
+    def test_accounts_keep_their_passwords_and_get_our_hash_with_the_first_login(self) -> None:
+        self.make([("admin", self.scrypt, 1), ("old", self.pbkdf2, 0)], [("door", "open", "admin"), ("a", "1", "old")])
+        code, output, errors = self.run_program("import", "database.db")
+        self.assertEqual((0, ""), (code, errors))
+        self.assertEqual(
+            "imported accounts: 2, pairs: 2, left out: 0\nthe new accounts log in with the passwords that they had\n",
+            output,
+        )
+        self.assertEqual(0o600, stat.S_IMODE(os.stat(self.database).st_mode))
+        self.assertEqual(
+            [["admin", "admin", "1"], ["old", "user", "1"]],
+            [line.split() for line in self.run_program("users")[1].splitlines()[1:]],
+        )
+        self.assertEqual((self.scrypt, self.pbkdf2), (self.stored_hash("admin"), self.stored_hash("old")))
+        with self.serving() as (_, port, lines):
+            self.assertEqual(1, len(lines), "another admin was made")
+            for name, password, key, value in (
+                ("admin", "admin's pässword", "door", b"open"),
+                ("old", "an old password", "a", b"1"),
+            ):
+                self.assertEqual(401, self.request(port, f"/get?key={key}", name, password + "x")[0])
+                self.assertEqual((200, value), self.request(port, f"/get?key={key}", name, password))
+                wait_until(lambda name=name: self.stored_hash(name).startswith("$scrypt$"))  # type: ignore[misc]
+                self.assertEqual((200, value), self.request(port, f"/get?key={key}", name, password))
+        with self.serving() as (_, port, _):
+            self.assertEqual((200, b"open"), self.request(port, "/get?key=door", "admin", "admin's pässword"))
+            self.assertEqual(401, self.request(port, "/get?key=door", "admin", "an old password")[0])
+
+    def test_what_cannot_be_taken_over_is_listed_without_values(self) -> None:
+        self.make(
+            [("bob", self.scrypt, 0), ("a:b", self.scrypt, 0), ("é", self.scrypt, 0), (b"\xff", self.scrypt, 0)],
+            [
+                ("", "s3cr3t1", "bob"),
+                ("twice", "s3cr3t2", "bob"),
+                ("twice", "kept", "bob"),
+                ("twice", "s3cr3t3", "deleted"),
+                ("k" * 513, "s3cr3t4", "bob"),
+                ("large", "s3cr3t5" * 200_000, "bob"),
+                ("text", b"s3cr3t6\xff", "bob"),
+                (b"\xfe", "s3cr3t7", "bob"),
+                ("n\nl", "s3cr3t8", "a:b"),
+                ("number", 5, "bob"),
+            ],
+        )
+        code, output, errors = self.run_program("import", "database.db")
+        self.assertEqual((0, ""), (code, errors))
+        self.assertNotIn("s3cr3t", output)
+        lines = output.splitlines()
+        for line, begin in zip(
+            lines,
+            (
+                "left out: account 'a:b': a user name is",
+                "left out: account '\\xe9': a user name is",
+                "left out: account 'b'\\\\xff'': a user name is",
+                "left out: user 'bob', key '': a key is",
+                "left out: user 'bob', key 'twice': another row",
+                "left out: user 'deleted', key 'twice': no account",
+                f"left out: user 'bob', key '{'k' * 40}...': a key is",
+                "left out: user 'bob', key 'large': the value is too large",
+                "left out: user 'bob', key 'text': the key or the value is no text",
+                "left out: user 'bob', key 'b'\\\\xfe'': the key or the value is no text",
+                "left out: user 'a:b', key 'n\\nl': no account",
+                "imported accounts: 1, pairs: 2, left out: 11",
+            ),
+        ):
+            self.assertTrue(line.startswith(begin), (line, begin))
+        self.assertEqual("none is an admin; make one with: python kvserver.py adduser NAME --admin", lines[-1])
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            self.assertEqual({"twice": "kept", "number": "5"}, {pair.key: pair.value for pair in store.all_pairs()})
+
+    def test_a_column_that_is_missing_is_named(self) -> None:
+        self.make([("bob", self.scrypt)], without="isAdmin")
+        message = "no database of IoT Persistence Api: there is no column isAdmin in a table user"
+        self.assert_fails(message, "import", "database.db")
+        with contextlib.closing(sqlite3.connect(os.path.join(self.folder, "other.db"))) as connection, connection:
+            connection.execute("CREATE TABLE t (a)")
+        self.assert_fails("there is no column name in a table user", "import", "other.db")
+        with open(os.path.join(self.folder, "damaged.db"), "wb") as file:
+            file.write(kvserver.SQLITE_MAGIC + b"x" * 2000)
+        self.assert_fails("cannot read damaged.db: ", "import", "damaged.db")
+        self.assertFalse(os.path.exists(self.database))
+
+    def test_a_database_of_our_own_is_told_apart(self) -> None:
+        self.add_user("alice")
+        self.assert_fails("is a database of kvserver", "import", "test.db")
+
+    def test_a_hash_that_is_not_known_refuses_all_and_names_whose_it_is(self) -> None:
+        for stored in (
+            "md5$salt$00",
+            "",
+            "scrypt:1048576:8:1" + self.scrypt[16:],
+            "pbkdf2:sha256:1000$salt$xyz",
+            b"\xff",
+        ):
+            self.make([("alice", self.scrypt, 1), ("bob", stored, 0)], [("a", "1", "alice")])
+            self.assert_fails("the password hash of bob is of a kind that is not known", "import", "database.db")
+        self.assertFalse(os.path.exists(self.database))
+
+    def test_an_account_that_exists_refuses_all_unless_it_is_merged(self) -> None:
+        self.add_user("alice")
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            store.set_value(1, "door", "here")
+            store.set_value(1, "only", "here")
+        before = self.stored_hash("alice")
+        self.make([("alice", self.scrypt, 1), ("bob", self.pbkdf2, 0)], [("door", "there", "alice"), ("b", "2", "bob")])
+        self.assert_fails(
+            "these users exist already: alice; nothing was imported. With --merge", "import", "database.db"
+        )
+        self.assertNotIn("bob", self.run_program("users")[1])
+        code, output, errors = self.run_program("import", "database.db", "--merge")
+        self.assertEqual((0, ""), (code, errors))
+        self.assertIn("imported accounts: 1, pairs: 2, left out: 0\n", output)
+        self.assertIn("these accounts keep their password and role here: alice\n", output)
+        self.assertIn("none is an admin", output)
+        self.assertEqual(before, self.stored_hash("alice"))
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            self.assertEqual(
+                {("alice", "door"): "there", ("alice", "only"): "here", ("bob", "b"): "2"},
+                {(pair.name, pair.key): pair.value for pair in store.all_pairs()},
+            )
 
 
 class Terminal(CommandCase):
