@@ -2,13 +2,14 @@
 """kvserver keeps state for things that cannot keep it themselves, in one file with no dependencies.
 
 Applets, home automations, shortcuts, chips and shell scripts store a value under a key with one web request and read it
-back with another. Every user has keys of their own, every request carries HTTP Basic credentials, and a write is
-answered only after it is on the disk.
+back with another. Every user has keys of their own, every request carries a password (HTTP Basic) or a token, and a
+write is answered only after it is on the disk.
 
-    python kvserver.py serve             run the server; the first start creates the user admin and prints its password
-    python kvserver.py adduser NAME      add a user            passwd NAME     set a user's password
-    python kvserver.py users             list the users        deluser NAME    delete a user and all they stored
-    python kvserver.py addtoken USER     add a token for a device; tokens USER lists them, deltoken USER ID deletes one
+    python kvserver.py serve            run the server; the first start adds the user admin and prints its password
+    python kvserver.py adduser NAME     add a user; passwd USER sets a password, deluser USER deletes, users lists all
+    python kvserver.py addtoken USER    add a token for a device; tokens USER lists them, deltoken USER ID deletes one
+    python kvserver.py backup FILE      copy the database to a file
+    python kvserver.py export [USER]    print pairs as lines of JSON; import FILE stores such lines, or moves in
 
     request                      answer
     GET /set?key=K&value=V       200 Success; ttl=SECONDS; nx=1 (409 if the key exists); old=V (409 unless it is stored)
@@ -20,12 +21,14 @@ answered only after it is on the disk.
     GET /list                    200 and a JSON object of all keys and values; prefix=P, limit=N, after=K, format=json
     GET PUT DELETE /kv/KEY       the same pairs as resources, the body being the value
     GET /health                  200 ok, without a login; 503 when the database cannot be read
+    GET /metrics                 what the server has counted, for admins, in Prometheus' text format
     GET /me/                     a page in the browser: one's own states, tokens and password
     GET /admin/                  a page for admins: accounts
 
-/set and /del take POST and PUT too, /incr and /toggle POST; /get, /list, /kv/KEY and /health take HEAD. Parameters may
-stand in the query, in a form or in a JSON object; the body of /set?key=K may be the value itself. All paths also exist
-below /iotpersistenceapi, or the prefix that --base-path names. An error is one line of text that says what to do.
+/set and /del take POST and PUT too, /incr and /toggle POST; /get, /list, /kv/KEY, /health and /metrics take HEAD.
+Parameters may stand in the query, in a form or in a JSON object; the body of /set?key=K may be the value itself. All
+paths also exist below /iotpersistenceapi, or the prefix that --base-path names. An error is one line of text that says
+what to do.
 
 The file is built from the ground up, each section using only what stands above it: Limits and defaults, Log, Names,
 passwords and tokens, Storage, HTTP messages, Parameters, Metrics, Authentication, API, Pages, Routes, Connections,
@@ -4027,22 +4030,31 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-DATABASE_HELP = "database (default: kvserver.db in the first folder of $STATE_DIRECTORY, else beside the program)"
+DATABASE_HELP = (
+    "database (default: $KVSERVER_DB, else db in the file $KVSERVER_CONFIG, else kvserver.db in the first folder of"
+    " $STATE_DIRECTORY, else beside the program)"
+)
 DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", DATABASE_HELP)
-PROXY_HELP = "address or network whose X-Forwarded-For is believed; may be repeated"
+PROXY_HELP = "address or network of a proxy whose X-Forwarded-For is believed; may be repeated"
 SETTINGS = (
     Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port, 0 for any"),
     DATABASE,
-    Setting("base_path", parse_base_path, DEFAULT_BASE_PATH, "P", "prefix of all paths, / for none"),
-    Setting("log_requests", parse_switch, False, "", "log a line for each request"),
+    Setting(
+        "base_path", parse_base_path, DEFAULT_BASE_PATH, "P", "prefix below which all paths are served too, / for none"
+    ),
+    Setting("log_requests", parse_switch, False, "", "log a line for each request, without any value"),
     Setting("max_connections", parse_number, DEFAULT_CONNECTIONS_MAX, "N", "connections open at a time"),
     Setting("max_db_mb", parse_number, DEFAULT_DATABASE_MB_MAX, "N", "megabytes that the database may have"),
     Setting("trusted_proxy", parse_networks, (), "A", PROXY_HELP),
     Setting(
-        "tls_cert", str, "", "FILE", "certificate in PEM format with those that lead to its root; then it is https"
+        "tls_cert",
+        str,
+        "",
+        "FILE",
+        "certificate for https in PEM format, with those that lead to its root; SIGHUP loads it anew",
     ),
-    Setting("tls_key", str, "", "FILE", "key of the certificate, not encrypted"),
+    Setting("tls_key", str, "", "FILE", "key of the certificate, in PEM format, not encrypted"),
 )
 
 
@@ -4579,57 +4591,97 @@ def serve(arguments: argparse.Namespace) -> None:
             os._exit(0)
 
 
+HELP = """
+Keep state for things that cannot keep it themselves: a key-value server over HTTP. To begin: %(prog)s serve
+"""
+MORE_HELP = """
+COMMAND --help tells what a command takes. All but serve work while the server runs, and count at once. Each flag of
+serve can also stand in the environment (--max-db-mb as KVSERVER_MAX_DB_MB), or in the JSON file that --config or
+KVSERVER_CONFIG names ("max_db_mb"): a flag counts before the environment, that before the file. Exit codes: 0 done, 1
+could not, 2 wrong usage.
+"""
+NAME_HELP = "1 to 64 printable ASCII characters, without a colon"
+PASSWORD_HELP = "read the password, one line, from standard input instead of asking for it"
+TOKEN_USER_HELP = "user in whose place it logs in"
+
+
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    what: str,
+    more: str = "",
+) -> argparse.ArgumentParser:
+    """Add a command to the command line: what it does in a few words, and more; return its parser."""
+    description = f"{what[0].upper()}{what[1:]}. {more}"
+    command = commands.add_parser(name, help=what, description=description, allow_abbrev=False)
+    command.set_defaults(run=run)
+    for setting in SETTINGS if run is serve else (DATABASE,):
+        flag = "--" + setting.name.replace("_", "-")
+        has_default = setting.default and setting is not DATABASE
+        text = f"{setting.help} (default: {setting.default})" if has_default else setting.help
+        if isinstance(setting.default, bool):
+            command.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            action = "extend" if isinstance(setting.default, tuple) else "store"
+            command.add_argument(flag, type=setting.parse, action=action, metavar=setting.metavar, help=text)
+    return command
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description="Keep state for things that cannot keep it themselves: a key-value server.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=HELP, epilog=MORE_HELP, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kvserver {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add_command(
-        name: str, run: Callable[[argparse.Namespace], None], what: str, user: str = ""
-    ) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
-        command.set_defaults(run=run)
-        if user:
-            command.add_argument("name", metavar=user)
-        for setting in SETTINGS if run is serve else (DATABASE,):
-            flag = "--" + setting.name.replace("_", "-")
-            has_default = setting.default and setting is not DATABASE
-            text = f"{setting.help} (default: {setting.default})" if has_default else setting.help
-            if isinstance(setting.default, bool):
-                command.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-            else:
-                action = "extend" if isinstance(setting.default, tuple) else "store"
-                command.add_argument(flag, type=setting.parse, action=action, metavar=setting.metavar, help=text)
-        return command
-
-    command = add_command("serve", serve, "run the server")
+    more = "Ctrl-C or SIGTERM stops it. The first start adds the user admin, and prints the password once."
+    command = add_command(commands, "serve", serve, "run the server", more)
     command.add_argument("--config", metavar="FILE", help="JSON file with settings, named as these flags, _ for -")
-    command = add_command("adduser", add_user, "add a user", "NAME")
-    command.add_argument("--admin", action="store_true", help="make the user an admin")
-    command.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
-    command = add_command("passwd", set_password, "set a user's password", "NAME")
-    command.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
-    command = add_command("deluser", delete_user, "delete a user and all they stored", "NAME")
+
+    command = add_command(commands, "adduser", add_user, "add a user", "The password is asked for.")
+    command.add_argument("name", metavar="NAME", help=NAME_HELP)
+    command.add_argument("--admin", action="store_true", help="the user may manage accounts")
+    command.add_argument("--password-stdin", action="store_true", help=PASSWORD_HELP)
+
+    more = "It is asked for. Tokens stay as they are."
+    command = add_command(commands, "passwd", set_password, "set a user's password", more)
+    command.add_argument("name", metavar="USER", help="whose password")
+    command.add_argument("--password-stdin", action="store_true", help=PASSWORD_HELP)
+
+    command = add_command(commands, "deluser", delete_user, "delete a user, and all they stored", "It asks first.")
+    command.add_argument("name", metavar="USER", help="whom to delete")
     command.add_argument("--yes", action="store_true", help="do not ask, and delete even the last admin")
-    add_command("users", list_users, "list the users")
-    command = add_command("addtoken", add_token, "add a token that a device logs in with in place of a user", "USER")
+
+    add_command(commands, "users", list_users, "list the users", "Their names, roles and numbers of pairs are printed.")
+
+    what, more = "add a token for a device", "It is printed, once. A device logs in with it in the place of the user."
+    command = add_command(commands, "addtoken", add_token, what, more)
+    command.add_argument("name", metavar="USER", help=TOKEN_USER_HELP)
     command.add_argument("--label", metavar="TEXT", default="", help="what it is for")
     command.add_argument("--read-only", action="store_true", help="it may not change anything")
     command.add_argument("--prefix", metavar="P", default="", help="it sees only keys that begin with P")
-    add_command("tokens", list_tokens, "list the tokens of a user", "USER")
-    command = add_command("backup", back_up, "copy the database to a file, also while the server runs")
+
+    more = "What they are for, may do, and when they were last used is printed, not the tokens themselves."
+    command = add_command(commands, "tokens", list_tokens, "list a user's tokens", more)
+    command.add_argument("name", metavar="USER", help=TOKEN_USER_HELP)
+
+    command = add_command(commands, "deltoken", delete_token, "delete a token", "It is refused from then on.")
+    command.add_argument("name", metavar="USER", help=TOKEN_USER_HELP)
+    command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of: tokens USER")
+
+    more = "It is complete, or not there at all."
+    command = add_command(commands, "backup", back_up, "copy the database to a file", more)
     command.add_argument("file", metavar="FILE", help="file to write, readable by its owner only")
     command.add_argument("--force", action="store_true", help="overwrite the file if it exists")
-    command = add_command("export", export_pairs, "print all pairs, or one user's, as lines of JSON")
+
+    more = "Passwords and tokens are not among them."
+    command = add_command(commands, "export", export_pairs, "print pairs as lines of JSON", more)
     command.add_argument("name", metavar="USER", nargs="?", help="whose pairs (default: everybody's)")
-    command = add_command("import", import_file, "store an export, or take over an IoT Persistence Api")
+
+    more = "All of it or nothing is stored, in the place of what has the same key."
+    command = add_command(commands, "import", import_file, "store an export, or move in from IoT Persistence Api", more)
     command.add_argument("file", metavar="FILE", help="lines of export, or the database of an IoT Persistence Api")
-    command.add_argument("--merge", action="store_true", help="accounts that exist here take the pairs too")
-    command = add_command("deltoken", delete_token, "delete a token of a user", "USER")
-    command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of the list")
+    command.add_argument("--merge", action="store_true", help="accounts that exist here take the pairs, too")
     return parser
 
 

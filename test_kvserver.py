@@ -6123,10 +6123,20 @@ class Serving(ServingCase):
 
     def test_version_and_help(self) -> None:
         self.assertEqual((0, f"kvserver {kvserver.__version__}\n", ""), self.run_program("--version"))
-        for command in ([], ["serve"], ["adduser"], ["passwd"], ["deluser"], ["users"]):
-            code, output, _ = self.run_program(*command, "--help", COLUMNS="80")
-            self.assertEqual(0, code)
-            self.assertLessEqual(max(map(len, output.splitlines())), 80)
+        parser = kvserver.build_parser()
+        (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+        self.assertEqual(11, len(commands))
+        for name in ("", *commands):
+            with self.subTest(name):
+                code, output, _ = self.run_program(*([name] if name else []), "--help", COLUMNS="80")
+                self.assertEqual(0, code)
+                self.assertLessEqual(max(map(len, output.splitlines())), 80)
+                described = commands[name] if name else parser
+                self.assertTrue(described.description)
+                for action in described._actions:
+                    self.assertTrue(action.help or action.choices, f"{action.dest} is not explained")
+        for name in commands:
+            self.assertRegex(kvserver.__doc__ or "", rf"\b{name}\b")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
     def test_a_first_password_that_cannot_be_shown_is_taken_back(self) -> None:
