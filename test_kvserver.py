@@ -6778,6 +6778,37 @@ class Readme(CommandCase):
         found = [match["address"] for match in matches if match]
         self.assertEqual(["203.0.113.9", "2001:db8::9", "203.0.113.10"], found)
 
+    def test_the_program_without_libraries_runs(self) -> None:
+        (program,) = (text for text in re.findall(r"```python\n(.*?)```", self.text, re.DOTALL) if "urllib" in text)
+        self.add_user("alice")
+        token = self.run_program("addtoken", "alice")[1].strip()
+        with self.serving() as (_, port, _):
+            program = program.replace("TOKEN", token).replace(":8080", f":{port}")
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        self.assertEqual("milk & honey, 100% ?\n", done.stdout)
+
+    def test_the_flow_of_node_red_is_json(self) -> None:
+        (flow,) = re.findall(r"```json\n(.*?)```", self.text, re.DOTALL)
+        self.assertEqual(
+            ["inject", "http request", "debug", "inject", "http request"], [n["type"] for n in json.loads(flow)]
+        )
+
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
+    def test_systemd_accepts_the_unit_and_finds_it_hardened(self) -> None:
+        unit, drop_in = re.findall(r"```ini\n(.*?)```", self.text, re.DOTALL)
+        os.mkdir(os.path.join(self.folder, "kvserver.service.d"))
+        path = os.path.join(self.folder, "kvserver.service")
+        for is_with_tls in (False, True):
+            with open(path, "w", encoding="ascii") as file:
+                file.write(unit)
+            if is_with_tls:
+                with open(os.path.join(self.folder, "kvserver.service.d", "tls.conf"), "w", encoding="ascii") as file:
+                    file.write(drop_in)
+            for check in (("verify",), ("security", "--offline=true", "--threshold=15", "--no-pager")):
+                command = ["systemd-analyze", *check, path]
+                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_SECONDS)
+                self.assertEqual((0, ""), (done.returncode, done.stderr), done.stdout)
+
     def test_it_runs_as_a_module_too(self) -> None:
         self.assertIn("\npython -m kvserver serve\n", self.text)
         command = [sys.executable, "-m", "kvserver", "users", "--db", self.database]
