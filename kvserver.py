@@ -42,7 +42,6 @@ import base64
 import bisect
 import collections
 import contextlib
-import copy
 import datetime
 import email.utils
 import errno
@@ -1676,10 +1675,9 @@ class Metrics:
         self._connections, self._polls = connections, polls
         self._started = time.monotonic()
         self._lock = threading.Lock()
-        self._answers: collections.Counter[tuple[str, int]] = collections.Counter()  # by endpoint and status
-        # By endpoint, how many took up to each of DURATION_SECONDS but not up to the one before, and how many longer.
-        self._durations: dict[str, list[int]] = {}
-        self._seconds: dict[str, float] = {}  # by endpoint, of all answers together
+        # By endpoint and status: how many answers took up to each of DURATION_SECONDS but longer than the one before,
+        # how many took longer than all, and the seconds of all together.
+        self._answers: dict[tuple[str, int], list[float]] = {}
         # Each of these is only changed by one thread at a time.
         self.failed_logins = 0
         self.commits = 0
@@ -1688,28 +1686,32 @@ class Metrics:
     def note_answer(self, endpoint: str, status: int, seconds: float) -> None:
         """Count an answer, and how long it took from the first byte of the request on."""
         with self._lock:
-            if endpoint not in self._durations:
-                self._durations[endpoint], self._seconds[endpoint] = [0] * (len(DURATION_SECONDS) + 1), 0
-            self._answers[endpoint, status] += 1
-            self._durations[endpoint][bisect.bisect_left(DURATION_SECONDS, seconds)] += 1
-            self._seconds[endpoint] += seconds
+            numbers = self._answers.get((endpoint, status))
+            if numbers is None:
+                numbers = self._answers[endpoint, status] = [0] * (len(DURATION_SECONDS) + 2)
+            numbers[bisect.bisect_left(DURATION_SECONDS, seconds)] += 1
+            numbers[-1] += seconds
 
     def text(self, store: Store) -> str:
         """Return all that is counted in the text format of Prometheus, with what a store has."""
         users, pairs = store.counts()
         database_bytes, log_bytes = store.file_bytes()
+        requests: list[tuple[str, float]] = []
+        by_endpoint: dict[str, list[float]] = {}
         with self._lock:
-            answers, durations, seconds = dict(self._answers), copy.deepcopy(self._durations), dict(self._seconds)
-        requests = [(f'{{endpoint="{path}",status="{status}"}}', count) for (path, status), count in answers.items()]
-        buckets: list[tuple[str, float]] = []
-        for path, counts in durations.items():
+            for (endpoint, status), numbers in self._answers.items():
+                requests.append((f'{{endpoint="{endpoint}",status="{status}"}}', sum(numbers[:-1])))
+                before = by_endpoint.get(endpoint, itertools.repeat(0))
+                by_endpoint[endpoint] = [sum(both) for both in zip(numbers, before)]
+        durations: list[tuple[str, float]] = []
+        for endpoint, (*counts, seconds) in by_endpoint.items():
             for bound, count in zip((*DURATION_SECONDS, "+Inf"), itertools.accumulate(counts)):
-                buckets.append((f'_bucket{{endpoint="{path}",le="{bound}"}}', count))
-            buckets.append((f'_sum{{endpoint="{path}"}}', seconds[path]))
-            buckets.append((f'_count{{endpoint="{path}"}}', sum(counts)))
+                durations.append((f'_bucket{{endpoint="{endpoint}",le="{bound}"}}', count))
+            durations.append((f'_sum{{endpoint="{endpoint}"}}', seconds))
+            durations.append((f'_count{{endpoint="{endpoint}"}}', sum(counts)))
         families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
             ("requests_total", "counter", "Answers by endpoint and status.", requests),
-            ("request_seconds", "histogram", "Time from a request's first byte to its answer.", buckets),
+            ("request_seconds", "histogram", "Time from a request's first byte to its answer.", durations),
             (
                 "failed_logins_total",
                 "counter",
