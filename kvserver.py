@@ -3614,6 +3614,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._woken, self._waker = socket.socketpair()
         self.workers = Pool(WORKERS_MAX, self.post)
         self.handshakes = Pool(1, self.post)
+        self._renewal_wanted = False  # of the certificate
         self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
         self._next_checkpoint = 0.0  # monotonic seconds
@@ -3657,6 +3658,9 @@ class Server(http.server.ThreadingHTTPServer):
         for thread in threads:
             thread.start()
         while not self.stopping:
+            if self._renewal_wanted and self.certificate:
+                self._renewal_wanted = False
+                self.certificate.renew()
             time.sleep(POLL_SECONDS)
         give_up = time.monotonic() + EXIT_SECONDS
         for thread in threads:
@@ -3670,6 +3674,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Make run end. This is safe in a signal handler: it only sets a flag, and wakes the leader."""
         self.stopping = True
         self._wake()
+
+    def renew_certificate(self) -> None:
+        """Have the certificate loaded anew soon. This is safe in a signal handler: it only sets a flag."""
+        self._renewal_wanted = True
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Lead or commit, in turns with the other thread, until the server has stopped."""
@@ -4580,7 +4588,7 @@ def serve(arguments: argparse.Namespace) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         if hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, (lambda *_: certificate.renew()) if certificate else signal.SIG_IGN)
+            signal.signal(signal.SIGHUP, lambda *_: server.renew_certificate())
         log("INFO", f"started: database={store.path}")
         announce(server, store)
         notify_ready()
