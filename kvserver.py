@@ -163,23 +163,8 @@ DAY_SECONDS = 24 * 3600
 PAGE_ROWS_MAX = 100
 VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
 FORM_FIELDS_BYTES = 4 * 1024  # what a form has beside a value, at most
-DURATION_SECONDS = (
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1,
-    2.5,
-    5,
-    10,
-    60,
-)  # of a histogram
+# Bounds of a histogram's buckets.
+DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
 DEFAULT_PORT = 8080
 DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
