@@ -284,7 +284,7 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
             salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in match.group(4, 5))
         except ValueError:
             return None
-        return digest, functools.partial(scrypt, salt=salt, cost=cost, block_size=block_size, parallelism=parallelism)
+        return digest, lambda secret: scrypt(secret, salt, cost, block_size, parallelism)
     match = WERKZEUG_SCRYPT.fullmatch(stored)
     if match:
         cost, block_size, parallelism = map(int, match.group(1, 2, 3))
