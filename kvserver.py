@@ -153,6 +153,7 @@ NUMBER_DIGITS_MAX = 100
 LIST_LIMIT_MAX = 10_000
 LINE_BYTES_MAX = 8 * 1024 * 1024  # of a file that is imported: a value in which all is escaped, and what is around it
 NAMES_SHOWN_MAX = 20  # in a message
+TEXT_SHOWN_CHARACTERS_MAX = 80  # of each name and key
 LIST_TIMES_BYTES = 150  # what the times of a pair and the JSON around them take, about
 EXPIRED_PAIRS_MAX = 100  # that one transaction removes in passing: if they are long, others wait for that
 ENTITY_TAG_BYTES = 16
@@ -448,10 +449,11 @@ CREATE_IMPORTED = (
 )
 INSERT_IMPORTED = "INSERT OR REPLACE INTO imported (name, key, value, updated, expires) VALUES (?, ?, ?, ?, ?)"
 SELECT_UNKNOWN_NAMES = "SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)"
+SELECT_IMPORTED_COUNT = "SELECT count(*) FROM imported"
 UPSERT_IMPORTED = (
     "INSERT INTO pair (user_id, key, value, updated, expires)"
-    " SELECT user.id, key, value, updated, expires FROM imported JOIN user USING (name) WHERE true"
-    " ON CONFLICT (user_id, key)"
+    " SELECT user.id, key, value, updated, expires FROM imported JOIN user USING (name)"
+    " WHERE expires IS NULL OR expires > ? ON CONFLICT (user_id, key)"
     " DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"
 )
 SELECT_COUNTS = "SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair WHERE expires IS NULL OR expires > ?)"
@@ -572,8 +574,8 @@ def join_names(names: Sequence[str]) -> str:
 class NoSuchUser(StoreError):
     """There is no user of that name, or no longer."""
 
-    def __init__(self, *names: str) -> None:
-        super().__init__(f"no user {join_names(names)}; add one with: python kvserver.py adduser NAME")
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no user {name}; add one with: python kvserver.py adduser NAME")
 
 
 class UserExists(StoreError):
@@ -808,12 +810,14 @@ class Store:
         for row in self._execute(SELECT_ALL_PAIRS, first, last, time.time()):
             yield UserPair(*row)
 
-    def import_all(self, accounts: Mapping[str, User], pairs: Iterable[UserPair], merge: bool = False) -> int:
-        """Add accounts, by name, and store pairs, or nothing of that; return how many pairs that were.
+    def import_all(
+        self, accounts: Mapping[str, User], pairs: Iterable[UserPair], merge: bool = False
+    ) -> tuple[int, int]:
+        """Add accounts, by name, and store pairs, or nothing of that; return how many are stored, and have expired.
 
-        Of pairs with one key the last one is stored, and in the place of what is there. Raises NoSuchUser when pairs
-        are of others than these accounts and the users that there are, and StoreError when an account is there already,
-        unless they are to be merged: then it stays as it is, and takes the pairs.
+        Of pairs with one key the last one is stored, and in the place of what is there. Raises StoreError when pairs are
+        of others than these accounts and the users that there are, or when an account is there already, unless they
+        are to be merged: then it stays as it is, and takes the pairs.
         """
         self._execute(CREATE_IMPORTED)
         self._execute("BEGIN")
@@ -832,10 +836,13 @@ class Store:
                     self.add_user(account.name, account.password_hash, account.is_admin)
             unknown = [name for (name,) in self._read(SELECT_UNKNOWN_NAMES)]
             if unknown:
-                raise NoSuchUser(*unknown)
-            count = self._execute(UPSERT_IMPORTED).rowcount
+                raise StoreError(
+                    f"there is no user {join_names(unknown)}; nothing was imported. Add users with: python kvserver.py"
+                    " adduser NAME"
+                )
+            stored = self._execute(UPSERT_IMPORTED, time.time()).rowcount
             self._execute("COMMIT")
-            return count
+            return stored, self._read(SELECT_IMPORTED_COUNT)[0][0] - stored
         finally:
             if self._connection.in_transaction:
                 self._roll_back()
@@ -1085,8 +1092,8 @@ def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = 
             # Readable by the owner only; SQLite gives the files that it puts beside it the same permissions.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        elif not os.path.exists(path):
-            raise StoreError(f"there is no database {path}; name it with --db, or make one with adduser or serve")
+        else:
+            os.stat(path)
         store = Store(path, mb_max=mb_max)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(store.close)
@@ -1095,6 +1102,9 @@ def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = 
             on_failure.pop_all()
         return store
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
+        if isinstance(error, FileNotFoundError) and not create:
+            message = f"there is no database {path}; name it with --db, or make one with adduser or serve"
+            raise StoreError(message) from error
         reason = error.strerror if isinstance(error, OSError) else error
         raise StoreError(f"cannot use the database {path}: {reason}") from error
 
@@ -1704,7 +1714,12 @@ class Metrics:
                 [("", self.failed_logins)],
             ),
             ("commits_total", "counter", "Transactions that were committed.", [("", self.commits)]),
-            ("writes_total", "counter", "Changes in these transactions.", [("", self.writes)]),
+            (
+                "writes_total",
+                "counter",
+                "Changes that were made in them, without those that were refused.",
+                [("", self.writes)],
+            ),
             ("connections", "gauge", "Connections that are open.", [("", len(self._connections))]),
             ("polls", "gauge", "Requests that wait for a change.", [("", len(self._polls))]),
             ("database_bytes", "gauge", "Length of the database.", [("", database_bytes)]),
@@ -3004,15 +3019,17 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request | No
     return response
 
 
-def log_request(request: Request | None, route: Route | None, status: int, seconds: float, address: str) -> None:
+def log_request(request: Request | None, endpoint: str, status: int, seconds: float, address: str) -> None:
     """Log an answered request: its key, but not its value nor the query as it came.
 
     Of a path that is not served it tells nothing, since a value may have been written there by mistake.
     """
     method, path, key, user = "", "", "", ""
-    if request and route:
-        method, key, user = request.method, request.parameters.get("key", "")[:KEY_BYTES_MAX], request.user.name
-        path = request.path.removesuffix(request.key_in_path) if request.key_in_path else request.path
+    if request:
+        method = request.method if request.method in METHODS else ""
+        key, user = request.parameters.get("key", "")[:KEY_BYTES_MAX], request.user.name
+        if endpoint != NO_ENDPOINT:
+            path = request.path.removesuffix(request.key_in_path) if request.key_in_path else request.path
     line = f"request: method={method} path={path!r} key={key!r} status={status}"
     log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={user!r} address={address}")
 
@@ -3096,11 +3113,13 @@ class Certificate:
         try:
             context.load_cert_chain(self._path, self._key_path, refuse_password)
         except ssl.SSLError as error:
-            if error.reason == "KEY_VALUES_MISMATCH":
-                raise BadCertificate(f"{self._key_path} is not the key of the certificate {self._path}") from None
-            detail = f": {error.reason}" if error.reason else ""
-            message = f"{self._path} has no certificate in PEM format, or {self._key_path} no key for it{detail}"
-            raise BadCertificate(message) from None
+            if error.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):  # the latter for keys of two kinds
+                reason = f"{self._key_path} is not the key of the certificate {self._path}"
+            elif error.reason:
+                reason = f"cannot use the certificate {self._path}: {error.reason.lower().replace('_', ' ')}"
+            else:
+                reason = f"{self._path} has no certificate in PEM format, or {self._key_path} no key"
+            raise BadCertificate(reason) from None
         return context
 
     def renew(self) -> None:
@@ -3469,10 +3488,13 @@ class RequestHandler:
         keep_alive = request and request.fields.keep_alive and not self.body_pending and not self.server.stopping
         connection = "close" if not keep_alive else "keep-alive" if request and request.fields.is_http_1_0 else ""
         seconds = time.monotonic() - self.started
-        endpoint = self.route.path or "/" if self.route else NO_ENDPOINT
+        route = self.route
+        if route is None and request:  # a method that the path does not take, or a path that is not served
+            route = next(iter(self.server.find_routes(request.path)[0].values()), None)
+        endpoint = route.path or "/" if route else NO_ENDPOINT
         self.server.metrics.note_answer(endpoint, response.status, seconds)
         if self.server.log_requests:
-            log_request(request, self.route, response.status, seconds, str(self.address()))
+            log_request(request, endpoint, response.status, seconds, str(self.address()))
         with_body = not request or request.method != "HEAD"
         self.unsent = encode_response(response, format_date(int(time.time()), usegmt=True), connection, with_body)
         self.after_answer = IDLE if keep_alive else LINGERING if self.body_pending else CLOSING
@@ -4026,8 +4048,8 @@ def parse_switch(text: str) -> bool:
 
 
 DATABASE_HELP = (
-    "database (default: $KVSERVER_DB, else db in the file $KVSERVER_CONFIG, else kvserver.db in the first folder of"
-    " $STATE_DIRECTORY, else beside the program)"
+    "database (default: $KVSERVER_DB, else db in the configuration file, which KVSERVER_CONFIG or --config of serve"
+    " names, else kvserver.db in the first folder of $STATE_DIRECTORY, else beside the program)"
 )
 DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", DATABASE_HELP)
 PROXY_HELP = "address or network of a proxy whose X-Forwarded-For is believed; may be repeated"
@@ -4061,7 +4083,8 @@ def read_config(path: str | None) -> dict[str, str]:
         with open(path, encoding="utf-8-sig") as file:
             members = json.load(file, object_pairs_hook=unique_names)
     except (OSError, ValueError, RecursionError, HTTPError) as error:
-        raise CommandError(f"cannot read the configuration file {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CommandError(f"cannot read the configuration file {path}: {reason}") from None
     if not isinstance(members, dict):
         raise CommandError(f"the configuration file {path} is not a JSON object")
     settings = {setting.name: setting for setting in SETTINGS}
@@ -4113,6 +4136,7 @@ SIDE_FILES = ("-wal", "-shm", "-journal")  # that SQLite puts beside a database
 RFC_3339 = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
+END_OF_TIME = 253402300800.0  # unix seconds at the end of the year 9999
 PAIR_FIELDS = ("user", "key", "value", "updated", "expires")
 SQLITE_MAGIC = b"SQLite format 3\0"
 # The tables of IoT Persistence Api, and what is needed of them.
@@ -4187,7 +4211,13 @@ def parse_time(text: object) -> float:
     if not match:
         raise ValueError("a time is like 2030-01-31T23:59:59Z")
     zone = "+00:00" if match[4] in "Zz" else match[4]
-    return datetime.datetime.fromisoformat(f"{match[1]}T{match[2]}{zone}").timestamp() + float(match[3] or 0)
+    try:
+        seconds = datetime.datetime.fromisoformat(f"{match[1]}T{match[2]}{zone}").timestamp() + float(match[3] or 0)
+    except (ValueError, OverflowError):
+        raise ValueError(f"there is no time {match[0]}") from None
+    if not 0 <= seconds < END_OF_TIME:
+        raise ValueError(f"a time is from 1970 to 9999, and not {match[0]}")
+    return seconds
 
 
 def parse_pair(line: bytes) -> UserPair:
@@ -4212,57 +4242,66 @@ def parse_pair(line: bytes) -> UserPair:
     )
 
 
-class ExportReader:
-    """Gives the pairs of a file with an export; those that have expired are counted instead."""
+def read_export(file: BinaryIO) -> Iterator[UserPair]:
+    """Give the pairs that a file with an export has; raise CommandError, which names a bad line by its number."""
+    for number in itertools.count(1):
+        line = file.readline(LINE_BYTES_MAX + 1)
+        if not line:
+            return
+        if not line.strip():
+            continue
+        try:
+            if len(line) > LINE_BYTES_MAX:
+                raise ValueError(f"a line has at most {LINE_BYTES_MAX} bytes")
+            yield parse_pair(line)
+        except (ValueError, RecursionError, HTTPError) as error:
+            # The decoder's messages may quote what stands there.
+            is_json = not isinstance(error, (json.JSONDecodeError, UnicodeError, RecursionError))
+            reason = str(error) if is_json else "each line is one JSON object in UTF-8, and this is none"
+            raise CommandError(f"line {number}: {reason}; nothing was imported") from None
 
-    def __init__(self, file: BinaryIO) -> None:
-        """Read from a file."""
-        self._file = file
-        self.expired = 0
 
-    def __iter__(self) -> Iterator[UserPair]:
-        """Give a pair after the other; raise CommandError, which names a bad line by its number."""
-        now = time.time()
-        for number in itertools.count(1):
-            line = self._file.readline(LINE_BYTES_MAX + 1)
-            if not line:
-                return
-            if not line.strip():
-                continue
-            try:
-                if len(line) > LINE_BYTES_MAX:
-                    raise ValueError(f"a line has at most {LINE_BYTES_MAX} bytes")
-                pair = parse_pair(line)
-            except (ValueError, OverflowError, RecursionError, HTTPError) as error:
-                # The decoder's messages may quote what stands there.
-                is_json = not isinstance(error, (json.JSONDecodeError, UnicodeError, RecursionError))
-                reason = str(error) if is_json else "this is no JSON in UTF-8"
-                raise CommandError(f"line {number}: {reason}; nothing was imported") from None
-            if pair.expires is not None and pair.expires <= now:
-                self.expired += 1
-            else:
-                yield pair
+def as_text(stored: object) -> str | None:
+    """Return what another program's database has as text, from bytes; None if it is none."""
+    try:
+        return stored.decode("utf-8") if isinstance(stored, bytes) else None
+    except UnicodeDecodeError:
+        return None
+
+
+def show(text: str | None) -> str:
+    """Return a name or a key from another program so that it can be printed."""
+    return "(not a text)" if text is None else f"'{escape_unprintable(text[:TEXT_SHOWN_CHARACTERS_MAX])}'"
 
 
 class ForeignDatabase:
-    """What is taken over from a database of IoT Persistence Api: accounts by name, pairs, and what cannot be."""
+    """What is taken over from a database of IoT Persistence Api, and what of it is not."""
 
     def __init__(self, path: str) -> None:
         """Read all of it; raise CommandError."""
-        self.accounts: dict[str, User] = {}
+        self.accounts: dict[str, User] = {}  # by name
         self.values: dict[tuple[str, str], str] = {}  # by user and key
-        self.left_out: list[str] = []
+        self.lost_accounts: list[str] = []  # which, and why
+        self.lost_pairs: list[str] = []
         uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode=ro"
         try:
             with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
                 self._check_tables(source, path)
                 source.text_factory = bytes  # some may be no UTF-8
-                for row in source.execute('SELECT "name", "passwordHash", "isAdmin" FROM "user"'):
-                    self._take_account(*row)
-                for row in source.execute('SELECT "key", "value", "user" FROM "state" ORDER BY rowid'):
-                    self._take_pair(*row)
+                for name, password_hash, is_admin in source.execute(
+                    'SELECT "name", "passwordHash", "isAdmin" FROM "user"'
+                ):
+                    self._take_account(as_text(name), as_text(password_hash), is_admin == 1)
+                for row in source.execute('SELECT "user", "key", "value" FROM "state" ORDER BY rowid'):
+                    self._take_pair(*map(as_text, row))
         except sqlite3.Error as error:
             raise CommandError(f"cannot read {path}: {error}") from None
+        unknown = [name for name, user in self.accounts.items() if parse_hash(user.password_hash) is None]
+        if unknown:
+            raise CommandError(
+                f"nothing was imported: the password hash of {join_names(unknown)} is of a kind that is not known here."
+                " In IoT Persistence Api, delete and add them, with passwords"
+            )
 
     def pairs(self) -> Iterator[UserPair]:
         """Give the pairs, as if they were stored now."""
@@ -4272,7 +4311,7 @@ class ForeignDatabase:
     def _check_tables(self, source: sqlite3.Connection, path: str) -> None:
         """Raise CommandError unless all that is needed is there: of what is not, SQLite would select the name."""
         if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
-            raise CommandError(f"{path} is a database of kvserver; name it with --db, or import an export of it")
+            raise CommandError(f"{path} is a database of kvserver; put it in the place of the other one, to restore it")
         for table, columns in FOREIGN_TABLES.items():
             there = [row[1].lower() for row in source.execute(f"PRAGMA table_info({table})")]
             missing = [column for column in columns if column.lower() not in there]
@@ -4280,47 +4319,32 @@ class ForeignDatabase:
                 lacks = f"there is no column {missing[0]} in a table {table}"
                 raise CommandError(f"{path} is no database of IoT Persistence Api: {lacks}")
 
-    @staticmethod
-    def _text(stored: object) -> str | None:
-        """Return what is stored as text; None if it is none."""
-        try:
-            return stored.decode("utf-8") if isinstance(stored, bytes) else None
-        except UnicodeDecodeError:
-            return None
-
-    def _take_account(self, stored_name: object, stored_hash: object, is_admin: object) -> None:
-        """Note an account, or that it cannot be one here; raise CommandError when its password could not be checked."""
-        name, password_hash = self._text(stored_name), self._text(stored_hash)
+    def _take_account(self, name: str | None, password_hash: str | None, is_admin: bool) -> None:
+        """Note an account, or why it cannot be one here."""
         try:
             check_user_name(name or "")
         except BadCredential as error:
-            self.left_out.append(f"account '{shorten(str(name or stored_name))}': {error}")
-            return
-        assert name
-        if password_hash is None or parse_hash(password_hash) is None:
-            raise CommandError(
-                f"the password hash of {name} is of a kind that is not known; give them a password there once more,"
-                " or delete them there; nothing was imported"
-            )
-        self.accounts[name] = User(0, name, password_hash, is_admin == 1)
+            self.lost_accounts.append(f"account {show(name)}: {error}; rename it, or it is left out with all it stored")
+        else:
+            assert name
+            self.accounts[name] = User(0, name, password_hash or "", is_admin)
 
-    def _take_pair(self, stored_key: object, stored_value: object, stored_name: object) -> None:
+    def _take_pair(self, name: str | None, key: str | None, value: str | None) -> None:
         """Note a pair, or why it is left out."""
-        key, value, name = map(self._text, (stored_key, stored_value, stored_name))
-        what = f"user '{shorten(str(name or stored_name))}', key '{shorten(str(stored_key if key is None else key))}'"
+        what = f"user {show(name)}, key {show(key)}"
         try:
             if name not in self.accounts:
-                raise HTTPError(400, "no account of this name was taken over")
+                raise HTTPError(400, "no account of this name is taken over")
             if key is None or value is None:
                 raise HTTPError(400, "the key or the value is no text")
             require_key(key)
             check_value(value)
         except HTTPError as error:
-            self.left_out.append(f"{what}: {error}")
+            self.lost_pairs.append(f"{what}: {error}")
             return
         assert name
         if (name, key) in self.values:
-            self.left_out.append(f"{what}: another row has the same key, and is newer")
+            self.lost_pairs.append(f"{what}: another row has the same key, and is newer")
         self.values[name, key] = value
 
 
@@ -4369,14 +4393,19 @@ def read_password(arguments: argparse.Namespace) -> str:
     return password
 
 
+def print_line(line: str) -> None:
+    """Print a line, with what the terminal's encoding lacks escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of as many columns as the first has, a column of numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     are_numbers = [all(map(str.isdigit, column[1:])) for column in zip(*rows)]
     for row in rows:
         cells = (text.rjust(n) if is_number else text.ljust(n) for text, n, is_number in zip(row, widths, are_numbers))
-        line, encoding = "  ".join(cells).rstrip(), sys.stdout.encoding or "utf-8"
-        print(line.encode(encoding, "backslashreplace").decode(encoding))
+        print_line("  ".join(cells).rstrip())
 
 
 def add_user(arguments: argparse.Namespace) -> None:
@@ -4462,9 +4491,10 @@ def delete_token(arguments: argparse.Namespace) -> None:
 
 def back_up(arguments: argparse.Namespace) -> None:
     """Copy the database to a file, also while the server runs."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no incomplete file stays behind
     with contextlib.closing(open_store(database_path(arguments), create=False, migrate=False)) as store:
         write_backup(store, arguments.file, arguments.force)
-    print(f"wrote {arguments.file}")
+    print_line(f"wrote {arguments.file}")
 
 
 def export_pairs(arguments: argparse.Namespace) -> None:
@@ -4483,26 +4513,26 @@ def import_database(arguments: argparse.Namespace) -> None:
     found = ForeignDatabase(arguments.file)
     with contextlib.closing(open_store(database_path(arguments))) as store:
         there_before = {user.name for user in store.users()}
-        pairs = store.import_all(found.accounts, found.pairs(), arguments.merge)
+        stored, _ = store.import_all(found.accounts, found.pairs(), arguments.merge)
         has_admin = any(user.is_admin for user in store.users())
-    for line in found.left_out:
-        print(f"left out: {line}")
-    added = found.accounts.keys() - there_before
-    print(f"imported accounts: {len(added)}, pairs: {pairs}, left out: {len(found.left_out)}")
-    merged = sorted(found.accounts.keys() & there_before)
+    for line in (*found.lost_accounts, *found.lost_pairs):
+        print_line(f"left out: {line}")
+    added, merged = found.accounts.keys() - there_before, sorted(found.accounts.keys() & there_before)
+    print(f"imported accounts: {len(added)}, pairs: {stored}")
+    print(f"left out accounts: {len(found.lost_accounts)}, pairs: {len(found.lost_pairs)}")
     if merged:
         print(f"these accounts keep their password and role here: {', '.join(merged)}")
     if added:
         print("the new accounts log in with the passwords that they had")
     if not has_admin:
-        print("none is an admin; make one with: python kvserver.py adduser NAME --admin")
+        print("nobody is an admin; make one with: python kvserver.py adduser NAME --admin")
 
 
 def import_file(arguments: argparse.Namespace) -> None:
     """Store what a file has: an export, or a database of IoT Persistence Api."""
     with contextlib.ExitStack() as on_exit:
         try:
-            file = on_exit.enter_context(open(arguments.file, "rb"))
+            file = on_exit.enter_context(open(0 if arguments.file == "-" else arguments.file, "rb"))
             is_database = file.peek(len(SQLITE_MAGIC)).startswith(SQLITE_MAGIC)
         except (OSError, ValueError) as error:  # ValueError is for a path with NUL
             reason = error.strerror if isinstance(error, OSError) else error
@@ -4510,9 +4540,9 @@ def import_file(arguments: argparse.Namespace) -> None:
         if is_database:
             import_database(arguments)
             return
-        pairs = ExportReader(file)
-        count = on_exit.enter_context(existing_store(arguments)).import_all({}, pairs)
-    print(f"imported pairs: {count}, left out because they have expired: {pairs.expired}")
+        store = on_exit.enter_context(existing_store(arguments))
+        stored, expired = store.import_all({}, read_export(file))
+    print(f"imported pairs: {stored}, left out because they have expired: {expired}")
 
 
 LOOPBACK = re.compile(r"(?:::ffff:)?127\.|::1\Z")
@@ -4541,7 +4571,7 @@ def notify_ready() -> None:
 def announce(server: Server, store: Store) -> None:
     """Say that the server is there; if there is no user yet, make one and say how to try it."""
     if not LOOPBACK.match(server.server_name) and not server.certificate:
-        log("WARNING", "plain HTTP shows passwords to the network; put a TLS proxy before it, or use --host 127.0.0.1")
+        log("WARNING", "plain HTTP shows passwords to the network; see --tls-cert, or --host 127.0.0.1 and a TLS proxy")
     with contextlib.suppress(UserExists):  # another process was quicker
         if not store.users():
             password = secrets.token_urlsafe(FIRST_PASSWORD_BYTES)
@@ -4569,7 +4599,8 @@ def serve(arguments: argparse.Namespace) -> None:
         except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one of a host
             reason = error.strerror if isinstance(error, OSError) else "this is no host name"
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
-            raise CommandError(f"cannot listen on {where}: {reason}; see --host and --port") from None
+            hint = "perhaps kvserver runs already; " if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
+            raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         if hasattr(signal, "SIGHUP"):
@@ -4595,9 +4626,9 @@ serve can also stand in the environment (--max-db-mb as KVSERVER_MAX_DB_MB), or 
 KVSERVER_CONFIG names ("max_db_mb"): a flag counts before the environment, that before the file. Exit codes: 0 done, 1
 could not, 2 wrong usage.
 """
+MERGE_HELP = "for such a database: do not refuse users that exist here; they keep password and role, and take the pairs"
 NAME_HELP = "1 to 64 printable ASCII characters, without a colon"
 PASSWORD_HELP = "read the password, one line, from standard input instead of asking for it"
-TOKEN_USER_HELP = "user in whose place it logs in"
 
 
 def add_command(
@@ -4651,17 +4682,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     what, more = "add a token for a device", "It is printed, once. A device logs in with it in the place of the user."
     command = add_command(commands, "addtoken", add_token, what, more)
-    command.add_argument("name", metavar="USER", help=TOKEN_USER_HELP)
+    command.add_argument("name", metavar="USER", help="user in whose place the device logs in")
     command.add_argument("--label", metavar="TEXT", default="", help="what it is for")
     command.add_argument("--read-only", action="store_true", help="it may not change anything")
     command.add_argument("--prefix", metavar="P", default="", help="it sees only keys that begin with P")
 
     more = "What they are for, may do, and when they were last used is printed, not the tokens themselves."
     command = add_command(commands, "tokens", list_tokens, "list a user's tokens", more)
-    command.add_argument("name", metavar="USER", help=TOKEN_USER_HELP)
+    command.add_argument("name", metavar="USER", help="whose tokens")
 
     command = add_command(commands, "deltoken", delete_token, "delete a token", "It is refused from then on.")
-    command.add_argument("name", metavar="USER", help=TOKEN_USER_HELP)
+    command.add_argument("name", metavar="USER", help="whose token")
     command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of: tokens USER")
 
     more = "It is complete, or not there at all."
@@ -4669,14 +4700,16 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("file", metavar="FILE", help="file to write, readable by its owner only")
     command.add_argument("--force", action="store_true", help="overwrite the file if it exists")
 
-    more = "Passwords and tokens are not among them."
+    more = "They go to standard output, and import stores them elsewhere. Passwords and tokens are not among them."
     command = add_command(commands, "export", export_pairs, "print pairs as lines of JSON", more)
     command.add_argument("name", metavar="USER", nargs="?", help="whose pairs (default: everybody's)")
 
     more = "All of it or nothing is stored, in the place of what has the same key."
     command = add_command(commands, "import", import_file, "store an export, or move in from IoT Persistence Api", more)
-    command.add_argument("file", metavar="FILE", help="lines of export, or the database of an IoT Persistence Api")
-    command.add_argument("--merge", action="store_true", help="accounts that exist here take the pairs, too")
+    command.add_argument(
+        "file", metavar="FILE", help="lines of export (- for standard input), or a database.db of IoT Persistence Api"
+    )
+    command.add_argument("--merge", action="store_true", help=MERGE_HELP)
     return parser
 
 
@@ -4688,8 +4721,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except UsageError as error:
         build_parser().error(str(error))
-    except (CommandError, BadCredential, BadCertificate, StoreError, OSError) as error:
+    except (CommandError, BadCredential, BadCertificate, StoreError) as error:
         message = str(error)
+    except BrokenPipeError:  # whoever reads what is printed has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter would complain at its end
+        return 1
+    except OSError as error:
+        message = ": ".join(filter(None, (error.strerror, error.filename)))
     except sqlite3.Error as error:
         message = f"the database failed: {error}"
     except (KeyboardInterrupt, EOFError):
