@@ -31,8 +31,8 @@ paths also exist below /iotpersistenceapi, or the prefix that --base-path names.
 what to do.
 
 The file is built from the ground up, each section using only what stands above it: Limits and defaults, Log, Names,
-passwords and tokens, Storage, HTTP messages, Parameters, Metrics, Authentication, API, Pages, Routes, Connections,
-Server, Settings, Backup, export and import, Command line.
+passwords and tokens, Storage, HTTP messages, Parameters, Metrics, Authentication, API, Pages, Routes, TLS,
+Connections, Server, Settings, Backup, export and import, Command line.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ import getpass
 import hashlib
 import html
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -98,8 +99,10 @@ FIRST_PASSWORD_BYTES = 15  # random bytes in the password that the first start m
 SCRYPT_COST_LOG2 = 14
 SCRYPT_BLOCK_SIZE = 8
 SCRYPT_PARALLELISM = 5
+# Bounds for hashes that another program made.
 SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024
-PBKDF2_ITERATIONS_MAX = 10_000_000  # of a hash that another program made
+SCRYPT_PARALLELISM_MAX = 16
+PBKDF2_ITERATIONS_MAX = 10_000_000
 SALT_BYTES = 16
 DIGEST_BYTES = 32
 CREDENTIALS_MAX = 1024  # verified credentials that are remembered
@@ -171,7 +174,7 @@ DEFAULT_PORT = 8080
 DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
 DEFAULT_DATABASE_MB_MAX = 1024
 DEFAULT_BASE_PATH = "/iotpersistenceapi"
-# systemd names a service's folders for what it keeps, with colons between them.
+# systemd names a service's folders for what it keeps, with colons between them. This is no setting: those are read later.
 STATE_FOLDER = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or os.path.dirname(os.path.abspath(__file__))
 DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")
 
@@ -290,7 +293,10 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
     if match:
         cost, block_size, parallelism = map(int, match.group(1, 2, 3))
         is_power_of_2 = cost > 1 and cost & (cost - 1) == 0
-        if not is_power_of_2 or not 0 < 128 * cost * block_size * parallelism <= SCRYPT_MEMORY_BYTES_MAX:
+        is_bounded = (
+            0 < 128 * cost * block_size <= SCRYPT_MEMORY_BYTES_MAX and 0 < parallelism <= SCRYPT_PARALLELISM_MAX
+        )
+        if not is_power_of_2 or not is_bounded:
             return None
         digest, salt = bytes.fromhex(match[5]), match[4].encode("utf-8")
         return digest, lambda secret: scrypt(secret, salt, cost, block_size, parallelism, len(digest))
@@ -450,13 +456,14 @@ CREATE_IMPORTED = (
 INSERT_IMPORTED = "INSERT OR REPLACE INTO imported (name, key, value, updated, expires) VALUES (?, ?, ?, ?, ?)"
 SELECT_UNKNOWN_NAMES = "SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)"
 SELECT_IMPORTED_COUNT = "SELECT count(*) FROM imported"
-UPSERT_IMPORTED = (
-    "INSERT INTO pair (user_id, key, value, updated, expires)"
+REPLACE_BY_IMPORTED = (
+    "INSERT OR REPLACE INTO pair (user_id, key, value, updated, expires)"
     " SELECT user.id, key, value, updated, expires FROM imported JOIN user USING (name)"
-    " WHERE expires IS NULL OR expires > ? ON CONFLICT (user_id, key)"
-    " DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"
+    " WHERE expires IS NULL OR expires > ?"
 )
-SELECT_COUNTS = "SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair WHERE expires IS NULL OR expires > ?)"
+SELECT_COUNTS = (
+    "SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair) - (SELECT count(*) FROM pair WHERE expires <= ?)"
+)
 SELECT_ANY_ROWS = "SELECT (SELECT id FROM user LIMIT 1), (SELECT key FROM pair LIMIT 1)"
 
 # No key that begins like another one comes after that one with this behind it: it is as long as a key can be, of the
@@ -794,12 +801,10 @@ class Store:
 
         Raises StoreError when the copy is damaged.
         """
-        self.hold_still()
-        self.check()  # so that the copy need not wait for any lock
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy_of_all:
             copy_of_all.execute("PRAGMA journal_mode = OFF")
             copy_of_all.execute("PRAGMA synchronous = OFF")  # whoever wants the file syncs it when it is complete
-            self._connection.backup(copy_of_all)
+            self._connection.backup(copy_of_all)  # all pages in one step, which is one transaction that reads
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy_of_all:
             copy_of_all.execute("PRAGMA journal_mode = DELETE")  # all is in one file, which may be read-only
             if copy_of_all.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
@@ -840,7 +845,7 @@ class Store:
                     f"there is no user {join_names(unknown)}; nothing was imported. Add users with: python kvserver.py"
                     " adduser NAME"
                 )
-            stored = self._execute(UPSERT_IMPORTED, time.time()).rowcount
+            stored = self._execute(REPLACE_BY_IMPORTED, time.time()).rowcount
             self._execute("COMMIT")
             return stored, self._read(SELECT_IMPORTED_COUNT)[0][0] - stored
         finally:
@@ -1704,30 +1709,28 @@ class Metrics:
                 durations.append((f'_bucket{{endpoint="{endpoint}",le="{bound}"}}', count))
             durations.append((f'_sum{{endpoint="{endpoint}"}}', seconds))
             durations.append((f'_count{{endpoint="{endpoint}"}}', sum(counts)))
-        families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
+        families = [
             ("requests_total", "counter", "Answers by endpoint and status.", requests),
             ("request_seconds", "histogram", "Time from a request's first byte to its answer.", durations),
-            (
-                "failed_logins_total",
-                "counter",
-                "Logins with a wrong name, password or token.",
-                [("", self.failed_logins)],
-            ),
-            ("commits_total", "counter", "Transactions that were committed.", [("", self.commits)]),
+        ]
+        for name, kind, meaning, number in (
+            ("failed_logins_total", "counter", "Logins with a wrong name, password or token.", self.failed_logins),
+            ("commits_total", "counter", "Transactions that were committed.", self.commits),
             (
                 "writes_total",
                 "counter",
                 "Changes that were made in them, without those that were refused.",
-                [("", self.writes)],
+                self.writes,
             ),
-            ("connections", "gauge", "Connections that are open.", [("", len(self._connections))]),
-            ("polls", "gauge", "Requests that wait for a change.", [("", len(self._polls))]),
-            ("database_bytes", "gauge", "Length of the database.", [("", database_bytes)]),
-            ("wal_bytes", "gauge", "Length of its write-ahead log.", [("", log_bytes)]),
-            ("users", "gauge", "Users.", [("", users)]),
-            ("pairs", "gauge", "Pairs that are stored.", [("", pairs)]),
-            ("uptime_seconds", "gauge", "Time since the start.", [("", time.monotonic() - self._started)]),
-        ]
+            ("connections", "gauge", "Connections that are open.", len(self._connections)),
+            ("polls", "gauge", "Requests that wait for a change.", len(self._polls)),
+            ("database_bytes", "gauge", "Length of the database.", database_bytes),
+            ("wal_bytes", "gauge", "Length of its write-ahead log.", log_bytes),
+            ("users", "gauge", "Users.", users),
+            ("pairs", "gauge", "Pairs that are stored.", pairs),
+            ("uptime_seconds", "gauge", "Time since the start.", time.monotonic() - self._started),
+        ):
+            families.append((name, kind, meaning, [("", number)]))
         lines = []
         for name, kind, meaning, samples in families:
             lines += [f"# HELP kvserver_{name} {meaning}", f"# TYPE kvserver_{name} {kind}"]
@@ -1923,7 +1926,8 @@ class Authenticator:
         """Use the users of a store, and a pool of one thread; renew_hash stores the new hash of a user."""
         self._store, self._renew_hash, self._metrics = store, renew_hash, metrics
         # What an unknown name is checked against, so that it takes as long as a wrong password and does not tell which
-        # names exist. No password matches a random digest.
+        # names exist. No password matches a random digest. (The first login of an account that was taken over from
+        # another program takes another time.)
         self._unknown_user_hash = format_hash(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES))
         # From the keyed hash of an Authorization header to the user's name and the stored hashes that it matches.
         self._verified: dict[bytes, tuple[str, tuple[str, ...]]] = {}
@@ -3034,14 +3038,8 @@ def log_request(request: Request | None, endpoint: str, status: int, seconds: fl
     log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={user!r} address={address}")
 
 
-# ---- Connections -----------------------------------------------------------------------------------------------------
-# What is done with one connection: it receives a request, finds out who sends it, runs its endpoint where that belongs,
-# and sends the answer. No socket blocks: a handler notes until when it may wait, and the server ends what is overdue,
-# so that a client that sends a byte now and then gains nothing.
-
-# What a connection is doing; it decides who may use its handler, and what happens when the time for it is up.
-HANDSHAKING, IDLE, RECEIVING, WAITING, SENDING = "handshaking", "idle", "receiving", "waiting", "sending"
-POLLING, LINGERING, CLOSING, CLOSED = "polling", "lingering", "closing", "closed"
+# ---- TLS -------------------------------------------------------------------------------------------------------------
+# A socket that speaks TLS and never blocks, and the certificate that it shows, which can be replaced while it is in use.
 
 
 class SecureSocket(ssl.SSLSocket):
@@ -3113,7 +3111,7 @@ class Certificate:
         try:
             context.load_cert_chain(self._path, self._key_path, refuse_password)
         except ssl.SSLError as error:
-            if error.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):  # the latter for keys of two kinds
+            if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
                 reason = f"{self._key_path} is not the key of the certificate {self._path}"
             elif error.reason:
                 reason = f"cannot use the certificate {self._path}: {error.reason.lower().replace('_', ' ')}"
@@ -3133,6 +3131,16 @@ class Certificate:
     def wrap(self, connection: socket.socket) -> socket.socket:
         """Return a connection that is about to do the handshake; raise OSError when the client has gone."""
         return self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+
+
+# ---- Connections -----------------------------------------------------------------------------------------------------
+# What is done with one connection: it receives a request, finds out who sends it, runs its endpoint where that belongs,
+# and sends the answer. No socket blocks: a handler notes until when it may wait, and the server ends what is overdue,
+# so that a client that sends a byte now and then gains nothing.
+
+# What a connection is doing; it decides who may use its handler, and what happens when the time for it is up.
+HANDSHAKING, IDLE, RECEIVING, WAITING, SENDING = "handshaking", "idle", "receiving", "waiting", "sending"
+POLLING, LINGERING, CLOSING, CLOSED = "polling", "lingering", "closing", "closed"
 
 
 class Change(NamedTuple):
@@ -3229,7 +3237,7 @@ class RequestHandler:
         """
         state, connection = self.state, cast(SecureSocket, self.connection)
 
-        def go_on(outcome: Exception | None) -> None:
+        def go_on_or_close(outcome: Exception | None) -> None:
             if isinstance(outcome, ssl.SSLWantReadError):
                 self.state = state
                 self.settle()
@@ -3244,7 +3252,7 @@ class RequestHandler:
 
         self.watch(0)
         self.enter(WAITING, math.inf)
-        self.server.handshakes.submit(connection.do_handshake, go_on)
+        self.server.handshakes.submit(connection.do_handshake, go_on_or_close)
 
     def refuse_plain_http(self) -> None:
         """Tell a client that does not speak TLS to do so, in plain HTTP."""
@@ -4053,6 +4061,7 @@ DATABASE_HELP = (
 )
 DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", DATABASE_HELP)
 PROXY_HELP = "address or network of a proxy whose X-Forwarded-For is believed; may be repeated"
+CERTIFICATE_HELP = "certificate for https in PEM format, with those that lead to its root; SIGHUP loads it anew"
 SETTINGS = (
     Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port, 0 for any"),
@@ -4064,13 +4073,7 @@ SETTINGS = (
     Setting("max_connections", parse_number, DEFAULT_CONNECTIONS_MAX, "N", "connections open at a time"),
     Setting("max_db_mb", parse_number, DEFAULT_DATABASE_MB_MAX, "N", "megabytes that the database may have"),
     Setting("trusted_proxy", parse_networks, (), "A", PROXY_HELP),
-    Setting(
-        "tls_cert",
-        str,
-        "",
-        "FILE",
-        "certificate for https in PEM format, with those that lead to its root; SIGHUP loads it anew",
-    ),
+    Setting("tls_cert", str, "", "FILE", CERTIFICATE_HELP),
     Setting("tls_key", str, "", "FILE", "key of the certificate, in PEM format, not encrypted"),
 )
 
@@ -4139,8 +4142,10 @@ RFC_3339 = re.compile(
 END_OF_TIME = 253402300800.0  # unix seconds at the end of the year 9999
 PAIR_FIELDS = ("user", "key", "value", "updated", "expires")
 SQLITE_MAGIC = b"SQLite format 3\0"
-# The tables of IoT Persistence Api, and what is needed of them.
-FOREIGN_TABLES = {"user": ("name", "passwordHash", "isAdmin"), "state": ("key", "value", "user")}
+# Each column with its table: in the place of a lone "isAdmin" that is not there, SQLite would select that text, which is
+# true; of a table's that is not there it says so.
+SELECT_FOREIGN_ACCOUNTS = 'SELECT user.name, user."passwordHash", user."isAdmin" FROM user'
+SELECT_FOREIGN_PAIRS = "SELECT state.user, state.key, state.value FROM state ORDER BY state.rowid"
 
 
 def check_backup_path(path: str, database: str, force: bool) -> None:
@@ -4221,16 +4226,17 @@ def parse_time(text: object) -> float:
 
 
 def parse_pair(line: bytes) -> UserPair:
-    """Return the pair that a line of an export has; raise ValueError or HTTPError."""
+    """Return the pair that a line of an export has; raise ValueError, RecursionError or HTTPError."""
     text = line.decode("utf-8-sig")
     check_json_depth(text)
-    members = json.loads(text, object_pairs_hook=unique_names)
+    members = json.loads(text, object_pairs_hook=unique_names, parse_int=parse_integer)
     if not isinstance(members, dict) or not set(PAIR_FIELDS[:3]) <= set(members) <= set(PAIR_FIELDS):
         raise ValueError("a line is a JSON object with: " + ", ".join(PAIR_FIELDS))
     name, key, value = texts = [members[field] for field in PAIR_FIELDS[:3]]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("user, key and value are strings")
     "".join(texts).encode("utf-8")  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
+    check_user_name(name)
     check_value(value)
     updated, expires = members.get("updated"), members.get("expires")
     return UserPair(
@@ -4286,16 +4292,17 @@ class ForeignDatabase:
         uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode=ro"
         try:
             with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
-                self._check_tables(source, path)
+                if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
+                    raise CommandError(
+                        f"{path} is a database of kvserver; to restore it, put it in the place of the other one"
+                    )
                 source.text_factory = bytes  # some may be no UTF-8
-                for name, password_hash, is_admin in source.execute(
-                    'SELECT "name", "passwordHash", "isAdmin" FROM "user"'
-                ):
+                for name, password_hash, is_admin in source.execute(SELECT_FOREIGN_ACCOUNTS):
                     self._take_account(as_text(name), as_text(password_hash), is_admin == 1)
-                for row in source.execute('SELECT "user", "key", "value" FROM "state" ORDER BY rowid'):
+                for row in source.execute(SELECT_FOREIGN_PAIRS):
                     self._take_pair(*map(as_text, row))
         except sqlite3.Error as error:
-            raise CommandError(f"cannot read {path}: {error}") from None
+            raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
         unknown = [name for name, user in self.accounts.items() if parse_hash(user.password_hash) is None]
         if unknown:
             raise CommandError(
@@ -4307,17 +4314,6 @@ class ForeignDatabase:
         """Give the pairs, as if they were stored now."""
         now = time.time()
         return (UserPair(name, key, value, now, None) for (name, key), value in self.values.items())
-
-    def _check_tables(self, source: sqlite3.Connection, path: str) -> None:
-        """Raise CommandError unless all that is needed is there: of what is not, SQLite would select the name."""
-        if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
-            raise CommandError(f"{path} is a database of kvserver; put it in the place of the other one, to restore it")
-        for table, columns in FOREIGN_TABLES.items():
-            there = [row[1].lower() for row in source.execute(f"PRAGMA table_info({table})")]
-            missing = [column for column in columns if column.lower() not in there]
-            if missing:
-                lacks = f"there is no column {missing[0]} in a table {table}"
-                raise CommandError(f"{path} is no database of IoT Persistence Api: {lacks}")
 
     def _take_account(self, name: str | None, password_hash: str | None, is_admin: bool) -> None:
         """Note an account, or why it cannot be one here."""
@@ -4393,19 +4389,13 @@ def read_password(arguments: argparse.Namespace) -> str:
     return password
 
 
-def print_line(line: str) -> None:
-    """Print a line, with what the terminal's encoding lacks escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding))
-
-
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of as many columns as the first has, a column of numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     are_numbers = [all(map(str.isdigit, column[1:])) for column in zip(*rows)]
     for row in rows:
         cells = (text.rjust(n) if is_number else text.ljust(n) for text, n, is_number in zip(row, widths, are_numbers))
-        print_line("  ".join(cells).rstrip())
+        print("  ".join(cells).rstrip())
 
 
 def add_user(arguments: argparse.Namespace) -> None:
@@ -4494,11 +4484,13 @@ def back_up(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no incomplete file stays behind
     with contextlib.closing(open_store(database_path(arguments), create=False, migrate=False)) as store:
         write_backup(store, arguments.file, arguments.force)
-    print_line(f"wrote {arguments.file}")
+    print(f"wrote {arguments.file}")
 
 
 def export_pairs(arguments: argparse.Namespace) -> None:
     """Print all pairs, or those of one user, as lines of JSON."""
+    if sys.stdout is None:
+        raise CommandError("standard output is closed")
     names = ("", LAST_NAME) if arguments.name is None else (arguments.name, arguments.name)
     with existing_store(arguments) as store:
         for pair in store.all_pairs(*names):
@@ -4512,13 +4504,13 @@ def import_database(arguments: argparse.Namespace) -> None:
     """Take over accounts and pairs from a database of IoT Persistence Api."""
     found = ForeignDatabase(arguments.file)
     with contextlib.closing(open_store(database_path(arguments))) as store:
-        there_before = {user.name for user in store.users()}
+        merged = [name for name in sorted(found.accounts) if store.user(name)]
         stored, _ = store.import_all(found.accounts, found.pairs(), arguments.merge)
         has_admin = any(user.is_admin for user in store.users())
     for line in (*found.lost_accounts, *found.lost_pairs):
-        print_line(f"left out: {line}")
-    added, merged = found.accounts.keys() - there_before, sorted(found.accounts.keys() & there_before)
-    print(f"imported accounts: {len(added)}, pairs: {stored}")
+        print(f"left out: {line}")
+    added = len(found.accounts) - len(merged)
+    print(f"imported accounts: {added}, pairs: {stored}")
     print(f"left out accounts: {len(found.lost_accounts)}, pairs: {len(found.lost_pairs)}")
     if merged:
         print(f"these accounts keep their password and role here: {', '.join(merged)}")
@@ -4534,18 +4526,14 @@ def import_file(arguments: argparse.Namespace) -> None:
         try:
             file = on_exit.enter_context(open(0 if arguments.file == "-" else arguments.file, "rb"))
             is_database = file.peek(len(SQLITE_MAGIC)).startswith(SQLITE_MAGIC)
-        except (OSError, ValueError) as error:  # ValueError is for a path with NUL
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise CommandError(f"cannot read {arguments.file}: {reason}") from None
+        except OSError as error:
+            raise CommandError(f"cannot read {arguments.file}: {error.strerror}") from None
         if is_database:
             import_database(arguments)
             return
         store = on_exit.enter_context(existing_store(arguments))
         stored, expired = store.import_all({}, read_export(file))
     print(f"imported pairs: {stored}, left out because they have expired: {expired}")
-
-
-LOOPBACK = re.compile(r"(?:::ffff:)?127\.|::1\Z")
 
 
 def take_certificate(settings: dict[str, Any]) -> Certificate | None:
@@ -4570,7 +4558,8 @@ def notify_ready() -> None:
 
 def announce(server: Server, store: Store) -> None:
     """Say that the server is there; if there is no user yet, make one and say how to try it."""
-    if not LOOPBACK.match(server.server_name) and not server.certificate:
+    address = parse_address(server.server_name)
+    if not (address and address.is_loopback) and not server.certificate:
         log("WARNING", "plain HTTP shows passwords to the network; see --tls-cert, or --host 127.0.0.1 and a TLS proxy")
     with contextlib.suppress(UserExists):  # another process was quicker
         if not store.users():
@@ -4716,6 +4705,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done, 1 could not. Wrong usage exits with 2."""
     arguments = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not if it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a label or a file's name may not be in its encoding
     try:
         arguments.run(arguments)
         return 0

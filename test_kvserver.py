@@ -1292,9 +1292,11 @@ class Hashes(unittest.TestCase):
         scrypt, pbkdf2 = "$salt$" + "0" * 128, "$salt$" + "0" * 64
         for stored, is_known in (
             ("scrypt:65536:8:1" + scrypt, True),  # 64 MiB
-            ("scrypt:65536:8:2" + scrypt, False),
             ("scrypt:131072:8:1" + scrypt, False),
-            ("scrypt:2:1:9999" + scrypt, True),
+            ("scrypt:8192:8:10" + scrypt, True),
+            ("scrypt:2:1:16" + scrypt, True),
+            ("scrypt:2:1:17" + scrypt, False),
+            ("scrypt:2:1:0" + scrypt, False),
             ("scrypt:32767:8:1" + scrypt, False),
             ("scrypt:1:8:1" + scrypt, False),
             ("scrypt:0:8:1" + scrypt, False),
@@ -1308,7 +1310,7 @@ class Hashes(unittest.TestCase):
             ("$scrypt$ln=14,r=8,p=5$a$aGFzaA", False),
         ):
             self.assertEqual(is_known, kvserver.parse_hash(stored) is not None, stored)
-        for stored in ("scrypt:65536:8:1" + scrypt, "scrypt:2:1:9999" + scrypt):  # and these can be computed
+        for stored in ("scrypt:65536:8:1" + scrypt, "scrypt:2:1:16" + scrypt):  # and these can be computed
             parsed = kvserver.parse_hash(stored)
             assert parsed
             self.assertEqual(64, len(parsed[1](b"a password")))
@@ -1720,7 +1722,6 @@ class Secure(ServerCase):
             with open(path, "w", encoding="ascii") as file:
                 file.write(text)
         self.certificate = kvserver.Certificate(*paths)
-        self.enter(mock.patch.object(kvserver, "HANDSHAKE_SECONDS", 0.3))
         super().setUp()
 
     def secure(self, context: ssl.SSLContext | None = None) -> http.client.HTTPSConnection:
@@ -1758,6 +1759,14 @@ class Secure(ServerCase):
         answer = self.ask(connection, "GET", "/list")
         self.assertEqual({str(number): value for number in range(8)}, json.loads(answer.body))
 
+    def test_it_is_seen_how_much_of_an_answer_a_slow_client_has_taken(self) -> None:
+        for number in range(16):
+            self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
+        connection = self.secure()
+        connection.request("GET", "/list", headers={"Authorization": basic("alice", PASSWORDS["alice"])})
+        handlers = self.server.connections
+        wait_until(lambda: any(0 < len(h.unsent) < h.answer_bytes for h in list(handlers.values())))
+
     def test_requests_that_come_in_one_piece_are_all_answered(self) -> None:
         with trust(CERTIFICATE).wrap_socket(self.connect(), server_hostname="localhost") as connection:
             put = self.raw("PUT /kv/a HTTP/1.1", "Content-Length: 40000", body=b"x" * 40000)
@@ -1779,6 +1788,7 @@ class Secure(ServerCase):
         self.assertEqual(200, self.ask(self.secure(context), "GET", "/list").status)
 
     def test_who_does_not_finish_the_handshake_holds_up_nobody(self) -> None:
+        self.enter(mock.patch.object(kvserver, "HANDSHAKE_SECONDS", 0.5))
         silent = [self.connect() for _ in range(20)]
         halfway = self.connect()
         sent, received = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -1786,16 +1796,18 @@ class Secure(ServerCase):
             trust(CERTIFICATE).wrap_bio(received, sent, server_hostname="localhost").do_handshake()
         hello = sent.read()
         halfway.sendall(hello[:-1])
-        begun = time.monotonic()
         self.assertEqual(200, self.list_all())
         for connection in (*silent, halfway):
             self.assertEqual(b"", connection.recv(1))
-        self.assertLess(time.monotonic() - begun, 5)
         dripping = self.connect()
-        with self.assertRaises(OSError):
-            for byte in itertools.chain(hello[:-1], itertools.repeat(0)):
+        for byte in hello[:-1]:
+            try:
                 dripping.sendall(bytes([byte]))
-                self.list_all()
+            except OSError:  # what has come since does not give it more time
+                break
+            self.assertEqual(200, self.list_all())
+        else:
+            self.fail("the handshake may take as long as bytes come")
         wait_until(lambda: not self.server.connections)
         self.assertEqual("", self.log.text())
 
@@ -1816,10 +1828,15 @@ class Secure(ServerCase):
 
     def test_the_end_is_told(self) -> None:
         context = trust(CERTIFICATE)
-        with context.wrap_socket(self.connect(), server_hostname="localhost", suppress_ragged_eofs=False) as connection:
-            connection.sendall(self.raw("GET /list HTTP/1.0"))
-            answer = b"".join(iter(lambda: connection.recv(65536), b""))  # raises if the end is not told
-        self.assertTrue(answer.endswith(b"{}"))
+        for request, answer_end in (
+            (self.raw("GET /list HTTP/1.0"), b"{}"),
+            (self.raw("PUT /kv/a HTTP/1.1", "Content-Length: 9999999"), kvserver.BODY_TOO_LARGE.encode()),
+        ):
+            connection = context.wrap_socket(self.connect(), server_hostname="localhost", suppress_ragged_eofs=False)
+            with connection, connection.makefile("rb") as file:
+                connection.sendall(request)
+                answer = file.read()  # raises if the end is not told
+            self.assertTrue(answer.endswith(answer_end), answer)
 
     def test_a_stop_does_not_wait_for_a_handshake(self) -> None:
         self.enter(mock.patch.object(kvserver, "HANDSHAKE_SECONDS", 60))
@@ -3038,26 +3055,26 @@ class Observed(ServerCase):
             self.request("GET", "/list", user=None, headers={"Authorization": authorization})
         self.assertEqual(3, self.metrics()["kvserver_failed_logins_total"])
 
-    def test_no_answer_is_missed_when_many_ask_at_once(self) -> None:
-        def ask(number: int) -> None:
-            with contextlib.closing(self.connect()) as connection:
-                for _ in range(50):
-                    connection.sendall(self.raw(f"GET /set?key={number}&value=1 HTTP/1.1"))
-                    connection.recv(65536)
-                    connection.sendall(self.raw(f"GET /get?key={number} HTTP/1.1"))
-                    connection.recv(65536)
+    def test_no_answer_is_missed_when_threads_count_at_once(self) -> None:
+        class Yielding(list[float]):
+            """Numbers that let other threads run after each look at one."""
 
-        self.server.writer.commit_seconds = math.inf  # so that two threads answer
-        self.enter(mock.patch.object(kvserver, "QUICK_COMMIT_SECONDS", 0))
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+            def __getitem__(self, index: Any) -> Any:
+                number = super().__getitem__(index)
+                time.sleep(0)
+                return number
+
+        def count() -> None:
+            for _ in range(100):
+                self.server.metrics.note_answer("/get", 200, 0.0)
+
+        self.server.metrics._answers["/get", 200] = Yielding([0] * (len(kvserver.DURATION_SECONDS) + 2))
+        threads = [threading.Thread(target=count) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        numbers = self.metrics()
-        self.assertEqual(400, numbers['kvserver_requests_total{endpoint="/set",status="200"}'])
-        self.assertEqual(400, numbers['kvserver_requests_total{endpoint="/get",status="200"}'])
-        self.assertEqual(400, numbers["kvserver_writes_total"])
+        self.assertEqual(400, self.metrics()['kvserver_requests_total{endpoint="/get",status="200"}'])
 
     def test_they_are_for_admins_by_password_or_a_token_that_may_do_all(self) -> None:
         tokens = {}
@@ -4933,12 +4950,13 @@ class CommandCase(unittest.TestCase):
         code, _, errors = self.run_program("adduser", name, "--password-stdin", *arguments, stdin="a password\n")
         self.assertEqual((0, ""), (code, errors))
 
-    def assert_fails(self, message: str, *arguments: str, **environment: str) -> None:
-        """Check that the program says one line that contains message, and exits with 1."""
+    def assert_fails(self, message: str, *arguments: str, **environment: str) -> str:
+        """Check that the program says one line that contains message, and exits with 1; return the line."""
         code, output, errors = self.run_program(*arguments, **environment)
         self.assertEqual((1, ""), (code, output), errors)
         self.assertRegex(errors, r"\Akvserver: [^\n]+\n\Z")
         self.assertIn(message, errors)
+        return errors
 
     @contextlib.contextmanager
     def serving(
@@ -5290,13 +5308,12 @@ class Backups(CommandCase):
 
             def count() -> None:
                 while not finished.is_set():
-                    one = int(self.request(port, "/incr?key=one")[1])
-                    other = int(self.request(port, "/incr?key=other")[1])
-                    self.assertEqual(one, other)
-                    counts.append(one)
+                    self.request(port, "/incr?key=one")
+                    counts.append(int(self.request(port, "/incr?key=other")[1]))
 
             thread = threading.Thread(target=count)
             thread.start()
+            self.addCleanup(finished.set)
             wait_until(lambda: bool(counts))
             results = []
             for number in range(5):
@@ -5399,6 +5416,11 @@ class Backups(CommandCase):
             self.assert_fails("cannot use the database", *arguments, KVSERVER_DB="test.db/inner.db")
             self.assert_fails("there is no database", *arguments, KVSERVER_DB="inner.db")
 
+    def test_a_name_that_is_no_text_is_printed_in_another_way(self) -> None:
+        self.add_user("alice")
+        code, output, errors = self.run_program("backup", "\udcff.db", PYTHONIOENCODING="utf-8")
+        self.assertEqual((0, "wrote \\udcff.db\n", ""), (code, output, errors))
+
     def test_without_a_database_nothing_is_created(self) -> None:
         self.assert_fails("there is no database", "backup", "backup.db")
         self.assertEqual(set(), self.names())
@@ -5494,6 +5516,13 @@ class Exports(CommandCase):
         self.assert_fails("there is no database", "export", KVSERVER_DB="missing.db")
         self.assertFalse(os.path.exists(os.path.join(self.folder, "missing.db")))
 
+    def test_without_standard_output_it_is_one_line(self) -> None:
+        command = ["sh", "-c", f"{shlex.join(CHEAP_PROGRAM)} export >&-"]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        self.assertEqual((1, "kvserver: standard output is closed\n"), (done.returncode, done.stderr))
+
     def test_a_reader_that_goes_away_is_no_error(self) -> None:
         with contextlib.closing(kvserver.open_store(self.database)) as store:
             for number in range(200):
@@ -5556,6 +5585,8 @@ class Exports(CommandCase):
             ('{"user": "alice", "key": "a", "value": "1", "expire": null}', "line 2: a line is a JSON object with"),
             ('{"user": "alice", "key": "a", "value": "1", "value": "2"}', "line 2: the name value stands twice"),
             ('{"user": "alice", "key": "a", "value": 1}', "line 2: user, key and value are strings"),
+            ('{"user": "%s", "key": "a", "value": "1"}' % ("x" * 65), "line 2: a user name is 1 to 64 printable"),
+            ('{"user": "alice", "key": "a", "value": "1", "updated": %s}' % ("1" * 5000), "line 2: too many digits"),
             ('{"user": "alice", "key": "", "value": "1"}', "line 2: a key is 1 to 512 bytes"),
             ('{"user": "alice", "key": "\\u0000", "value": "1"}', "line 2: a key is 1 to 512 bytes"),
             ('{"user": "alice", "key": "a", "value": "\\ud800"}', "line 2: each line is one JSON object in UTF-8"),
@@ -5588,8 +5619,7 @@ class Exports(CommandCase):
         ):
             with self.subTest(message, line=line[:80]):
                 self.write(good, line, good)
-                self.assert_fails(message, "import", "lines")
-                self.assertNotIn("s3cr3t", self.run_program("import", "lines")[2])
+                self.assertNotIn("s3cr3t", self.assert_fails(message, "import", "lines"))
         self.assertEqual([], self.export())
         self.assert_fails("cannot read missing: No such file or directory", "import", "missing")
         self.assert_fails("cannot read .: Is a directory", "import", ".")
@@ -5605,7 +5635,7 @@ class Exports(CommandCase):
             process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL)
             try:
                 with open(pipe, "wb") as file:
-                    file.write(b'{"user": "alice", "key": "a", "value": "1"}\n' * 1000)
+                    file.write(b'{"user": "alice", "key": "a", "value": "1"}\n' * 3000)  # more than a pipe holds
                     file.flush()
                     self.assertEqual((200, b"Success"), self.request(port, "/set?key=b&value=2"))
                 self.assertEqual(0, process.wait(WAIT_SECONDS))
@@ -5720,14 +5750,14 @@ class MovingIn(CommandCase):
 
     def test_a_column_that_is_missing_is_named(self) -> None:
         self.make([("bob", self.scrypt)], without="isAdmin")
-        message = "no database of IoT Persistence Api: there is no column isAdmin in a table user"
+        message = "cannot read database.db as a database of IoT Persistence Api: no such column: user.isAdmin"
         self.assert_fails(message, "import", "database.db")
         with contextlib.closing(sqlite3.connect(os.path.join(self.folder, "other.db"))) as connection, connection:
             connection.execute("CREATE TABLE t (a)")
-        self.assert_fails("there is no column name in a table user", "import", "other.db")
+        self.assert_fails("as a database of IoT Persistence Api: no such table: user", "import", "other.db")
         with open(os.path.join(self.folder, "damaged.db"), "wb") as file:
             file.write(kvserver.SQLITE_MAGIC + b"x" * 2000)
-        self.assert_fails("cannot read damaged.db: ", "import", "damaged.db")
+        self.assert_fails("cannot read damaged.db as a database of IoT Persistence Api: ", "import", "damaged.db")
         self.assertFalse(os.path.exists(self.database))
 
     def test_a_database_of_our_own_is_told_apart(self) -> None:
@@ -5919,9 +5949,13 @@ class Certificates(ServingCase):
             first = old.sock
 
             def renew() -> str:
+                timer = threading.Timer(WAIT_SECONDS, process.kill)  # or a line that never comes is waited for
+                timer.start()
                 process.send_signal(signal.SIGHUP)
                 assert process.stderr
-                return next(line for line in process.stderr if "certificate" in line)
+                line = next((line for line in process.stderr if "certificate" in line), "")
+                timer.cancel()
+                return line
 
             self.write("certificate", OTHER_CERTIFICATE)
             self.assertIn("the old certificate stays in use: key is not the key of the certificate", renew())
@@ -6048,7 +6082,10 @@ class Serving(ServingCase):
 
     def test_systemd_is_told_when_the_server_listens(self) -> None:
         self.add_user("alice")
-        for name in (os.path.join(self.folder, "notify"), "\0kvserver-test-" + os.path.basename(self.folder)):
+        names = [os.path.join(self.folder, "notify")]
+        if sys.platform == "linux":
+            names.append("\0kvserver-test-" + os.path.basename(self.folder))
+        for name in names:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
                 notify_socket.bind(name)
                 notify_socket.settimeout(WAIT_SECONDS)
