@@ -135,6 +135,10 @@ REQUEST_SECONDS = 10
 IDLE_SECONDS = 30
 SEND_SECONDS = 10  # without any progress of an answer
 TLS_SEND_BYTES = 64 * 1024  # at a time: within that, TLS does not tell of progress
+TLS_RECEIVE_BYTES = (
+    4 * 1024
+)  # at a time: to work through records that carry nothing takes a millisecond for each 1.4 KB
+TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # of such records together; the longest one that carries something has 16 KiB
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all answers that clients are slow to take
 LINGER_SECONDS = 2
 DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
@@ -276,10 +280,9 @@ def hash_password(password: str) -> str:
 
 
 def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
-    """Return the digest in a stored hash, and what makes that of the right password's UTF-8 bytes.
+    """Return the digest in a stored hash, and what makes that of the right password's UTF-8 bytes; None if unknown.
 
-    Werkzeug's hashes are known as well, so that accounts can be taken over. Returns None for a hash of another form,
-    or for one that would take too much memory or time.
+    Werkzeug's hashes are known as well, so that accounts can be taken over.
     """
     match = SCRYPT_HASH.fullmatch(stored)
     if match:
@@ -289,10 +292,15 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
         except ValueError:
             return None
         return digest, lambda secret: scrypt(secret, salt, cost, block_size, parallelism)
+    return parse_werkzeug_hash(stored)
+
+
+def parse_werkzeug_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
+    """Return of a hash that Werkzeug made what parse_hash does; None as well if it would take too much memory or time."""
     match = WERKZEUG_SCRYPT.fullmatch(stored)
     if match:
         cost, block_size, parallelism = map(int, match.group(1, 2, 3))
-        is_power_of_2 = cost > 1 and cost & (cost - 1) == 0
+        is_power_of_2 = 1 < cost < 1 << 16 * block_size and cost & (cost - 1) == 0  # RFC 7914 section 2
         is_bounded = (
             0 < 128 * cost * block_size <= SCRYPT_MEMORY_BYTES_MAX and 0 < parallelism <= SCRYPT_PARALLELISM_MAX
         )
@@ -1792,7 +1800,7 @@ def check_same_site(headers: Mapping[str, str]) -> None:
 def parse_address(text: str) -> Address | None:
     """Return an IP address, one that stands for an IPv4 address within IPv6 as that; None if it is none."""
     try:
-        address = ipaddress.ip_address(text.strip())
+        address = ipaddress.ip_address(text.strip().partition("%")[0])  # a zone may be any text
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
@@ -1882,11 +1890,11 @@ class Pool:
         self._post = post
         self._threads, self._threads_left = 0, threads_max
         # By owner, whose turn it is first.
-        self._jobs: dict[int, collections.deque[tuple[Callable[[], Any], Callable[[Any], None]]]] = {}
+        self._jobs: dict[object, collections.deque[tuple[Callable[[], Any], Callable[[Any], None]]]] = {}
         self._jobs_lock = threading.Lock()
         self._jobs_count = threading.Semaphore(0)
 
-    def submit(self, function: Callable[[], Any], done: Callable[[Any], None], owner: int = NOBODY.id) -> None:
+    def submit(self, function: Callable[[], Any], done: Callable[[Any], None], owner: object = NOBODY.id) -> None:
         """Run a function in a thread of the pool, and post done with what it returned or raised, or an HTTPError."""
         if self._threads_left:
             try:
@@ -1922,8 +1930,13 @@ class Pool:
 class Authenticator:
     """Tells who sends a request. All but _verify runs in one thread, the one to which the pool posts."""
 
-    def __init__(self, store: Store, scrypt: Pool, renew_hash: Callable[[User, str], None], metrics: Metrics) -> None:
-        """Use the users of a store, and a pool of one thread; renew_hash stores the new hash of a user."""
+    def __init__(
+        self, store: Store, pools: tuple[Pool, Pool], renew_hash: Callable[[User, str], None], metrics: Metrics
+    ) -> None:
+        """Use the users of a store, and pools of one thread each, the second for hashes that other programs made.
+
+        renew_hash stores the new hash of a user.
+        """
         self._store, self._renew_hash, self._metrics = store, renew_hash, metrics
         # What an unknown name is checked against, so that it takes as long as a wrong password and does not tell which
         # names exist. No password matches a random digest. (The first login of an account that was taken over from
@@ -1932,8 +1945,9 @@ class Authenticator:
         # From the keyed hash of an Authorization header to the user's name and the stored hashes that it matches.
         self._verified: dict[bytes, tuple[str, tuple[str, ...]]] = {}
         self._secret = secrets.token_bytes(32)
-        # One thread runs scrypt, because the allocator keeps 16 MiB for each thread that has ever run it.
-        self._scrypt = scrypt
+        # One thread runs scrypt, because the allocator keeps 16 MiB for each thread that has ever run it. Only what other
+        # programs have made has another one, since its check may take many seconds, for which others must not wait.
+        self._scrypt, self._scrypt_of_others = pools
         # Who waits for a check in that thread, by the same keyed hash and the row that is checked against.
         self._waiting: dict[tuple[bytes, User | None], list[Login]] = {}
         self._throttle = Throttle()
@@ -1989,7 +2003,8 @@ class Authenticator:
             raise HTTPError(503, "no password can be checked just now; try again", RETRY_AFTER)
         self._throttle.charge(login.address)
         self._waiting[check_key] = [login]  # first: the other thread looks whether anybody waits
-        self._scrypt.submit(
+        is_own = user is None or SCRYPT_HASH.fullmatch(user.password_hash)
+        (self._scrypt if is_own else self._scrypt_of_others).submit(
             lambda: self._verify(check_key, password),
             lambda outcome: self._finish(check_key, name, login, outcome),
         )
@@ -3039,44 +3054,104 @@ def log_request(request: Request | None, endpoint: str, status: int, seconds: fl
 
 
 # ---- TLS -------------------------------------------------------------------------------------------------------------
-# A socket that speaks TLS and never blocks, and the certificate that it shows, which can be replaced while it is in use.
+# A connection that speaks TLS and never blocks, and the certificate that it shows, which can be replaced meanwhile.
 
 
-class SecureSocket(ssl.SSLSocket):
-    """A connection with TLS that can be used like one without, once the handshake is done; it never blocks."""
+class SecureSocket:
+    """A connection with TLS, used like the socket below it; neither blocks.
 
-    def recv(self, size: int = RECEIVE_BYTES, flags: int = 0) -> bytes:
-        """Receive up to size bytes; raise BlockingIOError when none has come.
+    TLS works in memory. So what one call has to do is bounded by what it has received, however many records follow, and
+    a step of the handshake may be computed in another thread while the connection is closed.
+    """
 
-        size is no less than a TLS record (RFC 8446 section 5.1: 16 KiB). So nothing stays behind where the selector
-        does not see it.
+    def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        """Take over a connection that begins with a handshake."""
+        self._connection = connection
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.is_secure = False  # from the end of the handshake until we have said that no more comes
+        self._encrypted = b""  # what is to be sent
+        self._in_flight = 0  # how many bytes of the data that is being sent are in _encrypted
+        self._fruitless_bytes = 0  # received since there was something in them
+
+    def fileno(self) -> int:
+        """Return the descriptor that the selector watches."""
+        return self._connection.fileno()
+
+    def feed(self) -> None:
+        """Receive what the handshake goes on with; raise BlockingIOError when nothing has come."""
+        data = self._connection.recv(TLS_RECEIVE_BYTES)
+        if not data:
+            raise ConnectionResetError
+        self._incoming.write(data)
+
+    def compute_handshake(self) -> None:
+        """Go on with the handshake as far as possible; raise ssl.SSLWantReadError when it is to be fed more.
+
+        What is to be sent then waits for flush. Another thread may call this, while nothing but close is called.
         """
-        try:
-            return super().recv(size, flags)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise BlockingIOError from None
+        self._tls.do_handshake()
 
-    def send(self, data: Any, flags: int = 0) -> int:
-        """Send the first bytes of data and return how many; raise BlockingIOError when none can be sent.
+    def flush(self) -> bool:
+        """Send what is encrypted, as far as the client takes it; tell whether that was all."""
+        self._encrypted += self._outgoing.read()
+        if self._encrypted:
+            with contextlib.suppress(BlockingIOError):
+                self._encrypted = self._encrypted[self._connection.send(self._encrypted) :]
+        return not self._encrypted
 
-        The next call has to have the same data.
+    def recv(self, size: int) -> bytes:
+        """Receive what has come, nothing at the end; raise BlockingIOError when nothing has."""
+        if not self.is_secure:
+            return self._connection.recv(size)
+        data, parts, is_at_end = b"", [], False
+        with contextlib.suppress(BlockingIOError):  # something may have come together with the handshake
+            data = self._connection.recv(TLS_RECEIVE_BYTES)
+            is_at_end = not data
+        self._incoming.write(data)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while part := self._tls.read(size):
+                parts.append(part)
+            is_at_end = True
+        self._fruitless_bytes = 0 if parts else self._fruitless_bytes + len(data)
+        if self._fruitless_bytes > TLS_FRUITLESS_BYTES_MAX:
+            raise ConnectionAbortedError
+        if not parts and not is_at_end:
+            raise BlockingIOError
+        return b"".join(parts)
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send the first bytes of data, and return how many; raise BlockingIOError when they cannot be sent now.
+
+        The next call has to have the same data then.
         """
-        try:
-            return super().send(memoryview(data)[:TLS_SEND_BYTES], flags)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise BlockingIOError from None
+        if not self.is_secure:
+            return self._connection.send(data)
+        if not self._in_flight:
+            self._in_flight = self._tls.write(memoryview(data)[:TLS_SEND_BYTES])
+        if not self.flush():
+            raise BlockingIOError
+        sent, self._in_flight = self._in_flight, 0
+        return sent
+
+    def _end(self) -> None:
+        """Say that no more is sent: else what was sent might seem to be cut (RFC 8446 section 6.1)."""
+        if self.is_secure:
+            self.is_secure = False
+            with contextlib.suppress(OSError, ValueError):
+                self._tls.unwrap()
+            with contextlib.suppress(OSError):
+                self.flush()
 
     def shutdown(self, how: int) -> None:
-        """Say that no more will be sent, in TLS too: else what was sent might seem to be cut (RFC 8446 section 6.1)."""
-        with contextlib.suppress(OSError, ValueError):
-            self.unwrap()
-        super().shutdown(how)
+        """Send no more; what comes is no longer decrypted."""
+        self._end()
+        self._connection.shutdown(how)
 
     def close(self) -> None:
         """Close the connection."""
-        with contextlib.suppress(OSError, ValueError):
-            self.unwrap()
-        super().close()
+        self._end()
+        self._connection.close()
 
 
 class BadCertificate(Exception):
@@ -3100,7 +3175,6 @@ class Certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION
-        context.sslsocket_class = SecureSocket
         for path in (self._path, self._key_path):  # the error of the next step does not name the file
             try:
                 with open(path, "rb"):
@@ -3128,9 +3202,9 @@ class Certificate:
         except (BadCertificate, OSError) as error:
             log("ERROR", f"the old certificate stays in use: {error}")
 
-    def wrap(self, connection: socket.socket) -> socket.socket:
-        """Return a connection that is about to do the handshake; raise OSError when the client has gone."""
-        return self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+    def wrap(self, connection: socket.socket) -> SecureSocket:
+        """Return a connection that has been accepted as one with TLS, which begins with a handshake."""
+        return SecureSocket(connection, self._context)
 
 
 # ---- Connections -----------------------------------------------------------------------------------------------------
@@ -3139,7 +3213,8 @@ class Certificate:
 # so that a client that sends a byte now and then gains nothing.
 
 # What a connection is doing; it decides who may use its handler, and what happens when the time for it is up.
-HANDSHAKING, IDLE, RECEIVING, WAITING, SENDING = "handshaking", "idle", "receiving", "waiting", "sending"
+HANDSHAKING, COMPUTING = "handshaking", "computing"  # waiting for the client's part, or for our own one
+IDLE, RECEIVING, WAITING, SENDING = "idle", "receiving", "waiting", "sending"
 POLLING, LINGERING, CLOSING, CLOSED = "polling", "lingering", "closing", "closed"
 
 
@@ -3158,8 +3233,8 @@ class RequestHandler:
     done with them. Only finish may be called by another thread, the one that committed the change it was WAITING for.
     """
 
-    def __init__(self, connection: socket.socket, address: tuple[Any, ...], server: Server) -> None:
-        """Take over a connection that has been accepted, and that begins with a handshake if it is a SecureSocket."""
+    def __init__(self, connection: socket.socket | SecureSocket, address: tuple[Any, ...], server: Server) -> None:
+        """Take over a connection that has been accepted."""
         self.connection, self.server = connection, server
         self.peer: str = address[0]
         self.received = bytearray()
@@ -3198,7 +3273,7 @@ class RequestHandler:
     def rank(self) -> tuple[int, float] | None:
         """Return when it is the connection's turn to give way if there are too many, the least first; None: never."""
         phase, deadline = self.state
-        if phase in (HANDSHAKING, RECEIVING, LINGERING) or (phase == IDLE and self.fields is None):
+        if phase in (HANDSHAKING, COMPUTING, RECEIVING, LINGERING) or (phase == IDLE and self.fields is None):
             return 0, self.started
         # A stranger's answers are short: who is slow to take them, or always has more to ask, may come again.
         if self.login[1] is NOBODY:
@@ -3231,36 +3306,40 @@ class RequestHandler:
         self.settle()
 
     def shake_hands(self) -> None:
-        """Go on with the TLS handshake, in another thread: its arithmetic takes long on a small machine.
+        """Go on with the TLS handshake, in another thread: its arithmetic takes long on a small machine."""
+        connection, deadline = cast(SecureSocket, self.connection), self.state[1]
 
-        What it sends fits into the socket's buffer, so that it only ever waits for the client.
-        """
-        state, connection = self.state, cast(SecureSocket, self.connection)
+        def compute() -> None:
+            if self.state[0] == COMPUTING:
+                connection.compute_handshake()
 
-        def go_on_or_close(outcome: Exception | None) -> None:
-            if isinstance(outcome, ssl.SSLWantReadError):
-                self.state = state
-                self.settle()
-            elif outcome:
-                if getattr(outcome, "reason", "") == "HTTP_REQUEST":
-                    self.refuse_plain_http()
-                self.enter(CLOSING, 0)
-                self.settle()
-            else:
-                self.enter(IDLE, FIRST_BYTE_SECONDS)
-                self.on_ready()
+        try:
+            connection.feed()
+            self.state = (COMPUTING, deadline)
+            self.server.handshakes.submit(compute, lambda outcome: self.go_on_shaking(outcome, deadline), self.peer)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.enter(CLOSING, 0)
 
-        self.watch(0)
-        self.enter(WAITING, math.inf)
-        self.server.handshakes.submit(connection.do_handshake, go_on_or_close)
-
-    def refuse_plain_http(self) -> None:
-        """Tell a client that does not speak TLS to do so, in plain HTTP."""
-        refusal = HTTPError(400, "this server speaks TLS; use https:// instead of http://").response("")
-        answer = encode_response(refusal, format_date(int(time.time()), usegmt=True), "close", with_body=True)
+    def go_on_shaking(self, outcome: Exception | None, deadline: float) -> None:
+        """Do what comes after a step of the handshake: wait for the client's next part, or for a request."""
+        connection = cast(SecureSocket, self.connection)
+        if self.state[0] != COMPUTING:  # it has been closed meanwhile
+            return
         with contextlib.suppress(OSError):
-            socket.socket.send(self.connection, answer)
-            socket.socket.recv(self.connection, RECEIVE_BYTES)  # to close with unread bytes would be to reset
+            connection.flush()  # it fits into the socket's buffer
+        if outcome is None:
+            connection.is_secure = True
+            self.enter(IDLE, FIRST_BYTE_SECONDS)
+            self.receive()
+        elif isinstance(outcome, ssl.SSLWantReadError):
+            self.state = (HANDSHAKING, deadline)
+        elif getattr(outcome, "reason", "") == "HTTP_REQUEST":
+            self.answer(HTTPError(400, "this server speaks TLS; use https:// instead of http://"))
+        else:
+            self.enter(CLOSING, 0)
+        self.settle()
 
     def settle(self) -> None:
         """Go on as far as possible, and then watch for what is needed."""
@@ -3287,6 +3366,8 @@ class RequestHandler:
             self.watch(0)  # and more need not be received before that
         elif phase == POLLING:  # that the client has gone is looked at, not what it sends
             self.watch(0 if self.received else selectors.EVENT_READ)
+        elif phase == COMPUTING:
+            self.watch(0)
         elif phase not in (WAITING, CLOSED):
             self.watch(selectors.EVENT_WRITE if phase == SENDING else selectors.EVENT_READ)
 
@@ -3348,7 +3429,7 @@ class RequestHandler:
     def admit(self, route: Route, request: Request) -> bool:
         """Note the user who sends a request, and raise HTTPError unless they may, and its body is not too long.
 
-        Returns False if the check of their password has to be waited for.
+        Returns False if the check of their password has to be waited for, or the connection is to be closed.
         """
         known_fields, user = self.login
         if request.fields is not known_fields or not self.server.reader.is_current(user):
@@ -3371,8 +3452,12 @@ class RequestHandler:
         if request.fields.body_length > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
         if self.body_pending and "expect" in request.fields.headers and not request.fields.is_http_1_0:
-            with contextlib.suppress(OSError):  # a client that does not get it sends the body after a while
-                self.connection.send(CONTINUE)
+            is_sent = False
+            with contextlib.suppress(OSError):
+                is_sent = self.connection.send(CONTINUE) == len(CONTINUE)
+            if not is_sent:  # the client takes nothing, and what of it is sent already must not begin the answer
+                self.enter(CLOSING, 0)
+                return False
         return True
 
     def wait_for_check(self, authorization: str) -> None:
@@ -3612,11 +3697,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.certificate = certificate
         self.errors = ErrorLog()
         self.stopping = False
-        self.connections: dict[socket.socket, RequestHandler] = {}
+        self.connections: dict[socket.socket | SecureSocket, RequestHandler] = {}
         self.selector = selectors.DefaultSelector()
         self.polls: dict[RequestHandler, tuple[int, str]] = {}  # who waits for a change, and of which pair
         self.metrics = Metrics(self.connections, self.polls)
-        self.authenticator = Authenticator(self.reader, Pool(1, self.post), self.renew_hash, self.metrics)
+        pools = Pool(1, self.post), Pool(1, self.post)
+        self.authenticator = Authenticator(self.reader, pools, self.renew_hash, self.metrics)
         self._polls_state = b""  # of the database, when all of them were last looked at
         self._days_noted: dict[int, int] = {}  # by a token's id, on which day its use was last noted
         self.changes: list[Change] = []  # to be made by the next transaction
@@ -3783,13 +3869,9 @@ class Server(http.server.ThreadingHTTPServer):
         """Serve a connection."""
         request.setblocking(False)
         if self.certificate:
-            try:
-                request = self.certificate.wrap(request)
-            except OSError:
-                self.close_request(request)
-                return
+            request = self.certificate.wrap(request)
         self.connections[request] = handler = RequestHandler(request, client_address, self)
-        self._call(handler.settle if self.certificate else handler.on_ready, request)
+        self._call(handler.on_ready, request)
 
     def _pause_accepting(self) -> None:
         """Leave further connections to the listen queue until the next look at what is due, or until one is closed."""
@@ -3969,7 +4051,7 @@ class Server(http.server.ThreadingHTTPServer):
         state = self.reader.state()
         if self.polls and state != self._polls_state:  # another process has committed, or polls have begun anew
             self._wake_polls(None, self._polls_state, state)
-        stop_seconds = {HANDSHAKING: 0.0, IDLE: 0.0, POLLING: 0.0, SENDING: STOP_SECONDS}
+        stop_seconds = {**dict.fromkeys((HANDSHAKING, COMPUTING, IDLE, POLLING), 0.0), SENDING: STOP_SECONDS}
         for connection, handler in list(self.connections.items()):
             phase, deadline = handler.state
             if min(deadline, self._stop_begun + stop_seconds.get(phase, STOP_REQUEST_SECONDS)) < now:
@@ -4176,20 +4258,23 @@ def sync(path: str) -> None:
 def write_backup(store: Store, path: str, force: bool) -> None:
     """Put a copy of a database at path, complete or not at all, readable by its owner only; raise CommandError."""
     check_backup_path(path, store.path, force)
-    part = f"{path}.{secrets.token_hex(4)}.part"
+    # In a folder that others cannot look into: they might put a file beside the copy which SQLite takes for its own.
+    folder = f"{path}.{secrets.token_hex(4)}.part"
+    copy = os.path.join(folder, "copy")
     try:
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        store.back_up(part)
-        sync(part)
+        os.mkdir(folder, 0o700)
+        os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        store.back_up(copy)
+        sync(copy)
         if force:
-            os.replace(part, path)
+            os.replace(copy, path)
         else:
             try:
-                os.link(part, path)  # fails if there is something by now, which a rename would overwrite
+                os.link(copy, path)  # fails if there is something by now, which a rename would overwrite
             except FileExistsError:
                 raise CommandError(f"{path} exists; to overwrite it, add --force") from None
             except OSError:  # a file system without hard links
-                os.rename(part, path)
+                os.rename(copy, path)
         with contextlib.suppress(OSError):  # not everywhere can folders be opened
             sync(os.path.dirname(os.path.abspath(path)))
     except OSError as error:
@@ -4199,7 +4284,9 @@ def write_backup(store: Store, path: str, force: bool) -> None:
     finally:
         for suffix in ("", *SIDE_FILES):
             with contextlib.suppress(OSError):
-                os.remove(part + suffix)
+                os.remove(copy + suffix)
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
 
 
 def format_time(seconds: float | None) -> str | None:
@@ -4303,7 +4390,7 @@ class ForeignDatabase:
                     self._take_pair(*map(as_text, row))
         except sqlite3.Error as error:
             raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
-        unknown = [name for name, user in self.accounts.items() if parse_hash(user.password_hash) is None]
+        unknown = [name for name, user in self.accounts.items() if parse_werkzeug_hash(user.password_hash) is None]
         if unknown:
             raise CommandError(
                 f"nothing was imported: the password hash of {join_names(unknown)} is of a kind that is not known here."
@@ -4579,6 +4666,8 @@ def announce(server: Server, store: Store) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until SIGTERM or Ctrl-C."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     settings = read_settings(arguments, SETTINGS)
     certificate = take_certificate(settings)
     threading.stack_size(THREAD_STACK_BYTES)
@@ -4592,7 +4681,7 @@ def serve(arguments: argparse.Namespace) -> None:
             raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
-        if hasattr(signal, "SIGHUP"):
+        if hasattr(signal, "SIGHUP") and certificate:
             signal.signal(signal.SIGHUP, lambda *_: server.renew_certificate())
         log("INFO", f"started: database={store.path}")
         announce(server, store)

@@ -959,6 +959,19 @@ class Checks(ServerCase):
         connection.sendall(f"GET /get?key=a HTTP/1.1\r\nHost: x\r\n{login}\r\n\r\n".encode())
         return connection
 
+    def test_the_check_of_a_hash_that_another_program_made_holds_up_nobody_else(self) -> None:
+        self.store.add_user("carol", WERKZEUG_HASHES["an old password"], is_admin=False)
+        connection = self.connect()
+        login = "Authorization: " + basic("carol", "an old password")
+        connection.sendall(f"GET /list HTTP/1.1\r\nHost: x\r\n{login}\r\n\r\n".encode())
+        wait_until(lambda: len(self.checked) == 1)
+        other = self.send_login("wrong")
+        wait_until(lambda: len(self.checked) == 2)
+        self.assertNotEqual(self.checked[0][1], self.checked[1][1])
+        self.release.set()
+        self.assertIn(b" 401 ", other.recv(65536))
+        self.assertIn(b" 200 ", connection.recv(65536))
+
     def test_requests_with_the_same_header_share_one_check(self) -> None:
         connections = [self.send_login(PASSWORDS["alice"]) for _ in range(20)]
         wait_until(lambda: len(self.server.connections) >= 20 and bool(self.checked))
@@ -1298,6 +1311,7 @@ class Hashes(unittest.TestCase):
             ("scrypt:2:1:17" + scrypt, False),
             ("scrypt:2:1:0" + scrypt, False),
             ("scrypt:32767:8:1" + scrypt, False),
+            ("scrypt:65536:1:1" + scrypt, False),  # RFC 7914 section 2: N is less than 2^(128 r / 8)
             ("scrypt:1:8:1" + scrypt, False),
             ("scrypt:0:8:1" + scrypt, False),
             ("scrypt:2:0:1" + scrypt, False),
@@ -1627,6 +1641,7 @@ class Connections(ServerCase):
         connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
         self.assertIn(b" 404 ", connection.recv(65536))
         (accepted,) = self.server.connections
+        assert isinstance(accepted, socket.socket)
         self.assertTrue(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_who_sends_many_requests_at_once_gets_one_answer_a_round(self) -> None:
@@ -1731,6 +1746,20 @@ class Secure(ServerCase):
         self.addCleanup(connection.close)
         return connection
 
+    @staticmethod
+    def hello() -> bytes:
+        """Return what a client begins a handshake with."""
+        sent = ssl.MemoryBIO()
+        with contextlib.suppress(ssl.SSLWantReadError):
+            trust(CERTIFICATE).wrap_bio(ssl.MemoryBIO(), sent, server_hostname="localhost").do_handshake()
+        return sent.read()
+
+    @staticmethod
+    def slowly() -> None:
+        """Be slow in a handshake."""
+        threading.Event().wait(0.05)
+        raise ssl.SSLWantReadError
+
     def list_all(self) -> int:
         """Return the status of a request that is sent on a connection of its own."""
         connection = self.secure()
@@ -1791,10 +1820,7 @@ class Secure(ServerCase):
         self.enter(mock.patch.object(kvserver, "HANDSHAKE_SECONDS", 0.5))
         silent = [self.connect() for _ in range(20)]
         halfway = self.connect()
-        sent, received = ssl.MemoryBIO(), ssl.MemoryBIO()
-        with self.assertRaises(ssl.SSLWantReadError):
-            trust(CERTIFICATE).wrap_bio(received, sent, server_hostname="localhost").do_handshake()
-        hello = sent.read()
+        hello = self.hello()
         halfway.sendall(hello[:-1])
         self.assertEqual(200, self.list_all())
         for connection in (*silent, halfway):
@@ -1810,6 +1836,43 @@ class Secure(ServerCase):
             self.fail("the handshake may take as long as bytes come")
         wait_until(lambda: not self.server.connections)
         self.assertEqual("", self.log.text())
+
+    def test_a_device_that_has_logged_in_is_not_closed_for_who_has_not_finished_the_handshake(self) -> None:
+        self.server.max_connections = 8
+        kept = self.secure()
+        self.assertEqual(200, self.ask(kept, "GET", "/list").status)
+        first = kept.sock
+        hello = self.hello()
+        with mock.patch.object(kvserver.SecureSocket, "compute_handshake", side_effect=self.slowly):
+            for _ in range(30):
+                self.connect().sendall(hello)
+                self.assertEqual(200, self.ask(kept, "GET", "/list").status)
+        self.assertIs(first, kept.sock)
+        self.assertEqual(200, self.list_all())
+
+    def test_a_handshake_that_is_computed_too_late_is_not_gone_on_with(self) -> None:
+        self.enter(mock.patch.object(kvserver, "HANDSHAKE_SECONDS", 0.2))
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        with mock.patch.object(
+            kvserver.SecureSocket, "compute_handshake", side_effect=lambda: go_on.wait(WAIT_SECONDS)
+        ):
+            connection = self.connect()
+            connection.sendall(self.hello())
+            self.assertEqual(b"", connection.recv(1))
+            go_on.set()
+        self.assertEqual(200, self.list_all())
+        self.assertEqual("", self.log.text())
+
+    def test_records_that_carry_nothing_have_an_end(self) -> None:
+        self.enter(mock.patch.object(kvserver, "FIRST_BYTE_SECONDS", 60))
+        with (
+            trust(CERTIFICATE).wrap_socket(self.connect(), server_hostname="localhost") as connection,
+            mock.patch.object(ssl.SSLObject, "read", side_effect=ssl.SSLWantReadError),
+        ):
+            with contextlib.suppress(OSError):
+                socket.socket.sendall(connection, b"x" * 2 * kvserver.TLS_FRUITLESS_BYTES_MAX)
+            wait_until(lambda: not self.server.connections)
 
     def test_who_goes_in_the_middle_of_the_handshake_leaves_nothing_behind(self) -> None:
         for data in (b"", b"\x16\x03\x01\x02\x00", bytes(range(256)) * 100):
@@ -5375,6 +5438,25 @@ class Backups(CommandCase):
             self.assertEqual("precious", file.read())
         self.assertFalse([name for name in self.names() if "part" in name])
 
+    def test_nobody_else_can_look_into_the_folder_where_the_copy_is_made(self) -> None:
+        modes: list[int] = []
+
+        def look(store: kvserver.Store, path: str) -> None:
+            self.assertEqual(self.folder, os.path.dirname(os.path.dirname(path)))
+            modes.extend(stat.S_IMODE(os.stat(name).st_mode) for name in (os.path.dirname(path), path))
+            back_up(store, path)
+
+        back_up, umask = kvserver.Store.back_up, os.umask(0)
+        self.addCleanup(os.umask, umask)
+        with (
+            contextlib.closing(kvserver.open_store(self.database)) as store,
+            mock.patch.object(kvserver.Store, "back_up", look),
+        ):
+            kvserver.write_backup(store, self.path, force=False)
+        self.assertEqual([0o700, 0o600], modes)
+        self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+        self.assertEqual({"backup.db", "test.db"}, self.names())
+
     def test_a_file_system_without_hard_links_will_do(self) -> None:
         refuse = mock.patch("os.link", side_effect=PermissionError(1, "Operation not permitted"))
         with contextlib.closing(kvserver.open_store(self.database)) as store, refuse:
@@ -5766,6 +5848,7 @@ class MovingIn(CommandCase):
 
     def test_a_hash_that_is_not_known_refuses_all_and_names_whose_it_is(self) -> None:
         for stored in (
+            kvserver.hash_password("a password"),  # nobody else makes these, with whatever parameters
             "md5$salt$00",
             "",
             "scrypt:1048576:8:1" + self.scrypt[16:],
