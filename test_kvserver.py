@@ -2010,6 +2010,8 @@ class Throttled(ServerCase):
         self.assertEqual(429, self.login("wrong password", "2001:db8:0:1:ffff::2")[0])
         self.assertEqual(401, self.login("wrong password", "2001:db8:0:2::1")[0])
         self.assertIn("address=2001:db8:0:2::1", self.log.text())
+        self.assertEqual(401, self.login("wrong password", "fe80::1%' status=200 address=192.0.2.3")[0])
+        self.assertTrue(self.log.lines[-1].endswith("address=fe80::1"), self.log.lines[-1])
 
     def test_only_trusted_proxies_are_believed(self) -> None:
         proxies = kvserver.parse_networks("10.0.0.0/8, 2001:db8::5")
