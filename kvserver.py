@@ -139,6 +139,8 @@ TLS_RECEIVE_BYTES = (
     4 * 1024
 )  # at a time: to work through records that carry nothing takes a millisecond for each 1.4 KB
 TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # of such records together; the longest one that carries something has 16 KiB
+TLS_OVERHEAD_MAX = 64  # bytes for each one that is carried
+TLS_REPLIES_BYTES_MAX = 1024  # that TLS has for the client by itself, and that wait for the next answer
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all answers that clients are slow to take
 LINGER_SECONDS = 2
 DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
@@ -1821,6 +1823,11 @@ def client_address(peer: str, forwarded_for: str, proxies: Networks) -> Address 
     return address
 
 
+def client_of(address: Address | None) -> object:
+    """Return what stands for all addresses that the one client can easily take who has this one."""
+    return int(address) >> (128 - IPV6_CLIENT_BITS) if isinstance(address, ipaddress.IPv6Address) else address
+
+
 class Throttle:
     """Bounds the failed logins of a client address: FAILURES_MAX at once, and then one in FAILURE_SECONDS.
 
@@ -1830,14 +1837,9 @@ class Throttle:
     def __init__(self) -> None:
         self._paid_off: dict[Any, float] = {}  # when the last failure of an address is forgotten, monotonic seconds
 
-    @staticmethod
-    def _client(address: Address | None) -> Any:
-        """Return what is counted: all addresses that one client can easily take."""
-        return int(address) >> (128 - IPV6_CLIENT_BITS) if isinstance(address, ipaddress.IPv6Address) else address
-
     def charge(self, address: Address | None) -> None:
         """Count a failed login; raise HTTPError when that is one too many."""
-        client, now = self._client(address), time.monotonic()
+        client, now = client_of(address), time.monotonic()
         paid_off = max(self._paid_off.get(client, now), now) + FAILURE_SECONDS
         wait_seconds = round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3)
         if wait_seconds > 0:
@@ -1850,7 +1852,7 @@ class Throttle:
 
     def give_back(self, address: Address | None) -> None:
         """Take a failure back that was charged and has not come about."""
-        client = self._client(address)
+        client = client_of(address)
         if client in self._paid_off:
             self._paid_off[client] -= FAILURE_SECONDS
 
@@ -1890,12 +1892,23 @@ class Pool:
         self._post = post
         self._threads, self._threads_left = 0, threads_max
         # By owner, whose turn it is first.
-        self._jobs: dict[object, collections.deque[tuple[Callable[[], Any], Callable[[Any], None]]]] = {}
+        self._jobs: dict[
+            object, collections.deque[tuple[Callable[[], Any], Callable[[Any], None], Callable[[], bool]]]
+        ] = {}
         self._jobs_lock = threading.Lock()
         self._jobs_count = threading.Semaphore(0)
 
-    def submit(self, function: Callable[[], Any], done: Callable[[Any], None], owner: object = NOBODY.id) -> None:
-        """Run a function in a thread of the pool, and post done with what it returned or raised, or an HTTPError."""
+    def submit(
+        self,
+        function: Callable[[], Any],
+        done: Callable[[Any], None],
+        owner: object = NOBODY.id,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Run a function in a thread of the pool, and post done with what it returned or raised, or an HTTPError.
+
+        If it is no longer wanted when its turn has come, nothing is done, and it is still the turn of its owner.
+        """
         if self._threads_left:
             try:
                 # A daemon does not hold up the end of the process.
@@ -1908,18 +1921,22 @@ class Pool:
                     self._post(functools.partial(done, error))
                     return
         with self._jobs_lock:
-            self._jobs.setdefault(owner, collections.deque()).append((function, done))
+            self._jobs.setdefault(owner, collections.deque()).append((function, done, is_wanted))
         self._jobs_count.release()
 
     def _run(self) -> None:
         """Run what is submitted."""
         while self._jobs_count.acquire():
             with self._jobs_lock:
-                owner = next(iter(self._jobs))
-                jobs = self._jobs.pop(owner)
-                function, done = jobs.popleft()
-                if jobs:
+                owner, jobs = next(iter(self._jobs.items()))
+                function, done, is_wanted = jobs.popleft()
+                is_turn_over = is_wanted()
+                if is_turn_over or not jobs:
+                    del self._jobs[owner]
+                if is_turn_over and jobs:
                     self._jobs[owner] = jobs  # behind all others
+            if not is_turn_over:
+                continue
             try:
                 outcome = function()
             except Exception as error:  # noqa: BLE001 - it is handed to whoever waits for the outcome
@@ -3072,7 +3089,8 @@ class SecureSocket:
         self.is_secure = False  # from the end of the handshake until we have said that no more comes
         self._encrypted = b""  # what is to be sent
         self._in_flight = 0  # how many bytes of the data that is being sent are in _encrypted
-        self._fruitless_bytes = 0  # received since there was something in them
+        self._fruitless_bytes = 0  # received beyond what was to be expected for what they carried
+        self.first_byte = b""
 
     def fileno(self) -> int:
         """Return the descriptor that the selector watches."""
@@ -3083,6 +3101,7 @@ class SecureSocket:
         data = self._connection.recv(TLS_RECEIVE_BYTES)
         if not data:
             raise ConnectionResetError
+        self.first_byte = self.first_byte or data[:1]
         self._incoming.write(data)
 
     def compute_handshake(self) -> None:
@@ -3113,12 +3132,15 @@ class SecureSocket:
             while part := self._tls.read(size):
                 parts.append(part)
             is_at_end = True
-        self._fruitless_bytes = 0 if parts else self._fruitless_bytes + len(data)
-        if self._fruitless_bytes > TLS_FRUITLESS_BYTES_MAX:
+            with contextlib.suppress(OSError):  # the selector is to see this end like any other
+                self._connection.shutdown(socket.SHUT_RD)
+        decrypted = b"".join(parts)
+        self._fruitless_bytes = max(0, self._fruitless_bytes + len(data) - TLS_OVERHEAD_MAX * len(decrypted))
+        if self._fruitless_bytes > TLS_FRUITLESS_BYTES_MAX or self._outgoing.pending > TLS_REPLIES_BYTES_MAX:
             raise ConnectionAbortedError
-        if not parts and not is_at_end:
+        if not decrypted and not is_at_end:
             raise BlockingIOError
-        return b"".join(parts)
+        return decrypted
 
     def send(self, data: bytes | memoryview) -> int:
         """Send the first bytes of data, and return how many; raise BlockingIOError when they cannot be sent now.
@@ -3301,22 +3323,22 @@ class RequestHandler:
             self.send()
         elif phase == HANDSHAKING:
             self.shake_hands()
-        elif phase != CLOSED:
+        elif phase != CLOSED and not (phase == IDLE and self.received):  # what is there already comes before the end
             self.receive()
         self.settle()
 
     def shake_hands(self) -> None:
         """Go on with the TLS handshake, in another thread: its arithmetic takes long on a small machine."""
         connection, deadline = cast(SecureSocket, self.connection), self.state[1]
-
-        def compute() -> None:
-            if self.state[0] == COMPUTING:
-                connection.compute_handshake()
-
         try:
             connection.feed()
             self.state = (COMPUTING, deadline)
-            self.server.handshakes.submit(compute, lambda outcome: self.go_on_shaking(outcome, deadline), self.peer)
+            self.server.handshakes.submit(
+                connection.compute_handshake,
+                lambda outcome: self.go_on_shaking(outcome, deadline),
+                client_of(parse_address(self.peer)),
+                lambda: self.state[0] == COMPUTING,
+            )
         except BlockingIOError:
             pass
         except OSError:
@@ -3335,7 +3357,7 @@ class RequestHandler:
             self.receive()
         elif isinstance(outcome, ssl.SSLWantReadError):
             self.state = (HANDSHAKING, deadline)
-        elif getattr(outcome, "reason", "") == "HTTP_REQUEST":
+        elif connection.first_byte.isalpha():  # as of a method, and of no record
             self.answer(HTTPError(400, "this server speaks TLS; use https:// instead of http://"))
         else:
             self.enter(CLOSING, 0)

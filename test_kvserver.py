@@ -1767,6 +1767,13 @@ class Secure(ServerCase):
         connection.close()
         return status
 
+    def list_pairs(self) -> dict[str, str]:
+        """Return alice's pairs."""
+        connection = self.secure()
+        pairs = json.loads(self.ask(connection, "GET", "/list").body)
+        connection.close()
+        return cast("dict[str, str]", pairs)
+
     def ask(self, connection: http.client.HTTPConnection, method: str, target: str, body: bytes = b"") -> Answer:
         """Send alice's request on a connection that stays open."""
         connection.request(method, target, body, {"Authorization": basic("alice", PASSWORDS["alice"])})
@@ -1884,10 +1891,42 @@ class Secure(ServerCase):
         self.assertEqual("", self.log.text())
 
     def test_plain_http_is_told_to_use_https(self) -> None:
-        answer = self.request("GET", "/list")
-        self.assertEqual(
-            (400, b"this server speaks TLS; use https:// instead of http://"), (answer.status, answer.body)
-        )
+        for method in ("GET", "DELETE", "OPTIONS", "PUT"):
+            answer = self.request(method, "/kv/a", b"x" * 1_000_000 if method == "PUT" else None)
+            expected = (400, b"this server speaks TLS; use https:// instead of http://")
+            self.assertEqual(expected, (answer.status, answer.body), method)
+
+    def test_whoever_ends_behind_several_requests_gets_all_answers(self) -> None:
+        requests = b"".join(self.raw(f"PUT /kv/{key} HTTP/1.1", "Content-Length: 1", body=b"1") for key in "abc")
+        for _ in range(10):
+            with trust(CERTIFICATE).wrap_socket(self.connect(), server_hostname="localhost") as connection:
+                connection.sendall(requests)
+                connection.shutdown(socket.SHUT_WR)  # also decrypts no more
+                answers = connection.recv(65536)
+                while data := connection.recv(65536):
+                    answers += data
+            self.assertEqual({"a": "1", "b": "1", "c": "1"}, self.list_pairs())
+            for key in "abc":
+                self.store.delete_pair(1, key)
+
+    def test_an_end_that_comes_together_with_a_request_is_seen(self) -> None:
+        for is_whole in (True, False):
+            sent, received, connection = ssl.MemoryBIO(), ssl.MemoryBIO(), self.connect()
+            client = trust(CERTIFICATE).wrap_bio(received, sent, server_hostname="localhost")
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    client.do_handshake()
+                    break
+                connection.sendall(sent.read())
+                received.write(connection.recv(65536))
+            client.write(self.raw("GET /list HTTP/1.1")[: None if is_whole else -1])
+            with contextlib.suppress(ssl.SSLWantReadError):
+                client.unwrap()
+            begun = time.monotonic()
+            connection.sendall(sent.read())
+            while data := connection.recv(65536):
+                received.write(data)
+            self.assertLess(time.monotonic() - begun, 5)  # and not the 10 or 30 seconds of a silent client
 
     def test_the_end_is_told(self) -> None:
         context = trust(CERTIFICATE)
@@ -2832,6 +2871,25 @@ class Overload(ServerCase):
                     self.assertEqual(404, self.request("GET", "/get?key=a").status)
                     seconds.append(time.monotonic() - begun)
         self.assertGreaterEqual(len([each for each in seconds if each < 1]), 190)
+
+    def test_what_is_no_longer_wanted_costs_its_owner_no_turn(self) -> None:
+        pool, order, may_go_on = kvserver.Pool(1, lambda done: done()), list[str](), threading.Event()
+        self.addCleanup(may_go_on.set)
+
+        def submit(name: str, owner: str, is_wanted: bool = True) -> None:
+            pool.submit(lambda: order.append(name), lambda outcome: None, owner, lambda: is_wanted)
+
+        pool.submit(lambda: may_go_on.wait(WAIT_SECONDS), lambda outcome: None)
+        for number in range(3):
+            submit(f"dead {number}", "a", is_wanted=False)
+        for name, owner in (("a1", "a"), ("b1", "b"), ("b2", "b"), ("a2", "a")):
+            submit(name, owner)
+        submit("dead", "b", is_wanted=False)
+        submit("c1", "c")
+        may_go_on.set()
+        wait_until(lambda: len(order) == 5)
+        self.assertEqual(["a1", "b1", "c1", "a2", "b2"], order)
+        self.assertEqual({}, pool._jobs)
 
     def test_a_thread_that_cannot_start_is_503_and_no_mistake(self) -> None:
         real_start = threading.Thread.start
