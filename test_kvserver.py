@@ -1636,6 +1636,15 @@ class Connections(ServerCase):
         self.stop()
         self.assertEqual("", self.log.text())
 
+    def test_what_has_come_is_answered_though_the_end_is_noticed_first(self) -> None:
+        connection = self.connect()
+        wait_until(lambda: bool(self.server.connections))
+        (handler,) = self.server.connections.values()
+        handler.received += self.raw("GET /list HTTP/1.1") * 2  # as if it had come together with the request before
+        connection.shutdown(socket.SHUT_WR)
+        answers = b"".join(iter(lambda: connection.recv(65536), b""))
+        self.assertEqual(2, answers.count(b"HTTP/1.1 200 "))
+
     def test_answers_do_not_wait_for_acknowledgements(self) -> None:
         connection = self.connect()
         connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
