@@ -281,24 +281,11 @@ def hash_password(password: str) -> str:
     return format_hash(salt, scrypt(secret, salt, cost, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM))
 
 
-def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
-    """Return the digest in a stored hash, and what makes that of the right password's UTF-8 bytes; None if unknown.
-
-    Werkzeug's hashes are known as well, so that accounts can be taken over.
-    """
-    match = SCRYPT_HASH.fullmatch(stored)
-    if match:
-        cost, block_size, parallelism = 1 << int(match[1]), int(match[2]), int(match[3])
-        try:
-            salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in match.group(4, 5))
-        except ValueError:
-            return None
-        return digest, lambda secret: scrypt(secret, salt, cost, block_size, parallelism)
-    return parse_werkzeug_hash(stored)
-
-
 def parse_werkzeug_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
-    """Return of a hash that Werkzeug made what parse_hash does; None as well if it would take too much memory or time."""
+    """Return the digest in a hash that Werkzeug made, and what makes that of the right password's UTF-8 bytes.
+
+    Returns None for a hash of another form, or one that would take too much memory or time.
+    """
     match = WERKZEUG_SCRYPT.fullmatch(stored)
     if match:
         cost, block_size, parallelism = map(int, match.group(1, 2, 3))
@@ -315,6 +302,19 @@ def parse_werkzeug_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] |
         digest, salt, iterations = bytes.fromhex(match[3]), match[2].encode("utf-8"), int(match[1])
         return digest, lambda secret: hashlib.pbkdf2_hmac("sha256", secret, salt, iterations)
     return None
+
+
+def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
+    """Return of a stored hash what parse_werkzeug_hash does: it is our own, or of an account that was taken over."""
+    match = SCRYPT_HASH.fullmatch(stored)
+    if match:
+        cost, block_size, parallelism = 1 << int(match[1]), int(match[2]), int(match[3])
+        try:
+            salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in match.group(4, 5))
+        except ValueError:
+            return None
+        return digest, lambda secret: scrypt(secret, salt, cost, block_size, parallelism)
+    return parse_werkzeug_hash(stored)
 
 
 def verify_password(password: str, stored: str) -> bool:
