@@ -8,6 +8,9 @@ write is answered only after it is on the disk.
     python kvserver.py serve            run the server; the first start adds the user admin and prints its password
     python kvserver.py adduser NAME     add a user; passwd USER sets a password, deluser USER deletes, users lists all
     python kvserver.py addtoken USER    add a token for a device; tokens USER lists them, deltoken USER ID deletes one
+    python kvserver.py addhook USER KEY URL
+                                    have a URL called when a pair changes; hooks lists, delhook ID deletes, testhook ID
+                                    sends a test
     python kvserver.py backup FILE      copy the database to a file
     python kvserver.py export [USER]    print pairs as lines of JSON; import FILE stores such lines, or moves in
 
@@ -32,7 +35,7 @@ what to do.
 
 The file is built from the ground up, each section using only what stands above it: Limits and defaults, Log, Names,
 passwords and tokens, Storage, HTTP messages, Parameters, Metrics, Authentication, API, Pages, Routes, TLS,
-Connections, Server, Settings, Backup, export and import, Command line.
+Connections, Hooks, Server, Settings, Backup, export and import, Command line.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ import errno
 import functools
 import getpass
 import hashlib
+import heapq
 import html
 import http.server
 import io
@@ -173,6 +177,20 @@ DAY_SECONDS = 24 * 3600
 PAGE_ROWS_MAX = 100
 VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
 FORM_FIELDS_BYTES = 4 * 1024  # what a form has beside a value, at most
+HOOK_SECONDS = 10  # for the whole exchange
+HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that who sends it sees no error
+HOOK_ANSWER_BYTES_MAX = 4 * 1024
+HOOK_RETRY_SECONDS_MAX = 3600
+HOOK_GIVE_UP_SECONDS = 24 * 3600
+HOOK_PENDING_MAX = 10_000  # deliveries of a hook
+HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
+HOOK_URL_BYTES_MAX = 4096
+IDEMPOTENCY_KEY_BYTES = 16
+SENDERS_MAX = 32  # threads that send deliveries
+SENDING_CHARACTERS_MAX = 8 * 1024 * 1024  # that they have in hand, but for the last delivery that is taken up
+RETRYING_SENDERS_MAX = 16  # of them, that try again what has failed
+RECEIVER_SENDERS_MAX = 8  # of them, that send to the same host
+OVERFLOW_SECONDS = 60  # until it is logged again that a hook's deliveries are dropped
 # Bounds of a histogram's buckets.
 DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
@@ -381,6 +399,37 @@ MIGRATIONS = (
             last_used_day INTEGER) -- days since 1970; NULL for never""",
         "CREATE INDEX token_user_id ON token (user_id)",
     ),
+    (
+        """CREATE TABLE hook (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
+            pattern TEXT NOT NULL, -- a key, or the beginning of keys and a star
+            value TEXT, -- to which a pair has to change; NULL for any
+            receiver TEXT NOT NULL, -- scheme and host of the URL, which is secret itself
+            url TEXT NOT NULL,
+            label TEXT NOT NULL,
+            queued INTEGER NOT NULL DEFAULT 0, -- number of the newest delivery
+            queued_bytes INTEGER NOT NULL DEFAULT 0, -- of all deliveries up to that one
+            handled INTEGER NOT NULL DEFAULT 0, -- number of the last one that has arrived or been given up
+            result TEXT, -- of the last try; NULL for none
+            result_time REAL) -- unix seconds""",
+        "CREATE INDEX hook_pattern ON hook (user_id, pattern)",
+        """CREATE TABLE delivery (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            hook_id INTEGER NOT NULL REFERENCES hook (id) ON DELETE CASCADE,
+            number INTEGER NOT NULL, -- of the hook's
+            bytes_before INTEGER NOT NULL, -- of the hook's
+            key TEXT NOT NULL,
+            value TEXT, -- NULL for none
+            old TEXT, -- the value before; NULL for none
+            created REAL NOT NULL, -- unix seconds
+            idempotency_key TEXT NOT NULL,
+            UNIQUE (hook_id, number))""",
+        # How long the beginning of a key may be, to join with. (A trigger has no WITH.)
+        "CREATE TABLE prefix_length (length INTEGER PRIMARY KEY)",
+        """WITH RECURSIVE counter (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM counter WHERE n < 512)
+            INSERT INTO prefix_length SELECT n FROM counter""",
+    ),
 )
 APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id tells our files from those of other programs
 
@@ -392,6 +441,61 @@ PRAGMAS = (
     # Some builds of SQLite overwrite all that is deleted: a mebibyte in the log for one that is deleted.
     "PRAGMA secure_delete = FAST",
 )
+
+# Deliveries are made by triggers, so that they are in the same transaction as the change, whatever makes that. The
+# triggers are there while there are hooks. (A migration that changes their tables has to drop them first.)
+NOW = "((julianday('now') - 2440587.5) * 86400 + 0.001)"  # unix seconds; SQLite cuts off what is below a millisecond
+
+
+def queue_deliveries(row: str, value: str, old: str, condition: str = "TRUE") -> str:
+    """Return the statement of a trigger that makes the deliveries for a change of a row's value from old."""
+    return (
+        "INSERT INTO delivery (hook_id, number, bytes_before, key, value, old, created, idempotency_key)"
+        f" SELECT id, queued + 1, queued_bytes, {row}.key, {value}, {old}, {NOW},"
+        f" lower(hex(randomblob({IDEMPOTENCY_KEY_BYTES}))) FROM hook"
+        f" WHERE {condition} AND user_id = {row}.user_id AND (value IS NULL OR value = {value}) AND pattern IN"
+        f" (SELECT {row}.key UNION ALL SELECT substr({row}.key, 1, length) || '*' FROM prefix_length"
+        f" WHERE length <= length({row}.key));"
+    )
+
+
+def hook_trigger(name: str, event: str, row: str, condition: str, *statements: str) -> str:
+    """Return the statement that makes a trigger for a change of a pair, unless there is one already."""
+    return (
+        f"CREATE TRIGGER IF NOT EXISTS {name} AFTER {event} ON pair WHEN ({condition})"
+        f" AND EXISTS (SELECT 1 FROM hook WHERE user_id = {row}.user_id) BEGIN {' '.join(statements)} END"
+    )
+
+
+HAD_EXPIRED = f"(OLD.expires IS NOT NULL AND OLD.expires <= {NOW})"
+CREATE_TRIGGERS = (
+    hook_trigger("pair_added", "INSERT", "NEW", "TRUE", queue_deliveries("NEW", "NEW.value", "NULL")),
+    hook_trigger("pair_removed", "DELETE", "OLD", "TRUE", queue_deliveries("OLD", "NULL", "OLD.value")),
+    # What had expired, if only just now, was gone before it got another value.
+    hook_trigger(
+        "pair_changed",
+        "UPDATE",
+        "NEW",
+        f"NEW.value <> OLD.value OR {HAD_EXPIRED}",
+        queue_deliveries("OLD", "NULL", "OLD.value", HAD_EXPIRED),
+        queue_deliveries("NEW", "NEW.value", f"CASE WHEN {HAD_EXPIRED} THEN NULL ELSE OLD.value END"),
+    ),
+    # The oldest make room, so that what is pending stays within the bounds.
+    f"""CREATE TRIGGER IF NOT EXISTS delivery_added AFTER INSERT ON delivery BEGIN
+        UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before + length(CAST(NEW.key AS BLOB))
+            + ifnull(length(CAST(NEW.value AS BLOB)), 0) + ifnull(length(CAST(NEW.old AS BLOB)), 0)
+            WHERE id = NEW.hook_id;
+        DELETE FROM delivery WHERE hook_id = NEW.hook_id AND number < (
+            SELECT number FROM delivery WHERE hook_id = NEW.hook_id AND number > NEW.number - {HOOK_PENDING_MAX}
+            AND (number = NEW.number OR bytes_before >=
+                (SELECT queued_bytes FROM hook WHERE id = NEW.hook_id) - {HOOK_PENDING_BYTES_MAX})
+            ORDER BY number LIMIT 1);
+        END""",
+    # Or the user's pairs, which go with them, would be delivered.
+    """CREATE TRIGGER IF NOT EXISTS user_removed BEFORE DELETE ON user BEGIN
+        DELETE FROM hook WHERE user_id = OLD.id; END""",
+)
+DROP_TRIGGERS = tuple(f"DROP TRIGGER IF EXISTS {statement.split()[5]}" for statement in CREATE_TRIGGERS)
 
 SELECT_USER = "SELECT id, name, password_hash, is_admin FROM user WHERE name = ?"
 SELECT_USERS = "SELECT id, name, is_admin FROM user WHERE name BETWEEN ? AND ? ORDER BY name LIMIT ?"
@@ -418,6 +522,31 @@ INSERT_TOKEN = (
 )
 UPDATE_TOKEN_USE = "UPDATE token SET last_used_day = ? WHERE id = ?"
 DELETE_TOKEN = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
+
+INSERT_HOOK = (
+    "INSERT INTO hook (user_id, pattern, value, receiver, url, label) SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"
+)
+DELETE_HOOK = "DELETE FROM hook WHERE id = ?"
+SELECT_ANY_HOOK = "SELECT 1 FROM hook LIMIT 1"
+SELECT_HOOK_URL = "SELECT pattern, url FROM hook WHERE id = ?"
+# The numbers of what is pending have no gaps, since only the oldest go.
+PENDING = "ifnull(queued + 1 - (SELECT min(number) FROM delivery WHERE hook_id = hook.id), 0)"
+SELECT_HOOKS = (
+    f"SELECT hook.id, name, pattern, substr(value, 1, ?), label, receiver, {PENDING}, result, result_time"
+    " FROM hook JOIN user ON user.id = user_id WHERE name BETWEEN ? AND ? ORDER BY hook.id LIMIT ?"
+)
+SELECT_PENDING_COUNT = f"SELECT CAST(total({PENDING}) AS INTEGER) FROM hook"
+SELECT_NEW_DELIVERIES = (
+    "SELECT hook_id, receiver, max(delivery.id) FROM delivery JOIN hook ON hook.id = hook_id WHERE delivery.id > ?"
+    " GROUP BY hook_id"
+)
+SELECT_NEXT_DELIVERY = (
+    "SELECT hook_id, receiver, url, number, handled, key, delivery.value, old, created, idempotency_key"
+    " FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ? ORDER BY number LIMIT 1"
+)
+DELETE_DELIVERY = "DELETE FROM delivery WHERE hook_id = ? AND number <= ?"
+UPDATE_HANDLED = "UPDATE hook SET handled = ? WHERE id = ? AND handled < ?"
+UPDATE_RESULT = "UPDATE hook SET result = ?, result_time = ? WHERE id = ?"
 
 # The cast hands over the UTF-8 bytes that are on the disk: they are what is sent, so that nothing need be decoded.
 SELECT_PAIR = (
@@ -446,10 +575,12 @@ SELECT_LAST_AND_NEXT = f"SELECT key {FROM_PAGE} LIMIT 2 OFFSET ?"
 SELECT_DATABASE_BYTES = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 SELECT_PAGE = f"SELECT CAST(json_group_object(key, value) AS BLOB) {FROM_PAGE}"
 SELECT_PAGE_WITH_TIMES = f"SELECT CAST(json_group_object(key, {PAIR_AS_JSON}) AS BLOB) {FROM_PAGE}"
-UPSERT_PAIR = (
-    "INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) ON CONFLICT (user_id, key)"
+# No OR REPLACE, for which SQLite runs no trigger.
+ON_PAIR_CONFLICT = (
+    "ON CONFLICT (user_id, key)"
     " DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"
 )
+UPSERT_PAIR = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {ON_PAIR_CONFLICT}"
 DELETE_PAIR = "DELETE FROM pair WHERE user_id = ? AND key = ? AND (expires IS NULL OR expires > ?)"
 DELETE_EXPIRED = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
 SELECT_EXPIRED = "SELECT 1 FROM pair WHERE expires <= ? LIMIT 1"
@@ -466,10 +597,10 @@ CREATE_IMPORTED = (
 INSERT_IMPORTED = "INSERT OR REPLACE INTO imported (name, key, value, updated, expires) VALUES (?, ?, ?, ?, ?)"
 SELECT_UNKNOWN_NAMES = "SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)"
 SELECT_IMPORTED_COUNT = "SELECT count(*) FROM imported"
-REPLACE_BY_IMPORTED = (
-    "INSERT OR REPLACE INTO pair (user_id, key, value, updated, expires)"
+IMPORT_PAIRS = (
+    "INSERT INTO pair (user_id, key, value, updated, expires)"
     " SELECT user.id, key, value, updated, expires FROM imported JOIN user USING (name)"
-    " WHERE expires IS NULL OR expires > ?"
+    f" WHERE expires IS NULL OR expires > ? {ON_PAIR_CONFLICT}"
 )
 SELECT_COUNTS = (
     "SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair) - (SELECT count(*) FROM pair WHERE expires <= ?)"
@@ -487,6 +618,11 @@ LAST_NAME = "\x7f"  # comes after all names of users
 def utc_day(seconds: float) -> str:
     """Return the day of a time in unix seconds."""
     return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+
+
+def utc_second(seconds: float) -> str:
+    """Return the second of a time in unix seconds."""
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 
 
 class Token(NamedTuple):
@@ -561,6 +697,40 @@ class Pair(NamedTuple):
     etag: str  # strong entity tag: a hash of the value, so that equal values have equal tags (RFC 9110 section 8.8.3)
 
 
+class Hook(NamedTuple):
+    """What may be shown of a hook: not its URL."""
+
+    id: int
+    user_name: str
+    pattern: str  # a key, or the beginning of keys and a star
+    value: str | None  # the beginning of the one to which a pair has to change; None for any
+    label: str
+    receiver: str  # scheme and host
+    pending: int  # deliveries
+    result: str | None  # of the last try
+    result_time: float | None  # unix seconds
+
+    def short_value(self) -> str:
+        """Return the value, cut off if it is long; nothing for any."""
+        value = self.value or ""
+        return value[:VALUE_SHOWN_CHARACTERS_MAX] + "…" if len(value) > VALUE_SHOWN_CHARACTERS_MAX else value
+
+
+class Delivery(NamedTuple):
+    """A change of a pair that a hook is to tell of: the oldest that has not arrived."""
+
+    hook_id: int
+    receiver: str  # scheme and host of the URL, which is secret itself
+    url: str
+    number: int  # of the hook's
+    handled: int  # number of the last one before it that has arrived or been given up; those between had to make room
+    key: str
+    value: str | None
+    old: str | None
+    created: float  # unix seconds
+    idempotency_key: str
+
+
 def entity_tag(value: bytes) -> str:
     """Return the entity tag of a value."""
     return f'"{hashlib.blake2b(value, digest_size=ENTITY_TAG_BYTES).hexdigest()}"'
@@ -607,6 +777,13 @@ class NoSuchToken(StoreError):
 
     def __init__(self, name: str, token_id: int) -> None:
         super().__init__(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
+
+
+class NoSuchHook(StoreError):
+    """There is no hook of that id, or no longer."""
+
+    def __init__(self, hook_id: int) -> None:
+        super().__init__(f"there is no hook {hook_id}; list them with: python kvserver.py hooks")
 
 
 class LastAdmin(StoreError):
@@ -795,6 +972,14 @@ class Store:
         self.changed_pairs = None  # several commits, of which only the last one's pairs are known
         return outcomes
 
+    def run_alone(self, operation: Callable[[Store], Any]) -> Any:
+        """Run an operation in a transaction of its own, and return or raise what it does."""
+        self.begin()
+        outcome = self.commit([operation])[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
     def hold_still(self) -> None:
         """Have all that is read from now on come from one state of the database."""
         self._execute("BEGIN")
@@ -855,7 +1040,7 @@ class Store:
                     f"there is no user {join_names(unknown)}; nothing was imported. Add users with: python kvserver.py"
                     " adduser NAME"
                 )
-            stored = self._execute(REPLACE_BY_IMPORTED, time.time()).rowcount
+            stored = self._execute(IMPORT_PAIRS, time.time()).rowcount
             self._execute("COMMIT")
             return stored, self._read(SELECT_IMPORTED_COUNT)[0][0] - stored
         finally:
@@ -908,9 +1093,10 @@ class Store:
             raise LastAdmin(name) if self.user(name) else NoSuchUser(name)
 
     def delete_user(self, name: str, even_last_admin: bool) -> None:
-        """Delete a user and all they stored; raise NoSuchUser, or LastAdmin unless that is wanted."""
+        """Delete a user and all they have, within a transaction; raise NoSuchUser, or LastAdmin unless it is wanted."""
         if not self._change_users(DELETE_USER, name, even_last_admin, name):
             raise LastAdmin(name) if self.user(name) else NoSuchUser(name)
+        self._drop_idle_triggers()
 
     def tokens(self, name: str) -> list[Token]:
         """Return a user's tokens, the oldest first."""
@@ -993,10 +1179,72 @@ class Store:
         """Tell whether there are pairs that have expired and are still on the disk."""
         return bool(self._read(SELECT_EXPIRED, time.time()))
 
-    def remove_expired(self) -> None:
-        """Remove pairs that have expired, the longest ago first, EXPIRED_PAIRS_MAX at most."""
-        if self._execute(DELETE_EXPIRED, time.time(), EXPIRED_PAIRS_MAX).rowcount:
+    def remove_expired(self) -> bool:
+        """Remove pairs that have expired, the longest ago first, EXPIRED_PAIRS_MAX at most; tell if any may be left."""
+        removed = self._execute(DELETE_EXPIRED, time.time(), EXPIRED_PAIRS_MAX).rowcount
+        if removed:
             self.changed_pairs = None  # which ones they were is not known
+        return removed == EXPIRED_PAIRS_MAX
+
+    def add_hook(self, name: str, pattern: str, url: str, receiver: str, value: str | None, label: str) -> int:
+        """Add a hook of a user, within a transaction, and return its id; raise NoSuchUser."""
+        cursor = self._execute(INSERT_HOOK, pattern, value, receiver, url, label, name)
+        if not cursor.rowcount or not cursor.lastrowid:
+            raise NoSuchUser(name)
+        for statement in CREATE_TRIGGERS:
+            self._execute(statement)
+        return cursor.lastrowid
+
+    def delete_hook(self, hook_id: int) -> None:
+        """Delete a hook and what is pending, within a transaction; raise NoSuchHook."""
+        if not self._execute(DELETE_HOOK, hook_id).rowcount:
+            raise NoSuchHook(hook_id)
+        self._drop_idle_triggers()
+
+    def _drop_idle_triggers(self) -> None:
+        """Drop the triggers that make deliveries if there are no hooks: without them, a change takes less time."""
+        if not self.has_hooks():
+            for statement in DROP_TRIGGERS:
+                self._execute(statement)
+
+    def has_hooks(self) -> bool:
+        """Tell whether anybody has a hook."""
+        return bool(self._read(SELECT_ANY_HOOK))
+
+    def hooks(self, first: str = "", last: str = LAST_NAME, limit: int = -1) -> list[Hook]:
+        """Return the hooks of the users with names from first to last: limit of them, or all if that is negative."""
+        return [Hook(*row) for row in self._read(SELECT_HOOKS, VALUE_SHOWN_CHARACTERS_MAX + 1, first, last, limit)]
+
+    def hook_url(self, hook_id: int) -> tuple[str, str]:
+        """Return pattern and URL of a hook; raise NoSuchHook."""
+        rows = self._read(SELECT_HOOK_URL, hook_id)
+        if not rows:
+            raise NoSuchHook(hook_id)
+        pattern, url = rows[0]
+        return pattern, url
+
+    def pending_count(self) -> int:
+        """Return how many deliveries are pending."""
+        count: int = self._read(SELECT_PENDING_COUNT)[0][0]
+        return count
+
+    def new_deliveries(self, newest: int) -> list[tuple[int, str, int]]:
+        """Return which hooks have deliveries with ids above newest, with receiver and newest id of each."""
+        return self._read(SELECT_NEW_DELIVERIES, newest)
+
+    def next_delivery(self, hook_id: int) -> Delivery | None:
+        """Return the oldest delivery of a hook that is pending, if there is one."""
+        rows = self._read(SELECT_NEXT_DELIVERY, hook_id)
+        return Delivery(*rows[0]) if rows else None
+
+    def note_handled(self, hook_id: int, number: int) -> None:
+        """Note that a hook's deliveries up to a number have arrived, or were given up: they are pending no longer."""
+        self._execute(DELETE_DELIVERY, hook_id, number)
+        self._execute(UPDATE_HANDLED, number, hook_id, number)
+
+    def note_result(self, hook_id: int, result: str) -> None:
+        """Note what came of the last try of a hook."""
+        self._execute(UPDATE_RESULT, result, time.time(), hook_id)
 
 
 # Of the file that CachingStore speaks of: the two copies of the header, and two numbers in it.
@@ -1692,6 +1940,9 @@ class Metrics:
         self.failed_logins = 0
         self.commits = 0
         self.writes = 0
+        self.deliveries = 0
+        self.failed_deliveries = 0
+        self.dropped_deliveries = 0
 
     def note_answer(self, endpoint: str, status: int, seconds: float) -> None:
         """Count an answer, and how long it took from the first byte of the request on."""
@@ -1732,6 +1983,10 @@ class Metrics:
                 "Changes that were made in them, without those that were refused.",
                 self.writes,
             ),
+            ("deliveries_total", "counter", "Deliveries of hooks that have arrived.", self.deliveries),
+            ("failed_deliveries_total", "counter", "Tries to deliver that have failed.", self.failed_deliveries),
+            ("dropped_deliveries_total", "counter", "Deliveries that were given up.", self.dropped_deliveries),
+            ("pending_deliveries", "gauge", "Deliveries that have not arrived yet.", store.pending_count()),
             ("connections", "gauge", "Connections that are open.", len(self._connections)),
             ("polls", "gauge", "Requests that wait for a change.", len(self._polls)),
             ("database_bytes", "gauge", "Length of the database.", database_bytes),
@@ -1890,7 +2145,8 @@ class Pool:
     def __init__(self, threads_max: int, post: Callable[[Callable[[], None]], None]) -> None:
         """Be ready to start so many threads."""
         self._post = post
-        self._threads, self._threads_left = 0, threads_max
+        self._threads, self._threads_max = 0, threads_max
+        self._unfinished = 0  # jobs
         # By owner, whose turn it is first.
         self._jobs: dict[
             object, collections.deque[tuple[Callable[[], Any], Callable[[Any], None], Callable[[], bool]]]
@@ -1909,11 +2165,10 @@ class Pool:
 
         If it is no longer wanted when its turn has come, nothing is done, and it is still the turn of its owner.
         """
-        if self._threads_left:
+        if self._threads <= self._unfinished and self._threads < self._threads_max:
             try:
                 # A daemon does not hold up the end of the process.
                 threading.Thread(target=self._run, daemon=True).start()
-                self._threads_left -= 1
                 self._threads += 1
             except RuntimeError:  # there is no memory for it
                 if not self._threads:
@@ -1922,6 +2177,7 @@ class Pool:
                     return
         with self._jobs_lock:
             self._jobs.setdefault(owner, collections.deque()).append((function, done, is_wanted))
+            self._unfinished += 1
         self._jobs_count.release()
 
     def _run(self) -> None:
@@ -1935,13 +2191,14 @@ class Pool:
                     del self._jobs[owner]
                 if is_turn_over and jobs:
                     self._jobs[owner] = jobs  # behind all others
-            if not is_turn_over:
-                continue
-            try:
-                outcome = function()
-            except Exception as error:  # noqa: BLE001 - it is handed to whoever waits for the outcome
-                outcome = error
-            self._post(functools.partial(done, outcome))
+            if is_turn_over:
+                try:
+                    outcome = function()
+                except Exception as error:  # noqa: BLE001 - it is handed to whoever waits for the outcome
+                    outcome = error
+                self._post(functools.partial(done, outcome))
+            with self._jobs_lock:
+                self._unfinished -= 1
 
 
 class Authenticator:
@@ -2548,8 +2805,7 @@ def make_time(seconds: float | None) -> str:
     """Return a time in unix seconds in words that say how long ago that is, and exactly where somebody points at it."""
     if seconds is None:
         return "never"
-    exact = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
-    return tag("time", relative_time(seconds - time.time()), datetime=exact)
+    return tag("time", relative_time(seconds - time.time()), datetime=utc_second(seconds))
 
 
 def make_table(names: Sequence[str], rows: Sequence[Sequence[str | list[str]]], kind: str = "") -> Markup:
@@ -2598,6 +2854,19 @@ def make_tokens(tokens: Sequence[Token], *fields: Field) -> Markup:
     return make_table(("Label", "Rights", "Last used", "Revoke"), rows)
 
 
+def make_hooks(hooks: Sequence[Hook]) -> Markup:
+    """Return the table of all users' hooks, PAGE_ROWS_MAX at most."""
+    rows = []
+    for hook in hooks[:PAGE_ROWS_MAX]:
+        key = [make_visible(hook.pattern)]
+        if hook.value is not None:
+            key.append(tag("small", f"only when it becomes {make_visible(hook.short_value())}"))
+        receiver = [hook.receiver, tag("small", hook.label)] if hook.label else [hook.receiver]
+        result = [hook.result, tag("small", make_time(hook.result_time))] if hook.result else ["-"]
+        rows.append((make_visible(hook.user_name), key, receiver, str(hook.pending), result))
+    return make_table(("User", "Key", "Receiver", "Pending", "Last result"), rows)
+
+
 def add_slash(store: Store, request: Request) -> Response:
     """Lead from a path without a slash at its end to the one with it, before a browser is asked for a password there.
 
@@ -2643,6 +2912,8 @@ def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
         )
         for user in users[:PAGE_ROWS_MAX]
     ]
+    hooks = store.hooks(limit=PAGE_ROWS_MAX + 1)
+    more_hooks = [tag("p", "There are more: ", tag("code", "kvserver.py hooks"))] if len(hooks) > PAGE_ROWS_MAX else []
     return make_page(
         "Accounts",
         make_table(("Name", "Role", "States", "Newest change", "Delete"), rows),
@@ -2656,6 +2927,12 @@ def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
             Field("isAdmin", "May manage accounts (admin)", "checkbox"),
             problem=problem,
         ),
+        tag("h2", "Hooks", id="hooks"),
+        tag(
+            "p", "Who is told when a state changes. To change that takes a shell: ", tag("code", "kvserver.py addhook")
+        ),
+        make_hooks(hooks),
+        *more_hooks,
         user=request.user,
         path="admin/",
         problem=problem,
@@ -3666,6 +3943,429 @@ class RequestHandler:
         self.settle()
 
 
+# ---- Hooks -----------------------------------------------------------------------------------------------------------
+# What is told of changes, to whom, and how long that is tried. Only somebody with a shell on the machine says to whom:
+# if users could, they could have the server send requests into the network that it stands in.
+
+HOOK_URL = re.compile(r"(https?)://(?:([^/?#@]*)@)?([^/?#@]+)([/?][^#]*)?(?:#.*)?", re.IGNORECASE)
+STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
+HEAD_END = re.compile(rb"\n\r?\n")
+RETRY_AFTER_FIELD = re.compile(rb"^retry-after:[ \t]*([0-9]{1,9})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+HTTPS_PORT, HTTP_PORT = 443, 80
+
+
+class BadHook(ValueError):
+    """This cannot be what a hook is made of; the message says what can."""
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise BadHook unless pattern can be a hook's: a key, or the beginning of keys and a star."""
+    try:
+        if pattern != "*":
+            require_key(pattern.removesuffix("*"))
+    except (HTTPError, UnicodeEncodeError):
+        raise BadHook(
+            f"KEY is a key, or what keys begin with and a star: 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL"
+        ) from None
+
+
+def check_hook_value(value: str) -> None:
+    """Raise BadHook unless a pair can have this value."""
+    try:
+        check_value(value)
+    except (HTTPError, UnicodeEncodeError):
+        raise BadHook(f"a value is at most {VALUE_BYTES_MAX} bytes of UTF-8") from None
+
+
+class Target(NamedTuple):
+    """What a URL says: where to send a request, and what stands in it."""
+
+    is_secure: bool
+    host: str
+    port: int
+    authority: str  # host and port as they stand in the URL
+    path: str  # and the query
+    login: str  # name and password with a colon between, not encoded; or nothing
+
+    def receiver(self) -> str:
+        """Return what may be shown: scheme and host."""
+        return f"{'https' if self.is_secure else 'http'}://{self.authority}"
+
+
+def parse_hook_url(url: str) -> Target:
+    """Return what a hook's URL says; raise BadHook, whose message does not quote it."""
+    if not re.fullmatch("[!-~]+", url) or len(url) > HOOK_URL_BYTES_MAX:
+        raise BadHook(
+            f"a URL has at most {HOOK_URL_BYTES_MAX} characters, all ASCII and no space: percent-encode what is another"
+        )
+    match = HOOK_URL.fullmatch(url)
+    if not match or not HOST.fullmatch(match[3]):
+        raise BadHook("a URL is like http://HOST:PORT/PATH, or begins with https://")
+    is_secure = match[1].lower() == "https"
+    try:
+        parts = urllib.parse.urlsplit("//" + match[3])
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or port == 0:
+        raise BadHook("the URL has no host, or no port that can be one")
+    path = match[4] or "/"
+    return Target(
+        is_secure,
+        host,
+        port or (HTTPS_PORT if is_secure else HTTP_PORT),
+        match[3],
+        path if path.startswith("/") else "/" + path,
+        urllib.parse.unquote(match[2] or ""),
+    )
+
+
+class Answer(NamedTuple):
+    """What a receiver has answered, or why not; its text does not quote the URL."""
+
+    status: int  # 0 when no whole status line has come
+    text: str  # the status, or what went wrong
+    retry_after: float | None = None  # seconds, if it says so
+
+    def is_success(self) -> bool:
+        """Tell whether what was sent has arrived."""
+        return 200 <= self.status < 300
+
+    def is_refusal(self) -> bool:
+        """Tell whether there is no use in trying again; redirections are not followed."""
+        return 300 <= self.status < 500 and self.status not in (408, 429)
+
+
+def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
+    """Return the answer that has come, None before its status line is whole, and whether that is all that is wanted.
+
+    What may be wanted beside the status is the header Retry-After. Answers before the final one (1xx) are skipped.
+    """
+    while True:
+        status_line, head_end = STATUS_LINE.match(received), HEAD_END.search(received)
+        if not status_line:
+            return None, False
+        status = int(status_line[1])
+        if status >= 200:
+            break
+        if not head_end:
+            return None, False
+        received = received[head_end.end() :]
+    try:
+        text = f"{status} {http.HTTPStatus(status).phrase}"
+    except ValueError:
+        text = str(status)
+    if status not in (429, 503):
+        return Answer(status, text), True
+    retry_after = RETRY_AFTER_FIELD.search(received, 0, head_end.end() if head_end else len(received))
+    seconds = max(1.0, float(retry_after[1])) if retry_after else None
+    return Answer(status, text, seconds), head_end is not None
+
+
+@functools.lru_cache(maxsize=1)
+def client_context() -> ssl.SSLContext:
+    """Return what connections to receivers are made with: certificates and their names are verified."""
+    return ssl.create_default_context()
+
+
+def describe_failure(error: Exception) -> str:
+    """Return in words why an exchange failed."""
+    if isinstance(error, (TimeoutError, socket.timeout)):
+        return f"no answer within {HOOK_SECONDS} seconds"
+    if isinstance(error, socket.gaierror):
+        return "the host is unknown"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate was refused: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {(error.reason or 'unknown').lower().replace('_', ' ')}"
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+
+
+class Exchange:
+    """Sends one request and receives its answer, all of it within HOOK_SECONDS.
+
+    It does less than http.client does: neither a proxy nor a redirection is looked for, and a status line that is cut
+    off is none.
+    """
+
+    def __init__(self, target: Target) -> None:
+        """Begin; the time runs from now on."""
+        self._target = target
+        self._give_up = time.monotonic() + HOOK_SECONDS
+
+    def _limit(self, connection: socket.socket, share: int = 1) -> None:
+        """Have the next step end when the time is up, or that share of it; raise TimeoutError if it is."""
+        seconds = self._give_up - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        connection.settimeout(seconds / share)
+
+    def _connect(self) -> socket.socket:
+        """Return a connection to the first address that takes it."""
+        failure: OSError = OSError(0, "the host has no address")
+        addresses = socket.getaddrinfo(self._target.host, self._target.port, type=socket.SOCK_STREAM)
+        for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+            connection = socket.socket(family, kind, protocol)
+            try:
+                self._limit(connection, len(addresses) - tried)
+                connection.connect(address)
+                if not self._target.is_secure:
+                    return connection
+                self._limit(connection)
+                return client_context().wrap_socket(connection, server_hostname=self._target.host)
+            except OSError as error:
+                connection.close()
+                failure = error
+        raise failure
+
+    def _send(self, connection: socket.socket, request: bytes) -> None:
+        """Send a request, or as much of it as is taken: who refuses it may answer before it has come in full."""
+        unsent = memoryview(request)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while unsent:
+                self._limit(connection)
+                unsent = unsent[connection.send(unsent[:RECEIVE_BYTES]) :]
+
+    def _receive(self, connection: socket.socket) -> Answer:
+        """Return the answer."""
+        received, problem = b"", "the connection was closed before a whole status line had come"
+        answer, is_complete = None, False
+        try:
+            while not is_complete and len(received) < HOOK_ANSWER_BYTES_MAX:
+                self._limit(connection)
+                data = connection.recv(HOOK_ANSWER_BYTES_MAX - len(received))
+                if not data:
+                    break
+                received += data
+                answer, is_complete = parse_answer(received)
+            else:
+                problem = f"no status line within the first {HOOK_ANSWER_BYTES_MAX} bytes"
+        except OSError as error:
+            problem = describe_failure(error)
+        return answer or Answer(0, problem)
+
+    def _linger(self, connection: socket.socket) -> None:
+        """Take a little more of an answer: if we closed before it has come, who sends it might see an error."""
+        self._give_up, left = time.monotonic() + HOOK_LINGER_SECONDS, HOOK_ANSWER_BYTES_MAX
+        with contextlib.suppress(OSError):
+            while left > 0:
+                self._limit(connection)
+                data = connection.recv(left)
+                left = left - len(data) if data else 0
+
+    def post(self, body: bytes, idempotency_key: str) -> Answer:
+        """Send JSON, and return the answer."""
+        target = self._target
+        lines = [
+            f"POST {target.path} HTTP/1.1",
+            f"Host: {target.authority}",
+            f"User-Agent: kvserver/{__version__}",
+            f"Content-Type: {JSON}",
+            f"Content-Length: {len(body)}",
+            f"Idempotency-Key: {idempotency_key}",
+            "Connection: close",
+        ]
+        if target.login:
+            lines.append("Authorization: Basic " + base64.b64encode(target.login.encode("utf-8")).decode())
+        try:
+            with self._connect() as connection:
+                self._send(connection, "\r\n".join([*lines, "", ""]).encode() + body)
+                answer = self._receive(connection)
+                if answer.status:
+                    self._linger(connection)
+                return answer
+        except (OSError, ValueError) as error:  # the latter for a name that cannot be one of a host
+            return Answer(0, describe_failure(error))
+
+
+def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> Answer:
+    """Send the members of a JSON object to a hook's URL, in UTF-8, and return the answer."""
+    body = json.dumps(members, ensure_ascii=False).encode("utf-8")
+    return Exchange(parse_hook_url(url)).post(body, idempotency_key)
+
+
+class Sending:
+    """What is remembered of a hook that has deliveries pending."""
+
+    def __init__(self, receiver: str) -> None:
+        """Nothing has been tried yet."""
+        self.receiver = receiver
+        self.failures = 0  # tries in a row that have failed
+        self.handled = 0  # number of the last delivery that has arrived, or is known to have been dropped
+        self.dropped = 0  # deliveries that had to make room, of which that is not logged
+        self.looked = -math.inf  # when that was looked for, in monotonic seconds
+
+    def kind(self) -> tuple[bool, str]:
+        """Return what its next try is bounded together with: whether that is one more, and the receiver."""
+        return self.failures > 0, self.receiver
+
+
+class Outbox:
+    """Has deliveries sent: those of a hook in order and one at a time. All runs in the leading thread, but for deliver.
+
+    What it remembers is what is tried when. What is to be sent, and what has arrived, is in the database.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        pool: Pool,
+        post: Callable[[Callable[[], None]], None],
+        change: Callable[[Change], None],
+        metrics: Metrics,
+        errors: ErrorLog,
+    ) -> None:
+        """Send what a store has, with a pool's threads; change has a change made, and post calls a function soon."""
+        self._store, self._pool, self._post, self._change = store, pool, post, change
+        self._metrics, self._errors = metrics, errors
+        self.has_hooks = False
+        self.busy: dict[int, tuple[bool, str, int]] = {}  # tries that are under way, by hook: kind and characters
+        self._newest = 0  # id of the newest delivery that has been seen
+        self._sendings: dict[int, Sending] = {}  # by hook
+        self._ready: dict[tuple[bool, str], collections.deque[int]] = {}  # hooks that may be tried now, by kind
+        self._waiting: list[tuple[float, int]] = []  # heap: when to try again, in monotonic seconds, and which hook
+        self._lock_file: BinaryIO | None = None
+        self._is_sender = False
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Begin no further try."""
+        self._is_stopped = True
+
+    def close(self) -> None:
+        """Let another process send."""
+        if self._lock_file:
+            self._lock_file.close()
+
+    def _may_send(self) -> bool:
+        """Tell whether this process sends: of several with one database only one does, as long as it lives."""
+        if self._is_sender:
+            return True
+        try:
+            import fcntl  # here, because it is missing on Windows
+        except ImportError:
+            return True
+        path = os.path.realpath(self._store.path) + "-hooks"
+        try:
+            if not self._lock_file:
+                self._lock_file = open(path, "ab", opener=functools.partial(os.open, mode=0o600))  # noqa: SIM115
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._is_sender = True
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._errors.write(f"no hook is called, since {path} cannot be locked: {error.strerror}")
+        return self._is_sender
+
+    def look(self) -> None:
+        """Have all sent that is due."""
+        self.has_hooks = self._store.has_hooks()
+        if self._is_stopped or not (self.has_hooks and self._may_send()):
+            return
+        now = time.monotonic()
+        for hook_id, receiver, newest in self._store.new_deliveries(self._newest):
+            self._newest = max(self._newest, newest)
+            if hook_id not in self._sendings:
+                self._sendings[hook_id] = Sending(receiver)
+                self._make_ready(hook_id)
+            elif hook_id not in self.busy and self._sendings[hook_id].looked + OVERFLOW_SECONDS < now:
+                self._next_delivery(hook_id)
+        while self._waiting and self._waiting[0][0] <= now:
+            self._make_ready(heapq.heappop(self._waiting)[1])
+        self._send_ready()
+
+    def _make_ready(self, hook_id: int) -> None:
+        """Have a hook's next delivery sent as soon as there is a thread for it."""
+        self._ready.setdefault(self._sendings[hook_id].kind(), collections.deque()).append(hook_id)
+
+    def _send_ready(self) -> None:
+        """Send as much as the bounds allow: receivers that do not answer leave threads to those that do."""
+        for kind in sorted(self._ready):  # what has not failed comes first
+            hooks = self._ready[kind]
+            while hooks and self._has_thread(*kind):
+                self._send(hooks[0], kind)
+                hooks.popleft()
+            if not hooks:
+                del self._ready[kind]
+
+    def _has_thread(self, is_retry: bool, receiver: str) -> bool:
+        """Tell whether one more try of a kind is within the bounds."""
+        tries = self.busy.values()
+        return (
+            len(tries) < SENDERS_MAX
+            and sum(characters for _, _, characters in tries) < SENDING_CHARACTERS_MAX
+            and sum(other == receiver for _, other, _ in tries) < RECEIVER_SENDERS_MAX
+            and not (is_retry and sum(is_other_retry for is_other_retry, _, _ in tries) >= RETRYING_SENDERS_MAX)
+        )
+
+    def _next_delivery(self, hook_id: int) -> Delivery | None:
+        """Return a hook's oldest delivery, if it has one; log now and then how many had to make room."""
+        sending, now = self._sendings[hook_id], time.monotonic()
+        delivery = self._store.next_delivery(hook_id)
+        if delivery:
+            sending.handled = max(sending.handled, delivery.handled)
+            dropped = delivery.number - 1 - sending.handled
+            sending.handled += dropped
+            sending.dropped += dropped
+            self._metrics.dropped_deliveries += dropped
+        if sending.dropped and (delivery is None or sending.looked + OVERFLOW_SECONDS < now):
+            bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
+            what = f"dropped the oldest deliveries, since more than {bounds} were pending: {sending.dropped}"
+            log("ERROR", f"hook {hook_id} to {sending.receiver}: {what}")
+            sending.dropped = 0
+        sending.looked = now
+        return delivery
+
+    def _send(self, hook_id: int, kind: tuple[bool, str]) -> None:
+        """Send a hook's next delivery."""
+        delivery = self._next_delivery(hook_id)
+        if delivery is None:  # nothing is pending any more, or the hook has been deleted
+            del self._sendings[hook_id]
+            return
+        self.busy[hook_id] = (*kind, len(delivery.value or "") + len(delivery.old or ""))
+        members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
+        self._pool.submit(
+            functools.partial(deliver, delivery.url, delivery.idempotency_key, members),
+            functools.partial(self._note, delivery),
+        )
+
+    def _note(self, delivery: Delivery, outcome: Any) -> None:
+        """Note what has come of a try, and then go on with the hook: with the next delivery, or with this one later."""
+        hook_id, sending = delivery.hook_id, self._sendings[delivery.hook_id]
+        answer = outcome if isinstance(outcome, Answer) else Answer(0, type(outcome).__name__)
+        hook = f"hook {hook_id} to {delivery.receiver}"
+        seconds, seconds_left = 0.0, delivery.created + HOOK_GIVE_UP_SECONDS - time.time()
+        if answer.is_success():
+            self._metrics.deliveries += 1
+        else:
+            self._metrics.failed_deliveries += 1
+        is_done = answer.is_success() or answer.is_refusal() or seconds_left <= 0
+        if is_done:
+            sending.failures = 0
+            if not answer.is_success():
+                self._metrics.dropped_deliveries += 1
+                self._errors.write(f"{hook}: dropped a delivery: {answer.text}")
+        else:
+            seconds = answer.retry_after or 2.0 ** min(sending.failures, 12)
+            seconds = min(seconds, HOOK_RETRY_SECONDS_MAX, seconds_left)
+            sending.failures += 1
+            if sending.failures == 1:
+                log("WARNING", f"{hook}: {answer.text}; trying again for a day")
+        handled = delivery.number if is_done else delivery.number - 1
+
+        def note(store: Store) -> None:
+            store.note_handled(hook_id, handled)
+            store.note_result(hook_id, answer.text)
+
+        def go_on(outcome: Any) -> None:
+            del self.busy[hook_id]
+            pause = max(seconds, RETRY_AFTER_SECONDS) if isinstance(outcome, Exception) else seconds
+            heapq.heappush(self._waiting, (time.monotonic() + pause, hook_id))
+            self.look()
+
+        self._change(Change(note, lambda outcome: self._post(functools.partial(go_on, outcome)), 0))
+
+
 # ---- Server ----------------------------------------------------------------------------------------------------------
 # Accepts connections, calls their handlers when there is something to do, and makes changes, in transactions that many
 # requests share.
@@ -3737,6 +4437,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._woken, self._waker = socket.socketpair()
         self.workers = Pool(WORKERS_MAX, self.post)
         self.handshakes = Pool(1, self.post)
+        senders = Pool(SENDERS_MAX, self.post)
+        self.outbox = Outbox(self.reader, senders, self.post, self.change, self.metrics, self.errors)
         self._renewal_wanted = False  # of the certificate
         self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
@@ -3766,6 +4468,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.selector.close()
         self._woken.close()
         self._waker.close()
+        self.outbox.close()
         self.reader.close()
         self.writer.close()
 
@@ -3975,12 +4678,16 @@ class Server(http.server.ThreadingHTTPServer):
             self.changes.remove(waited_for)
             return True
 
+    def _has_changes(self) -> bool:
+        """Tell whether something is to be committed; what has expired waits for changes, unless there are hooks."""
+        return bool(self.changes) or (self._has_expired and self.outbox.has_hooks)
+
     def _may_commit(self) -> bool:
         """Tell whether the caller is to commit: there are changes, and no other thread is at it."""
-        if not self.changes:
+        if not self._has_changes():
             return False
         with self._changes_lock:
-            if not self.changes or self._committing:
+            if not self._has_changes() or self._committing:
                 return False
             self._committing = True
             return True
@@ -4021,8 +4728,9 @@ class Server(http.server.ThreadingHTTPServer):
             if not failure:
                 # What has expired is removed in passing: first, so that it makes room for what comes.
                 passing = [Store.remove_expired] if self._has_expired else []
-                outcomes = self.writer.commit([*passing, *(change.operation for change in changes)])[len(passing) :]
-                self._has_expired = False
+                all_outcomes = self.writer.commit([*passing, *(change.operation for change in changes)])
+                outcomes = all_outcomes[len(passing) :]
+                self._has_expired = all_outcomes[: len(passing)] == [True]
                 self.metrics.commits = self.writer.commits
                 self.metrics.writes += sum(not isinstance(outcome, Exception) for outcome in outcomes)
                 self._restart_long_log()
@@ -4041,6 +4749,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._call(functools.partial(change.done, outcome))
         if self.polls or not leading:  # a poll may begin just now if another thread leads
             self.post(functools.partial(self._wake_polls, changed_pairs, state_before, state))
+        if self.outbox.has_hooks:
+            self.post(self.outbox.look)
         return True
 
     def _restart_long_log(self) -> None:
@@ -4063,6 +4773,7 @@ class Server(http.server.ThreadingHTTPServer):
         now = time.monotonic()
         if self.stopping and self._stop_begun == math.inf:
             self._stop_begun = now
+            self.outbox.stop()
             if self._accepting:
                 self._pause_accepting()
             self.socket.close()
@@ -4083,7 +4794,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._bound_unsent()
         with contextlib.suppress(sqlite3.Error):  # who asks for something is told that the disk fails
             self._has_expired = self.reader.has_expired()
-        self._finished = self.stopping and not self.connections or now > self._stop_begun + STOP_SECONDS
+            self.outbox.look()
+        is_idle = not self.connections and not self.outbox.busy
+        self._finished = self.stopping and is_idle or now > self._stop_begun + STOP_SECONDS
 
     def _bound_unsent(self) -> None:
         """Close connections that are slow to take answers, if these are too much: of the user who has most of them."""
@@ -4544,7 +5257,7 @@ def delete_user(arguments: argparse.Namespace) -> None:
                 raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
             if input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
                 raise CommandError("nothing was deleted")
-        store.delete_user(user.name, even_last_admin=arguments.yes)
+        store.run_alone(lambda store: store.delete_user(user.name, even_last_admin=arguments.yes))
     print(f"deleted {what}")
 
 
@@ -4575,9 +5288,9 @@ def list_tokens(arguments: argparse.Namespace) -> None:
 
 
 def parse_id(text: str) -> int:
-    """Return the number of a token."""
+    """Return the number of a token or a hook."""
     if not TOKEN_ID.fullmatch(text):
-        raise argparse.ArgumentTypeError("an ID is a number, the one in the first column of: tokens USER")
+        raise argparse.ArgumentTypeError("an ID is a number, in the first column of: tokens USER, or hooks")
     return int(text)
 
 
@@ -4586,6 +5299,56 @@ def delete_token(arguments: argparse.Namespace) -> None:
     with existing_store(arguments) as store:
         store.delete_token(arguments.name, arguments.id)
     print(f"deleted the token {arguments.id} of {arguments.name}")
+
+
+def add_hook(arguments: argparse.Namespace) -> None:
+    """Add a hook of a user, and print its id."""
+    check_pattern(arguments.key)
+    check_label_and_prefix(arguments.label, "")
+    if arguments.value is not None:
+        check_hook_value(arguments.value)
+    url = arguments.url
+    if url == "-":
+        if sys.stdin is None:
+            raise CommandError("standard input is closed")
+        url = sys.stdin.readline(HOOK_URL_BYTES_MAX + 2).strip()
+    receiver = parse_hook_url(url).receiver()
+    hook = (arguments.name, arguments.key, url, receiver, arguments.value, arguments.label)
+    with existing_store(arguments) as store:
+        print(store.run_alone(lambda store: store.add_hook(*hook)))
+
+
+def list_hooks(arguments: argparse.Namespace) -> None:
+    """Print the hooks of all users, or of one, as a table."""
+    names = ("", LAST_NAME) if arguments.name is None else (arguments.name, arguments.name)
+    with existing_store(arguments) as store:
+        hooks = store.hooks(*names)
+    rows = [("ID", "USER", "KEY", "VALUE", "LABEL", "RECEIVER", "PENDING", "LAST RESULT")]
+    for hook in hooks:
+        key, value = escape_unprintable(hook.pattern), escape_unprintable(hook.short_value())
+        value = "any" if hook.value is None else value
+        result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result and hook.result_time else "never tried"
+        pending = str(hook.pending)
+        rows.append((str(hook.id), hook.user_name, key, value, hook.label or "-", hook.receiver, pending, result))
+    print_table(rows)
+
+
+def delete_hook(arguments: argparse.Namespace) -> None:
+    """Delete a hook, and what is pending."""
+    with existing_store(arguments) as store:
+        store.run_alone(lambda store: store.delete_hook(arguments.id))
+    print(f"deleted the hook {arguments.id}")
+
+
+def test_hook(arguments: argparse.Namespace) -> None:
+    """Send a test to a hook's URL, and print what is answered."""
+    with existing_store(arguments) as store:
+        pattern, url = store.hook_url(arguments.id)
+    members = {"value1": pattern, "value2": "test", "value3": None, "test": True}
+    answer = deliver(url, secrets.token_hex(IDEMPOTENCY_KEY_BYTES), members)
+    print(answer.text, flush=True)
+    if not answer.is_success():
+        raise CommandError(f"the test of hook {arguments.id} has not arrived: no 2xx was answered")
 
 
 def back_up(arguments: argparse.Namespace) -> None:
@@ -4681,7 +5444,8 @@ def announce(server: Server, store: Store) -> None:
                 curl = "curl -k" if server.certificate else "curl"
                 print(f"try it: {curl} -u admin:{password} '{url}/set?key=door&value=open'", flush=True)
             except OSError:
-                store.delete_user("admin", even_last_admin=True)  # nobody has seen the password
+                # Nobody has seen the password.
+                store.run_alone(lambda store: store.delete_user("admin", even_last_admin=True))
                 raise
     print(f"listening on {server.url(server.server_name)}", flush=True)
 
@@ -4728,6 +5492,7 @@ could not, 2 wrong usage.
 """
 MERGE_HELP = "for such a database: do not refuse users that exist here; they keep password and role, and take the pairs"
 NAME_HELP = "1 to 64 printable ASCII characters, without a colon"
+HOOK_URL_HELP = "to which is sent what has changed; - to read it from standard input, if others are not to see it"
 PASSWORD_HELP = "read the password, one line, from standard input instead of asking for it"
 
 
@@ -4795,6 +5560,25 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="USER", help="whose token")
     command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of: tokens USER")
 
+    what, more = "have a URL called when a pair changes", "The hook's ID is printed. It counts from the next change on."
+    command = add_command(commands, "addhook", add_hook, what, more)
+    command.add_argument("name", metavar="USER", help="whose pairs")
+    command.add_argument("key", metavar="KEY", help="key, or PREFIX* for all that begin so, or * for all")
+    command.add_argument("url", metavar="URL", help=HOOK_URL_HELP)
+    command.add_argument("--value", metavar="V", help="only when the value becomes V")
+    command.add_argument("--label", metavar="TEXT", default="", help="what it is for")
+
+    more = "Of the URLs only scheme and host are printed."
+    command = add_command(commands, "hooks", list_hooks, "list the hooks", more)
+    command.add_argument("name", metavar="USER", nargs="?", help="whose hooks (default: everybody's)")
+
+    command = add_command(commands, "delhook", delete_hook, "delete a hook", "What is pending is not sent any more.")
+    command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of: hooks")
+
+    more = 'It has value2 "test" and "test": true. The answer\'s status is printed; exit code 1 unless that is 2xx.'
+    command = add_command(commands, "testhook", test_hook, "send a test to a hook's URL now", more)
+    command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of: hooks")
+
     more = "It is complete, or not there at all."
     command = add_command(commands, "backup", back_up, "copy the database to a file", more)
     command.add_argument("file", metavar="FILE", help="file to write, readable by its owner only")
@@ -4823,7 +5607,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except UsageError as error:
         build_parser().error(str(error))
-    except (CommandError, BadCredential, BadCertificate, StoreError) as error:
+    except (CommandError, BadCredential, BadHook, BadCertificate, StoreError) as error:
         message = str(error)
     except BrokenPipeError:  # whoever reads what is printed has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter would complain at its end

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import datetime
 import fractions
+import functools
 import hashlib
 import html
 import html.parser
@@ -2848,7 +2849,7 @@ class Overload(ServerCase):
             self.assertTrue(go_on.wait(WAIT_SECONDS))
             return real(store, user_id, *arguments)
 
-        self.server.workers._threads_left = 1  # so that their order is certain
+        self.server.workers._threads_max = 1  # so that their order is certain
         with mock.patch.object(kvserver.Store, "page_as_json", page_slowly):
             connections = [self.connect() for _ in range(5)]
             for connection in connections:
@@ -3239,6 +3240,665 @@ class Observed(ServerCase):
         body = self.request("GET", "/metrics").body
         self.assertNotIn(b"s3cr3t", body)
         self.assertNotIn(b"alice", body)
+
+
+ARRIVED = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+
+
+class Received(NamedTuple):
+    """A request that a receiver of hooks has got; header names are in lower case."""
+
+    line: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+
+    def change(self) -> tuple[Any, ...]:
+        """Return which key changed to what, and what was there before."""
+        return tuple(self.body.get(name) for name in ("value1", "value2", "value3"))
+
+
+class Receiver:
+    """Takes requests, each on a connection of its own, and answers them as behave says."""
+
+    def __init__(self, certificate: ssl.SSLContext | None = None) -> None:
+        """Listen on a free port."""
+        self.received: list[Received] = []
+        self.behave: Callable[[socket.socket, int], None] = lambda connection, number: connection.sendall(ARRIVED)
+        self.is_open = True
+        self._connections: list[socket.socket] = []
+        self._certificate = certificate
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.receiver = f"{'https' if certificate else 'http'}://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.url = self.receiver + "/trigger/door/with/key/SECRET?also=SECRET"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening, and end what is under way."""
+        self.is_open = False
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def changes(self) -> list[tuple[Any, ...]]:
+        """Return what was told, in the order of its arrival."""
+        return [received.change() for received in self.received]
+
+    def _accept(self) -> None:
+        """Accept connections, and serve each in a thread."""
+        with contextlib.suppress(OSError):
+            while self.is_open:
+                threading.Thread(target=self._serve, args=(self._socket.accept()[0],), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Receive a request and answer it."""
+        with contextlib.suppress(OSError), contextlib.ExitStack() as on_exit:
+            on_exit.callback(connection.close)
+            connection.settimeout(WAIT_SECONDS)
+            self._connections.append(connection)
+            if self._certificate:
+                connection = on_exit.enter_context(self._certificate.wrap_socket(connection, server_side=True))
+            data = b""
+            while b"\r\n\r\n" not in data:
+                data += connection.recv(65536)
+            head, _, body = data.partition(b"\r\n\r\n")
+            line, *fields = head.decode().split("\r\n")
+            headers = {name.lower(): text for name, text in (field.split(": ", 1) for field in fields)}
+            while len(body) < int(headers["content-length"]):
+                body += connection.recv(65536)
+            self.received.append(Received(line, headers, json.loads(body)))
+            self.behave(connection, len(self.received))
+
+
+def hang(connection: socket.socket, number: int) -> None:
+    """Answer nothing, until the other side has had enough."""
+    connection.recv(1)
+
+
+class HookCase(ServerCase):
+    """A server with a receiver for hooks."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.receiver = self.enter(contextlib.closing(Receiver()))
+
+    def add_hook(
+        self, pattern: str, value: str | None = None, receiver: Receiver | None = None, user: str = "alice"
+    ) -> int:
+        """Add a hook as the command does, and return its id."""
+        receiver = receiver or self.receiver
+        hook = (user, pattern, receiver.url, receiver.receiver, value, "")
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            return cast(int, store.run_alone(lambda store: store.add_hook(*hook)))
+
+    def ask(self, target: str, user: str = "alice") -> None:
+        """Send a request that has to be answered 200."""
+        answer = self.request("GET", target, user=user)
+        self.assertEqual(200, answer.status, answer.body)
+
+    def assert_told(self, *changes: tuple[Any, ...], receiver: Receiver | None = None) -> None:
+        """Wait until as many changes have been told, and nothing is pending; check them."""
+        told = receiver or self.receiver
+        wait_until(lambda: len(told.received) >= len(changes) and self.store.pending_count() == 0)
+        self.assertEqual(list(changes), told.changes())
+
+
+class Hooks(HookCase):
+    """What is told when a pair changes, and to whom."""
+
+    def test_every_operation_that_changes_a_value_is_told_in_order(self) -> None:
+        self.add_hook("door")
+        self.ask("/set?key=door&value=open")
+        self.ask("/set?key=door&value=open")
+        self.ask("/set?key=door&value=open&ttl=60")
+        self.ask("/set?key=other&value=1")
+        self.ask("/set?key=door&value=1", user="bob")
+        self.ask("/set?key=door&value=7&old=open")
+        self.ask("/incr?key=door")
+        self.ask("/toggle?key=door&values=8,9")
+        self.request("PUT", "/kv/door", 'é ☃ " \0 \n', "text/plain")
+        self.request("DELETE", "/kv/door")
+        self.ask("/set?key=door&value=&nx=1")
+        self.ask("/del?key=door")
+        self.request("POST", "/me/", "action=set&key=door&value=x", "application/x-www-form-urlencoded")
+        self.request("POST", "/me/", "action=del&key=door", "application/x-www-form-urlencoded")
+        pairs = [kvserver.UserPair("alice", "door", "imported", 1.0, None), kvserver.UserPair("bob", "b", "1", 1, None)]
+        self.store.import_all({}, pairs)
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            pairs = [kvserver.UserPair("alice", "door", "again", 1.0, None)]
+            store.import_all({}, pairs)
+        self.assert_told(
+            ("door", "open", None),
+            ("door", "7", "open"),
+            ("door", "8", "7"),
+            ("door", "9", "8"),
+            ("door", 'é ☃ " \0 \n', "9"),
+            ("door", None, 'é ☃ " \0 \n'),
+            ("door", "", None),
+            ("door", None, ""),
+            ("door", "x", None),
+            ("door", None, "x"),
+            ("door", "imported", None),
+            ("door", "again", "imported"),
+        )
+        received = self.receiver.received[0]
+        self.assertEqual("POST /trigger/door/with/key/SECRET?also=SECRET HTTP/1.1", received.line)
+        self.assertEqual("application/json", received.headers["content-type"])
+        self.assertEqual(self.receiver.receiver, "http://" + received.headers["host"])
+        keys = [received.headers["idempotency-key"] for received in self.receiver.received]
+        self.assertEqual(len(keys), len(set(keys)))
+        self.assertRegex(keys[0], r"\A[0-9a-f]{32}\Z")
+
+    def test_a_hook_is_for_a_key_or_a_beginning_or_all_of_one_user(self) -> None:
+        keys = ("room", "room/", "room/a", "roo", "zürich/☃", "zürich", "a*", "a*b", "x" * 512)
+        patterns = ("room", "room/*", "*", "zürich/*", "a*", "a**", "x" * 511 + "*", "y*")
+        receivers = [self.enter(contextlib.closing(Receiver())) for _ in patterns]
+        for pattern, receiver in zip(patterns, receivers):
+            self.add_hook(pattern, receiver=receiver)
+        for key in keys:
+            self.ask("/set?value=1&key=" + urllib.parse.quote(key))
+            self.ask("/set?value=1&key=" + urllib.parse.quote(key), user="bob")
+        wait_until(lambda: len(receivers[2].received) == len(keys) and self.store.pending_count() == 0)
+        for pattern, receiver in zip(patterns, receivers):
+            is_for = (lambda key: key.startswith(pattern[:-1])) if pattern.endswith("*") else pattern.__eq__  # noqa: B023
+            self.assertEqual([key for key in keys if is_for(key)], [key for key, _, _ in receiver.changes()], pattern)
+
+    def test_a_hook_for_a_value_is_told_only_when_the_pair_becomes_that(self) -> None:
+        self.add_hook("counter", "3")
+        for _ in range(4):
+            self.ask("/incr?key=counter")
+        self.ask("/set?key=counter&value=3")
+        self.ask("/set?key=counter&value=3")
+        self.ask("/del?key=counter")
+        self.ask("/set?key=counter&value=3")
+        self.assert_told(("counter", "3", "2"), ("counter", "3", "4"), ("counter", "3", None))
+
+    def test_an_expiry_is_told_though_nobody_asks(self) -> None:
+        self.add_hook("phone")
+        self.ask("/set?key=phone&value=home&ttl=0.2")
+        expires = time.time() + 0.2
+        self.assert_told(("phone", "home", None), ("phone", None, "home"))
+        self.assertLess(time.time() - expires, 2)
+
+    def test_many_expiries_at_once_are_all_told(self) -> None:
+        count = 5 * kvserver.EXPIRED_PAIRS_MAX
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            pairs = [(1, f"k{number:04}", "v", time.time() - 1 + number / 1000) for number in range(count)]
+            connection.executemany("INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?,?,?,0,?)", pairs)
+            connection.commit()
+        started = time.monotonic()
+        self.add_hook("*")
+        wait_until(lambda: self.store.counts()[1] == 0)
+        self.assertLess(time.monotonic() - started, 2)
+        self.assert_told(*((key, None, "v") for _, key, _, _ in pairs))
+
+    def test_a_set_over_an_expired_pair_is_told_as_two_changes(self) -> None:
+        self.add_hook("a")
+        with mock.patch.object(kvserver.CachingStore, "has_expired", return_value=False):
+            for expired, new in (("1", "1"), ("2", "3")):
+                wait_until(lambda: not self.server._has_expired)
+                self.store.set_value(1, "a", expired, time.time() - 1)
+                self.ask("/set?key=a&value=" + new)
+                self.ask("/del?key=a")
+        told = [(None, "1"), ("1", None), (None, "1"), ("2", None), (None, "2"), ("3", None), (None, "3")]
+        self.assert_told(("a", "1", None), *(("a", *values) for values in told))
+
+    def test_a_refused_request_tells_nothing(self) -> None:
+        self.add_hook("*")
+        self.ask("/set?key=a&value=x")
+        for target in ("/set?key=a&value=y&nx=1", "/set?key=a&value=y&old=z", "/incr?key=a", "/del?key=b"):
+            self.assertIn(self.request("GET", target).status, (404, 409))
+        self.ask("/set?key=a&value=end")
+        self.assert_told(("a", "x", None), ("a", "end", "x"))
+
+    def test_a_hook_counts_from_the_next_change_on_and_to_the_last_one(self) -> None:
+        for number in range(20):
+            self.ask(f"/set?key=a&value=before-{number}")
+            hook_id = self.add_hook("*")
+            self.ask(f"/set?key=a&value=with-{number}")
+            self.assert_told(*(("a", f"with-{n}", f"before-{n}") for n in range(number + 1)))
+            with contextlib.closing(kvserver.open_store(self.database)) as store:
+                store.run_alone(lambda store: store.delete_hook(hook_id))  # noqa: B023
+
+    def test_a_deleted_user_takes_hooks_and_what_is_pending_along(self) -> None:
+        self.receiver.behave = hang
+        self.add_hook("*")
+        self.add_hook("*", user="bob")
+        self.ask("/set?key=a&value=1", user="bob")
+        self.ask("/set?key=b&value=1", user="bob")
+        wait_until(lambda: len(self.receiver.received) == 1)
+        form = "action=deluser&username=bob"
+        self.assertEqual(303, self.request("POST", "/admin/", form, "application/x-www-form-urlencoded").status)
+        self.assertEqual([("alice", 0)], [(hook.user_name, hook.pending) for hook in self.store.hooks()])
+        self.assertEqual([], self.store._read("SELECT * FROM delivery"))
+
+    def test_without_hooks_nothing_is_done_for_them(self) -> None:
+        self.assertEqual(0, self.server.outbox._pool._threads)
+        statements: list[str] = []
+        self.server.writer._connection.set_trace_callback(statements.append)
+        for hook_id in (self.add_hook("*"), 0):
+            if hook_id:
+                self.ask("/set?key=a&value=1")
+                self.assert_told(("a", "1", None))
+                with contextlib.closing(kvserver.open_store(self.database)) as store:
+                    store.run_alone(lambda store: store.delete_hook(hook_id))  # noqa: B023
+            wait_until(lambda: not self.server.outbox.has_hooks and not self.server.outbox.busy)
+            statements.clear()
+            self.ask("/set?key=a&value=2")
+            self.assertEqual(3, len(statements), statements)
+            self.assertEqual([], self.store._read("SELECT name FROM sqlite_master WHERE type = 'trigger'"))
+
+    def test_matching_takes_no_longer_with_many_hooks(self) -> None:
+        steps = []
+        hooks = [("alice", f"key{number}", "http://h/", "http://h", None, "") for number in range(500)]
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            store.set_value(1, "key", "")
+            for some in (hooks[:20], hooks[20:]):
+                for hook in some:
+                    store.run_alone(lambda store: store.add_hook(*hook))  # noqa: B023
+                counted: list[None] = []
+                store._connection.set_progress_handler(functools.partial(counted.append, None), 1)
+                store.set_value(1, "key", f"{len(some)}")
+                store._connection.set_progress_handler(None, 1)
+                steps.append(len(counted))
+        self.assertLessEqual(steps[1], steps[0], "so many instructions SQLite's machine took")
+
+    def test_secrets_of_urls_are_shown_nowhere(self) -> None:
+        self.receiver.behave = lambda connection, number: connection.sendall(b"HTTP/1.1 404 SECRET\r\n\r\n")
+        self.add_hook("a")
+        self.ask("/set?key=a&value=1")
+        wait_until(lambda: "404" in str(self.store.hooks()))
+        shown = self.request("GET", "/admin/").body + self.request("GET", "/metrics").body
+        self.assertIn(self.receiver.receiver, shown.decode())
+        self.assertIn("404 Not Found", shown.decode())
+        self.assertIn(f"hook 1 to {self.receiver.receiver}: dropped a delivery: 404 Not Found", self.log.text())
+        self.assertNotIn("SECRET", shown.decode() + self.log.text() + str(self.store.hooks()))
+
+
+class Deliveries(HookCase):
+    """How it is told: until it has arrived, whatever the receiver does."""
+
+    def test_what_fails_is_sent_again_with_the_same_key_and_in_order(self) -> None:
+        answers = [b"HTTP/1.1 500 Oh\r\n\r\n", b"HTTP/1.1 200 O", b"", b"HTTP/1.1 408 Slow\r\n\r\n"]
+        times: list[float] = []
+
+        def behave(connection: socket.socket, number: int) -> None:
+            times.append(time.monotonic())
+            connection.sendall(answers[number - 1] if number <= len(answers) else ARRIVED)
+
+        self.receiver.behave = behave
+        with mock.patch.object(kvserver, "HOOK_RETRY_SECONDS_MAX", 2):
+            self.add_hook("a")
+            self.ask("/set?key=a&value=1")
+            self.ask("/set?key=a&value=2")
+            first, second = ("a", "1", None), ("a", "2", "1")
+            self.assert_told(first, first, first, first, first, second)
+        keys = [received.headers["idempotency-key"] for received in self.receiver.received]
+        self.assertEqual((1, 2), (len(set(keys[:5])), len(set(keys))))
+        pauses = [later - earlier for earlier, later in zip(times, times[1:])]
+        for pause, seconds in zip(pauses, (1, 2, 2, 2)):
+            self.assertTrue(seconds <= pause < seconds + 0.9, pauses)
+        self.assertLess(pauses[4], 0.9)
+        self.assertIn("500 Internal Server Error; trying again", self.log.text())
+
+    def test_a_whole_status_line_is_enough(self) -> None:
+        for status_line in (
+            b"HTTP/1.1 204 No Content\r\n",
+            b"HTTP/1.0 299\n",
+            b"HTTP/1.1 103 Early\r\nA: b\r\n\r\nHTTP/1.1 200 OK\r\n",
+        ):
+
+            def behave(connection: socket.socket, number: int, status_line: bytes = status_line) -> None:
+                for byte in status_line:
+                    connection.sendall(bytes([byte]))
+                connection.recv(1)
+
+            receiver = self.enter(contextlib.closing(Receiver()))
+            receiver.behave = behave
+            self.add_hook("a", receiver=receiver)
+        self.ask("/set?key=a&value=1")
+        self.ask("/set?key=a&value=2")
+        wait_until(lambda: self.store.pending_count() == 0)
+        results = [hook.result for hook in self.store.hooks()]
+        self.assertEqual(["204 No Content", "299", "200 OK"], results)
+        self.assertEqual("", self.log.text())
+
+    def test_what_cannot_become_better_is_dropped_at_once(self) -> None:
+        for status in (301, 307, 400, 404, 410):
+            other = self.enter(contextlib.closing(Receiver()))
+            answer = f"HTTP/1.1 {status} No\r\nLocation: {other.url}\r\n\r\n".encode()
+            receiver = self.enter(contextlib.closing(Receiver()))
+            receiver.behave = lambda connection, number, answer=answer: connection.sendall(answer)
+            self.add_hook(f"a{status}", receiver=receiver)
+            self.ask(f"/set?key=a{status}&value=1")
+            self.ask(f"/set?key=a{status}&value=2")
+            self.assert_told((f"a{status}", "1", None), (f"a{status}", "2", "1"), receiver=receiver)
+            self.assertEqual([], other.received)
+            self.assertIn(f"to {receiver.receiver}: dropped a delivery: {status} ", self.log.text())
+
+    def test_an_exchange_ends_in_time_whatever_comes(self) -> None:
+        def drip(connection: socket.socket, number: int) -> None:
+            for byte in itertools.chain(b"HTTP/1.1 200 ", itertools.repeat(65)):
+                connection.sendall(bytes([byte]))
+                connection.settimeout(0.01)
+                with contextlib.suppress(socket.timeout):
+                    if not connection.recv(1):
+                        return
+
+        for behave, result in (
+            (drip, "no answer within 0.5 seconds"),
+            (hang, "no answer within 0.5 seconds"),
+            (lambda connection, number: connection.sendall(b"x" * 5000), "no status line within the first 4096 bytes"),
+            (lambda connection, number: None, "the connection was closed before a whole status line had come"),
+        ):
+            receiver = self.enter(contextlib.closing(Receiver()))
+            receiver.behave = behave
+            with mock.patch.object(kvserver, "HOOK_SECONDS", 0.5):
+                started = time.monotonic()
+                answer = kvserver.deliver(receiver.url, "key", {})
+            self.assertEqual((0, result), answer[:2])
+            self.assertLess(time.monotonic() - started, 1)
+
+    def test_why_nothing_was_answered_is_told(self) -> None:
+        self.receiver.close()
+        for url, reason in (
+            (self.receiver.url, "Connection refused"),
+            ("http://no-such-host.invalid/SECRET", "the host is unknown"),
+            (f"http://{'a' * 64}.example/SECRET", "Unicode"),
+        ):
+            answer = kvserver.deliver(url, "key", {})
+            self.assertEqual(0, answer.status)
+            self.assertIn(reason, answer.text)
+            self.assertNotIn("SECRET", answer.text)
+
+    def test_a_certificate_is_verified(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        for name, text in (("cert.pem", CERTIFICATE), ("key.pem", KEY)):
+            with open(os.path.join(self.folder, name), "w", encoding="ascii") as file:
+                file.write(text)
+        context.load_cert_chain(os.path.join(self.folder, "cert.pem"), os.path.join(self.folder, "key.pem"))
+        receiver = self.enter(contextlib.closing(Receiver(context)))
+        answer = kvserver.deliver(receiver.url, "key", {"value1": "a"})
+        self.assertEqual(0, answer.status)
+        self.assertIn("the certificate was refused: self", answer.text)
+        self.assertEqual([], receiver.received)
+        trusted = trust(CERTIFICATE)
+        with mock.patch.object(kvserver, "client_context", lambda: trusted):
+            self.add_hook("a", receiver=receiver)
+            self.ask("/set?key=a&value=" + "x" * 5000)
+            self.assert_told(("a", "x" * 5000, None), receiver=receiver)
+
+    def test_proxies_are_not_used(self) -> None:
+        proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+        with mock.patch.dict(os.environ, proxies):
+            self.assertEqual(200, kvserver.deliver(self.receiver.url, "key", {}).status)
+
+    def test_name_and_password_in_a_url_become_a_header(self) -> None:
+        url = self.receiver.url.replace("http://", "http://al%20ice:p%40ss:%e2%98%83@")
+        self.assertEqual(200, kvserver.deliver(url, "key", {}).status)
+        received = self.receiver.received[0]
+        self.assertEqual(basic("al ice", "p@ss:☃"), received.headers["authorization"])
+        self.assertEqual(self.receiver.receiver, "http://" + received.headers["host"])
+        self.assertEqual(self.receiver.receiver, kvserver.parse_hook_url(url).receiver())
+
+    def test_long_values_arrive(self) -> None:
+        long_value = "\x01é" * (kvserver.VALUE_BYTES_MAX // 3)
+        self.add_hook("a")
+        for value in (long_value, "x" + long_value):
+            self.assertEqual(200, self.request("POST", "/set?key=a", value, "text/plain").status)
+        self.assert_told(("a", long_value, None), ("a", "x" + long_value, long_value))
+
+    def test_receivers_that_hang_slow_neither_writes_nor_other_hooks(self) -> None:
+        for _ in range(4):  # more than may be called at once
+            receiver = self.enter(contextlib.closing(Receiver()))
+            receiver.behave = hang
+            for _ in range(kvserver.RECEIVER_SENDERS_MAX - 1):
+                self.add_hook("*", receiver=receiver)
+        self.ask("/set?key=a&value=0")
+        wait_until(lambda: len(self.server.outbox.busy) == 4 * (kvserver.RECEIVER_SENDERS_MAX - 1))
+        self.add_hook("*")
+        changes, slowest, before = [], 0.0, "0"
+        for number in range(1, 31):
+            started = time.monotonic()
+            self.ask(f"/set?key=a&value={number}")
+            slowest = max(slowest, time.monotonic() - started)
+            changes.append(("a", str(number), before))
+            before = str(number)
+            wait_until(lambda: len(self.receiver.received) == len(changes))
+            self.assertLess(time.monotonic() - started, 1)
+        self.assertEqual(changes, self.receiver.changes())
+        self.assertLess(slowest, 0.5)
+
+    def test_one_receiver_gets_only_so_many_connections_at_once(self) -> None:
+        self.receiver.behave = hang
+        for _ in range(2 * kvserver.RECEIVER_SENDERS_MAX):
+            self.add_hook("a")
+        self.ask("/set?key=a&value=0")
+        wait_until(lambda: len(self.receiver.received) == kvserver.RECEIVER_SENDERS_MAX)
+        self.ask("/set?key=a&value=1")
+        self.assertEqual(kvserver.RECEIVER_SENDERS_MAX, len(self.server.outbox.busy))
+
+    def test_of_two_servers_one_sends(self) -> None:
+        other = kvserver.Server(self.database, "127.0.0.1", 0)
+        thread = threading.Thread(target=other.run)
+        thread.start()
+        self.add_hook("a")
+        wait_until(lambda: self.server.outbox.has_hooks and other.outbox.has_hooks)
+        changes: list[tuple[Any, ...]] = []
+        before = None
+        for number in range(30):
+            port = (self.port, other.server_port)[number % 2]
+            with mock.patch.object(self, "port", port):
+                self.ask(f"/set?key=a&value={number}")
+            changes.append(("a", str(number), before))
+            before = str(number)
+        self.assert_told(*changes)
+        sender, heir = (self.server, other) if self.server.outbox._is_sender else (other, self.server)
+        self.assertFalse(heir.outbox._is_sender)
+        try:
+            sender.stop()
+            wait_until(lambda: heir.outbox._is_sender)
+            self.store.set_value(1, "a", "end")
+            self.assert_told(*changes, ("a", "end", before))
+        finally:
+            other.stop()
+            thread.join(WAIT_SECONDS)
+
+    def test_a_stop_waits_for_what_is_under_way(self) -> None:
+        go_on = threading.Event()
+
+        def behave(connection: socket.socket, number: int) -> None:
+            go_on.wait(WAIT_SECONDS)
+            connection.sendall(ARRIVED)
+
+        self.receiver.behave = behave
+        self.add_hook("a")
+        self.ask("/set?key=a&value=1")
+        self.ask("/set?key=a&value=2")
+        wait_until(lambda: len(self.receiver.received) == 1)
+        self.server.stop()
+        go_on.set()
+        self.thread.join(WAIT_SECONDS)
+        self.assertEqual(1, self.store.pending_count())
+        self.start()
+        self.assert_told(("a", "1", None), ("a", "2", "1"))
+
+    def test_metrics_count_deliveries(self) -> None:
+        answers = [b"HTTP/1.1 503 Later\r\nRetry-After: 0\r\n\r\n", ARRIVED, b"HTTP/1.1 404 No\r\n\r\n", b""]
+        self.receiver.behave = lambda connection, number: connection.sendall(answers[number - 1])
+        self.add_hook("a")
+        for number in range(3):
+            self.ask(f"/set?key=a&value={number}")
+        wait_until(lambda: len(self.receiver.received) == 4 and not self.server.outbox.busy)
+        text = self.request("GET", "/metrics").body.decode()
+        names = ("deliveries_total", "failed_deliveries_total", "dropped_deliveries_total", "pending_deliveries")
+        counted = [int(re.findall(rf"^kvserver_{name} (\d+)$", text, re.MULTILINE)[0]) for name in names]
+        self.assertEqual([1, 3, 1, 1], counted)
+
+
+class Schedules(unittest.TestCase):
+    """When it is tried again, and what is given up, by a clock that is put forward."""
+
+    def setUp(self) -> None:
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.database = os.path.join(self.folder, "test.db")
+        self.store = kvserver.open_store(self.database)
+        self.addCleanup(self.store.close)
+        self.store.add_user("alice", "", True)
+        hook = ("alice", "*", "http://h/SECRET", "http://h", None, "")
+        self.store.run_alone(lambda store: store.add_hook(*hook))
+        self.seconds = 0.0  # that the clock has been put forward
+        self.tries: list[tuple[float, str | None]] = []
+        self.answer = kvserver.Answer(0, "Connection refused")
+        self.posted: list[Callable[[], None]] = []
+        metrics = kvserver.Metrics((), ())
+        self.outbox = kvserver.Outbox(
+            self.store, cast(Any, self), self.posted.append, self.change, metrics, kvserver.ErrorLog()
+        )
+        self.addCleanup(self.outbox.close)
+        log = captured_log()
+        self.log = log.__enter__()
+        self.addCleanup(log.__exit__, None, None, None)
+
+    def submit(self, function: functools.partial[Any], done: Callable[[Any], None]) -> None:
+        """Take the place of the pool, and of the receiver."""
+        self.tries.append((round(self.seconds, 3), function.args[2]["value2"]))
+        done(self.answer)
+
+    def change(self, change: kvserver.Change) -> None:
+        """Take the place of the writer."""
+        change.done(self.store.run_alone(change.operation))
+
+    def run_until(self, seconds: float) -> None:
+        """Put the clock forward, step by step."""
+        started, monotonic, wall = self.seconds, time.monotonic, time.time
+        with (
+            mock.patch.object(time, "monotonic", lambda: monotonic() + self.seconds),
+            mock.patch.object(time, "time", lambda: wall() + self.seconds),
+        ):
+            while True:
+                self.outbox.look()
+                while self.posted:
+                    self.posted.pop(0)()
+                if not self.outbox._waiting or self.seconds >= seconds:
+                    break
+                self.seconds = min(seconds, max(self.seconds, self.outbox._waiting[0][0] - monotonic()) + 0.001)
+        self.seconds = max(started, seconds)
+
+    def test_pauses_double_up_to_an_hour_for_a_day(self) -> None:
+        self.store.set_value(1, "a", "1")
+        self.run_until(30 * 3600)
+        pauses = [round(later - earlier) for (earlier, _), (later, _) in zip(self.tries, self.tries[1:])]
+        self.assertEqual([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048], pauses[:12])
+        self.assertEqual({3600}, set(pauses[12:-1]))
+        self.assertAlmostEqual(24 * 3600, self.tries[-1][0], delta=2)
+        self.assertEqual(0, self.store.pending_count())
+        self.assertEqual("hook 1 to http://h: dropped a delivery: Connection refused", self.log.lines[-1])
+
+    def test_what_comes_behind_a_dropped_one_is_tried_at_once(self) -> None:
+        self.store.set_value(1, "a", "1")
+        self.run_until(23 * 3600)
+        self.store.set_value(1, "a", "2")
+        self.store._execute("UPDATE delivery SET created = created + 23 * 3600 WHERE value = '2'")
+        del self.tries[:]
+        self.run_until(24 * 3600 + 10)
+        times = [at - 24 * 3600 for at, value in self.tries if value == "2"]
+        self.assertEqual([0, 1, 3, 7], [round(at) for at in times])
+        self.assertEqual(1, self.store.pending_count())
+
+    def test_retry_after_is_obeyed_up_to_an_hour(self) -> None:
+        for retry_after, seconds in ((120.0, 120), (7200.0, 3600), (1.0, 1)):
+            self.store.set_value(1, "a", f"{retry_after}")
+            self.answer = kvserver.Answer(503, "503 Service Unavailable", retry_after)
+            started = self.seconds
+            self.run_until(started + seconds - 0.5)
+            self.assertEqual(started, self.tries[-1][0])
+            self.answer = kvserver.Answer(200, "200 OK")
+            self.run_until(started + seconds + 0.5)
+            self.assertAlmostEqual(started + seconds, self.tries[-1][0], delta=0.1)
+            self.assertEqual(0, self.store.pending_count())
+
+    def test_retry_after_is_read_in_seconds_from_429_and_503(self) -> None:
+        for head, retry_after in (
+            (b"HTTP/1.1 429 No\r\nA: b\r\nretry-AFTER:  90 \r\n\r\n", 90),
+            (b"HTTP/1.1 503 No\nRetry-After: 0\n\n", 1),
+            (b"HTTP/1.1 503 No\r\nRetry-After: Fri, 31 Dec 1999 23:59:59 GMT\r\n\r\n", None),
+            (b"HTTP/1.1 503 No\r\nA: b\r\n\r\nRetry-After: 5\r\n", None),
+            (b"HTTP/1.1 500 No\r\nRetry-After: 5\r\n\r\n", None),
+        ):
+            answer, is_complete = kvserver.parse_answer(head)
+            assert answer
+            self.assertEqual((retry_after, True), (answer.retry_after, is_complete), head)
+        answer, is_complete = kvserver.parse_answer(b"HTTP/1.1 503 No\r\nRetry-After: 5")
+        self.assertEqual((503, False), (answer and answer.status, is_complete))
+
+    def test_statuses_are_told_apart(self) -> None:
+        for status in (200, 201, 204, 299, 300, 301, 399, 400, 404, 408, 410, 429, 499, 500, 503, 599):
+            answer = kvserver.Answer(status, "")
+            self.assertEqual(status < 300, answer.is_success())
+            self.assertEqual(300 <= status < 500 and status not in (408, 429), answer.is_refusal())
+        for line in (
+            b"HTTP/1.1 200 OK",
+            b"HTTP/1.1 20",
+            b"HTTP/2 200\r\n",
+            b"HTTP/1.1 600 A\r\n",
+            b"ICY 200 OK\r\n",
+            b"\r\n",
+        ):
+            self.assertIsNone(kvserver.parse_answer(line)[0], line)
+
+    def test_the_oldest_make_room_for_the_newest(self) -> None:
+        self.run_until(1)
+        count = kvserver.HOOK_PENDING_MAX + 20
+        self.store._execute("BEGIN")
+        for number in range(count):
+            self.store.set_value(1, "a", str(number))
+        self.store._execute("COMMIT")
+        self.assertEqual(kvserver.HOOK_PENDING_MAX, self.store.pending_count())
+        self.run_until(2)
+        self.assertEqual("20", self.tries[0][1])
+        self.assertIn("since more than 10000 or 16 MiB were pending: 20", self.log.lines[0])
+        self.answer = kvserver.Answer(200, "200 OK")
+        self.store._execute("PRAGMA synchronous = OFF")  # else this takes a minute
+        self.run_until(10)
+        self.assertEqual([str(number) for number in range(20, count)], [told for _, told in self.tries[-count + 20 :]])
+        self.assertEqual(0, self.store.pending_count())
+        self.assertEqual(20, self.outbox._metrics.dropped_deliveries)
+
+    def test_the_oldest_make_room_for_long_values(self) -> None:
+        self.run_until(1)
+        value = "é" * (kvserver.VALUE_BYTES_MAX // 2)
+        for number in range(20):
+            self.store.set_value(1, f"k{number}", value)
+        self.assertEqual(15, self.store.pending_count(), "the keys have some bytes as well")
+        self.store.delete_pair(1, "k0")
+        self.assertEqual(15, self.store.pending_count())
+        self.store.set_value(1, "k1", "")
+        self.assertEqual(15, self.store.pending_count())
+        self.run_until(2)
+        self.assertIn("were pending: 7", self.log.text())
+
+    def test_what_is_dropped_later_is_logged_too(self) -> None:
+        with mock.patch.object(kvserver, "OVERFLOW_SECONDS", 0):
+            self.store.set_value(1, "a", "first")
+            self.run_until(1)
+            for number in range(17):
+                self.store.set_value(1, f"k{number}", "x" * kvserver.VALUE_BYTES_MAX)
+            self.run_until(1.2)
+        logged = re.findall(r"were pending: (\d+)", self.log.text())
+        self.assertEqual(3, sum(map(int, logged)))
+
+    def test_a_full_disk_does_not_stop_a_hook(self) -> None:
+        self.answer = kvserver.Answer(200, "200 OK")
+        self.store.set_value(1, "a", "1")
+        with mock.patch.object(self.outbox, "_change", lambda change: change.done(kvserver.StoreFull("full"))):
+            self.run_until(1)
+        self.run_until(20)
+        self.assertEqual(2, len(self.tries))
+        self.assertEqual(0, self.store.pending_count())
 
 
 class Disk(ServerCase):
@@ -5953,6 +6613,189 @@ class MovingIn(CommandCase):
             )
 
 
+# Takes requests on a port, answers each with 200, and prints its body and its key on a line.
+RECEIVER = """
+import http.server, json, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        sys.stdout.write(json.dumps([self.path, self.headers["Idempotency-Key"], body]) + "\\n")
+        sys.stdout.flush()
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+class HookCommands(CommandCase):
+    """The commands for hooks, and deliveries by a server and a receiver that are processes of their own."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.add_user("alice", "--admin")
+        self.add_user("bob")
+
+    def add_hook(self, *arguments: str, stdin: str = "") -> str:
+        """Add a hook and return its id."""
+        code, output, errors = self.run_program("addhook", *arguments, stdin=stdin)
+        self.assertEqual((0, ""), (code, errors))
+        self.assertRegex(output, r"\A\d+\n\Z")
+        return output.strip()
+
+    def hooks(self, *arguments: str) -> list[list[str]]:
+        """Return the rows of the table of hooks."""
+        code, output, errors = self.run_program("hooks", *arguments)
+        self.assertEqual((0, ""), (code, errors))
+        return [re.split("  +", line.strip()) for line in output.splitlines()]
+
+    @contextlib.contextmanager
+    def receiving(self, port: int = 0) -> Iterator[tuple[int, list[list[Any]]]]:
+        """Run a receiver; give its port, and what it has got: path, idempotency key and body of each request."""
+        process = subprocess.Popen([sys.executable, "-c", RECEIVER, str(port)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        received: list[list[Any]] = []
+        output = process.stdout
+        port = int(output.readline())
+
+        def read() -> None:
+            for line in output:
+                received.append(json.loads(line))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            yield port, received
+        finally:
+            process.kill()
+            process.wait()
+            reader.join(WAIT_SECONDS)
+            output.close()
+
+    def test_hooks_are_added_listed_and_deleted(self) -> None:
+        secret = "/trigger/door/with/key/SECRET?x=SECRET"
+        self.assertEqual("1", self.add_hook("alice", "door", "https://name:SECRET@maker.ifttt.com" + secret))
+        self.assertEqual(
+            "2", self.add_hook("bob", "room/*", "-", "--value", "x" * 99, stdin=f"http://[::1]:81{secret}\n")
+        )
+        self.assertEqual("3", self.add_hook("alice", "*", "HTTP://h", "--value", "", "--label", "all of it"))
+        head = ["ID", "USER", "KEY", "VALUE", "LABEL", "RECEIVER", "PENDING", "LAST RESULT"]
+        first = ["1", "alice", "door", "any", "-", "https://maker.ifttt.com", "0", "never tried"]
+        second = ["2", "bob", "room/*", "x" * 40 + "…", "-", "http://[::1]:81", "0", "never tried"]
+        self.assertEqual([head, first, second], self.hooks()[:3])
+        self.assertEqual([head, second], self.hooks("bob"))
+        self.assertEqual(["3", "alice", "*", "all of it", "http://h", "0", "never tried"], self.hooks("alice")[2])
+        self.assert_fails("no user eve", "hooks", "eve")
+        self.assertEqual((0, "deleted the hook 2\n", ""), self.run_program("delhook", "2"))
+        self.assert_fails("there is no hook 2; list them with: python kvserver.py hooks", "delhook", "2")
+        self.assert_fails("there is no hook 2", "testhook", "2")
+        self.assertEqual("4", self.add_hook("bob", "a", "http://h"), "an id is not given out again")
+        self.assertEqual(0, self.run_program("deluser", "alice", "--yes")[0])
+        self.assertEqual(["4"], [row[0] for row in self.hooks()[1:]])
+        self.assertNotIn("SECRET", str(self.hooks()))
+        self.run_program("deluser", "bob", "--yes")
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            self.assertEqual([], connection.execute("SELECT * FROM sqlite_master WHERE type = 'trigger'").fetchall())
+
+    def test_what_is_wrong_with_a_hook_is_said_without_the_url(self) -> None:
+        for arguments, message in (
+            (("eve", "a", "http://h"), "no user eve; add one with"),
+            (("alice", "", "http://h"), "KEY is a key, or what keys begin with and a star"),
+            (("alice", "x" * 513, "http://h"), "KEY is a key"),
+            (("alice", "x" * 513 + "*", "http://h"), "KEY is a key"),
+            (("alice", "a", "ftp://h/SECRET"), "a URL is like http://HOST:PORT/PATH, or begins with https://"),
+            (("alice", "a", "h/SECRET"), "a URL is like"),
+            (("alice", "a", "http:///SECRET"), "a URL is like"),
+            (("alice", "a", "http://:80/SECRET"), "the URL has no host"),
+            (("alice", "a", "http://h:0/SECRET"), "no port that can be one"),
+            (("alice", "a", "http://h:65536/SECRET"), "no port that can be one"),
+            (("alice", "a", "http://h:x/SECRET"), "a URL is like"),
+            (("alice", "a", "http://h/SECRET SECRET"), "all ASCII and no space"),
+            (("alice", "a", "http://h/SECRET\r\nA: b"), "all ASCII and no space"),
+            (("alice", "a", "http://h/é"), "percent-encode"),
+            (("alice", "a", "http://h/" + "x" * 4096), "at most 4096 characters"),
+            (("alice", "a", "http://h", "--label", "a\nb"), "a label has at most"),
+        ):
+            with self.subTest(arguments=arguments):
+                self.assertNotIn("SECRET", self.assert_fails(message, "addhook", *arguments))
+        self.assertEqual(1, len(self.hooks()))
+        self.assertEqual(2, self.run_program("testhook", "x")[0])
+
+    def test_a_test_is_sent_at_once_without_a_server(self) -> None:
+        with self.receiving() as (port, received):
+            self.add_hook("alice", "room/*", f"http://127.0.0.1:{port}/SECRET")
+            self.assertEqual((0, "200 OK\n", ""), self.run_program("testhook", "1"))
+            wait_until(lambda: len(received) == 1)
+        path, _, body = received[0]
+        self.assertEqual("/SECRET", path)
+        self.assertEqual({"value1": "room/*", "value2": "test", "value3": None, "test": True}, body)
+        code, output, errors = self.run_program("testhook", "1")
+        self.assertEqual((1, "Connection refused\n"), (code, output))
+        self.assertEqual("kvserver: the test of hook 1 has not arrived: no 2xx was answered\n", errors)
+
+    def test_what_was_answered_is_told_after_a_kill(self) -> None:
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as receiver:
+            port = receiver.getsockname()[1]
+            self.add_hook("alice", "*", f"http://127.0.0.1:{port}/SECRET")
+            with self.serving() as (server, server_port, _):
+                self.assertEqual((200, b"Success"), self.request(server_port, "/set?key=a&value=1"))
+                self.assertEqual((200, b"Success"), self.request(server_port, "/set?key=a&value=2"))
+                connection, _ = receiver.accept()
+                with connection:
+                    connection.settimeout(WAIT_SECONDS)
+                    first = connection.recv(65536)
+                    server.kill()  # it has been sent, but nobody has said that it has arrived
+                    server.wait(WAIT_SECONDS)
+        self.assertEqual(["2"], [row[6] for row in self.hooks()[1:]])
+        with self.serving(), self.receiving(port) as (_, received):
+            wait_until(lambda: len(received) == 2)
+            wait_until(lambda: self.hooks()[1][6] == "0")
+        self.assertIn(f"Idempotency-Key: {received[0][1]}\r\n".encode(), first)
+        self.assertEqual([("1", None), ("2", "1")], [(body["value2"], body["value3"]) for _, _, body in received])
+        self.assertRegex(self.hooks()[1][7], r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ 200 OK\Z")
+
+    def test_a_thousand_changes_over_ten_hooks_arrive_complete_and_in_order(self) -> None:
+        with self.receiving() as (port, received):
+            for hook in range(10):
+                self.add_hook("alice", ("*", "a*", "a")[hook % 3], f"http://127.0.0.1:{port}/{hook}")
+            change = 0
+            for round_ in range(2):
+                with self.serving() as (server, server_port, _):
+                    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server_port)) as connection:
+                        headers = {"Authorization": basic("alice", "a password")}
+                        for _ in range(500):
+                            change += 1
+                            connection.request("GET", f"/set?key=a&value={change}", headers=headers)
+                            self.assertEqual(200, read_answer(connection.getresponse()).status)
+                    if round_ == 0:
+                        server.kill()  # what it had in hand comes a second time
+                    else:
+                        wait_until(lambda: len({(path, key) for path, key, _ in received}) == 10_000)
+        for hook in range(10):
+            told = {key: body for path, key, body in received if path == f"/{hook}"}
+            self.assertEqual([str(n) for n in range(1, 1001)], [body["value2"] for body in told.values()])
+            before = [None, *(str(n) for n in range(1, 1000))]
+            self.assertEqual(before, [body["value3"] for body in told.values()])
+        self.assertLessEqual(len(received), 10_010, "only what was in hand comes twice")
+
+    def test_an_import_fires_hooks(self) -> None:
+        pairs = [{"user": "alice", "key": f"k{n}", "value": str(n)} for n in range(3)]
+        lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
+        with self.receiving() as (port, received):
+            self.add_hook("alice", "k*", f"http://127.0.0.1:{port}/")
+            with self.serving():
+                self.assertEqual(0, self.run_program("import", "-", stdin=lines)[0])
+                self.assertEqual(0, self.run_program("import", "-", stdin=lines)[0], "the same again changes nothing")
+                wait_until(lambda: len(received) == 3 and self.hooks()[1][6] == "0")
+        self.assertEqual(["0", "1", "2"], [body["value2"] for _, _, body in received])
+
+
 class Terminal(CommandCase):
     """The commands as somebody sees them who types them."""
 
@@ -6339,7 +7182,7 @@ class Serving(ServingCase):
         self.assertEqual((0, f"kvserver {kvserver.__version__}\n", ""), self.run_program("--version"))
         parser = kvserver.build_parser()
         (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
-        self.assertEqual(11, len(commands))
+        self.assertEqual(15, len(commands))
         for name in ("", *commands):
             with self.subTest(name):
                 code, output, _ = self.run_program(*([name] if name else []), "--help", COLUMNS="80")
