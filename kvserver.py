@@ -536,9 +536,10 @@ SELECT_HOOKS = (
     " FROM hook JOIN user ON user.id = user_id WHERE name BETWEEN ? AND ? ORDER BY hook.id LIMIT ?"
 )
 SELECT_PENDING_COUNT = f"SELECT CAST(total({PENDING}) AS INTEGER) FROM hook"
+# Of its own accord, SQLite would group by going through all that is pending.
 SELECT_NEW_DELIVERIES = (
-    "SELECT hook_id, receiver, max(delivery.id) FROM delivery JOIN hook ON hook.id = hook_id WHERE delivery.id > ?"
-    " GROUP BY hook_id"
+    "SELECT hook_id, receiver, max(delivery.id) FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id"
+    " WHERE delivery.id > ? GROUP BY hook_id"
 )
 SELECT_NEXT_DELIVERY = (
     "SELECT hook_id, receiver, url, number, handled, key, delivery.value, old, created, idempotency_key"
@@ -4072,13 +4073,13 @@ def describe_failure(error: Exception) -> str:
     """Return in words why an exchange failed."""
     if isinstance(error, (TimeoutError, socket.timeout)):
         return f"no answer within {HOOK_SECONDS} seconds"
-    if isinstance(error, socket.gaierror):
-        return "the host is unknown"
+    if not isinstance(error, OSError):
+        return "the host's name cannot be one"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate was refused: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return f"TLS failed: {(error.reason or 'unknown').lower().replace('_', ' ')}"
-    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+    return error.strerror or type(error).__name__
 
 
 class Exchange:
@@ -4142,16 +4143,18 @@ class Exchange:
                 problem = f"no status line within the first {HOOK_ANSWER_BYTES_MAX} bytes"
         except OSError as error:
             problem = describe_failure(error)
+        if answer:
+            self._linger(connection, HOOK_ANSWER_BYTES_MAX - len(received))
         return answer or Answer(0, problem)
 
-    def _linger(self, connection: socket.socket) -> None:
+    def _linger(self, connection: socket.socket, size: int) -> None:
         """Take a little more of an answer: if we closed before it has come, who sends it might see an error."""
-        self._give_up, left = time.monotonic() + HOOK_LINGER_SECONDS, HOOK_ANSWER_BYTES_MAX
+        self._give_up = time.monotonic() + HOOK_LINGER_SECONDS
         with contextlib.suppress(OSError):
-            while left > 0:
+            while size:
                 self._limit(connection)
-                data = connection.recv(left)
-                left = left - len(data) if data else 0
+                data = connection.recv(size)
+                size = size - len(data) if data else 0
 
     def post(self, body: bytes, idempotency_key: str) -> Answer:
         """Send JSON, and return the answer."""
@@ -4170,10 +4173,7 @@ class Exchange:
         try:
             with self._connect() as connection:
                 self._send(connection, "\r\n".join([*lines, "", ""]).encode() + body)
-                answer = self._receive(connection)
-                if answer.status:
-                    self._linger(connection)
-                return answer
+                return self._receive(connection)
         except (OSError, ValueError) as error:  # the latter for a name that cannot be one of a host
             return Answer(0, describe_failure(error))
 
@@ -4262,14 +4262,15 @@ class Outbox:
         self.has_hooks = self._store.has_hooks()
         if self._is_stopped or not (self.has_hooks and self._may_send()):
             return
-        now = time.monotonic()
-        for hook_id, receiver, newest in self._store.new_deliveries(self._newest):
-            self._newest = max(self._newest, newest)
+        now, newest = time.monotonic(), self._newest
+        for hook_id, receiver, newest_of_hook in self._store.new_deliveries(self._newest):
+            newest = max(newest, newest_of_hook)
             if hook_id not in self._sendings:
                 self._sendings[hook_id] = Sending(receiver)
                 self._make_ready(hook_id)
             elif hook_id not in self.busy and self._sendings[hook_id].looked + OVERFLOW_SECONDS < now:
                 self._next_delivery(hook_id)
+        self._newest = newest  # only now: if the disk failed meanwhile, they are looked at again
         while self._waiting and self._waiting[0][0] <= now:
             self._make_ready(heapq.heappop(self._waiting)[1])
         self._send_ready()
