@@ -181,7 +181,8 @@ HOOK_SECONDS = 10  # for the whole exchange
 HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that who sends it sees no error
 HOOK_ANSWER_BYTES_MAX = 4 * 1024
 HOOK_RETRY_SECONDS_MAX = 3600
-HOOK_GIVE_UP_SECONDS = 24 * 3600
+HOOK_GIVE_UP_SECONDS = 24 * 3600  # after the change; but it is tried for as long as
+HOOK_GRACE_SECONDS = 300  # after a start: when all comes back after a power cut, the network may be late
 HOOK_PENDING_MAX = 10_000  # deliveries of a hook
 HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
 HOOK_URL_BYTES_MAX = 4096
@@ -4190,6 +4191,7 @@ class Sending:
     def __init__(self, receiver: str) -> None:
         """Nothing has been tried yet."""
         self.receiver = receiver
+        self.begun = time.monotonic()
         self.failures = 0  # tries in a row that have failed
         self.handled = 0  # number of the last delivery that has arrived, or is known to have been dropped
         self.dropped = 0  # deliveries that had to make room, of which that is not logged
@@ -4335,7 +4337,8 @@ class Outbox:
         hook_id, sending = delivery.hook_id, self._sendings[delivery.hook_id]
         answer = outcome if isinstance(outcome, Answer) else Answer(0, type(outcome).__name__)
         hook = f"hook {hook_id} to {delivery.receiver}"
-        seconds, seconds_left = 0.0, delivery.created + HOOK_GIVE_UP_SECONDS - time.time()
+        grace_seconds = sending.begun + HOOK_GRACE_SECONDS - time.monotonic()
+        seconds, seconds_left = 0.0, max(delivery.created + HOOK_GIVE_UP_SECONDS - time.time(), grace_seconds)
         if answer.is_success():
             self._metrics.deliveries += 1
         else:

@@ -3821,6 +3821,15 @@ class Schedules(unittest.TestCase):
         self.assertEqual([0, 1, 3, 7], [round(at) for at in times])
         self.assertEqual(1, self.store.pending_count())
 
+    def test_what_is_old_already_at_the_start_is_tried_until_the_network_is_there(self) -> None:
+        self.store.set_value(1, "a", "1")
+        self.store._execute("UPDATE delivery SET created = created - 48 * 3600")
+        self.run_until(kvserver.HOOK_GRACE_SECONDS - 1)
+        self.assertEqual([0, 1, 3, 7, 15, 31, 63, 127, 255], [round(at) for at, _ in self.tries])
+        self.assertEqual(1, self.store.pending_count())
+        self.run_until(kvserver.HOOK_GRACE_SECONDS + 1)
+        self.assertEqual((10, 0), (len(self.tries), self.store.pending_count()))
+
     def test_retry_after_is_obeyed_up_to_an_hour(self) -> None:
         for retry_after, seconds in ((120.0, 120), (7200.0, 3600), (1.0, 1)):
             self.store.set_value(1, "a", f"{retry_after}")
