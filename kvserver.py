@@ -187,11 +187,12 @@ HOOK_PENDING_MAX = 10_000  # deliveries of a hook
 HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
 HOOK_URL_BYTES_MAX = 4096
 IDEMPOTENCY_KEY_BYTES = 16
-SENDERS_MAX = 32  # threads that send deliveries
-SENDING_CHARACTERS_MAX = 8 * 1024 * 1024  # that they have in hand, but for the last delivery that is taken up
-RETRYING_SENDERS_MAX = 16  # of them, that try again what has failed
-RECEIVER_SENDERS_MAX = 8  # of them, that send to the same host
-OVERFLOW_SECONDS = 60  # until it is logged again that a hook's deliveries are dropped
+SENDERS_MAX = 64  # threads that send deliveries
+SENDER_IDLE_SECONDS = 10  # after which such a thread ends
+RECEIVER_SENDERS_MAX = 8  # of them, for one host and port
+LONG_SENDERS_MAX = 2  # of them, for what is long, since JSON takes six times as much memory at worst
+LONG_DELIVERY_CHARACTERS = 64 * 1024
+DROPPED_SECONDS = 10  # until it is logged again that deliveries of a hook were dropped
 # Bounds of a histogram's buckets.
 DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
@@ -230,10 +231,10 @@ class ErrorLog:
     def __init__(self) -> None:
         self._logged: dict[str, float] = {}  # monotonic seconds by message
 
-    def write(self, message: str) -> None:
-        """Log an error, unless that was done just now."""
+    def write(self, message: str, pause_seconds: float = ERROR_SECONDS) -> None:
+        """Log an error, unless that was done within the pause."""
         now = time.monotonic()
-        if now - self._logged.get(message, -math.inf) < ERROR_SECONDS:
+        if now - self._logged.get(message, -math.inf) < pause_seconds:
             return
         if len(self._logged) >= ERRORS_MAX:
             self._logged.clear()
@@ -461,9 +462,9 @@ def queue_deliveries(row: str, value: str, old: str, condition: str = "TRUE") ->
 
 
 def hook_trigger(name: str, event: str, row: str, condition: str, *statements: str) -> str:
-    """Return the statement that makes a trigger for a change of a pair, unless there is one already."""
+    """Return the statement that makes a trigger for changes of pairs of users who have hooks."""
     return (
-        f"CREATE TRIGGER IF NOT EXISTS {name} AFTER {event} ON pair WHEN ({condition})"
+        f"CREATE TRIGGER {name} AFTER {event} ON pair WHEN ({condition})"
         f" AND EXISTS (SELECT 1 FROM hook WHERE user_id = {row}.user_id) BEGIN {' '.join(statements)} END"
     )
 
@@ -482,7 +483,7 @@ CREATE_TRIGGERS = (
         queue_deliveries("NEW", "NEW.value", f"CASE WHEN {HAD_EXPIRED} THEN NULL ELSE OLD.value END"),
     ),
     # The oldest make room, so that what is pending stays within the bounds.
-    f"""CREATE TRIGGER IF NOT EXISTS delivery_added AFTER INSERT ON delivery BEGIN
+    f"""CREATE TRIGGER delivery_added AFTER INSERT ON delivery BEGIN
         UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before + length(CAST(NEW.key AS BLOB))
             + ifnull(length(CAST(NEW.value AS BLOB)), 0) + ifnull(length(CAST(NEW.old AS BLOB)), 0)
             WHERE id = NEW.hook_id;
@@ -492,11 +493,10 @@ CREATE_TRIGGERS = (
                 (SELECT queued_bytes FROM hook WHERE id = NEW.hook_id) - {HOOK_PENDING_BYTES_MAX})
             ORDER BY number LIMIT 1);
         END""",
-    # Or the user's pairs, which go with them, would be delivered.
-    """CREATE TRIGGER IF NOT EXISTS user_removed BEFORE DELETE ON user BEGIN
-        DELETE FROM hook WHERE user_id = OLD.id; END""",
 )
-DROP_TRIGGERS = tuple(f"DROP TRIGGER IF EXISTS {statement.split()[5]}" for statement in CREATE_TRIGGERS)
+DROP_TRIGGERS = tuple(
+    f"DROP TRIGGER IF EXISTS {name}" for name in ("pair_added", "pair_removed", "pair_changed", "delivery_added")
+)
 
 SELECT_USER = "SELECT id, name, password_hash, is_admin FROM user WHERE name = ?"
 SELECT_USERS = "SELECT id, name, is_admin FROM user WHERE name BETWEEN ? AND ? ORDER BY name LIMIT ?"
@@ -525,18 +525,17 @@ UPDATE_TOKEN_USE = "UPDATE token SET last_used_day = ? WHERE id = ?"
 DELETE_TOKEN = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
 
 INSERT_HOOK = (
-    "INSERT INTO hook (user_id, pattern, value, receiver, url, label) SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"
+    "INSERT INTO hook (user_id, pattern, url, receiver, value, label) SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"
 )
 DELETE_HOOK = "DELETE FROM hook WHERE id = ?"
 SELECT_ANY_HOOK = "SELECT 1 FROM hook LIMIT 1"
 SELECT_HOOK_URL = "SELECT pattern, url FROM hook WHERE id = ?"
-# The numbers of what is pending have no gaps, since only the oldest go.
-PENDING = "ifnull(queued + 1 - (SELECT min(number) FROM delivery WHERE hook_id = hook.id), 0)"
 SELECT_HOOKS = (
-    f"SELECT hook.id, name, pattern, substr(value, 1, ?), label, receiver, {PENDING}, result, result_time"
+    "SELECT hook.id, name, pattern, substr(value, 1, ?), label, receiver,"
+    " (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time"
     " FROM hook JOIN user ON user.id = user_id WHERE name BETWEEN ? AND ? ORDER BY hook.id LIMIT ?"
 )
-SELECT_PENDING_COUNT = f"SELECT CAST(total({PENDING}) AS INTEGER) FROM hook"
+SELECT_PENDING_COUNT = "SELECT count(*) FROM delivery"
 # Of its own accord, SQLite would group by going through all that is pending.
 SELECT_NEW_DELIVERIES = (
     "SELECT hook_id, receiver, max(delivery.id) FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id"
@@ -546,9 +545,8 @@ SELECT_NEXT_DELIVERY = (
     "SELECT hook_id, receiver, url, number, handled, key, delivery.value, old, created, idempotency_key"
     " FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ? ORDER BY number LIMIT 1"
 )
-DELETE_DELIVERY = "DELETE FROM delivery WHERE hook_id = ? AND number <= ?"
-UPDATE_HANDLED = "UPDATE hook SET handled = ? WHERE id = ? AND handled < ?"
-UPDATE_RESULT = "UPDATE hook SET result = ?, result_time = ? WHERE id = ?"
+DELETE_HANDLED = "DELETE FROM delivery WHERE hook_id = ? AND number <= ?"
+UPDATE_HOOK = "UPDATE hook SET handled = ?, result = ?, result_time = ? WHERE id = ?"
 
 # The cast hands over the UTF-8 bytes that are on the disk: they are what is sent, so that nothing need be decoded.
 SELECT_PAIR = (
@@ -577,7 +575,7 @@ SELECT_LAST_AND_NEXT = f"SELECT key {FROM_PAGE} LIMIT 2 OFFSET ?"
 SELECT_DATABASE_BYTES = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 SELECT_PAGE = f"SELECT CAST(json_group_object(key, value) AS BLOB) {FROM_PAGE}"
 SELECT_PAGE_WITH_TIMES = f"SELECT CAST(json_group_object(key, {PAIR_AS_JSON}) AS BLOB) {FROM_PAGE}"
-# No OR REPLACE, for which SQLite runs no trigger.
+# No OR REPLACE: SQLite would run the trigger of an insert, where the value before is missing.
 ON_PAIR_CONFLICT = (
     "ON CONFLICT (user_id, key)"
     " DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"
@@ -713,9 +711,10 @@ class Hook(NamedTuple):
     result_time: float | None  # unix seconds
 
     def short_value(self) -> str:
-        """Return the value, cut off if it is long; nothing for any."""
+        """Return the value in quotes, cut off if it is long."""
         value = self.value or ""
-        return value[:VALUE_SHOWN_CHARACTERS_MAX] + "…" if len(value) > VALUE_SHOWN_CHARACTERS_MAX else value
+        is_long = len(value) > VALUE_SHOWN_CHARACTERS_MAX
+        return f'"{value[:VALUE_SHOWN_CHARACTERS_MAX]}…"' if is_long else f'"{value}"'
 
 
 class Delivery(NamedTuple):
@@ -822,6 +821,8 @@ class Store:
         self._connection = sqlite3.connect(
             uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False
         )
+        self._pages_max = 0
+        self.may_exceed = False  # whether what removes pairs may: there are hooks, and what they are told takes room
         self.commit_seconds = math.inf  # how long the last commit of a transaction took
         self.commits = 0  # of transactions
         # By the transaction; None when it changed users as well.
@@ -833,7 +834,8 @@ class Store:
                 self._connection.execute(pragma)
             if mb_max:
                 page_bytes: int = self._read("PRAGMA page_size")[0][0]
-                self._connection.execute(f"PRAGMA max_page_count = {mb_max * 1024 * 1024 // page_bytes}")
+                self._pages_max = mb_max * 1024 * 1024 // page_bytes
+                self._connection.execute(f"PRAGMA max_page_count = {self._pages_max}")
         except (OSError, sqlite3.Error):
             self._connection.close()
             raise
@@ -897,6 +899,16 @@ class Store:
         if self.changed_pairs is not None:
             self.changed_pairs.add((user_id, key))
         return self._execute(statement, user_id, key, *parameters).rowcount
+
+    def _remove(self, remove: Callable[[], int]) -> int:
+        """Call what removes pairs, and return how many; what hooks are told may be beyond the database's limit."""
+        if not (self.may_exceed and self._pages_max):
+            return remove()
+        self._execute(f"PRAGMA max_page_count = {2 * self._pages_max}")
+        try:
+            return remove()
+        finally:
+            self._execute(f"PRAGMA max_page_count = {self._pages_max}")
 
     def _read(self, statement: str, *parameters: Any) -> list[Any]:
         """Return all rows that a statement selects."""
@@ -974,7 +986,7 @@ class Store:
         self.changed_pairs = None  # several commits, of which only the last one's pairs are known
         return outcomes
 
-    def run_alone(self, operation: Callable[[Store], Any]) -> Any:
+    def transact(self, operation: Callable[[Store], Any]) -> Any:
         """Run an operation in a transaction of its own, and return or raise what it does."""
         self.begin()
         outcome = self.commit([operation])[0]
@@ -1175,7 +1187,7 @@ class Store:
 
     def delete_pair(self, user_id: int, key: str) -> bool:
         """Remove a key and its value; tell whether there was one."""
-        return self._change_pair(DELETE_PAIR, user_id, key, time.time()) == 1
+        return self._remove(lambda: self._change_pair(DELETE_PAIR, user_id, key, time.time())) == 1
 
     def has_expired(self) -> bool:
         """Tell whether there are pairs that have expired and are still on the disk."""
@@ -1183,17 +1195,18 @@ class Store:
 
     def remove_expired(self) -> bool:
         """Remove pairs that have expired, the longest ago first, EXPIRED_PAIRS_MAX at most; tell if any may be left."""
-        removed = self._execute(DELETE_EXPIRED, time.time(), EXPIRED_PAIRS_MAX).rowcount
+        removed = self._remove(lambda: self._execute(DELETE_EXPIRED, time.time(), EXPIRED_PAIRS_MAX).rowcount)
         if removed:
             self.changed_pairs = None  # which ones they were is not known
         return removed == EXPIRED_PAIRS_MAX
 
     def add_hook(self, name: str, pattern: str, url: str, receiver: str, value: str | None, label: str) -> int:
         """Add a hook of a user, within a transaction, and return its id; raise NoSuchUser."""
-        cursor = self._execute(INSERT_HOOK, pattern, value, receiver, url, label, name)
+        self._execute(DELETE_EXPIRED, time.time(), -1)  # what expired before there was the hook is not told to it
+        cursor = self._execute(INSERT_HOOK, pattern, url, receiver, value, label, name)
         if not cursor.rowcount or not cursor.lastrowid:
             raise NoSuchUser(name)
-        for statement in CREATE_TRIGGERS:
+        for statement in (*DROP_TRIGGERS, *CREATE_TRIGGERS):  # the bounds in an older one may be others
             self._execute(statement)
         return cursor.lastrowid
 
@@ -1239,14 +1252,10 @@ class Store:
         rows = self._read(SELECT_NEXT_DELIVERY, hook_id)
         return Delivery(*rows[0]) if rows else None
 
-    def note_handled(self, hook_id: int, number: int) -> None:
-        """Note that a hook's deliveries up to a number have arrived, or were given up: they are pending no longer."""
-        self._execute(DELETE_DELIVERY, hook_id, number)
-        self._execute(UPDATE_HANDLED, number, hook_id, number)
-
-    def note_result(self, hook_id: int, result: str) -> None:
-        """Note what came of the last try of a hook."""
-        self._execute(UPDATE_RESULT, result, time.time(), hook_id)
+    def note_try(self, hook_id: int, result: str, handled: int) -> None:
+        """Note what came of a hook's last try, and up to which number its deliveries have arrived or are given up."""
+        self._execute(DELETE_HANDLED, hook_id, handled)
+        self._execute(UPDATE_HOOK, handled, result, time.time(), hook_id)
 
 
 # Of the file that CachingStore speaks of: the two copies of the header, and two numbers in it.
@@ -2144,9 +2153,11 @@ class Login(NamedTuple):
 class Pool:
     """Threads that run functions one after the other, of each owner in turn, and hand what comes of each to post."""
 
-    def __init__(self, threads_max: int, post: Callable[[Callable[[], None]], None]) -> None:
-        """Be ready to start so many threads."""
-        self._post = post
+    def __init__(
+        self, threads_max: int, post: Callable[[Callable[[], None]], None], idle_seconds: float | None = None
+    ) -> None:
+        """Be ready to start so many threads, each when all others are busy; one ends when it has been idle for long."""
+        self._post, self._idle_seconds = post, idle_seconds
         self._threads, self._threads_max = 0, threads_max
         self._unfinished = 0  # jobs
         # By owner, whose turn it is first.
@@ -2167,24 +2178,30 @@ class Pool:
 
         If it is no longer wanted when its turn has come, nothing is done, and it is still the turn of its owner.
         """
-        if self._threads <= self._unfinished and self._threads < self._threads_max:
+        with self._jobs_lock:
             try:
-                # A daemon does not hold up the end of the process.
-                threading.Thread(target=self._run, daemon=True).start()
-                self._threads += 1
+                if self._threads <= self._unfinished and self._threads < self._threads_max:
+                    # A daemon does not hold up the end of the process.
+                    threading.Thread(target=self._run, daemon=True).start()
+                    self._threads += 1
             except RuntimeError:  # there is no memory for it
                 if not self._threads:
                     error = HTTPError(503, "the server is short of memory; try again", RETRY_AFTER)
                     self._post(functools.partial(done, error))
                     return
-        with self._jobs_lock:
             self._jobs.setdefault(owner, collections.deque()).append((function, done, is_wanted))
             self._unfinished += 1
         self._jobs_count.release()
 
     def _run(self) -> None:
         """Run what is submitted."""
-        while self._jobs_count.acquire():
+        while True:
+            if not self._jobs_count.acquire(timeout=self._idle_seconds):
+                with self._jobs_lock:
+                    if self._unfinished < self._threads:  # else something has been submitted just now
+                        self._threads -= 1
+                        return
+                continue
             with self._jobs_lock:
                 owner, jobs = next(iter(self._jobs.items()))
                 function, done, is_wanted = jobs.popleft()
@@ -2193,14 +2210,16 @@ class Pool:
                     del self._jobs[owner]
                 if is_turn_over and jobs:
                     self._jobs[owner] = jobs  # behind all others
+            outcome: Any = None
             if is_turn_over:
                 try:
                     outcome = function()
                 except Exception as error:  # noqa: BLE001 - it is handed to whoever waits for the outcome
                     outcome = error
-                self._post(functools.partial(done, outcome))
             with self._jobs_lock:
                 self._unfinished -= 1
+            if is_turn_over:
+                self._post(functools.partial(done, outcome))
 
 
 class Authenticator:
@@ -2601,6 +2620,7 @@ unicode-bidi:isolate}td:first-child{overflow-wrap:anywhere;min-width:6rem}td a,c
 .states{table-layout:fixed}.states td{overflow-wrap:anywhere}
 .states td:nth-child(2){font-family:ui-monospace,monospace;font-size:.9375rem;white-space:pre-wrap}
 .states th:first-child{width:40%}.states th:last-child{width:10rem}
+.hooks{table-layout:fixed}.hooks td{overflow-wrap:anywhere}.hooks th:first-child{width:20%}
 time{position:relative}p time::after{content:" (" attr(datetime) ")"}
 td time:hover::after{content:attr(datetime);position:absolute;right:0;bottom:100%;padding:.1rem .5rem;
 white-space:nowrap;color:var(--back);background:var(--text);border-radius:.35rem}
@@ -2860,13 +2880,16 @@ def make_hooks(hooks: Sequence[Hook]) -> Markup:
     """Return the table of all users' hooks, PAGE_ROWS_MAX at most."""
     rows = []
     for hook in hooks[:PAGE_ROWS_MAX]:
-        key = [make_visible(hook.pattern)]
+        key, label = (
+            [make_visible(hook.pattern)],
+            [make_visible(hook.user_name), tag("small", f"hook {hook.id} ", hook.label)],
+        )
         if hook.value is not None:
             key.append(tag("small", f"only when it becomes {make_visible(hook.short_value())}"))
-        receiver = [hook.receiver, tag("small", hook.label)] if hook.label else [hook.receiver]
-        result = [hook.result, tag("small", make_time(hook.result_time))] if hook.result else ["-"]
-        rows.append((make_visible(hook.user_name), key, receiver, str(hook.pending), result))
-    return make_table(("User", "Key", "Receiver", "Pending", "Last result"), rows)
+        result = [hook.result, tag("small", make_time(hook.result_time))] if hook.result else ["never tried"]
+        result.append(tag("small", f"pending: {hook.pending}"))
+        rows.append((label, key, hook.receiver, result))
+    return make_table(("User", "Key", "Receiver", "Last result"), rows, "hooks")
 
 
 def add_slash(store: Store, request: Request) -> Response:
@@ -2982,7 +3005,7 @@ def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> 
 def deletion_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
     """Answer with what would be lost with a user, and ask."""
     user = find_user(store, request)
-    name, tokens = make_visible(user.name), store.tokens(user.name)
+    name, tokens, hooks = make_visible(user.name), store.tokens(user.name), store.hooks(user.name, user.name)
     if user.id == request.user.id:
         question = tag("p", "You cannot delete yourself: ask another admin.")
     else:
@@ -2990,7 +3013,7 @@ def deletion_page(store: Store, request: Request, problem: Problem = NO_PROBLEM)
         question = make_form("deluser", f"Delete {name}", *fields, problem=problem, is_bad=True)
     return make_page(
         f"Delete {name}?",
-        tag("p", f"Deleted with the user, for good: states: {user.pairs}, tokens: {len(tokens)}."),
+        tag("p", f"Deleted with the user, for good: states: {user.pairs}, tokens: {len(tokens)}, hooks: {len(hooks)}."),
         question,
         tag("p", tag("a", "Keep this user", href=url_to("user", username=user.name))),
         user=request.user,
@@ -3949,77 +3972,55 @@ class RequestHandler:
 # What is told of changes, to whom, and how long that is tried. Only somebody with a shell on the machine says to whom:
 # if users could, they could have the server send requests into the network that it stands in.
 
-HOOK_URL = re.compile(r"(https?)://(?:([^/?#@]*)@)?([^/?#@]+)([/?][^#]*)?(?:#.*)?", re.IGNORECASE)
-STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
-HEAD_END = re.compile(rb"\n\r?\n")
-RETRY_AFTER_FIELD = re.compile(rb"^retry-after:[ \t]*([0-9]{1,9})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
-HTTPS_PORT, HTTP_PORT = 443, 80
+# Interim answers (1xx) are skipped; then come a status line, what is there of whole header lines, and their end.
+HEAD = re.compile(
+    rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"
+    rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)(\r?\n)?"
+)
+RETRY_AFTER_FIELD = re.compile(rb"^retry-after:[ \t]*([0-9]+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+NOT_HTTP_ANSWER = "the answer is not HTTP/1.1"
+LANE_FAILURES_MAX = 8
+HOOK_PORTS = {"http": 80, "https": 443}
+client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # it verifies; to make one takes long
 
 
 class BadHook(ValueError):
     """This cannot be what a hook is made of; the message says what can."""
 
 
-def check_pattern(pattern: str) -> None:
-    """Raise BadHook unless pattern can be a hook's: a key, or the beginning of keys and a star."""
+def check_hook(pattern: str, value: str | None) -> None:
+    """Raise BadHook unless keys can match pattern, a key or their beginning and a star, and be given the value."""
     try:
         if pattern != "*":
             require_key(pattern.removesuffix("*"))
+        check_value(value or "")
     except (HTTPError, UnicodeEncodeError):
         raise BadHook(
-            f"KEY is a key, or what keys begin with and a star: 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL"
+            f"KEY is a key, or what keys begin with and a star: 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL;"
+            f" V is at most {VALUE_BYTES_MAX} bytes of UTF-8"
         ) from None
 
 
-def check_hook_value(value: str) -> None:
-    """Raise BadHook unless a pair can have this value."""
-    try:
-        check_value(value)
-    except (HTTPError, UnicodeEncodeError):
-        raise BadHook(f"a value is at most {VALUE_BYTES_MAX} bytes of UTF-8") from None
+def authority(parts: urllib.parse.SplitResult) -> str:
+    """Return host and port as they stand in a URL, without the login before them."""
+    return parts.netloc.rpartition("@")[2]
 
 
-class Target(NamedTuple):
-    """What a URL says: where to send a request, and what stands in it."""
-
-    is_secure: bool
-    host: str
-    port: int
-    authority: str  # host and port as they stand in the URL
-    path: str  # and the query
-    login: str  # name and password with a colon between, not encoded; or nothing
-
-    def receiver(self) -> str:
-        """Return what may be shown: scheme and host."""
-        return f"{'https' if self.is_secure else 'http'}://{self.authority}"
-
-
-def parse_hook_url(url: str) -> Target:
-    """Return what a hook's URL says; raise BadHook, whose message does not quote it."""
-    if not re.fullmatch("[!-~]+", url) or len(url) > HOOK_URL_BYTES_MAX:
+def parse_hook_url(url: str) -> urllib.parse.SplitResult:
+    """Return the parts of a hook's URL; raise BadHook, whose message does not quote it."""
+    if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
         raise BadHook(
             f"a URL has at most {HOOK_URL_BYTES_MAX} characters, all ASCII and no space: percent-encode what is another"
         )
-    match = HOOK_URL.fullmatch(url)
-    if not match or not HOST.fullmatch(match[3]):
-        raise BadHook("a URL is like http://HOST:PORT/PATH, or begins with https://")
-    is_secure = match[1].lower() == "https"
     try:
-        parts = urllib.parse.urlsplit("//" + match[3])
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if not host or port == 0:
-        raise BadHook("the URL has no host, or no port that can be one")
-    path = match[4] or "/"
-    return Target(
-        is_secure,
-        host,
-        port or (HTTPS_PORT if is_secure else HTTP_PORT),
-        match[3],
-        path if path.startswith("/") else "/" + path,
-        urllib.parse.unquote(match[2] or ""),
-    )
+        parts = urllib.parse.urlsplit(url)
+        host = authority(parts)
+        is_complete = parts.hostname and parts.port != 0 and not host.endswith(":")
+        if parts.scheme in HOOK_PORTS and is_complete and HOST.fullmatch(host):
+            return parts
+    except ValueError:  # no port can be that
+        pass
+    raise BadHook("a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
 
 
 class Answer(NamedTuple):
@@ -4041,33 +4042,20 @@ class Answer(NamedTuple):
 def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
     """Return the answer that has come, None before its status line is whole, and whether that is all that is wanted.
 
-    What may be wanted beside the status is the header Retry-After. Answers before the final one (1xx) are skipped.
+    What may be wanted beside the status is the header Retry-After.
     """
-    while True:
-        status_line, head_end = STATUS_LINE.match(received), HEAD_END.search(received)
-        if not status_line:
-            return None, False
-        status = int(status_line[1])
-        if status >= 200:
-            break
-        if not head_end:
-            return None, False
-        received = received[head_end.end() :]
+    head = HEAD.match(received)
+    if not head:
+        return None, False
+    status = int(head[1])
     try:
         text = f"{status} {http.HTTPStatus(status).phrase}"
     except ValueError:
         text = str(status)
     if status not in (429, 503):
         return Answer(status, text), True
-    retry_after = RETRY_AFTER_FIELD.search(received, 0, head_end.end() if head_end else len(received))
-    seconds = max(1.0, float(retry_after[1])) if retry_after else None
-    return Answer(status, text, seconds), head_end is not None
-
-
-@functools.lru_cache(maxsize=1)
-def client_context() -> ssl.SSLContext:
-    """Return what connections to receivers are made with: certificates and their names are verified."""
-    return ssl.create_default_context()
+    retry_after = RETRY_AFTER_FIELD.search(head[2])
+    return Answer(status, text, max(1.0, float(retry_after[1])) if retry_after else None), head[3] is not None
 
 
 def describe_failure(error: Exception) -> str:
@@ -4090,12 +4078,12 @@ class Exchange:
     off is none.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, url: str) -> None:
         """Begin; the time runs from now on."""
-        self._target = target
+        self._url = parse_hook_url(url)
         self._give_up = time.monotonic() + HOOK_SECONDS
 
-    def _limit(self, connection: socket.socket, share: int = 1) -> None:
+    def _arm_timeout(self, connection: socket.socket, share: int = 1) -> None:
         """Have the next step end when the time is up, or that share of it; raise TimeoutError if it is."""
         seconds = self._give_up - time.monotonic()
         if seconds <= 0:
@@ -4103,74 +4091,71 @@ class Exchange:
         connection.settimeout(seconds / share)
 
     def _connect(self) -> socket.socket:
-        """Return a connection to the first address that takes it."""
+        """Return a connection to the first address that takes it. (To look up a name may take longer than the rest.)"""
         failure: OSError = OSError(0, "the host has no address")
-        addresses = socket.getaddrinfo(self._target.host, self._target.port, type=socket.SOCK_STREAM)
+        host, port = self._url.hostname, self._url.port or HOOK_PORTS[self._url.scheme]
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         for tried, (family, kind, protocol, _, address) in enumerate(addresses):
-            connection = socket.socket(family, kind, protocol)
-            try:
-                self._limit(connection, len(addresses) - tried)
-                connection.connect(address)
-                if not self._target.is_secure:
+            with contextlib.ExitStack() as on_failure:
+                try:
+                    connection = on_failure.enter_context(socket.socket(family, kind, protocol))
+                    self._arm_timeout(connection, len(addresses) - tried)
+                    connection.connect(address)
+                    if self._url.scheme == "https":
+                        self._arm_timeout(connection)
+                        connection = client_context().wrap_socket(connection, server_hostname=host)
+                    on_failure.pop_all()
                     return connection
-                self._limit(connection)
-                return client_context().wrap_socket(connection, server_hostname=self._target.host)
-            except OSError as error:
-                connection.close()
-                failure = error
+                except OSError as error:
+                    failure = error
         raise failure
 
     def _send(self, connection: socket.socket, request: bytes) -> None:
         """Send a request, or as much of it as is taken: who refuses it may answer before it has come in full."""
         unsent = memoryview(request)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        with contextlib.suppress(OSError):
             while unsent:
-                self._limit(connection)
+                self._arm_timeout(connection, 2)
                 unsent = unsent[connection.send(unsent[:RECEIVE_BYTES]) :]
 
     def _receive(self, connection: socket.socket) -> Answer:
         """Return the answer."""
         received, problem = b"", "the connection was closed before a whole status line had come"
-        answer, is_complete = None, False
+        answer = None
         try:
-            while not is_complete and len(received) < HOOK_ANSWER_BYTES_MAX:
-                self._limit(connection)
+            while len(received) < HOOK_ANSWER_BYTES_MAX:
+                self._arm_timeout(connection)
                 data = connection.recv(HOOK_ANSWER_BYTES_MAX - len(received))
                 if not data:
+                    problem = NOT_HTTP_ANSWER if b"\n" in received else problem
                     break
                 received += data
                 answer, is_complete = parse_answer(received)
+                if is_complete:  # who sends the rest might see an error if we closed before it has come
+                    self._give_up = min(self._give_up, time.monotonic() + HOOK_LINGER_SECONDS)
             else:
-                problem = f"no status line within the first {HOOK_ANSWER_BYTES_MAX} bytes"
+                problem = NOT_HTTP_ANSWER
         except OSError as error:
             problem = describe_failure(error)
-        if answer:
-            self._linger(connection, HOOK_ANSWER_BYTES_MAX - len(received))
         return answer or Answer(0, problem)
 
-    def _linger(self, connection: socket.socket, size: int) -> None:
-        """Take a little more of an answer: if we closed before it has come, who sends it might see an error."""
-        self._give_up = time.monotonic() + HOOK_LINGER_SECONDS
-        with contextlib.suppress(OSError):
-            while size:
-                self._limit(connection)
-                data = connection.recv(size)
-                size = size - len(data) if data else 0
-
-    def post(self, body: bytes, idempotency_key: str) -> Answer:
-        """Send JSON, and return the answer."""
-        target = self._target
+    def post(self, idempotency_key: str, members: Mapping[str, object]) -> Answer:
+        """Send the members of a JSON object, all ASCII, and return the answer."""
+        body = json.dumps(members).encode()
+        path = (self._url.path or "/") + (f"?{self._url.query}" if self._url.query else "")
         lines = [
-            f"POST {target.path} HTTP/1.1",
-            f"Host: {target.authority}",
+            f"POST {path} HTTP/1.1",
+            f"Host: {authority(self._url)}",
             f"User-Agent: kvserver/{__version__}",
             f"Content-Type: {JSON}",
             f"Content-Length: {len(body)}",
             f"Idempotency-Key: {idempotency_key}",
             "Connection: close",
         ]
-        if target.login:
-            lines.append("Authorization: Basic " + base64.b64encode(target.login.encode("utf-8")).decode())
+        login = urllib.parse.unquote(self._url.netloc.rpartition("@")[0])
+        if login:
+            login += "" if ":" in login else ":"  # a lone name has an empty password (RFC 7617 section 2)
+            lines.append("Authorization: Basic " + base64.b64encode(login.encode("utf-8")).decode())
         try:
             with self._connect() as connection:
                 self._send(connection, "\r\n".join([*lines, "", ""]).encode() + body)
@@ -4180,9 +4165,16 @@ class Exchange:
 
 
 def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> Answer:
-    """Send the members of a JSON object to a hook's URL, in UTF-8, and return the answer."""
-    body = json.dumps(members, ensure_ascii=False).encode("utf-8")
-    return Exchange(parse_hook_url(url)).post(body, idempotency_key)
+    """Send the members of a JSON object to a hook's URL, and return the answer."""
+    return Exchange(url).post(idempotency_key, members)
+
+
+class Lane(NamedTuple):
+    """Hooks whose next tries are bounded together."""
+
+    is_long: bool  # what they send
+    failures: int  # tries in a row that have failed, up to LANE_FAILURES_MAX
+    receiver: str  # scheme and host
 
 
 class Sending:
@@ -4192,20 +4184,22 @@ class Sending:
         """Nothing has been tried yet."""
         self.receiver = receiver
         self.begun = time.monotonic()
+        self.is_long = False  # the next delivery, as far as is known
         self.failures = 0  # tries in a row that have failed
-        self.handled = 0  # number of the last delivery that has arrived, or is known to have been dropped
-        self.dropped = 0  # deliveries that had to make room, of which that is not logged
-        self.looked = -math.inf  # when that was looked for, in monotonic seconds
+        self.pause_seconds = 1.0  # after the next one that does
+        self.unnoted = 0  # tries in a row of which the result could not be written
+        self.dropped: collections.Counter[str] = collections.Counter()  # deliveries by reason, until that is logged
+        self.logged = -math.inf  # monotonic seconds
 
-    def kind(self) -> tuple[bool, str]:
-        """Return what its next try is bounded together with: whether that is one more, and the receiver."""
-        return self.failures > 0, self.receiver
+    def lane(self) -> Lane:
+        """Return what the next try is bounded together with."""
+        return Lane(self.is_long, min(self.failures, LANE_FAILURES_MAX), self.receiver)
 
 
 class Outbox:
     """Has deliveries sent: those of a hook in order and one at a time. All runs in the leading thread, but for deliver.
 
-    What it remembers is what is tried when. What is to be sent, and what has arrived, is in the database.
+    In memory is only when each hook is tried next. What is to be sent, and what has arrived, is in the database.
     """
 
     def __init__(
@@ -4221,10 +4215,10 @@ class Outbox:
         self._store, self._pool, self._post, self._change = store, pool, post, change
         self._metrics, self._errors = metrics, errors
         self.has_hooks = False
-        self.busy: dict[int, tuple[bool, str, int]] = {}  # tries that are under way, by hook: kind and characters
+        self.busy: dict[int, Lane] = {}  # hooks with a try under way
         self._newest = 0  # id of the newest delivery that has been seen
         self._sendings: dict[int, Sending] = {}  # by hook
-        self._ready: dict[tuple[bool, str], collections.deque[int]] = {}  # hooks that may be tried now, by kind
+        self._ready: dict[Lane, collections.deque[int]] = {}  # hooks that may be tried now
         self._waiting: list[tuple[float, int]] = []  # heap: when to try again, in monotonic seconds, and which hook
         self._lock_file: BinaryIO | None = None
         self._is_sender = False
@@ -4233,6 +4227,8 @@ class Outbox:
     def stop(self) -> None:
         """Begin no further try."""
         self._is_stopped = True
+        for hook_id in self._sendings:
+            self._log_dropped(hook_id, at_once=True)
 
     def close(self) -> None:
         """Let another process send."""
@@ -4251,12 +4247,16 @@ class Outbox:
         try:
             if not self._lock_file:
                 self._lock_file = open(path, "ab", opener=functools.partial(os.open, mode=0o600))  # noqa: SIM115
+                if os.geteuid() == 0:  # root's file would be closed to the service: SQLite does so with its files, too
+                    database = os.stat(self._store.path)
+                    os.fchown(self._lock_file.fileno(), database.st_uid, database.st_gid)
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._is_sender = True
         except BlockingIOError:
             pass
         except OSError as error:
-            self._errors.write(f"no hook is called, since {path} cannot be locked: {error.strerror}")
+            what = f"no hook is called, since {path} cannot be locked ({error.strerror}); delete it, or mend its owner"
+            self._errors.write(what, HOOK_RETRY_SECONDS_MAX)
         return self._is_sender
 
     def look(self) -> None:
@@ -4270,8 +4270,6 @@ class Outbox:
             if hook_id not in self._sendings:
                 self._sendings[hook_id] = Sending(receiver)
                 self._make_ready(hook_id)
-            elif hook_id not in self.busy and self._sendings[hook_id].looked + OVERFLOW_SECONDS < now:
-                self._next_delivery(hook_id)
         self._newest = newest  # only now: if the disk failed meanwhile, they are looked at again
         while self._waiting and self._waiting[0][0] <= now:
             self._make_ready(heapq.heappop(self._waiting)[1])
@@ -4279,95 +4277,112 @@ class Outbox:
 
     def _make_ready(self, hook_id: int) -> None:
         """Have a hook's next delivery sent as soon as there is a thread for it."""
-        self._ready.setdefault(self._sendings[hook_id].kind(), collections.deque()).append(hook_id)
+        self._ready.setdefault(self._sendings[hook_id].lane(), collections.deque()).append(hook_id)
 
     def _send_ready(self) -> None:
-        """Send as much as the bounds allow: receivers that do not answer leave threads to those that do."""
-        for kind in sorted(self._ready):  # what has not failed comes first
-            hooks = self._ready[kind]
-            while hooks and self._has_thread(*kind):
-                self._send(hooks[0], kind)
+        """Send as much as the bounds allow, and first what has failed least."""
+        for lane in sorted(self._ready, key=lambda lane: lane.failures):
+            if len(self.busy) >= SENDERS_MAX:
+                break
+            hooks, were_busy = self._ready[lane], len(self.busy)
+            while hooks and self._has_thread(lane):
+                self._send(hooks[0], lane)
                 hooks.popleft()
-            if not hooks:
-                del self._ready[kind]
+            if not hooks or len(self.busy) > were_busy:
+                del self._ready[lane]
+                if hooks:
+                    self._ready[lane] = hooks  # behind the others
 
-    def _has_thread(self, is_retry: bool, receiver: str) -> bool:
-        """Tell whether one more try of a kind is within the bounds."""
-        tries = self.busy.values()
-        return (
-            len(tries) < SENDERS_MAX
-            and sum(characters for _, _, characters in tries) < SENDING_CHARACTERS_MAX
-            and sum(other == receiver for _, other, _ in tries) < RECEIVER_SENDERS_MAX
-            and not (is_retry and sum(is_other_retry for is_other_retry, _, _ in tries) >= RETRYING_SENDERS_MAX)
+    def _has_thread(self, lane: Lane) -> bool:
+        """Tell whether one more try is within the bounds; half of each is kept for what has not failed."""
+        busy = self.busy.values()
+        bounds = [
+            (busy, SENDERS_MAX),
+            ([other for other in busy if other.receiver == lane.receiver], RECEIVER_SENDERS_MAX),
+        ]
+        if lane.is_long:
+            bounds.append(([other for other in busy if other.is_long], LONG_SENDERS_MAX))
+        return all(
+            len(others) < most and not (lane.failures and sum(other.failures > 0 for other in others) >= most // 2)
+            for others, most in bounds
         )
 
-    def _next_delivery(self, hook_id: int) -> Delivery | None:
-        """Return a hook's oldest delivery, if it has one; log now and then how many had to make room."""
-        sending, now = self._sendings[hook_id], time.monotonic()
-        delivery = self._store.next_delivery(hook_id)
-        if delivery:
-            sending.handled = max(sending.handled, delivery.handled)
-            dropped = delivery.number - 1 - sending.handled
-            sending.handled += dropped
-            sending.dropped += dropped
-            self._metrics.dropped_deliveries += dropped
-        if sending.dropped and (delivery is None or sending.looked + OVERFLOW_SECONDS < now):
-            bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
-            what = f"dropped the oldest deliveries, since more than {bounds} were pending: {sending.dropped}"
-            log("ERROR", f"hook {hook_id} to {sending.receiver}: {what}")
-            sending.dropped = 0
-        sending.looked = now
-        return delivery
-
-    def _send(self, hook_id: int, kind: tuple[bool, str]) -> None:
+    def _send(self, hook_id: int, lane: Lane) -> None:
         """Send a hook's next delivery."""
-        delivery = self._next_delivery(hook_id)
+        sending, delivery = self._sendings[hook_id], self._store.next_delivery(hook_id)
         if delivery is None:  # nothing is pending any more, or the hook has been deleted
+            self._log_dropped(hook_id, at_once=True)
             del self._sendings[hook_id]
             return
-        self.busy[hook_id] = (*kind, len(delivery.value or "") + len(delivery.old or ""))
+        sending.is_long = len(delivery.value or "") + len(delivery.old or "") > LONG_DELIVERY_CHARACTERS
+        if sending.is_long != lane.is_long:
+            self._make_ready(hook_id)
+            self._post(self.look)
+            return
+        overflow = delivery.number - 1 - delivery.handled
+        if overflow:
+            bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
+            self._drop(hook_id, overflow, f"the oldest, since more than {bounds} were pending")
+        self.busy[hook_id] = lane
         members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
         self._pool.submit(
             functools.partial(deliver, delivery.url, delivery.idempotency_key, members),
-            functools.partial(self._note, delivery),
+            functools.partial(self._note, delivery._replace(value=None, old=None)),  # they may be long
         )
 
     def _note(self, delivery: Delivery, outcome: Any) -> None:
         """Note what has come of a try, and then go on with the hook: with the next delivery, or with this one later."""
         hook_id, sending = delivery.hook_id, self._sendings[delivery.hook_id]
         answer = outcome if isinstance(outcome, Answer) else Answer(0, type(outcome).__name__)
-        hook = f"hook {hook_id} to {delivery.receiver}"
+        self._metrics.deliveries += answer.is_success()
+        self._metrics.failed_deliveries += not answer.is_success()
         grace_seconds = sending.begun + HOOK_GRACE_SECONDS - time.monotonic()
-        seconds, seconds_left = 0.0, max(delivery.created + HOOK_GIVE_UP_SECONDS - time.time(), grace_seconds)
-        if answer.is_success():
-            self._metrics.deliveries += 1
+        seconds_left = max(delivery.created + HOOK_GIVE_UP_SECONDS - time.time(), grace_seconds)
+        result, pause, handled = answer.text, 0.0, delivery.number
+        if answer.is_success() or answer.is_refusal():
+            sending.failures, sending.pause_seconds = 0, 1.0
         else:
-            self._metrics.failed_deliveries += 1
-        is_done = answer.is_success() or answer.is_refusal() or seconds_left <= 0
-        if is_done:
-            sending.failures = 0
-            if not answer.is_success():
-                self._metrics.dropped_deliveries += 1
-                self._errors.write(f"{hook}: dropped a delivery: {answer.text}")
-        else:
-            seconds = answer.retry_after or 2.0 ** min(sending.failures, 12)
-            seconds = min(seconds, HOOK_RETRY_SECONDS_MAX, seconds_left)
             sending.failures += 1
+            pause = min(answer.retry_after or sending.pause_seconds, HOOK_RETRY_SECONDS_MAX, seconds_left)
+            sending.pause_seconds = min(2 * sending.pause_seconds, HOOK_RETRY_SECONDS_MAX)
+        if pause > 0:
+            handled -= 1
             if sending.failures == 1:
-                log("WARNING", f"{hook}: {answer.text}; trying again for a day")
-        handled = delivery.number if is_done else delivery.number - 1
-
-        def note(store: Store) -> None:
-            store.note_handled(hook_id, handled)
-            store.note_result(hook_id, answer.text)
+                log("WARNING", f"hook {hook_id} to {sending.receiver}: {result}; trying again until it is a day old")
+        elif not answer.is_success():
+            sending.pause_seconds = 1.0
+            result += ", dropped"
+            self._drop(hook_id, 1, answer.text if answer.is_refusal() else f"a day old, {answer.text}")
 
         def go_on(outcome: Any) -> None:
             del self.busy[hook_id]
-            pause = max(seconds, RETRY_AFTER_SECONDS) if isinstance(outcome, Exception) else seconds
-            heapq.heappush(self._waiting, (time.monotonic() + pause, hook_id))
-            self.look()
+            # What could not be noted is sent again, but not all the time.
+            sending.unnoted = min(sending.unnoted + 1, 6) if isinstance(outcome, Exception) else 0
+            seconds = max(pause, 2.0**sending.unnoted) if sending.unnoted else pause
+            heapq.heappush(self._waiting, (time.monotonic() + seconds, hook_id))
 
-        self._change(Change(note, lambda outcome: self._post(functools.partial(go_on, outcome)), 0))
+        self._change(
+            Change(
+                lambda store: store.note_try(hook_id, result, handled),
+                lambda outcome: self._post(functools.partial(go_on, outcome)),
+                0,
+            )
+        )
+
+    def _drop(self, hook_id: int, count: int, reason: str) -> None:
+        """Count deliveries that are given up, and log that now and then."""
+        self._metrics.dropped_deliveries += count
+        self._sendings[hook_id].dropped[reason] += count
+        self._log_dropped(hook_id)
+
+    def _log_dropped(self, hook_id: int, at_once: bool = False) -> None:
+        """Log how many deliveries of a hook were dropped since that was logged, unless that was just now."""
+        sending, now = self._sendings[hook_id], time.monotonic()
+        if at_once or sending.logged + DROPPED_SECONDS < now:
+            for reason, count in sending.dropped.items():
+                log("ERROR", f"hook {hook_id} to {sending.receiver}: dropped deliveries: {count} ({reason})")
+                sending.logged = now
+            sending.dropped.clear()
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
@@ -4441,7 +4456,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._woken, self._waker = socket.socketpair()
         self.workers = Pool(WORKERS_MAX, self.post)
         self.handshakes = Pool(1, self.post)
-        senders = Pool(SENDERS_MAX, self.post)
+        senders = Pool(SENDERS_MAX, self.post, SENDER_IDLE_SECONDS)
         self.outbox = Outbox(self.reader, senders, self.post, self.change, self.metrics, self.errors)
         self._renewal_wanted = False  # of the certificate
         self._stop_begun = math.inf  # monotonic seconds
@@ -4732,9 +4747,13 @@ class Server(http.server.ThreadingHTTPServer):
             if not failure:
                 # What has expired is removed in passing: first, so that it makes room for what comes.
                 passing = [Store.remove_expired] if self._has_expired else []
+                self.writer.may_exceed = self.outbox.has_hooks
                 all_outcomes = self.writer.commit([*passing, *(change.operation for change in changes)])
                 outcomes = all_outcomes[len(passing) :]
                 self._has_expired = all_outcomes[: len(passing)] == [True]
+                for outcome in all_outcomes[: len(passing)]:
+                    if isinstance(outcome, Exception):
+                        self.errors.write(f"what has expired cannot be removed: {outcome}")
                 self.metrics.commits = self.writer.commits
                 self.metrics.writes += sum(not isinstance(outcome, Exception) for outcome in outcomes)
                 self._restart_long_log()
@@ -4742,6 +4761,7 @@ class Server(http.server.ThreadingHTTPServer):
             failure = error
         if failure:
             outcomes = itertools.repeat(failure)
+            self._has_expired = False  # nobody waits for that: it is tried again when it has been looked for again
         with self._changes_lock:
             leading = leading and self._leader == threading.get_ident()
             if leading:
@@ -5253,7 +5273,8 @@ def delete_user(arguments: argparse.Namespace) -> None:
         user = next((user for user in users if user.name == arguments.name), None)
         if user is None:  # deleted just now
             raise NoSuchUser(arguments.name)
-        what = f"the user {user.name} and what they stored (pairs: {user.pairs})"
+        hooks = len(store.hooks(user.name, user.name))
+        what = f"the user {user.name} and what they have (pairs: {user.pairs}, hooks: {hooks})"
         if not arguments.yes:
             if user.is_admin and sum(other.is_admin for other in users) == 1:
                 raise CommandError(f"{user.name} is the last admin; to delete it all the same, add --yes")
@@ -5261,7 +5282,7 @@ def delete_user(arguments: argparse.Namespace) -> None:
                 raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
             if input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
                 raise CommandError("nothing was deleted")
-        store.run_alone(lambda store: store.delete_user(user.name, even_last_admin=arguments.yes))
+        store.transact(lambda store: store.delete_user(user.name, even_last_admin=arguments.yes))
     print(f"deleted {what}")
 
 
@@ -5294,7 +5315,7 @@ def list_tokens(arguments: argparse.Namespace) -> None:
 def parse_id(text: str) -> int:
     """Return the number of a token or a hook."""
     if not TOKEN_ID.fullmatch(text):
-        raise argparse.ArgumentTypeError("an ID is a number, in the first column of: tokens USER, or hooks")
+        raise argparse.ArgumentTypeError("an ID is a number, the one in the first column of the list")
     return int(text)
 
 
@@ -5307,19 +5328,18 @@ def delete_token(arguments: argparse.Namespace) -> None:
 
 def add_hook(arguments: argparse.Namespace) -> None:
     """Add a hook of a user, and print its id."""
-    check_pattern(arguments.key)
+    check_hook(arguments.key, arguments.value)
     check_label_and_prefix(arguments.label, "")
-    if arguments.value is not None:
-        check_hook_value(arguments.value)
     url = arguments.url
     if url == "-":
         if sys.stdin is None:
             raise CommandError("standard input is closed")
-        url = sys.stdin.readline(HOOK_URL_BYTES_MAX + 2).strip()
-    receiver = parse_hook_url(url).receiver()
+        url = sys.stdin.buffer.read(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
+    parts = parse_hook_url(url)
+    receiver = f"{parts.scheme}://{authority(parts)}"
     hook = (arguments.name, arguments.key, url, receiver, arguments.value, arguments.label)
     with existing_store(arguments) as store:
-        print(store.run_alone(lambda store: store.add_hook(*hook)))
+        print(store.transact(lambda store: store.add_hook(*hook)))
 
 
 def list_hooks(arguments: argparse.Namespace) -> None:
@@ -5340,7 +5360,7 @@ def list_hooks(arguments: argparse.Namespace) -> None:
 def delete_hook(arguments: argparse.Namespace) -> None:
     """Delete a hook, and what is pending."""
     with existing_store(arguments) as store:
-        store.run_alone(lambda store: store.delete_hook(arguments.id))
+        store.transact(lambda store: store.delete_hook(arguments.id))
     print(f"deleted the hook {arguments.id}")
 
 
@@ -5449,7 +5469,7 @@ def announce(server: Server, store: Store) -> None:
                 print(f"try it: {curl} -u admin:{password} '{url}/set?key=door&value=open'", flush=True)
             except OSError:
                 # Nobody has seen the password.
-                store.run_alone(lambda store: store.delete_user("admin", even_last_admin=True))
+                store.transact(lambda store: store.delete_user("admin", even_last_admin=True))
                 raise
     print(f"listening on {server.url(server.server_name)}", flush=True)
 

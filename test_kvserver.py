@@ -192,13 +192,18 @@ class ServerCase(unittest.TestCase):
 
     base_path = kvserver.DEFAULT_BASE_PATH
     log_requests = False
+    poll_seconds = 0.01
     failures_max = 1000  # most tests are not about the throttle
     max_db_mb = kvserver.DEFAULT_DATABASE_MB_MAX
     trusted_proxy: kvserver.Networks = ()
     certificate: kvserver.Certificate | None = None
 
     def setUp(self) -> None:
-        for name, value in (("SCRYPT_COST_LOG2", 1), ("POLL_SECONDS", 0.01), ("FAILURES_MAX", self.failures_max)):
+        for name, value in (
+            ("SCRYPT_COST_LOG2", 1),
+            ("POLL_SECONDS", self.poll_seconds),
+            ("FAILURES_MAX", self.failures_max),
+        ):
             self.enter(mock.patch.object(kvserver, name, value))
         self.folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.folder)
@@ -3278,6 +3283,10 @@ class Receiver:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """End what is under way."""
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -3331,7 +3340,7 @@ class HookCase(ServerCase):
         receiver = receiver or self.receiver
         hook = (user, pattern, receiver.url, receiver.receiver, value, "")
         with contextlib.closing(kvserver.open_store(self.database)) as store:
-            return cast(int, store.run_alone(lambda store: store.add_hook(*hook)))
+            return cast(int, store.transact(lambda store: store.add_hook(*hook)))
 
     def ask(self, target: str, user: str = "alice") -> None:
         """Send a request that has to be answered 200."""
@@ -3384,6 +3393,7 @@ class Hooks(HookCase):
             ("door", "again", "imported"),
         )
         received = self.receiver.received[0]
+        self.assertEqual(stat.S_IFREG | 0o600, os.stat(self.database + "-hooks").st_mode)
         self.assertEqual("POST /trigger/door/with/key/SECRET?also=SECRET HTTP/1.1", received.line)
         self.assertEqual("application/json", received.headers["content-type"])
         self.assertEqual(self.receiver.receiver, "http://" + received.headers["host"])
@@ -3422,18 +3432,6 @@ class Hooks(HookCase):
         self.assert_told(("phone", "home", None), ("phone", None, "home"))
         self.assertLess(time.time() - expires, 2)
 
-    def test_many_expiries_at_once_are_all_told(self) -> None:
-        count = 5 * kvserver.EXPIRED_PAIRS_MAX
-        with contextlib.closing(sqlite3.connect(self.database)) as connection:
-            pairs = [(1, f"k{number:04}", "v", time.time() - 1 + number / 1000) for number in range(count)]
-            connection.executemany("INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?,?,?,0,?)", pairs)
-            connection.commit()
-        started = time.monotonic()
-        self.add_hook("*")
-        wait_until(lambda: self.store.counts()[1] == 0)
-        self.assertLess(time.monotonic() - started, 2)
-        self.assert_told(*((key, None, "v") for _, key, _, _ in pairs))
-
     def test_a_set_over_an_expired_pair_is_told_as_two_changes(self) -> None:
         self.add_hook("a")
         with mock.patch.object(kvserver.CachingStore, "has_expired", return_value=False):
@@ -3460,7 +3458,38 @@ class Hooks(HookCase):
             self.ask(f"/set?key=a&value=with-{number}")
             self.assert_told(*(("a", f"with-{n}", f"before-{n}") for n in range(number + 1)))
             with contextlib.closing(kvserver.open_store(self.database)) as store:
-                store.run_alone(lambda store: store.delete_hook(hook_id))  # noqa: B023
+                store.transact(lambda store: store.delete_hook(hook_id))  # noqa: B023
+
+    def test_a_hook_is_told_on_after_another_one_was_deleted(self) -> None:
+        other = self.add_hook("b")
+        self.add_hook("a")
+        self.store.transact(lambda store: store.delete_hook(other))
+        self.ask("/set?key=a&value=1")
+        self.assert_told(("a", "1", None))
+
+    def test_what_had_expired_before_there_was_the_hook_is_not_told(self) -> None:
+        self.store.set_value(1, "a", "old", time.time() - 1)
+        self.add_hook("a")
+        self.ask("/set?key=a&value=1")
+        self.assert_told(("a", "1", None))
+
+    def test_a_full_database_still_removes_and_tells_what_expires(self) -> None:
+        self.receiver.behave = hang
+        self.add_hook("*")
+        wait_until(lambda: self.server.outbox.has_hooks)
+        writer = self.server.writer
+        with mock.patch.object(writer, "_pages_max", self.store.file_bytes()[0] // 4096 + 50):
+            writer._connection.execute(f"PRAGMA max_page_count = {writer._pages_max}")
+            for number in range(30):
+                self.ask(f"/set?key=k{number}&value=x&ttl=1")
+            number = 0
+            while self.request("PUT", f"/kv/other{number}", "x" * 500).status != 507:
+                number += 1
+            told = self.store.pending_count()
+            for other in range(number):
+                self.ask(f"/del?key=other{other}")
+            wait_until(lambda: self.store.pending_count() == told + 30 + number)
+            self.assertEqual({}, self.pairs())
 
     def test_a_deleted_user_takes_hooks_and_what_is_pending_along(self) -> None:
         self.receiver.behave = hang
@@ -3483,7 +3512,7 @@ class Hooks(HookCase):
                 self.ask("/set?key=a&value=1")
                 self.assert_told(("a", "1", None))
                 with contextlib.closing(kvserver.open_store(self.database)) as store:
-                    store.run_alone(lambda store: store.delete_hook(hook_id))  # noqa: B023
+                    store.transact(lambda store: store.delete_hook(hook_id))  # noqa: B023
             wait_until(lambda: not self.server.outbox.has_hooks and not self.server.outbox.busy)
             statements.clear()
             self.ask("/set?key=a&value=2")
@@ -3506,7 +3535,7 @@ class Hooks(HookCase):
             for hooks, changes in ((20, 20), (500, 500)):
                 for number in range(hooks):
                     hook = ("alice", f"key{number}", "http://h/", "http://h", None, "")
-                    store.run_alone(lambda store: store.add_hook(*hook))  # noqa: B023
+                    store.transact(lambda store: store.add_hook(*hook))  # noqa: B023
                 for number in range(changes):
                     store.set_value(1, "key", f"{hooks}-{number}")
                 newest = store._read("SELECT max(id) FROM delivery")[0][0]
@@ -3520,13 +3549,47 @@ class Hooks(HookCase):
     def test_secrets_of_urls_are_shown_nowhere(self) -> None:
         self.receiver.behave = lambda connection, number: connection.sendall(b"HTTP/1.1 404 SECRET\r\n\r\n")
         self.add_hook("a")
+        self.add_hook("counter", "<3>")
         self.ask("/set?key=a&value=1")
         wait_until(lambda: "404" in str(self.store.hooks()))
+        page = self.request("GET", "/admin/").body.decode()
+        self.assertIn('only when it becomes "&lt;3&gt;"', page)
+        self.assertNotIn("There are more", page)
+        with mock.patch.object(kvserver, "PAGE_ROWS_MAX", 1):
+            self.assertIn("There are more", self.request("GET", "/admin/").body.decode())
         shown = self.request("GET", "/admin/").body + self.request("GET", "/metrics").body
         self.assertIn(self.receiver.receiver, shown.decode())
-        self.assertIn("404 Not Found", shown.decode())
-        self.assertIn(f"hook 1 to {self.receiver.receiver}: dropped a delivery: 404 Not Found", self.log.text())
+        self.assertIn("404 Not Found, dropped", shown.decode())
+        self.assertIn(f"hook 1 to {self.receiver.receiver}: dropped deliveries: 1 (404 Not Found)", self.log.text())
         self.assertNotIn("SECRET", shown.decode() + self.log.text() + str(self.store.hooks()))
+
+
+class PromptHooks(HookCase):
+    """How soon it is told, with a server that looks for what is due as seldom as usual."""
+
+    poll_seconds = kvserver.POLL_SECONDS
+
+    def test_a_change_is_told_at_once(self) -> None:
+        self.add_hook("a")
+        wait_until(lambda: self.server.outbox.has_hooks)
+        started = time.monotonic()
+        for number in range(40):
+            self.ask(f"/set?key=a&value={number}")
+            wait_until(lambda: len(self.receiver.received) > number)  # noqa: B023
+        self.assertLess(time.monotonic() - started, 40 * self.poll_seconds / 4)
+
+    def test_many_expiries_at_once_are_all_told(self) -> None:
+        count, expires = 30 * kvserver.EXPIRED_PAIRS_MAX, time.time() + 1
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            pairs = [(1, f"k{number:04}", "v", expires + number / 1e6) for number in range(count)]
+            connection.executemany("INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?,?,?,0,?)", pairs)
+            connection.commit()
+        self.add_hook("k00*")
+        self.assertLess(time.time(), expires, "the machine is too slow for this test")
+        wait_until(lambda: self.store.counts()[1] == 0 and time.time() > expires + 0.1)
+        wait_until(lambda: not self.store._read("SELECT 1 FROM pair"))
+        self.assertLess(time.time() - expires, 5)
+        self.assert_told(*((key, None, "v") for _, key, _, _ in pairs[:100]))
 
 
 class Deliveries(HookCase):
@@ -3588,7 +3651,7 @@ class Deliveries(HookCase):
             self.ask(f"/set?key=a{status}&value=2")
             self.assert_told((f"a{status}", "1", None), (f"a{status}", "2", "1"), receiver=receiver)
             self.assertEqual([], other.received)
-            self.assertIn(f"to {receiver.receiver}: dropped a delivery: {status} ", self.log.text())
+            self.assertIn(f"to {receiver.receiver}: dropped deliveries: 1 ({status} ", self.log.text())
 
     def test_an_exchange_ends_in_time_whatever_comes(self) -> None:
         def drip(connection: socket.socket, number: int) -> None:
@@ -3602,7 +3665,8 @@ class Deliveries(HookCase):
         for behave, result in (
             (drip, "no answer within 0.5 seconds"),
             (hang, "no answer within 0.5 seconds"),
-            (lambda connection, number: connection.sendall(b"x" * 5000), "no status line within the first 4096 bytes"),
+            (lambda connection, number: connection.sendall(b"x" * 5000), "the answer is not HTTP/1.1"),
+            (lambda connection, number: connection.sendall(b"hello\n"), "the answer is not HTTP/1.1"),
             (lambda connection, number: None, "the connection was closed before a whole status line had come"),
         ):
             receiver = self.enter(contextlib.closing(Receiver()))
@@ -3624,6 +3688,113 @@ class Deliveries(HookCase):
             self.assertEqual(0, answer.status)
             self.assertIn(reason, answer.text)
             self.assertNotIn("SECRET", answer.text)
+
+    def test_the_next_address_is_tried_when_one_does_not_work(self) -> None:
+        port = int(self.receiver.receiver.rpartition(":")[2])
+        tcp = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+        addresses = [
+            (12345, *tcp, ("", 0)),
+            (socket.AF_INET, *tcp, ("127.0.0.1", 1)),
+            (socket.AF_INET, *tcp, ("127.0.0.1", port)),
+        ]
+        with mock.patch.object(socket, "getaddrinfo", return_value=addresses):
+            self.assertEqual(200, kvserver.deliver(self.receiver.url, "key", {}).status)
+
+    def test_tries_after_a_failure_leave_threads_to_others(self) -> None:
+        def behave(connection: socket.socket, number: int, receiver: Receiver) -> None:
+            if receiver.received[number - 1].body["value1"] == "good":
+                connection.sendall(ARRIVED)
+            elif number > 4:
+                hang(connection, number)
+
+        receivers = [self.enter(contextlib.closing(Receiver())) for _ in range(4)]
+        with mock.patch.object(kvserver, "SENDERS_MAX", 16):
+            for receiver in receivers:
+                receiver.behave = functools.partial(behave, receiver=receiver)
+                for _ in range(4):
+                    self.add_hook("a", receiver=receiver)
+            self.ask("/set?key=a&value=0")
+            wait_until(lambda: sum(len(receiver.received) for receiver in receivers) == 24)
+            self.assertEqual(8, len(self.server.outbox.busy))
+            self.add_hook("good", receiver=receivers[0])
+            self.ask("/set?key=good&value=1")
+            wait_until(lambda: ("good", "1", None) in receivers[0].changes())
+            wait_until(lambda: len(self.server.outbox.busy) == 8)
+
+    def test_tries_after_a_failure_leave_connections_of_the_same_receiver_to_others(self) -> None:
+        def behave(connection: socket.socket, number: int) -> None:
+            if self.receiver.received[number - 1].body["value1"] == "good":
+                connection.sendall(ARRIVED)
+            elif number > 8:
+                hang(connection, number)
+
+        self.receiver.behave = behave
+        for _ in range(8):
+            self.add_hook("a")
+        self.ask("/set?key=a&value=0")
+        wait_until(lambda: len(self.receiver.received) == 12)
+        self.add_hook("good")
+        self.ask("/set?key=good&value=1")
+        wait_until(lambda: ("good", "1", None) in self.receiver.changes())
+
+    def test_long_values_that_hang_leave_threads_to_short_ones(self) -> None:
+        receivers = [self.enter(contextlib.closing(Receiver())) for _ in range(kvserver.LONG_SENDERS_MAX + 2)]
+        for receiver in receivers:
+            receiver.behave = hang
+            self.add_hook("long", receiver=receiver)
+        self.add_hook("short")
+        long_value = "x" * (kvserver.LONG_DELIVERY_CHARACTERS + 1)
+        self.assertEqual(200, self.request("POST", "/set?key=long", long_value, "text/plain").status)
+        wait_until(lambda: sum(len(receiver.received) for receiver in receivers) == kvserver.LONG_SENDERS_MAX)
+        self.ask("/set?key=short&value=1")
+        wait_until(lambda: self.receiver.changes() == [("short", "1", None)])
+        self.assertEqual(kvserver.LONG_SENDERS_MAX, sum(len(receiver.received) for receiver in receivers))
+        for receiver in receivers:
+            if receiver.received:
+                receiver.behave = lambda connection, number: connection.sendall(ARRIVED)
+                receiver.hang_up()
+        wait_until(lambda: all(receiver.received for receiver in receivers))
+
+    def test_an_answer_that_comes_before_the_body_was_taken_counts(self) -> None:
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+            answers: list[kvserver.Answer] = []
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+            with mock.patch.object(kvserver, "HOOK_SECONDS", 2):
+                sender = threading.Thread(
+                    target=lambda: answers.append(kvserver.deliver(url, "key", {"value1": "x" * 20_000_000}))
+                )
+                sender.start()
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1000)
+                    connection.sendall(b"HTTP/1.1 413 Too long\r\n\r\n")
+                    sender.join(WAIT_SECONDS)
+        self.assertEqual(413, answers[0].status)
+
+    def test_what_stands_in_a_url_is_sent_but_for_its_fragment(self) -> None:
+        for rest, target in (("", "/"), ("?x=1", "/?x=1"), ("/a//b?c#d?e", "/a//b?c"), ("/%20;a=b?", "/%20;a=b")):
+            self.assertEqual(200, kvserver.deliver(self.receiver.receiver + rest, "key", {}).status)
+            self.assertEqual(f"POST {target} HTTP/1.1", self.receiver.received[-1].line)
+
+    def test_a_database_that_is_gone_is_not_tried_again_and_again(self) -> None:
+        self.add_hook("*")
+        self.ask("/set?key=a&value=1&ttl=0.5")
+        self.assert_told(("a", "1", None))
+        tries, looks = [], 0
+        real = self.server._bound_unsent
+
+        def begin(store: kvserver.Store) -> None:
+            tries.append(store)
+            raise kvserver.StoreError("gone")
+
+        def look() -> None:
+            nonlocal looks
+            looks += bool(tries)
+            real()
+
+        with mock.patch.object(kvserver.Store, "begin", begin), mock.patch.object(self.server, "_bound_unsent", look):
+            wait_until(lambda: looks > 5)
+            self.assertLessEqual(len(tries), looks + 1)
 
     def test_a_certificate_is_verified(self) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -3653,7 +3824,7 @@ class Deliveries(HookCase):
         received = self.receiver.received[0]
         self.assertEqual(basic("al ice", "p@ss:☃"), received.headers["authorization"])
         self.assertEqual(self.receiver.receiver, "http://" + received.headers["host"])
-        self.assertEqual(self.receiver.receiver, kvserver.parse_hook_url(url).receiver())
+        self.assertEqual(self.receiver.receiver, "http://" + kvserver.authority(kvserver.parse_hook_url(url)))
 
     def test_long_values_arrive(self) -> None:
         long_value = "\x01é" * (kvserver.VALUE_BYTES_MAX // 3)
@@ -3718,6 +3889,25 @@ class Deliveries(HookCase):
             other.stop()
             thread.join(WAIT_SECONDS)
 
+    def test_the_lock_of_who_sends_belongs_to_whom_the_database_does(self) -> None:
+        if os.geteuid() != 0:
+            self.skipTest("only root can start a server on another user's database and leave such a file")
+        os.chown(self.database, 12345, 12346)
+        self.add_hook("a")
+        wait_until(lambda: self.server.outbox._is_sender)
+        status = os.stat(self.database + "-hooks")
+        self.assertEqual((12345, 12346), (status.st_uid, status.st_gid))
+
+    def test_a_lock_that_cannot_be_opened_is_logged_once(self) -> None:
+        os.mkdir(self.database + "-hooks")
+        self.add_hook("a")
+        wait_until(lambda: self.log.lines != [])
+        self.ask("/set?key=a&value=1")
+        self.assertIn("-hooks cannot be locked (Is a directory)", self.log.text())
+        os.rmdir(self.database + "-hooks")
+        self.assert_told(("a", "1", None))
+        self.assertEqual(1, len(self.log.lines))
+
     def test_a_stop_waits_for_what_is_under_way(self) -> None:
         go_on = threading.Event()
 
@@ -3750,6 +3940,29 @@ class Deliveries(HookCase):
         self.assertEqual([1, 3, 1, 1], counted)
 
 
+class Threads(unittest.TestCase):
+    """The threads of a pool."""
+
+    def test_one_is_started_only_when_all_are_busy_and_ends_when_idle(self) -> None:
+        done = threading.Semaphore(0)
+        names: list[str] = []
+        pool = kvserver.Pool(3, lambda function: function(), 0.05)
+        for _ in range(3):
+            for _ in range(5):
+                pool.submit(lambda: names.append(threading.current_thread().name), lambda outcome: done.release())
+                self.assertTrue(done.acquire(timeout=WAIT_SECONDS))
+            wait_until(lambda: pool._threads == 0)
+        self.assertEqual(15, len(names))
+        go_on = threading.Event()
+        for _ in range(5):
+            pool.submit(lambda: go_on.wait(WAIT_SECONDS), lambda outcome: done.release())
+        self.assertEqual(3, pool._threads)
+        go_on.set()
+        for _ in range(5):
+            self.assertTrue(done.acquire(timeout=WAIT_SECONDS))
+        wait_until(lambda: pool._threads == 0)
+
+
 class Schedules(unittest.TestCase):
     """When it is tried again, and what is given up, by a clock that is put forward."""
 
@@ -3761,9 +3974,12 @@ class Schedules(unittest.TestCase):
         self.addCleanup(self.store.close)
         self.store.add_user("alice", "", True)
         hook = ("alice", "*", "http://h/SECRET", "http://h", None, "")
-        self.store.run_alone(lambda store: store.add_hook(*hook))
+        self.store.transact(lambda store: store.add_hook(*hook))
         self.seconds = 0.0  # that the clock has been put forward
         self.tries: list[tuple[float, str | None]] = []
+        self.lanes: list[kvserver.Lane] = []
+        self.hold: Callable[[Callable[[], None]], None] = lambda done: done()
+        self.monotonic, self.wall = time.monotonic(), time.time()
         self.answer = kvserver.Answer(0, "Connection refused")
         self.posted: list[Callable[[], None]] = []
         metrics = kvserver.Metrics((), ())
@@ -3778,27 +3994,27 @@ class Schedules(unittest.TestCase):
     def submit(self, function: functools.partial[Any], done: Callable[[Any], None]) -> None:
         """Take the place of the pool, and of the receiver."""
         self.tries.append((round(self.seconds, 3), function.args[2]["value2"]))
-        done(self.answer)
+        self.lanes.append(list(self.outbox.busy.values())[-1])
+        self.hold(functools.partial(done, self.answer))
 
     def change(self, change: kvserver.Change) -> None:
         """Take the place of the writer."""
-        change.done(self.store.run_alone(change.operation))
+        change.done(self.store.transact(change.operation))
+        self.posted.append(self.outbox.look)
 
     def run_until(self, seconds: float) -> None:
-        """Put the clock forward, step by step."""
-        started, monotonic, wall = self.seconds, time.monotonic, time.time
-        with (
-            mock.patch.object(time, "monotonic", lambda: monotonic() + self.seconds),
-            mock.patch.object(time, "time", lambda: wall() + self.seconds),
-        ):
+        """Put the clock forward, from one try to the next."""
+        monotonic = mock.patch.object(time, "monotonic", lambda: self.monotonic + self.seconds)
+        with monotonic, mock.patch.object(time, "time", lambda: self.wall + self.seconds):
             while True:
                 self.outbox.look()
                 while self.posted:
                     self.posted.pop(0)()
                 if not self.outbox._waiting or self.seconds >= seconds:
                     break
-                self.seconds = min(seconds, max(self.seconds, self.outbox._waiting[0][0] - monotonic()) + 0.001)
-        self.seconds = max(started, seconds)
+                due = self.outbox._waiting[0][0] - self.monotonic + 1e-6
+                self.seconds = min(seconds, max(self.seconds, due))
+        self.seconds = max(self.seconds, seconds)
 
     def test_pauses_double_up_to_an_hour_for_a_day(self) -> None:
         self.store.set_value(1, "a", "1")
@@ -3808,7 +4024,9 @@ class Schedules(unittest.TestCase):
         self.assertEqual({3600}, set(pauses[12:-1]))
         self.assertAlmostEqual(24 * 3600, self.tries[-1][0], delta=2)
         self.assertEqual(0, self.store.pending_count())
-        self.assertEqual("hook 1 to http://h: dropped a delivery: Connection refused", self.log.lines[-1])
+        self.assertEqual(
+            "hook 1 to http://h: dropped deliveries: 1 (a day old, Connection refused)", self.log.lines[-1]
+        )
 
     def test_what_comes_behind_a_dropped_one_is_tried_at_once(self) -> None:
         self.store.set_value(1, "a", "1")
@@ -3817,8 +4035,9 @@ class Schedules(unittest.TestCase):
         self.store._execute("UPDATE delivery SET created = created + 23 * 3600 WHERE value = '2'")
         del self.tries[:]
         self.run_until(24 * 3600 + 10)
-        times = [at - 24 * 3600 for at, value in self.tries if value == "2"]
-        self.assertEqual([0, 1, 3, 7], [round(at) for at in times])
+        times = [at for at, value in self.tries if value == "2"]
+        self.assertEqual([0, 1, 3, 7], [round(at - times[0]) for at in times][:4])
+        self.assertAlmostEqual(24 * 3600, times[0], delta=1)
         self.assertEqual(1, self.store.pending_count())
 
     def test_what_is_old_already_at_the_start_is_tried_until_the_network_is_there(self) -> None:
@@ -3881,7 +4100,7 @@ class Schedules(unittest.TestCase):
         self.assertEqual(kvserver.HOOK_PENDING_MAX, self.store.pending_count())
         self.run_until(2)
         self.assertEqual("20", self.tries[0][1])
-        self.assertIn("since more than 10000 or 16 MiB were pending: 20", self.log.lines[0])
+        self.assertIn("deliveries: 20 (the oldest, since more than 10000 or 16 MiB were pending)", self.log.lines[0])
         self.answer = kvserver.Answer(200, "200 OK")
         self.store._execute("PRAGMA synchronous = OFF")  # else this takes a minute
         self.run_until(10)
@@ -3900,25 +4119,76 @@ class Schedules(unittest.TestCase):
         self.store.set_value(1, "k1", "")
         self.assertEqual(15, self.store.pending_count())
         self.run_until(2)
-        self.assertIn("were pending: 7", self.log.text())
+        self.assertIn("dropped deliveries: 7 (the oldest", self.log.text())
+        self.assertEqual(7, self.outbox._metrics.dropped_deliveries)
 
-    def test_what_is_dropped_later_is_logged_too(self) -> None:
-        with mock.patch.object(kvserver, "OVERFLOW_SECONDS", 0):
-            self.store.set_value(1, "a", "first")
+    def test_what_is_dropped_is_logged_now_and_then_and_in_the_end(self) -> None:
+        self.answer = kvserver.Answer(404, "404 Not Found")
+        with mock.patch.object(kvserver, "DROPPED_SECONDS", 1e9):
+            for number in range(5):
+                self.store.set_value(1, "a", f"{number}")
             self.run_until(1)
-            for number in range(17):
-                self.store.set_value(1, f"k{number}", "x" * kvserver.VALUE_BYTES_MAX)
-            self.run_until(1.2)
-        logged = re.findall(r"were pending: (\d+)", self.log.text())
-        self.assertEqual(3, sum(map(int, logged)))
+        logged = re.findall(r"dropped deliveries: (\d+) \(404 Not Found\)", self.log.text())
+        self.assertEqual(["1", "4"], logged, "the first at once, and the others when nothing is pending any more")
+        with mock.patch.object(kvserver, "DROPPED_SECONDS", -1):
+            for number in range(5):
+                self.store.set_value(1, "b", f"{number}")
+            self.run_until(2)
+        self.assertEqual(7, len(self.log.lines))
+
+    def test_what_is_behind_one_that_was_given_up_counts_as_a_retry(self) -> None:
+        for number in range(3):
+            self.store.set_value(1, "a", f"{number}")
+        self.run_until(25 * 3600)
+        self.assertEqual(0, self.store.pending_count())
+        self.assertEqual([0], [lane.failures for lane in self.lanes if not lane.failures])
+        self.answer = kvserver.Answer(200, "200 OK")
+        self.store.set_value(1, "a", "new")
+        self.run_until(26 * 3600)
+        self.store.set_value(1, "a", "newer")
+        self.run_until(27 * 3600)
+        self.assertEqual(0, self.lanes[-1].failures)
+
+    def test_receivers_take_turns(self) -> None:
+        for receiver in ("http://a", "http://a", "http://b"):
+            hook = ("alice", "*", "http://h/SECRET", receiver, None, "")
+            self.store.transact(lambda store: store.add_hook(*hook))  # noqa: B023
+        self.store.set_value(1, "a", "1")
+        held: list[Callable[[], None]] = []
+        self.hold = held.append
+        self.answer = kvserver.Answer(200, "200 OK")
+        with mock.patch.object(kvserver, "SENDERS_MAX", 1):
+            for _ in range(4):
+                self.outbox.look()
+                held.pop()()
+                while self.posted:
+                    self.posted.pop(0)()
+        self.assertEqual(["http://h", "http://a", "http://b", "http://a"], [lane.receiver for lane in self.lanes])
+
+    def test_what_has_failed_least_comes_first(self) -> None:
+        for receiver in ("http://a", "http://b"):
+            hook = ("alice", receiver[-1], "http://h/SECRET", receiver, None, "")
+            self.store.transact(lambda store: store.add_hook(*hook))  # noqa: B023
+        self.store.set_value(1, "a", "1")
+        self.run_until(100)
+        with mock.patch.object(kvserver, "SENDERS_MAX", 0):
+            self.run_until(300)  # all are due
+            self.store.set_value(1, "b", "1")
+            self.run_until(301)
+        self.answer = kvserver.Answer(200, "200 OK")
+        del self.lanes[:]
+        self.run_until(302)
+        self.assertEqual("http://b", self.lanes[0].receiver)
 
     def test_a_full_disk_does_not_stop_a_hook(self) -> None:
         self.answer = kvserver.Answer(200, "200 OK")
         self.store.set_value(1, "a", "1")
         with mock.patch.object(self.outbox, "_change", lambda change: change.done(kvserver.StoreFull("full"))):
-            self.run_until(1)
-        self.run_until(20)
-        self.assertEqual(2, len(self.tries))
+            self.run_until(20)
+        tries = len(self.tries)
+        self.run_until(200)
+        self.assertEqual([0, 2, 6, 14], [round(at) for at, _ in self.tries][:4])
+        self.assertEqual(tries + 1, len(self.tries))
         self.assertEqual(0, self.store.pending_count())
 
 
@@ -5846,7 +6116,7 @@ class Accounts(CommandCase):
             self.assertEqual(401, self.request(port, "/list", "bob")[0])
             self.assertEqual((200, b'{"a":"2"}'), self.request(port, "/list", "bob", "another password"))
             code, output, _ = self.run_program("deluser", "bob", "--yes")
-            self.assertEqual((0, "deleted the user bob and what they stored (pairs: 1)\n"), (code, output))
+            self.assertEqual((0, "deleted the user bob and what they have (pairs: 1, hooks: 0)\n"), (code, output))
             self.assertEqual(401, self.request(port, "/list", "bob", "another password")[0])
             self.add_user("bob")
             self.assertEqual((200, b"{}"), self.request(port, "/list", "bob"))
@@ -6708,10 +6978,10 @@ class HookCommands(CommandCase):
         self.assertEqual("3", self.add_hook("alice", "*", "HTTP://h", "--value", "", "--label", "all of it"))
         head = ["ID", "USER", "KEY", "VALUE", "LABEL", "RECEIVER", "PENDING", "LAST RESULT"]
         first = ["1", "alice", "door", "any", "-", "https://maker.ifttt.com", "0", "never tried"]
-        second = ["2", "bob", "room/*", "x" * 40 + "…", "-", "http://[::1]:81", "0", "never tried"]
+        second = ["2", "bob", "room/*", f'"{"x" * 40}…"', "-", "http://[::1]:81", "0", "never tried"]
         self.assertEqual([head, first, second], self.hooks()[:3])
         self.assertEqual([head, second], self.hooks("bob"))
-        self.assertEqual(["3", "alice", "*", "all of it", "http://h", "0", "never tried"], self.hooks("alice")[2])
+        self.assertEqual(["3", "alice", "*", '""', "all of it", "http://h", "0", "never tried"], self.hooks("alice")[2])
         self.assert_fails("no user eve", "hooks", "eve")
         self.assertEqual((0, "deleted the hook 2\n", ""), self.run_program("delhook", "2"))
         self.assert_fails("there is no hook 2; list them with: python kvserver.py hooks", "delhook", "2")
@@ -6730,12 +7000,14 @@ class HookCommands(CommandCase):
             (("alice", "", "http://h"), "KEY is a key, or what keys begin with and a star"),
             (("alice", "x" * 513, "http://h"), "KEY is a key"),
             (("alice", "x" * 513 + "*", "http://h"), "KEY is a key"),
-            (("alice", "a", "ftp://h/SECRET"), "a URL is like http://HOST:PORT/PATH, or begins with https://"),
+            (("alice", "a", "ftp://h/SECRET"), "a URL is like http://HOST:PORT/PATH, or begins with https://; ports"),
             (("alice", "a", "h/SECRET"), "a URL is like"),
             (("alice", "a", "http:///SECRET"), "a URL is like"),
-            (("alice", "a", "http://:80/SECRET"), "the URL has no host"),
-            (("alice", "a", "http://h:0/SECRET"), "no port that can be one"),
-            (("alice", "a", "http://h:65536/SECRET"), "no port that can be one"),
+            (("alice", "a", ""), "a URL is like"),
+            (("alice", "a", "http://:80/SECRET"), "a URL is like"),
+            (("alice", "a", "http://h:/SECRET"), "a URL is like"),
+            (("alice", "a", "http://h:0/SECRET"), "ports go up to 65535"),
+            (("alice", "a", "http://h:65536/SECRET"), "ports go up to 65535"),
             (("alice", "a", "http://h:x/SECRET"), "a URL is like"),
             (("alice", "a", "http://h/SECRET SECRET"), "all ASCII and no space"),
             (("alice", "a", "http://h/SECRET\r\nA: b"), "all ASCII and no space"),
@@ -6872,7 +7144,7 @@ class Terminal(CommandCase):
     def test_deluser_asks(self) -> None:
         self.add_user("alice", "--admin")
         self.add_user("bob")
-        question = b"Delete the user bob and what they stored (pairs: 0)? [y/N] "
+        question = b"Delete the user bob and what they have (pairs: 0, hooks: 0)? [y/N] "
         for answer, code in ((b"\n", 1), (b"n\n", 1), (b"\x04", 1), (b"Y\n", 0)):
             with self.subTest(answer):
                 self.assertEqual(code, self.type_in(["deluser", "bob"], (question, answer))[0])
