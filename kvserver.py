@@ -216,6 +216,11 @@ def escape_unprintable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def cut_off(text: str, characters: int) -> str:
+    """Return a text, or the beginning of a long one with a sign that more follows."""
+    return text if len(text) <= characters else text[:characters] + "…"
+
+
 def log(level: str, message: str) -> None:
     """Write a line to standard error: the time, how grave it is, and the message, in which tokens are masked."""
     # The logging module, with all that it imports, would take a tenth of the time that a start takes.
@@ -712,9 +717,7 @@ class Hook(NamedTuple):
 
     def short_value(self) -> str:
         """Return the value in quotes, cut off if it is long."""
-        value = self.value or ""
-        is_long = len(value) > VALUE_SHOWN_CHARACTERS_MAX
-        return f'"{value[:VALUE_SHOWN_CHARACTERS_MAX]}…"' if is_long else f'"{value}"'
+        return f'"{cut_off(self.value or "", VALUE_SHOWN_CHARACTERS_MAX)}"'
 
 
 class Delivery(NamedTuple):
@@ -2855,9 +2858,7 @@ def make_states(pairs: Sequence[PairSummary], are_own: bool) -> Markup:
     """Return the table of a user's pairs, which have links if they are one's own."""
     rows = []
     for pair in pairs[:PAGE_ROWS_MAX]:
-        key, value = make_visible(pair.key), make_visible(pair.value)
-        if len(value) > VALUE_SHOWN_CHARACTERS_MAX:
-            value = value[:VALUE_SHOWN_CHARACTERS_MAX] + "…"
+        key, value = make_visible(pair.key), cut_off(make_visible(pair.value), VALUE_SHOWN_CHARACTERS_MAX)
         cell = tag("a", key, href=url_to("state", key=pair.key)) if are_own else key
         changed = [make_time(pair.updated)]
         if pair.expires:
@@ -5349,11 +5350,11 @@ def list_hooks(arguments: argparse.Namespace) -> None:
         hooks = store.hooks(*names)
     rows = [("ID", "USER", "KEY", "VALUE", "LABEL", "RECEIVER", "PENDING", "LAST RESULT")]
     for hook in hooks:
-        key, value = escape_unprintable(hook.pattern), escape_unprintable(hook.short_value())
-        value = "any" if hook.value is None else value
+        key = escape_unprintable(cut_off(hook.pattern, TEXT_SHOWN_CHARACTERS_MAX))
+        value = "any" if hook.value is None else escape_unprintable(hook.short_value())
         result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result and hook.result_time else "never tried"
-        pending = str(hook.pending)
-        rows.append((str(hook.id), hook.user_name, key, value, hook.label or "-", hook.receiver, pending, result))
+        texts = (hook.user_name, key, value, hook.label or "-", hook.receiver, str(hook.pending), result)
+        rows.append((str(hook.id), *texts))
     print_table(rows)
 
 

@@ -5949,6 +5949,9 @@ class Browser(PageCase):
         for text in ("k" * 500, "a key with many words " * 10, "ü"):
             self.store.set_value(1, text, text * 3, time.time() + 100)
         self.store.add_token("alice", b"1", "l" * 64, True, "p" * 100)
+        hook = ("w" * 64, "k" * 500, "http://h/", "http://" + "h" * 60 + "." + "h" * 60, "v" * 500, "l" * 64)
+        hook_id = self.store.transact(lambda store: store.add_hook(*hook))
+        self.store.note_try(hook_id, "the certificate was refused: " + "x" * 60, 0)
         self.open("/me/")
         self.open("/admin/")
         try:
