@@ -181,8 +181,8 @@ HOOK_SECONDS = 10  # for the whole exchange
 HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that who sends it sees no error
 HOOK_ANSWER_BYTES_MAX = 4 * 1024
 HOOK_RETRY_SECONDS_MAX = 3600
-HOOK_GIVE_UP_SECONDS = 24 * 3600  # after the change; but it is tried for as long as
-HOOK_GRACE_SECONDS = 300  # after a start: when all comes back after a power cut, the network may be late
+HOOK_GIVE_UP_SECONDS = 24 * 3600  # after the change, at the earliest
+HOOK_GRACE_SECONDS = 300  # after a start nothing is too old: after a power cut, the network may be late
 HOOK_PENDING_MAX = 10_000  # deliveries of a hook
 HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
 HOOK_URL_BYTES_MAX = 4096
@@ -192,7 +192,7 @@ SENDER_IDLE_SECONDS = 10  # after which such a thread ends
 RECEIVER_SENDERS_MAX = 8  # of them, for one host and port
 LONG_SENDERS_MAX = 2  # of them, for what is long, since JSON takes six times as much memory at worst
 LONG_DELIVERY_CHARACTERS = 64 * 1024
-DROPPED_SECONDS = 10  # until it is logged again that deliveries of a hook were dropped
+DROPPED_SECONDS = 10  # until it is logged again that deliveries were dropped
 # Bounds of a histogram's buckets.
 DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
@@ -412,7 +412,7 @@ MIGRATIONS = (
             user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
             pattern TEXT NOT NULL, -- a key, or the beginning of keys and a star
             value TEXT, -- to which a pair has to change; NULL for any
-            receiver TEXT NOT NULL, -- scheme and host of the URL, which is secret itself
+            receiver TEXT NOT NULL, -- scheme, host and port of the URL, which is secret itself
             url TEXT NOT NULL,
             label TEXT NOT NULL,
             queued INTEGER NOT NULL DEFAULT 0, -- number of the newest delivery
@@ -710,7 +710,7 @@ class Hook(NamedTuple):
     pattern: str  # a key, or the beginning of keys and a star
     value: str | None  # the beginning of the one to which a pair has to change; None for any
     label: str
-    receiver: str  # scheme and host
+    receiver: str  # scheme, host and port
     pending: int  # deliveries
     result: str | None  # of the last try
     result_time: float | None  # unix seconds
@@ -724,7 +724,7 @@ class Delivery(NamedTuple):
     """A change of a pair that a hook is to tell of: the oldest that has not arrived."""
 
     hook_id: int
-    receiver: str  # scheme and host of the URL, which is secret itself
+    receiver: str  # scheme, host and port of the URL, which is secret itself
     url: str
     number: int  # of the hook's
     handled: int  # number of the last one before it that has arrived or been given up; those between had to make room
@@ -2881,15 +2881,12 @@ def make_hooks(hooks: Sequence[Hook]) -> Markup:
     """Return the table of all users' hooks, PAGE_ROWS_MAX at most."""
     rows = []
     for hook in hooks[:PAGE_ROWS_MAX]:
-        key, label = (
-            [make_visible(hook.pattern)],
-            [make_visible(hook.user_name), tag("small", f"hook {hook.id} ", hook.label)],
-        )
+        user = [make_visible(hook.user_name), tag("small", f"hook {hook.id} ", hook.label)]
+        key = [make_visible(hook.pattern)]
         if hook.value is not None:
             key.append(tag("small", f"only when it becomes {make_visible(hook.short_value())}"))
         result = [hook.result, tag("small", make_time(hook.result_time))] if hook.result else ["never tried"]
-        result.append(tag("small", f"pending: {hook.pending}"))
-        rows.append((label, key, hook.receiver, result))
+        rows.append((user, key, hook.receiver, [*result, tag("small", f"pending: {hook.pending}")]))
     return make_table(("User", "Key", "Receiver", "Last result"), rows, "hooks")
 
 
@@ -3980,7 +3977,7 @@ HEAD = re.compile(
 )
 RETRY_AFTER_FIELD = re.compile(rb"^retry-after:[ \t]*([0-9]+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 NOT_HTTP_ANSWER = "the answer is not HTTP/1.1"
-LANE_FAILURES_MAX = 8
+LANE_FAILURES_MAX = 8  # more count as so many: else there might be as many lanes as hooks
 HOOK_PORTS = {"http": 80, "https": 443}
 client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # it verifies; to make one takes long
 
@@ -4116,7 +4113,7 @@ class Exchange:
         unsent = memoryview(request)
         with contextlib.suppress(OSError):
             while unsent:
-                self._arm_timeout(connection, 2)
+                self._arm_timeout(connection, 2)  # time has to be left for the answer
                 unsent = unsent[connection.send(unsent[:RECEIVE_BYTES]) :]
 
     def _receive(self, connection: socket.socket) -> Answer:
@@ -4171,11 +4168,11 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> An
 
 
 class Lane(NamedTuple):
-    """Hooks whose next tries are bounded together."""
+    """What a try counts as where bounds and turns are concerned: hooks in the same lane wait in one queue."""
 
     is_long: bool  # what they send
     failures: int  # tries in a row that have failed, up to LANE_FAILURES_MAX
-    receiver: str  # scheme and host
+    receiver: str  # scheme, host and port
 
 
 class Sending:
@@ -4189,18 +4186,17 @@ class Sending:
         self.failures = 0  # tries in a row that have failed
         self.pause_seconds = 1.0  # after the next one that does
         self.unnoted = 0  # tries in a row of which the result could not be written
-        self.dropped: collections.Counter[str] = collections.Counter()  # deliveries by reason, until that is logged
-        self.logged = -math.inf  # monotonic seconds
 
     def lane(self) -> Lane:
-        """Return what the next try is bounded together with."""
+        """Return where the hook queues for its next try."""
         return Lane(self.is_long, min(self.failures, LANE_FAILURES_MAX), self.receiver)
 
 
 class Outbox:
     """Has deliveries sent: those of a hook in order and one at a time. All runs in the leading thread, but for deliver.
 
-    In memory is only when each hook is tried next. What is to be sent, and what has arrived, is in the database.
+    In memory is only when each hook is tried next, and how it has fared. What is to be sent, and what has arrived, is
+    in the database.
     """
 
     def __init__(
@@ -4221,6 +4217,8 @@ class Outbox:
         self._sendings: dict[int, Sending] = {}  # by hook
         self._ready: dict[Lane, collections.deque[int]] = {}  # hooks that may be tried now
         self._waiting: list[tuple[float, int]] = []  # heap: when to try again, in monotonic seconds, and which hook
+        self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
+        self._dropped_logged = -math.inf  # monotonic seconds
         self._lock_file: BinaryIO | None = None
         self._is_sender = False
         self._is_stopped = False
@@ -4228,8 +4226,6 @@ class Outbox:
     def stop(self) -> None:
         """Begin no further try."""
         self._is_stopped = True
-        for hook_id in self._sendings:
-            self._log_dropped(hook_id, at_once=True)
 
     def close(self) -> None:
         """Let another process send."""
@@ -4262,6 +4258,7 @@ class Outbox:
 
     def look(self) -> None:
         """Have all sent that is due."""
+        self._log_dropped()
         self.has_hooks = self._store.has_hooks()
         if self._is_stopped or not (self.has_hooks and self._may_send()):
             return
@@ -4312,7 +4309,6 @@ class Outbox:
         """Send a hook's next delivery."""
         sending, delivery = self._sendings[hook_id], self._store.next_delivery(hook_id)
         if delivery is None:  # nothing is pending any more, or the hook has been deleted
-            self._log_dropped(hook_id, at_once=True)
             del self._sendings[hook_id]
             return
         sending.is_long = len(delivery.value or "") + len(delivery.old or "") > LONG_DELIVERY_CHARACTERS
@@ -4355,17 +4351,17 @@ class Outbox:
             result += ", dropped"
             self._drop(hook_id, 1, answer.text if answer.is_refusal() else f"a day old, {answer.text}")
 
-        def go_on(outcome: Any) -> None:
+        def go_on(noted: Any) -> None:
             del self.busy[hook_id]
             # What could not be noted is sent again, but not all the time.
-            sending.unnoted = min(sending.unnoted + 1, 6) if isinstance(outcome, Exception) else 0
+            sending.unnoted = min(sending.unnoted + 1, 6) if isinstance(noted, Exception) else 0
             seconds = max(pause, 2.0**sending.unnoted) if sending.unnoted else pause
             heapq.heappush(self._waiting, (time.monotonic() + seconds, hook_id))
 
         self._change(
             Change(
                 lambda store: store.note_try(hook_id, result, handled),
-                lambda outcome: self._post(functools.partial(go_on, outcome)),
+                lambda noted: self._post(functools.partial(go_on, noted)),
                 0,
             )
         )
@@ -4373,17 +4369,17 @@ class Outbox:
     def _drop(self, hook_id: int, count: int, reason: str) -> None:
         """Count deliveries that are given up, and log that now and then."""
         self._metrics.dropped_deliveries += count
-        self._sendings[hook_id].dropped[reason] += count
-        self._log_dropped(hook_id)
+        self._dropped[f"hook {hook_id} to {self._sendings[hook_id].receiver}", reason] += count
+        self._log_dropped()
 
-    def _log_dropped(self, hook_id: int, at_once: bool = False) -> None:
-        """Log how many deliveries of a hook were dropped since that was logged, unless that was just now."""
-        sending, now = self._sendings[hook_id], time.monotonic()
-        if at_once or sending.logged + DROPPED_SECONDS < now:
-            for reason, count in sending.dropped.items():
-                log("ERROR", f"hook {hook_id} to {sending.receiver}: dropped deliveries: {count} ({reason})")
-                sending.logged = now
-            sending.dropped.clear()
+    def _log_dropped(self) -> None:
+        """Log how many deliveries were dropped since that was logged, unless that was just now."""
+        now = time.monotonic()
+        if self._dropped and (self._is_stopped or self._dropped_logged + DROPPED_SECONDS < now):
+            for (hook, reason), count in self._dropped.items():
+                log("ERROR", f"{hook}: dropped deliveries: {count} ({reason})")
+            self._dropped.clear()
+            self._dropped_logged = now
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
@@ -4750,9 +4746,9 @@ class Server(http.server.ThreadingHTTPServer):
                 passing = [Store.remove_expired] if self._has_expired else []
                 self.writer.may_exceed = self.outbox.has_hooks
                 all_outcomes = self.writer.commit([*passing, *(change.operation for change in changes)])
-                outcomes = all_outcomes[len(passing) :]
-                self._has_expired = all_outcomes[: len(passing)] == [True]
-                for outcome in all_outcomes[: len(passing)]:
+                removals, outcomes = all_outcomes[: len(passing)], all_outcomes[len(passing) :]
+                self._has_expired = removals == [True]
+                for outcome in removals:
                     if isinstance(outcome, Exception):
                         self.errors.write(f"what has expired cannot be removed: {outcome}")
                 self.metrics.commits = self.writer.commits
@@ -5268,7 +5264,7 @@ def set_password(arguments: argparse.Namespace) -> None:
 
 
 def delete_user(arguments: argparse.Namespace) -> None:
-    """Delete a user and all they stored, after asking."""
+    """Delete a user and all they have, after asking."""
     with existing_store(arguments) as store:
         users = store.users()
         user = next((user for user in users if user.name == arguments.name), None)
@@ -5517,7 +5513,9 @@ could not, 2 wrong usage.
 """
 MERGE_HELP = "for such a database: do not refuse users that exist here; they keep password and role, and take the pairs"
 NAME_HELP = "1 to 64 printable ASCII characters, without a colon"
-HOOK_URL_HELP = "to which is sent what has changed; - to read it from standard input, if others are not to see it"
+HOOK_URL_HELP = (
+    "where changes are sent; - reads it from standard input, so that it is not seen in the list of processes"
+)
 PASSWORD_HELP = "read the password, one line, from standard input instead of asking for it"
 
 
@@ -5564,7 +5562,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="USER", help="whose password")
     command.add_argument("--password-stdin", action="store_true", help=PASSWORD_HELP)
 
-    command = add_command(commands, "deluser", delete_user, "delete a user, and all they stored", "It asks first.")
+    command = add_command(commands, "deluser", delete_user, "delete a user, and all they have", "It asks first.")
     command.add_argument("name", metavar="USER", help="whom to delete")
     command.add_argument("--yes", action="store_true", help="do not ask, and delete even the last admin")
 
@@ -5593,7 +5591,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--value", metavar="V", help="only when the value becomes V")
     command.add_argument("--label", metavar="TEXT", default="", help="what it is for")
 
-    more = "Of the URLs only scheme and host are printed."
+    more = "Of the URLs only scheme, host and port are printed."
     command = add_command(commands, "hooks", list_hooks, "list the hooks", more)
     command.add_argument("name", metavar="USER", nargs="?", help="whose hooks (default: everybody's)")
 

@@ -3485,10 +3485,9 @@ class Hooks(HookCase):
             number = 0
             while self.request("PUT", f"/kv/other{number}", "x" * 500).status != 507:
                 number += 1
-            told = self.store.pending_count()
             for other in range(number):
                 self.ask(f"/del?key=other{other}")
-            wait_until(lambda: self.store.pending_count() == told + 30 + number)
+            wait_until(lambda: self.store.pending_count() == 2 * (30 + number))
             self.assertEqual({}, self.pairs())
 
     def test_a_deleted_user_takes_hooks_and_what_is_pending_along(self) -> None:
@@ -3579,7 +3578,7 @@ class PromptHooks(HookCase):
         self.assertLess(time.monotonic() - started, 40 * self.poll_seconds / 4)
 
     def test_many_expiries_at_once_are_all_told(self) -> None:
-        count, expires = 30 * kvserver.EXPIRED_PAIRS_MAX, time.time() + 1
+        count, expires = 30 * kvserver.EXPIRED_PAIRS_MAX, time.time() + 3
         with contextlib.closing(sqlite3.connect(self.database)) as connection:
             pairs = [(1, f"k{number:04}", "v", expires + number / 1e6) for number in range(count)]
             connection.executemany("INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?,?,?,0,?)", pairs)
@@ -3614,8 +3613,7 @@ class Deliveries(HookCase):
         self.assertEqual((1, 2), (len(set(keys[:5])), len(set(keys))))
         pauses = [later - earlier for earlier, later in zip(times, times[1:])]
         for pause, seconds in zip(pauses, (1, 2, 2, 2)):
-            self.assertTrue(seconds <= pause < seconds + 0.9, pauses)
-        self.assertLess(pauses[4], 0.9)
+            self.assertTrue(seconds <= pause < seconds + 3, pauses)
         self.assertIn("500 Internal Server Error; trying again", self.log.text())
 
     def test_a_whole_status_line_is_enough(self) -> None:
@@ -3641,6 +3639,7 @@ class Deliveries(HookCase):
         self.assertEqual("", self.log.text())
 
     def test_what_cannot_become_better_is_dropped_at_once(self) -> None:
+        self.enter(mock.patch.object(kvserver, "DROPPED_SECONDS", -1))
         for status in (301, 307, 400, 404, 410):
             other = self.enter(contextlib.closing(Receiver()))
             answer = f"HTTP/1.1 {status} No\r\nLocation: {other.url}\r\n\r\n".encode()
@@ -3675,7 +3674,7 @@ class Deliveries(HookCase):
                 started = time.monotonic()
                 answer = kvserver.deliver(receiver.url, "key", {})
             self.assertEqual((0, result), answer[:2])
-            self.assertLess(time.monotonic() - started, 1)
+            self.assertLess(time.monotonic() - started, 5)
 
     def test_why_nothing_was_answered_is_told(self) -> None:
         self.receiver.close()
@@ -3943,24 +3942,54 @@ class Deliveries(HookCase):
 class Threads(unittest.TestCase):
     """The threads of a pool."""
 
-    def test_one_is_started_only_when_all_are_busy_and_ends_when_idle(self) -> None:
-        done = threading.Semaphore(0)
-        names: list[str] = []
-        pool = kvserver.Pool(3, lambda function: function(), 0.05)
-        for _ in range(3):
-            for _ in range(5):
-                pool.submit(lambda: names.append(threading.current_thread().name), lambda outcome: done.release())
-                self.assertTrue(done.acquire(timeout=WAIT_SECONDS))
-            wait_until(lambda: pool._threads == 0)
-        self.assertEqual(15, len(names))
+    def setUp(self) -> None:
+        self.done = threading.Semaphore(0)
+
+    def wait_for(self, count: int) -> None:
+        """Wait until so many jobs have been done."""
+        for _ in range(count):
+            self.assertTrue(self.done.acquire(timeout=WAIT_SECONDS))
+
+    def submit(self, pool: kvserver.Pool, job: Callable[[], object] = lambda: None) -> None:
+        """Have a job done."""
+        pool.submit(job, lambda outcome: self.done.release())
+
+    def test_one_is_started_only_when_all_are_busy(self) -> None:
+        pool = kvserver.Pool(3, lambda function: function(), 60)
+        for _ in range(5):
+            self.submit(pool)
+            self.wait_for(1)
+            self.assertEqual(1, pool._threads)
+        pool.submit(self.fail, lambda outcome: None, is_wanted=lambda: False)
+        wait_until(lambda: pool._unfinished == 0)
         go_on = threading.Event()
         for _ in range(5):
-            pool.submit(lambda: go_on.wait(WAIT_SECONDS), lambda outcome: done.release())
+            self.submit(pool, lambda: go_on.wait(WAIT_SECONDS))
         self.assertEqual(3, pool._threads)
         go_on.set()
+        self.wait_for(5)
+
+    def test_one_ends_when_it_has_been_idle(self) -> None:
+        pool = kvserver.Pool(3, lambda function: function(), 0.01)
         for _ in range(5):
-            self.assertTrue(done.acquire(timeout=WAIT_SECONDS))
-        wait_until(lambda: pool._threads == 0)
+            self.submit(pool)
+            self.submit(pool)
+            self.wait_for(2)
+            wait_until(lambda: pool._threads == 0)
+
+    def test_one_does_not_end_when_something_was_submitted_just_now(self) -> None:
+        pool = kvserver.Pool(1, lambda function: function(), 0.01)
+        acquire, times = pool._jobs_count.acquire, itertools.count()
+
+        def acquire_late(timeout: float | None = None) -> bool:
+            if next(times):
+                return acquire(timeout=timeout)
+            wait_until(lambda: pool._unfinished == 1)
+            return False
+
+        with mock.patch.object(pool._jobs_count, "acquire", acquire_late):
+            self.submit(pool)
+            self.wait_for(1)
 
 
 class Schedules(unittest.TestCase):
@@ -4010,7 +4039,7 @@ class Schedules(unittest.TestCase):
                 self.outbox.look()
                 while self.posted:
                     self.posted.pop(0)()
-                if not self.outbox._waiting or self.seconds >= seconds:
+                if self.outbox._is_stopped or not self.outbox._waiting or self.seconds >= seconds:
                     break
                 due = self.outbox._waiting[0][0] - self.monotonic + 1e-6
                 self.seconds = min(seconds, max(self.seconds, due))
@@ -4128,8 +4157,11 @@ class Schedules(unittest.TestCase):
             for number in range(5):
                 self.store.set_value(1, "a", f"{number}")
             self.run_until(1)
+            self.outbox.stop()
+            self.outbox.look()
         logged = re.findall(r"dropped deliveries: (\d+) \(404 Not Found\)", self.log.text())
-        self.assertEqual(["1", "4"], logged, "the first at once, and the others when nothing is pending any more")
+        self.assertEqual(["1", "4"], logged, "the first at once, and the others when the server stops")
+        self.outbox._is_stopped = False
         with mock.patch.object(kvserver, "DROPPED_SECONDS", -1):
             for number in range(5):
                 self.store.set_value(1, "b", f"{number}")
@@ -4179,6 +4211,77 @@ class Schedules(unittest.TestCase):
         del self.lanes[:]
         self.run_until(302)
         self.assertEqual("http://b", self.lanes[0].receiver)
+
+    def test_a_disk_that_fails_for_once_does_not_stop_a_hook(self) -> None:
+        self.answer = kvserver.Answer(200, "200 OK")
+        self.store.set_value(1, "a", "1")
+        failure = sqlite3.OperationalError("disk I/O error")
+        with mock.patch.object(self.store, "next_delivery", side_effect=failure), self.assertRaises(sqlite3.Error):
+            self.outbox.look()
+        self.run_until(1)
+        self.assertEqual(0, self.store.pending_count())
+
+    def test_a_refusal_ends_a_row_of_failures(self) -> None:
+        for number in range(3):
+            self.store.set_value(1, "a", f"{number}")
+        failure = self.answer
+
+        def hold(done: Callable[[], None]) -> None:
+            self.answer = kvserver.Answer(404, "404 Not Found") if len(self.tries) == 2 else failure
+            done()
+
+        self.hold = hold
+        self.run_until(6.5)
+        self.assertEqual([0, 1, 3, 3, 4, 6], [round(at) for at, _ in self.tries])
+        self.assertEqual([0, 1, 2, 0, 1, 2], [lane.failures for lane in self.lanes])
+
+    def test_a_row_of_failures_is_logged_once(self) -> None:
+        self.store.set_value(1, "a", "1")
+        self.run_until(100)
+        self.assertEqual(1, len(self.log.lines), self.log.text())
+
+    def test_what_is_dropped_after_the_stop_is_logged(self) -> None:
+        self.answer = kvserver.Answer(404, "404 Not Found")
+        held: list[Callable[[], None]] = []
+        self.store.set_value(1, "a", "1")
+        self.store.set_value(1, "a", "2")
+        self.hold = lambda done: done() if len(self.tries) < 2 else held.append(done)
+        self.run_until(1)
+        self.outbox.stop()
+        held.pop()()
+        self.run_until(1)
+        self.assertEqual(0, self.store.pending_count())
+        self.assertEqual(2, len(self.log.lines), self.log.text())
+
+    def test_a_try_is_under_way_until_its_result_is_noted(self) -> None:
+        self.answer = kvserver.Answer(200, "200 OK")
+        self.store.set_value(1, "a", "1")
+        changes: list[kvserver.Change] = []
+        with mock.patch.object(self.outbox, "_change", changes.append):
+            self.outbox.look()
+        self.assertEqual((1, [1]), (len(changes), list(self.outbox.busy)))
+        self.change(changes[0])
+        self.run_until(1)
+        self.assertEqual({}, self.outbox.busy)
+
+    def test_half_of_each_bound_is_kept_for_what_has_not_failed(self) -> None:
+        for is_long, most in ((False, kvserver.RECEIVER_SENDERS_MAX), (True, kvserver.LONG_SENDERS_MAX)):
+            retry, first = (kvserver.Lane(is_long, failures, "http://h") for failures in (1, 0))
+            self.outbox.busy = dict.fromkeys(range(most // 2), retry)
+            self.assertEqual((False, True), (self.outbox._has_thread(retry), self.outbox._has_thread(first)))
+
+    def test_long_is_what_was_there_before_as_well(self) -> None:
+        self.answer = kvserver.Answer(200, "200 OK")
+        for value in ("1", "x" * (kvserver.LONG_DELIVERY_CHARACTERS + 1), "2", "3"):
+            self.store.set_value(1, "a", value)
+        self.run_until(1)
+        self.assertEqual([False, True, True, False], [lane.is_long for lane in self.lanes])
+
+    def test_what_removes_may_exceed_the_limit_only_while_it_does(self) -> None:
+        self.store.may_exceed, self.store._pages_max = True, 100
+        self.store.set_value(1, "a", "1")
+        self.store.delete_pair(1, "a")
+        self.assertEqual([(100,)], self.store._read("PRAGMA max_page_count"))
 
     def test_a_full_disk_does_not_stop_a_hook(self) -> None:
         self.answer = kvserver.Answer(200, "200 OK")
