@@ -190,7 +190,7 @@ IDEMPOTENCY_KEY_BYTES = 16
 SENDERS_MAX = 64  # threads that send deliveries
 SENDER_IDLE_SECONDS = 10  # after which such a thread ends
 RECEIVER_SENDERS_MAX = 8  # of them, for one host and port
-LONG_SENDERS_MAX = 2  # of them, for what is long, since JSON takes six times as much memory at worst
+LONG_SENDERS_MAX = 2  # beside them, for what is long: JSON takes six times as much memory, and threads keep it
 LONG_DELIVERY_CHARACTERS = 64 * 1024
 DROPPED_SECONDS = 10  # until it is logged again that deliveries were dropped
 # Bounds of a histogram's buckets.
@@ -438,6 +438,7 @@ MIGRATIONS = (
             INSERT INTO prefix_length SELECT n FROM counter""",
     ),
 )
+ANY_PAGE_COUNT = 2**30 - 1  # is SQLite's own limit
 APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id tells our files from those of other programs
 
 # Every connection runs these first. WAL mode is a property of the file instead.
@@ -543,8 +544,9 @@ SELECT_HOOKS = (
 SELECT_PENDING_COUNT = "SELECT count(*) FROM delivery"
 # Of its own accord, SQLite would group by going through all that is pending.
 SELECT_NEW_DELIVERIES = (
-    "SELECT hook_id, receiver, max(delivery.id) FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id"
-    " WHERE delivery.id > ? GROUP BY hook_id"
+    "SELECT hook_id, receiver, ifnull(result GLOB '2*', FALSE), handled, max(delivery.id),"
+    " (SELECT min(number) FROM delivery AS oldest WHERE oldest.hook_id = hook.id)"
+    " FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"
 )
 SELECT_NEXT_DELIVERY = (
     "SELECT hook_id, receiver, url, number, handled, key, delivery.value, old, created, idempotency_key"
@@ -904,10 +906,10 @@ class Store:
         return self._execute(statement, user_id, key, *parameters).rowcount
 
     def _remove(self, remove: Callable[[], int]) -> int:
-        """Call what removes pairs, and return how many; what hooks are told may be beyond the database's limit."""
+        """Call what removes pairs, and return how many; what hooks are told of it has a bound of its own."""
         if not (self.may_exceed and self._pages_max):
             return remove()
-        self._execute(f"PRAGMA max_page_count = {2 * self._pages_max}")
+        self._execute(f"PRAGMA max_page_count = {ANY_PAGE_COUNT}")
         try:
             return remove()
         finally:
@@ -1246,8 +1248,12 @@ class Store:
         count: int = self._read(SELECT_PENDING_COUNT)[0][0]
         return count
 
-    def new_deliveries(self, newest: int) -> list[tuple[int, str, int]]:
-        """Return which hooks have deliveries with ids above newest, with receiver and newest id of each."""
+    def new_deliveries(self, newest: int) -> list[tuple[int, str, bool, int, int, int]]:
+        """Return which hooks have deliveries with ids above newest.
+
+        Of each, the id, the receiver, whether the last try has arrived, the number up to which all have arrived or been
+        given up, the newest id of a delivery, and the number of the oldest that is pending.
+        """
         return self._read(SELECT_NEW_DELIVERIES, newest)
 
     def next_delivery(self, hook_id: int) -> Delivery | None:
@@ -2223,6 +2229,7 @@ class Pool:
                 self._unfinished -= 1
             if is_turn_over:
                 self._post(functools.partial(done, outcome))
+            del function, done, is_wanted, outcome  # who waits for the next job must not keep the memory of this one
 
 
 class Authenticator:
@@ -4171,25 +4178,27 @@ class Lane(NamedTuple):
     """What a try counts as where bounds and turns are concerned: hooks in the same lane wait in one queue."""
 
     is_long: bool  # what they send
-    failures: int  # tries in a row that have failed, up to LANE_FAILURES_MAX
+    failures: int  # tries in a row that have failed, up to LANE_FAILURES_MAX; to have proved nothing yet counts as one
     receiver: str  # scheme, host and port
 
 
 class Sending:
     """What is remembered of a hook that has deliveries pending."""
 
-    def __init__(self, receiver: str) -> None:
+    def __init__(self, receiver: str, is_proven: bool) -> None:
         """Nothing has been tried yet."""
         self.receiver = receiver
+        self.is_proven = is_proven  # whether the last delivery before has arrived
         self.begun = time.monotonic()
         self.is_long = False  # the next delivery, as far as is known
         self.failures = 0  # tries in a row that have failed
         self.pause_seconds = 1.0  # after the next one that does
+        self.overflown = 0  # number up to which deliveries are known to have made room
         self.unnoted = 0  # tries in a row of which the result could not be written
 
     def lane(self) -> Lane:
         """Return where the hook queues for its next try."""
-        return Lane(self.is_long, min(self.failures, LANE_FAILURES_MAX), self.receiver)
+        return Lane(self.is_long, min(self.failures + (not self.is_proven), LANE_FAILURES_MAX), self.receiver)
 
 
 class Outbox:
@@ -4202,14 +4211,17 @@ class Outbox:
     def __init__(
         self,
         store: Store,
-        pool: Pool,
+        pools: tuple[Pool, Pool],
         post: Callable[[Callable[[], None]], None],
         change: Callable[[Change], None],
         metrics: Metrics,
         errors: ErrorLog,
     ) -> None:
-        """Send what a store has, with a pool's threads; change has a change made, and post calls a function soon."""
-        self._store, self._pool, self._post, self._change = store, pool, post, change
+        """Send what a store has, with the threads of pools, the second for what is long.
+
+        change has a change made, and post calls a function soon.
+        """
+        self._store, self._pools, self._post, self._change = store, pools, post, change
         self._metrics, self._errors = metrics, errors
         self.has_hooks = False
         self.busy: dict[int, Lane] = {}  # hooks with a try under way
@@ -4263,11 +4275,13 @@ class Outbox:
         if self._is_stopped or not (self.has_hooks and self._may_send()):
             return
         now, newest = time.monotonic(), self._newest
-        for hook_id, receiver, newest_of_hook in self._store.new_deliveries(self._newest):
-            newest = max(newest, newest_of_hook)
+        for hook_id, receiver, is_proven, handled, its_newest, oldest in self._store.new_deliveries(self._newest):
+            newest = max(newest, its_newest)
             if hook_id not in self._sendings:
-                self._sendings[hook_id] = Sending(receiver)
+                self._sendings[hook_id] = Sending(receiver, bool(is_proven))
                 self._make_ready(hook_id)
+            if hook_id not in self.busy:
+                self._note_overflow(hook_id, oldest, handled)
         self._newest = newest  # only now: if the disk failed meanwhile, they are looked at again
         while self._waiting and self._waiting[0][0] <= now:
             self._make_ready(heapq.heappop(self._waiting)[1])
@@ -4280,8 +4294,6 @@ class Outbox:
     def _send_ready(self) -> None:
         """Send as much as the bounds allow, and first what has failed least."""
         for lane in sorted(self._ready, key=lambda lane: lane.failures):
-            if len(self.busy) >= SENDERS_MAX:
-                break
             hooks, were_busy = self._ready[lane], len(self.busy)
             while hooks and self._has_thread(lane):
                 self._send(hooks[0], lane)
@@ -4292,16 +4304,15 @@ class Outbox:
                     self._ready[lane] = hooks  # behind the others
 
     def _has_thread(self, lane: Lane) -> bool:
-        """Tell whether one more try is within the bounds; half of each is kept for what has not failed."""
-        busy = self.busy.values()
+        """Tell whether one more try is within the bounds; half of each is kept for hooks whose last one has arrived."""
+        alike = [other for other in self.busy.values() if other.is_long == lane.is_long]
         bounds = [
-            (busy, SENDERS_MAX),
-            ([other for other in busy if other.receiver == lane.receiver], RECEIVER_SENDERS_MAX),
+            (alike, LONG_SENDERS_MAX if lane.is_long else SENDERS_MAX),
+            ([other for other in alike if other.receiver == lane.receiver], RECEIVER_SENDERS_MAX),
         ]
-        if lane.is_long:
-            bounds.append(([other for other in busy if other.is_long], LONG_SENDERS_MAX))
         return all(
-            len(others) < most and not (lane.failures and sum(other.failures > 0 for other in others) >= most // 2)
+            len(others) < most
+            and not (lane.failures and sum(other.failures > 0 for other in others) >= max(1, most // 2))
             for others, most in bounds
         )
 
@@ -4316,13 +4327,10 @@ class Outbox:
             self._make_ready(hook_id)
             self._post(self.look)
             return
-        overflow = delivery.number - 1 - delivery.handled
-        if overflow:
-            bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
-            self._drop(hook_id, overflow, f"the oldest, since more than {bounds} were pending")
+        self._note_overflow(hook_id, delivery.number, delivery.handled)
         self.busy[hook_id] = lane
         members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
-        self._pool.submit(
+        self._pools[lane.is_long].submit(
             functools.partial(deliver, delivery.url, delivery.idempotency_key, members),
             functools.partial(self._note, delivery._replace(value=None, old=None)),  # they may be long
         )
@@ -4337,15 +4345,17 @@ class Outbox:
         seconds_left = max(delivery.created + HOOK_GIVE_UP_SECONDS - time.time(), grace_seconds)
         result, pause, handled = answer.text, 0.0, delivery.number
         if answer.is_success() or answer.is_refusal():
-            sending.failures, sending.pause_seconds = 0, 1.0
+            sending.failures, sending.pause_seconds, sending.is_proven = 0, 1.0, True
         else:
             sending.failures += 1
             pause = min(answer.retry_after or sending.pause_seconds, HOOK_RETRY_SECONDS_MAX, seconds_left)
             sending.pause_seconds = min(2 * sending.pause_seconds, HOOK_RETRY_SECONDS_MAX)
+        sending.is_long = sending.is_long and pause > 0  # of the next one that is not known
         if pause > 0:
             handled -= 1
             if sending.failures == 1:
-                log("WARNING", f"hook {hook_id} to {sending.receiver}: {result}; trying again until it is a day old")
+                what = f"hook {hook_id} to {sending.receiver}: {result}; trying again until it is a day old"
+                self._errors.write(what, DROPPED_SECONDS)
         elif not answer.is_success():
             sending.pause_seconds = 1.0
             result += ", dropped"
@@ -4365,6 +4375,15 @@ class Outbox:
                 0,
             )
         )
+
+    def _note_overflow(self, hook_id: int, oldest: int, handled: int) -> None:
+        """Count the deliveries that had to make room, between what is handled and the oldest that is pending."""
+        sending = self._sendings[hook_id]
+        overflow = oldest - 1 - max(handled, sending.overflown)
+        if overflow > 0:
+            sending.overflown = oldest - 1
+            bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
+            self._drop(hook_id, overflow, f"the oldest, since more than {bounds} were pending")
 
     def _drop(self, hook_id: int, count: int, reason: str) -> None:
         """Count deliveries that are given up, and log that now and then."""
@@ -4453,8 +4472,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._woken, self._waker = socket.socketpair()
         self.workers = Pool(WORKERS_MAX, self.post)
         self.handshakes = Pool(1, self.post)
-        senders = Pool(SENDERS_MAX, self.post, SENDER_IDLE_SECONDS)
-        self.outbox = Outbox(self.reader, senders, self.post, self.change, self.metrics, self.errors)
+        senders, long_senders = (Pool(n, self.post, SENDER_IDLE_SECONDS) for n in (SENDERS_MAX, LONG_SENDERS_MAX))
+        self.outbox = Outbox(self.reader, (senders, long_senders), self.post, self.change, self.metrics, self.errors)
         self._renewal_wanted = False  # of the certificate
         self._stop_begun = math.inf  # monotonic seconds
         self._next_look = 0.0  # monotonic seconds
