@@ -4719,7 +4719,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _may_commit(self) -> bool:
         """Tell whether the caller is to commit: there are changes, and no other thread is at it."""
-        if not self._has_changes():
+        if not (self.changes or self._has_expired):  # nearly always, and without a call: each request comes by here
             return False
         with self._changes_lock:
             if not self._has_changes() or self._committing:
