@@ -34,11 +34,19 @@ paths also exist below /iotpersistenceapi, or the prefix that --base-path names.
 what to do.
 
 The file is built from the ground up, each section using only what stands above it: Limits and defaults, Log, Names,
-passwords and tokens, Storage, HTTP messages, Parameters, Metrics, Authentication, API, Pages, Routes, TLS,
+passwords and tokens, Storage, HTTP messages, Parameters, Loop, TLS, Metrics, Authentication, API, Pages, Routes,
 Connections, Hooks, Server, Settings, Backup, export and import, Command line.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # this file is parsed by older ones, too, so that it can say so
+    sys.exit(
+        "kvserver needs Python 3.11 or newer; this is %d.%d.%d. On Raspberry Pi OS, upgrade to Bookworm or newer."
+        % sys.version_info[:3]
+    )
 
 import argparse
 import base64
@@ -51,7 +59,6 @@ import errno
 import functools
 import getpass
 import hashlib
-import heapq
 import html
 import http.server
 import io
@@ -61,6 +68,7 @@ import json
 import math
 import mmap
 import os
+import queue
 import re
 import secrets
 import selectors
@@ -69,12 +77,23 @@ import socket
 import socketserver
 import sqlite3
 import ssl
-import sys
 import threading
 import time
+import types
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, BinaryIO, NamedTuple, Union, cast
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Sized,
+)
+from typing import Any, BinaryIO, NamedTuple, cast
 
 __version__ = "0.1.0"
 
@@ -149,8 +168,10 @@ UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all answers that clients are slow to t
 LINGER_SECONDS = 2
 DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
 LOCK_POLL_SECONDS = 0.02
-QUICK_COMMIT_SECONDS = 0.002  # a disk that took no longer for the last commit is not worth a change of threads
-STALL_SECONDS = 0.1  # how long such a disk may hold up the leading thread before the other one leads
+QUICK_COMMIT_SECONDS = 0.002  # the loop waits for a disk that took no longer for the last commit
+QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions are left to a thread as well
+STALL_SECONDS = 0.05  # a disk that took so long once
+STALL_FACTOR = 20  # is left to a thread for so many times as long
 RETRY_AFTER_SECONDS = 5
 POLL_SECONDS = 0.25  # how often the server looks for connections that are overdue
 STOP_POLL_SECONDS = 0.01
@@ -187,10 +208,9 @@ HOOK_PENDING_MAX = 10_000  # deliveries of a hook
 HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
 HOOK_URL_BYTES_MAX = 4096
 IDEMPOTENCY_KEY_BYTES = 16
-SENDERS_MAX = 64  # threads that send deliveries
-SENDER_IDLE_SECONDS = 10  # after which such a thread ends
-RECEIVER_SENDERS_MAX = 8  # of them, for one host and port
-LONG_SENDERS_MAX = 2  # beside them, for what is long: JSON takes six times as much memory, and threads keep it
+EXCHANGES_MAX = 64  # at once
+RECEIVER_EXCHANGES_MAX = 8  # of them, with one host and port
+LONG_EXCHANGES_MAX = 2  # beside them, for long values: JSON takes six times as much memory
 LONG_DELIVERY_CHARACTERS = 64 * 1024
 DROPPED_SECONDS = 10  # until it is logged again that deliveries were dropped
 # Bounds of a histogram's buckets.
@@ -547,6 +567,10 @@ SELECT_NEW_DELIVERIES = (
     "SELECT hook_id, receiver, ifnull(result GLOB '2*', FALSE), handled, max(delivery.id),"
     " (SELECT min(number) FROM delivery AS oldest WHERE oldest.hook_id = hook.id)"
     " FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"
+)
+SELECT_NEXT_LENGTH = (
+    "SELECT length(key) + ifnull(length(value), 0) + ifnull(length(old), 0) FROM delivery WHERE hook_id = ?"
+    " ORDER BY number LIMIT 1"
 )
 SELECT_NEXT_DELIVERY = (
     "SELECT hook_id, receiver, url, number, handled, key, delivery.value, old, created, idempotency_key"
@@ -1256,6 +1280,11 @@ class Store:
         """
         return self._read(SELECT_NEW_DELIVERIES, newest)
 
+    def next_delivery_length(self, hook_id: int) -> int:
+        """Return how many characters the oldest pending delivery of a hook has, 0 if there is none."""
+        rows = self._read(SELECT_NEXT_LENGTH, hook_id)
+        return cast(int, rows[0][0]) if rows else 0
+
     def next_delivery(self, hook_id: int) -> Delivery | None:
         """Return the oldest delivery of a hook that is pending, if there is one."""
         rows = self._read(SELECT_NEXT_DELIVERY, hook_id)
@@ -1431,12 +1460,16 @@ RETRY_AFTER = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 
 
 class Response(NamedTuple):
-    """An answer. Its length, its date and the headers that every answer has are added when it is sent."""
+    """An answer. Its length, its date and the headers that every answer has are added when it is sent.
+
+    With wait_until it is none yet: until then, in monotonic seconds, the request waits for a change of its pair.
+    """
 
     body: bytes = b""
     status: int = 200
     content_type: str = TEXT
     headers: Headers = ()
+    wait_until: float = 0.0
 
 
 class HTTPError(Exception):
@@ -1480,7 +1513,7 @@ def parse_target(method: str, target: str) -> tuple[str, str, str]:
     Bytes above 127 are taken if they are UTF-8: many a shell script sends such, and they can mean only one thing.
     """
     host = ""
-    absolute = ABSOLUTE_TARGET.fullmatch(target)
+    absolute = None if target.startswith("/") else ABSOLUTE_TARGET.fullmatch(target)
     if absolute:
         host, target = absolute[1], absolute[2]
         if not HOST.fullmatch(host):
@@ -1527,20 +1560,27 @@ NOT_PARSED: dict[str, str] = {}
 
 
 class Request:
-    """A request; user, body and parameters are set when they are known. The query is still encoded."""
+    """A request. The query is still encoded; the attributes below are set when they are known."""
+
+    user = NOBODY
+    body = b""
+    parameters = NOT_PARSED
+    key_in_path = ""  # still encoded
+    may_wait = True  # for a change
+    was_there = False  # the pair, when the request began to wait
+    metrics: Metrics | None = None  # for an endpoint that runs in a thread
+    password_hash = ""  # of the parameter password
 
     def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
-        """Take what the head says."""
+        """Take the parts of the head."""
         self.method, self.path, self.query, self.fields = method, path, query, fields
-        self.key_in_path = ""  # still encoded
-        self.user = NOBODY
-        self.body = b""
-        self.parameters = NOT_PARSED
         self.begun = time.monotonic()
-        self.may_wait = True  # for a change
-        self.was_there = False  # what it waits for a change of
-        self.metrics: Metrics | None = None  # for an endpoint that runs in a worker
-        self.password_hash = ""  # of the parameter password, once that has been hashed
+
+    def again(self) -> Request:
+        """Return the request that the same head begins once more, if it has no body."""
+        request = Request(self.method, self.path, self.query, self.fields)
+        request.key_in_path, request.parameters = self.key_in_path, self.parameters
+        return request
 
     def names_etag(self, header: str, etag: str) -> bool:
         """Tell whether If-Match or If-None-Match, as header says, names an entity tag; raise HTTPError.
@@ -1565,21 +1605,6 @@ PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
 ANYTHING = ("*",)  # the parameters of a route that takes all there are
 
 
-class Unchanged(NamedTuple):
-    """Stands for a response that is held back: the endpoint is to be called again when the pair has changed.
-
-    That is to happen after so many seconds at the latest.
-    """
-
-    seconds: float
-
-
-class Elsewhere(NamedTuple):
-    """Stands for a response that another endpoint is to make, where it may take long: not within the transaction."""
-
-    endpoint: Callable[[Any, Request], Response]
-
-
 class Route(NamedTuple):
     """A row of the table of all routes. A path that ends in KEY stands for all that have a key in this place.
 
@@ -1588,7 +1613,7 @@ class Route(NamedTuple):
 
     path: str
     methods: tuple[str, ...]
-    endpoint: Callable[[Any, Request], Response | Unchanged | Elsewhere]
+    endpoint: Callable[[Any, Request], Response]
     who: str
     where: str
     parameters: tuple[str, ...] = ()
@@ -1720,14 +1745,15 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
     date and connection are those headers' values, an empty connection for none. Without the body, the head is the one
     that would stand before it (RFC 9110 section 9.3.2).
     """
-    head = [STATUS_LINES[response.status], f"Date: {date}\r\n"]
-    if response.status not in (204, 304):
-        head.append(f"Content-Type: {response.content_type}\r\nContent-Length: {len(response.body)}\r\n")
-    head.append("Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n")
-    for name, value in response.headers:
-        head.append(f"{name}: {value}\r\n")
-    head.append(f"Connection: {connection}\r\n\r\n" if connection else "\r\n")
-    return "".join(head).encode("iso-8859-1") + (response.body if with_body else b"")
+    body, status, content_type, headers, _ = response
+    entity = "" if status in (204, 304) else f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+    more = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    last = f"Connection: {connection}\r\n\r\n" if connection else "\r\n"
+    head = (
+        f"{STATUS_LINES[status]}Date: {date}\r\n{entity}"
+        f"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n{more}{last}"
+    )
+    return head.encode("iso-8859-1") + body if with_body else head.encode("iso-8859-1")
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
@@ -1883,9 +1909,10 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
         parameters = unique_names([*in_query, *parse_body(request, parameters, route.body)])
     parameters.pop("_", None)
     unknown = [name for name in parameters if name not in route.parameters and route.parameters is not ANYTHING]
-    if request.key_in_path or route.parameters[:1] == ("key",):
-        key = parse_key_in_path(request.key_in_path) if request.key_in_path else parameters.get("key")
-        parameters["key"] = require_key(key, request.user.token)
+    if request.key_in_path:
+        parameters["key"] = require_key(parse_key_in_path(request.key_in_path), request.user.token)
+    elif "key" in route.parameters[:1]:
+        require_key(parameters.get("key"), request.user.token)
     if unknown:
         names = ", ".join(route.parameters) or "none"
         raise HTTPError(400, f"the parameter {shorten(unknown[0])} is unknown; {route.path} takes: {names}")
@@ -1938,25 +1965,444 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
     return float(text)
 
 
+# ---- Loop ------------------------------------------------------------------------------------------------------------
+# Runs coroutines in one thread. A coroutine reads like a blocking program: where it would block, it awaits, and the loop
+# runs others. Nothing else runs between two awaits, so no lock is needed. Nothing here knows of HTTP or SQL.
+
+READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
+NEVER = math.inf  # as a deadline
+DEADLINE_STEP_SECONDS = 0.01  # between two checks of all deadlines, at least
+SELECT_SECONDS_MAX = 3600  # epoll cannot wait for ever
+
+
+class Cancelled(BaseException):
+    """Thrown into a task that has to end."""
+
+
+class NoThread(Exception):
+    """No thread can be started: the machine is short of memory."""
+
+
+class Task:
+    """A running coroutine: the events that it waits for on its connection, and until when."""
+
+    __slots__ = ("connection", "coroutine", "deadline", "events", "wakeup", "watched")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self.coroutine = coroutine
+        self.connection: socket.socket | None = None
+        self.events = 0  # READABLE, WRITABLE or both; 0 for none
+        self.watched = 0  # the events that the selector reports
+        self.deadline = NEVER  # monotonic seconds
+        self.wakeup: Wakeup | None = None
+
+
+class Wakeup:
+    """Resumes the current task with an outcome, once, and only while the task still waits for it."""
+
+    __slots__ = ("_loop", "task")
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop, self.task = loop, loop.current
+        self.task.wakeup = self
+
+    def __call__(self, outcome: Any = None) -> None:
+        """Resume the task soon. Other threads call Loop.post instead."""
+        self._loop.soon.append((self, outcome))
+
+    def is_wanted(self) -> bool:
+        """Return whether the task still waits."""
+        return self.task.wakeup is self
+
+
+@types.coroutine
+def ready(events: int, deadline: float = NEVER) -> Generator[tuple[int, float], Any, Any]:
+    """Wait for events on the task's connection, or for its Wakeup, whose outcome is returned; raise TimeoutError."""
+    return (yield events, deadline)
+
+
+@types.coroutine
+def outcome(deadline: float = NEVER) -> Generator[tuple[int, float], Any, Any]:
+    """Wait for the task's Wakeup and return its outcome, or raise it if it is an exception; raise TimeoutError."""
+    result = yield 0, deadline
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+async def sleep(seconds: float) -> None:
+    """Let this task rest."""
+    with contextlib.suppress(TimeoutError):
+        await outcome(time.monotonic() + seconds)
+
+
+async def receive(connection: Any, size: int, deadline: float) -> bytes:
+    """Return the bytes that come next on the task's connection, none at its end; raise OSError or TimeoutError."""
+    while True:
+        await ready(READABLE, deadline)
+        with contextlib.suppress(BlockingIOError):
+            return cast(bytes, connection.recv(size))
+
+
+class Loop:
+    """Resumes tasks when their connection is ready, when their Wakeup is called, and at their deadline.
+
+    An exception that ends a task is passed to report.
+    """
+
+    def __init__(self, report: Callable[[Exception], object]) -> None:
+        self._report = report
+        self.current = Task(cast(Any, None))  # a stand-in while no task runs
+        self.soon: collections.deque[tuple[Wakeup, Any]] = collections.deque()
+        self._tasks: set[Task] = set()
+        self._selector = selectors.DefaultSelector()
+        self._next_check = NEVER  # monotonic seconds; no deadline is earlier
+        self._woken, self._waker = socket.socketpair()
+        for end in (self._woken, self._waker):
+            end.setblocking(False)
+        self._selector.register(self._woken, READABLE)
+
+    def close(self) -> None:
+        """Cancel all tasks."""
+        for task in list(self._tasks):
+            self.throw(task, Cancelled())
+        self._selector.close()
+        self._woken.close()
+        self._waker.close()
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> Task:
+        """Run a coroutine as a task, until its first await."""
+        task = Task(coroutine)
+        self._tasks.add(task)
+        self._resume(task)
+        return task
+
+    def throw(self, task: Task, error: BaseException) -> None:
+        """Raise an exception where a task waits, at once, unless the task has ended."""
+        if task in self._tasks:
+            self._resume(task, error=error)
+
+    def use(self, connection: socket.socket | None) -> None:
+        """Make a connection the one on which the current task waits, in place of the one before."""
+        task = self.current
+        if task.watched:
+            self._selector.unregister(cast(socket.socket, task.connection))
+        task.connection, task.watched = connection, 0
+
+    def turn(self) -> Awaitable[None]:
+        """Wait until every other task that can go on has done so."""
+        Wakeup(self)()
+        return outcome()
+
+    def post(self, wakeup: Wakeup, result: Any = None) -> None:
+        """Call a Wakeup from another thread or a signal handler."""
+        wakeup(result)
+        with contextlib.suppress(OSError):  # the buffer is full of such bytes already, or the loop is closed
+            self._waker.send(b"\0")
+
+    def run_once(self, may_wait: bool = True) -> None:
+        """Resume every task that can go on, after waiting for one unless that is not wanted."""
+        for _ in range(len(self.soon)):  # tasks that these add have their turn the next time
+            wakeup, result = self.soon.popleft()
+            if wakeup.task.wakeup is wakeup:
+                self._resume(wakeup.task, result)
+        seconds = self._next_check - time.monotonic() if may_wait and not self.soon else 0
+        for key, _ in self._selector.select(min(max(seconds, 0), SELECT_SECONDS_MAX)):
+            task: Task | None = key.data
+            if task is None:
+                self._woken.recv(RECEIVE_BYTES)
+            elif task.events:
+                self._resume(task)
+            elif task.watched:  # it waits for something else, and reads later
+                self._selector.unregister(key.fileobj)
+                task.watched = 0
+        now = time.monotonic()
+        if now >= self._next_check:
+            for task in [task for task in self._tasks if task.deadline <= now]:
+                if task.deadline <= now:
+                    self._resume(task, error=TimeoutError())
+            self._next_check = max(
+                now + DEADLINE_STEP_SECONDS, min((task.deadline for task in self._tasks), default=NEVER)
+            )
+
+    def _resume(self, task: Task, result: Any = None, error: BaseException | None = None) -> None:
+        """Run a task until its next await."""
+        previous, self.current, task.wakeup, task.events, task.deadline = self.current, task, None, 0, NEVER
+        try:
+            events, deadline = task.coroutine.throw(error) if error else task.coroutine.send(result)
+        except (StopIteration, Cancelled):
+            self._end(task)
+        except Exception as mistake:  # noqa: BLE001 - it must not end the other tasks
+            self._end(task)
+            self._report(mistake)
+        else:
+            task.events, task.deadline = events, deadline
+            if deadline < self._next_check:
+                self._next_check = deadline
+            if events and events != task.watched:
+                register = self._selector.modify if task.watched else self._selector.register
+                register(cast(socket.socket, task.connection), events, task)
+                task.watched = events
+        self.current = previous
+
+    def _end(self, task: Task) -> None:
+        self._tasks.discard(task)
+        self.use(None)
+        task.wakeup = None
+
+
+class Gate:
+    """Lets tasks pass while none of their keys is taken too often; the others wait in line."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._taken: collections.Counter[Hashable] = collections.Counter()
+        self._line: list[tuple[Mapping[Hashable, int], Wakeup]] = []
+
+    def _take(self, bounds: Mapping[Hashable, int]) -> bool:
+        if any(self._taken[key] >= most for key, most in bounds.items()):
+            return False
+        self._taken.update(bounds.keys())
+        return True
+
+    async def enter(self, bounds: Mapping[Hashable, int]) -> None:
+        """Take keys, each at most as often as bounds says; wait until that is possible. Leave with the same bounds."""
+        if not self._take(bounds):
+            self._line.append((bounds, Wakeup(self._loop)))
+            await outcome()
+
+    def leave(self, bounds: Mapping[Hashable, int]) -> None:
+        """Give the keys back, and let those pass who now can."""
+        self._taken -= collections.Counter(bounds.keys())
+        line, self._line = self._line, []
+        for place in line:
+            if place[1].is_wanted():
+                if self._take(place[0]):
+                    place[1]()
+                else:
+                    self._line.append(place)
+
+
+class Threads:
+    """Daemon threads that run functions for tasks. One more starts when all are busy, up to a number."""
+
+    def __init__(self, loop: Loop, most: int) -> None:
+        self._loop, self._most = loop, most
+        self._gate = Gate(loop)
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Wakeup] | None] = queue.SimpleQueue()
+        self._started = self._unfinished = 0  # threads and jobs
+        self._lock = threading.Lock()  # for _unfinished
+
+    def close(self) -> None:
+        """End the threads when their jobs are done."""
+        for _ in range(self._started):
+            self._jobs.put(None)
+
+    async def run(self, function: Callable[[], Any], owner: Hashable = None, deadline: float = NEVER) -> Any:
+        """Run a function in a thread, and return or raise its result; raise TimeoutError at the deadline, and NoThread.
+
+        One owner gets at most half of the threads, so that others get through.
+        """
+        bounds = {} if owner is None else {owner: max(1, self._most // 2)}
+        await self._gate.enter(bounds)
+        try:
+            self._start_thread()
+            with self._lock:
+                self._unfinished += 1
+            self._jobs.put((function, Wakeup(self._loop)))
+            return await outcome(deadline)
+        finally:
+            self._gate.leave(bounds)
+
+    def _start_thread(self) -> None:
+        if self._started <= self._unfinished and self._started < self._most:
+            try:
+                threading.Thread(target=self._work, daemon=True).start()
+                self._started += 1
+            except RuntimeError:
+                if not self._started:
+                    raise NoThread("the server is short of memory") from None
+
+    def _work(self) -> None:
+        while job := self._jobs.get():
+            function, wakeup = job
+            try:
+                result = function()
+            except Exception as error:  # noqa: BLE001 - the task raises it
+                result = error
+            with self._lock:
+                self._unfinished -= 1
+            self._loop.post(wakeup, result)
+            del job, function, wakeup, result  # a thread that waits must not keep their memory
+
+
+# ---- TLS -------------------------------------------------------------------------------------------------------------
+# A connection that encrypts, in either direction, and the server's certificate, which can be replaced while it runs.
+
+
+class SecureSocket:
+    """A connection with TLS, used like the socket below it; neither blocks.
+
+    TLS works in memory: the work of one call is bounded by the bytes that it receives, however many records these are,
+    and a thread can compute the handshake.
+    """
+
+    def __init__(self, connection: socket.socket, context: ssl.SSLContext, host: str | None = None) -> None:
+        """Take over a connection to a host, or without one a connection from a client."""
+        self._connection = connection
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=host is None, server_hostname=host)
+        self._is_open = False  # from the end of the handshake until we have said that no more comes
+        self._encrypted = b""  # bytes to send
+        self._in_flight = 0  # length of the data that is in _encrypted
+        self._fruitless_bytes = 0  # received beyond a usual overhead
+
+    async def shake_hands(self, threads: Threads, owner: Hashable, deadline: float) -> None:
+        """Complete the handshake, which a thread computes; raise OSError or TimeoutError."""
+        is_incomplete, listens_first = True, self._tls.server_side
+        while is_incomplete:
+            if listens_first:
+                data = await receive(self._connection, TLS_RECEIVE_BYTES, deadline)
+                if not data:
+                    raise ConnectionResetError
+                self._incoming.write(data)
+            listens_first = True
+            try:
+                await threads.run(self._tls.do_handshake, owner, deadline)
+                is_incomplete = False
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                self._flush()  # also an alert; it fits into the socket's buffer
+        self._is_open = True
+
+    def _flush(self) -> bool:
+        """Send encrypted bytes as far as the other side takes them; return whether none is left."""
+        self._encrypted += self._outgoing.read()
+        if self._encrypted:
+            with contextlib.suppress(BlockingIOError):
+                self._encrypted = self._encrypted[self._connection.send(self._encrypted) :]
+        return not self._encrypted
+
+    def recv(self, size: int) -> bytes:
+        """Return the bytes that have come, none at the end; raise BlockingIOError when none has come."""
+        data, parts, is_at_end = b"", [], False
+        with contextlib.suppress(BlockingIOError):  # some may have come together with the handshake
+            data = self._connection.recv(TLS_RECEIVE_BYTES)
+            is_at_end = not data
+        self._incoming.write(data)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while part := self._tls.read(size):
+                parts.append(part)
+            is_at_end = True
+            with contextlib.suppress(OSError):  # so that the selector reports this end like any other
+                self._connection.shutdown(socket.SHUT_RD)
+        decrypted = b"".join(parts)
+        self._fruitless_bytes = max(0, self._fruitless_bytes + len(data) - TLS_OVERHEAD_MAX * len(decrypted))
+        if self._fruitless_bytes > TLS_FRUITLESS_BYTES_MAX or self._outgoing.pending > TLS_REPLIES_BYTES_MAX:
+            raise ConnectionAbortedError
+        if not decrypted and not is_at_end:
+            raise BlockingIOError
+        return decrypted
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send the first bytes of data, and return how many; raise BlockingIOError when they cannot be sent now.
+
+        The next call must have the same data then.
+        """
+        if not self._in_flight:
+            self._in_flight = self._tls.write(memoryview(data)[:TLS_SEND_BYTES])
+        if not self._flush():
+            raise BlockingIOError
+        sent, self._in_flight = self._in_flight, 0
+        return sent
+
+    def _end(self) -> None:
+        """Say that no more comes: otherwise the data might seem to be cut off (RFC 8446 section 6.1)."""
+        if self._is_open:
+            self._is_open = False
+            with contextlib.suppress(OSError, ValueError):
+                self._tls.unwrap()
+            with contextlib.suppress(OSError):
+                self._flush()
+
+    def shutdown(self, how: int) -> None:
+        """Send no more."""
+        self._end()
+        self._connection.shutdown(how)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._end()
+        self._connection.close()
+
+
+class BadCertificate(Exception):
+    """A certificate or its key cannot be used; the message is a sentence for people."""
+
+
+class Certificate:
+    """A certificate for TLS and its key, from files in PEM format, which may be replaced by newer ones."""
+
+    def __init__(self, path: str, key_path: str) -> None:
+        """Load the certificate, with those that lead to its root, and the key; raise BadCertificate."""
+        self._path, self._key_path = path, key_path
+        self.context = self._load()
+
+    def _load(self) -> ssl.SSLContext:
+        """Return what connections are made with; raise BadCertificate."""
+
+        def refuse_password() -> str:
+            raise BadCertificate(f"the key {self._key_path} is encrypted; name one that is not")
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        for path in (self._path, self._key_path):  # the error of the next step does not name the file
+            try:
+                with open(path, "rb"):
+                    pass
+            except (OSError, ValueError) as error:  # ValueError is for a path with NUL
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise BadCertificate(f"cannot read {path}: {reason}") from None
+        try:
+            context.load_cert_chain(self._path, self._key_path, refuse_password)
+        except ssl.SSLError as error:
+            if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
+                reason = f"{self._key_path} is not the key of the certificate {self._path}"
+            elif error.reason:
+                reason = f"cannot use the certificate {self._path}: {error.reason.lower().replace('_', ' ')}"
+            else:
+                reason = f"{self._path} has no certificate in PEM format, or {self._key_path} no key"
+            raise BadCertificate(reason) from None
+        return context
+
+    def renew(self) -> None:
+        """Load the files anew for connections that come from now on; if that fails, all stays as it is."""
+        try:
+            self.context = self._load()
+            log("INFO", f"loaded the certificate {self._path}")
+        except (BadCertificate, OSError) as error:
+            log("ERROR", f"the old certificate stays in use: {error}")
+
+
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
-# What the server counts, for programs that draw curves and raise alarms. Users and keys are counted, never named.
+# Counters for programs that draw curves and raise alarms. They count users and keys, but never name them.
 
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # the text format of Prometheus
-NO_ENDPOINT = "other"  # stands for all paths that are not served, and for what is no request
+NO_ENDPOINT = "other"  # stands for all unknown paths, and for whatever is no request
 
 
 class Metrics:
-    """Counts what the server does from its start on. Any thread may call it."""
+    """Counts the server's work since its start. The loop counts; any thread may ask for the text."""
 
     def __init__(self, connections: Sized, polls: Sized) -> None:
-        """Count from now on; what connections and polls contain is counted when it is asked for."""
+        """Start at zero; the lengths of connections and polls are reported too."""
         self._connections, self._polls = connections, polls
         self._started = time.monotonic()
-        self._lock = threading.Lock()
         # By endpoint and status: how many answers took up to each of DURATION_SECONDS but longer than the one before,
         # how many took longer than all, and the seconds of all together.
         self._answers: dict[tuple[str, int], list[float]] = {}
-        # Each of these is only changed by one thread at a time.
         self.failed_logins = 0
         self.commits = 0
         self.writes = 0
@@ -1965,91 +2411,83 @@ class Metrics:
         self.dropped_deliveries = 0
 
     def note_answer(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count an answer, and how long it took from the first byte of the request on."""
-        with self._lock:
-            numbers = self._answers.get((endpoint, status))
-            if numbers is None:
-                numbers = self._answers[endpoint, status] = [0] * (len(DURATION_SECONDS) + 2)
-            numbers[bisect.bisect_left(DURATION_SECONDS, seconds)] += 1
-            numbers[-1] += seconds
+        """Count an answer, and its time since the first byte of the request."""
+        numbers = self._answers.get((endpoint, status))
+        if numbers is None:
+            numbers = self._answers[endpoint, status] = [0] * (len(DURATION_SECONDS) + 2)
+        numbers[bisect.bisect_left(DURATION_SECONDS, seconds)] += 1
+        numbers[-1] += seconds
 
     def text(self, store: Store) -> str:
-        """Return all that is counted in the text format of Prometheus, with what a store has."""
-        users, pairs = store.counts()
-        database_bytes, log_bytes = store.file_bytes()
+        """Return all counters and the sizes of a store in the text format of Prometheus."""
+        (users, pairs), (database_bytes, log_bytes) = store.counts(), store.file_bytes()
         requests: list[tuple[str, float]] = []
-        by_endpoint: dict[str, list[float]] = {}
-        with self._lock:
-            for (endpoint, status), numbers in self._answers.items():
-                requests.append((f'{{endpoint="{endpoint}",status="{status}"}}', sum(numbers[:-1])))
-                before = by_endpoint.get(endpoint, itertools.repeat(0))
-                by_endpoint[endpoint] = [sum(both) for both in zip(numbers, before)]
         durations: list[tuple[str, float]] = []
+        by_endpoint: dict[str, list[float]] = {}
+        for (endpoint, status), numbers in list(self._answers.items()):  # a copy: the loop goes on counting
+            *counts, seconds = numbers
+            requests.append((f'{{endpoint="{endpoint}",status="{status}"}}', sum(counts)))
+            total = by_endpoint.get(endpoint, itertools.repeat(0))
+            by_endpoint[endpoint] = [sum(both) for both in zip((*counts, seconds), total)]
         for endpoint, (*counts, seconds) in by_endpoint.items():
             for bound, count in zip((*DURATION_SECONDS, "+Inf"), itertools.accumulate(counts)):
                 durations.append((f'_bucket{{endpoint="{endpoint}",le="{bound}"}}', count))
             durations.append((f'_sum{{endpoint="{endpoint}"}}', seconds))
             durations.append((f'_count{{endpoint="{endpoint}"}}', sum(counts)))
-        families = [
+        lines = []
+        for name, kind, meaning, samples in (
             ("requests_total", "counter", "Answers by endpoint and status.", requests),
             ("request_seconds", "histogram", "Time from a request's first byte to its answer.", durations),
-        ]
-        for name, kind, meaning, number in (
             ("failed_logins_total", "counter", "Logins with a wrong name, password or token.", self.failed_logins),
-            ("commits_total", "counter", "Transactions that were committed.", self.commits),
-            (
-                "writes_total",
-                "counter",
-                "Changes that were made in them, without those that were refused.",
-                self.writes,
-            ),
-            ("deliveries_total", "counter", "Deliveries of hooks that have arrived.", self.deliveries),
-            ("failed_deliveries_total", "counter", "Tries to deliver that have failed.", self.failed_deliveries),
+            ("commits_total", "counter", "Committed transactions.", self.commits),
+            ("writes_total", "counter", "Changes in these transactions, without the refused ones.", self.writes),
+            ("deliveries_total", "counter", "Deliveries of hooks that arrived.", self.deliveries),
+            ("failed_deliveries_total", "counter", "Attempts to deliver that failed.", self.failed_deliveries),
             ("dropped_deliveries_total", "counter", "Deliveries that were given up.", self.dropped_deliveries),
             ("pending_deliveries", "gauge", "Deliveries that have not arrived yet.", store.pending_count()),
-            ("connections", "gauge", "Connections that are open.", len(self._connections)),
+            ("connections", "gauge", "Open connections.", len(self._connections)),
             ("polls", "gauge", "Requests that wait for a change.", len(self._polls)),
-            ("database_bytes", "gauge", "Length of the database.", database_bytes),
-            ("wal_bytes", "gauge", "Length of its write-ahead log.", log_bytes),
+            ("database_bytes", "gauge", "Size of the database.", database_bytes),
+            ("wal_bytes", "gauge", "Size of its write-ahead log.", log_bytes),
             ("users", "gauge", "Users.", users),
-            ("pairs", "gauge", "Pairs that are stored.", pairs),
+            ("pairs", "gauge", "Pairs.", pairs),
             ("uptime_seconds", "gauge", "Time since the start.", time.monotonic() - self._started),
         ):
-            families.append((name, kind, meaning, [("", number)]))
-        lines = []
-        for name, kind, meaning, samples in families:
             lines += [f"# HELP kvserver_{name} {meaning}", f"# TYPE kvserver_{name} {kind}"]
-            lines += [f"kvserver_{name}{labels} {number}" for labels, number in samples]
+            for labels, number in samples if isinstance(samples, list) else [("", samples)]:
+                lines.append(f"kvserver_{name}{labels} {number}")
         return "\n".join(lines) + "\n"
 
 
 # ---- Authentication --------------------------------------------------------------------------------------------------
-# Credentials in, a User or an HTTPError out. scrypt makes guessing expensive, and would make every request so: hence
-# credentials that were verified are remembered, under a keyed hash, never as they came.
+# Credentials in, a User or an HTTPError out. scrypt makes guessing expensive, and would do so with every request: so
+# verified credentials are remembered, under a keyed hash, never as they came.
 
 USUAL_PORTS = {"http": ":80", "https": ":443"}
 ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
 FOREIGN = (
     "this comes from another site's page, or a proxy has changed the header Host; open the page here and try again"
 )
+TOO_BUSY = "the server is too busy; try again"
 
 # Who may send a request: ANYONE without a login, but BROWSER only if they ask for HTML, else the path does not exist;
-# USER with a login; PERSON with a password, since what a device has does not open pages; ADMIN as PERSON, and an admin;
-# OPERATOR as an admin too, but for a program: with a password, or a token that may do all that its user may.
+# USER with a login; PERSON with a password, since devices with a token do not open pages; ADMIN as PERSON, and an admin;
+# OPERATOR as an admin too, but for a program: with a password, or a token without restrictions.
 ANYONE, BROWSER, USER, PERSON, ADMIN, OPERATOR = "anyone", "browser", "user", "person", "admin", "operator"
+NO_LOGIN = (ANYONE, BROWSER)
 PAGE_VISITORS = (PERSON, ADMIN)
 # With a realm of their own, below their own paths, the pages get credentials that browsers keep from the API (RFC 7617
 # section 2.2).
 REALMS = {USER: "kvserver", OPERATOR: "kvserver", PERSON: "kvserver pages", ADMIN: "kvserver pages"}
 
-Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
-Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
 
 
 def is_foreign(url: str, host: str) -> bool:
-    """Tell whether a URL, of which only the origin counts, leads elsewhere than to the host of a Host header.
+    """Return whether the origin of a URL is another one than the host of a Host header.
 
-    A port that is not said is the usual one of the URL's scheme: a proxy that does TLS hides the scheme from us.
+    Without a port, the usual one of the URL's scheme counts: a proxy that does TLS hides the scheme from us.
     """
     origin = ORIGIN.match(url)
     if not origin:  # "null" for example
@@ -2062,7 +2500,7 @@ def is_foreign(url: str, host: str) -> bool:
 def check_same_site(headers: Mapping[str, str]) -> None:
     """Raise HTTPError when a browser sends a request for a page of another site.
 
-    Browsers add the credentials that they know to whatever any page has them send. Programs send none of these headers.
+    Browsers add the credentials that they know to every request of every page. Programs send none of these headers.
     """
     site = headers.get("sec-fetch-site")
     url = headers.get("origin", headers.get("referer"))
@@ -2074,8 +2512,19 @@ def check_same_site(headers: Mapping[str, str]) -> None:
         raise HTTPError(403, FOREIGN)
 
 
+def check_visitor(user: User, who: str) -> None:
+    """Raise HTTPError unless a user, who has logged in, is one of who may send a request."""
+    if who in PAGE_VISITORS and user.token:
+        raise HTTPError(401, "a token does not open pages; log in with your password")
+    if who in (ADMIN, OPERATOR) and not user.is_admin:
+        what = "manage accounts" if who == ADMIN else "see the metrics"
+        raise HTTPError(403, f"only admins may {what}; ask one of them")
+    if who == OPERATOR and user.token and (user.token.is_read_only or user.token.prefix):
+        raise HTTPError(403, "this token is restricted; use one that was made without --read-only and --prefix")
+
+
 def parse_address(text: str) -> Address | None:
-    """Return an IP address, one that stands for an IPv4 address within IPv6 as that; None if it is none."""
+    """Return an IP address, an IPv4 address for one that is mapped to IPv6; None for any other text."""
     try:
         address = ipaddress.ip_address(text.strip().partition("%")[0])  # a zone may be any text
     except ValueError:
@@ -2084,10 +2533,10 @@ def parse_address(text: str) -> Address | None:
 
 
 def client_address(peer: str, forwarded_for: str, proxies: Networks) -> Address | None:
-    """Return who sends a request that comes from peer: if that is a trusted proxy, whom X-Forwarded-For names.
+    """Return the sender's address: the peer, or if that is a trusted proxy the address that X-Forwarded-For names.
 
-    Every proxy adds at the end of this header from whom it has the request. Read from there, the first address that is
-    no trusted proxy's is the last one that somebody trusted has written; those before it may be made up.
+    Every proxy appends the address from which it got the request. Read from the end, the first address that is no
+    trusted proxy's is the last one that a trusted program wrote; those before it may be made up.
     """
     address = parse_address(peer)
     for hop in reversed(forwarded_for.split(",")):
@@ -2098,19 +2547,19 @@ def client_address(peer: str, forwarded_for: str, proxies: Networks) -> Address 
     return address
 
 
-def client_of(address: Address | None) -> object:
-    """Return what stands for all addresses that the one client can easily take who has this one."""
+def client_of(address: Address | None) -> Hashable:
+    """Return a key for all addresses that the owner of this one can easily take: an IPv6 network has many."""
     return int(address) >> (128 - IPV6_CLIENT_BITS) if isinstance(address, ipaddress.IPv6Address) else address
 
 
 class Throttle:
     """Bounds the failed logins of a client address: FAILURES_MAX at once, and then one in FAILURE_SECONDS.
 
-    It does not know of user names: to lock a name would let anybody lock its owner out.
+    It ignores user names: to lock a name would let anybody lock its owner out.
     """
 
     def __init__(self) -> None:
-        self._paid_off: dict[Any, float] = {}  # when the last failure of an address is forgotten, monotonic seconds
+        self._paid_off: dict[Hashable, float] = {}  # when the last failure of a client is forgotten, monotonic seconds
 
     def charge(self, address: Address | None) -> None:
         """Count a failed login; raise HTTPError when that is one too many."""
@@ -2125,15 +2574,14 @@ class Throttle:
             del self._paid_off[next(iter(self._paid_off))]  # the one that has been quiet longest
         self._paid_off[client] = paid_off
 
-    def give_back(self, address: Address | None) -> None:
-        """Take a failure back that was charged and has not come about."""
-        client = client_of(address)
-        if client in self._paid_off:
-            self._paid_off[client] -= FAILURE_SECONDS
+    def refund(self, address: Address | None) -> None:
+        """Take back the charge for a login that did not fail."""
+        if client_of(address) in self._paid_off:
+            self._paid_off[client_of(address)] -= FAILURE_SECONDS
 
 
 def decode_credentials(authorization: str) -> tuple[str | None, str]:
-    """Return what an Authorization header holds: a user name and a password, or None and a token; raise HTTPError.
+    """Return user name and password of an Authorization header, or None and a token; raise HTTPError.
 
     The former come by Basic (RFC 7617, in UTF-8), and are both empty when they are malformed. Control characters make
     them so: scrypt pads with zeros, so "password" and "password\\0" would be one. A token alone comes by Bearer.
@@ -2152,244 +2600,143 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
     return ("", "") if CONTROL_CHARACTER.search(text) or not colon else (name, password)
 
 
-class Login(NamedTuple):
-    """A request that waits for a check: the address that it comes from, and what to call with what comes of it."""
-
-    address: Address | None
-    done: Callable[[Exception | None], None]  # takes why it is refused, or None
-
-
-class Pool:
-    """Threads that run functions one after the other, of each owner in turn, and hand what comes of each to post."""
-
-    def __init__(
-        self, threads_max: int, post: Callable[[Callable[[], None]], None], idle_seconds: float | None = None
-    ) -> None:
-        """Be ready to start so many threads, each when all others are busy; one ends when it has been idle for long."""
-        self._post, self._idle_seconds = post, idle_seconds
-        self._threads, self._threads_max = 0, threads_max
-        self._unfinished = 0  # jobs
-        # By owner, whose turn it is first.
-        self._jobs: dict[
-            object, collections.deque[tuple[Callable[[], Any], Callable[[Any], None], Callable[[], bool]]]
-        ] = {}
-        self._jobs_lock = threading.Lock()
-        self._jobs_count = threading.Semaphore(0)
-
-    def submit(
-        self,
-        function: Callable[[], Any],
-        done: Callable[[Any], None],
-        owner: object = NOBODY.id,
-        is_wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Run a function in a thread of the pool, and post done with what it returned or raised, or an HTTPError.
-
-        If it is no longer wanted when its turn has come, nothing is done, and it is still the turn of its owner.
-        """
-        with self._jobs_lock:
-            try:
-                if self._threads <= self._unfinished and self._threads < self._threads_max:
-                    # A daemon does not hold up the end of the process.
-                    threading.Thread(target=self._run, daemon=True).start()
-                    self._threads += 1
-            except RuntimeError:  # there is no memory for it
-                if not self._threads:
-                    error = HTTPError(503, "the server is short of memory; try again", RETRY_AFTER)
-                    self._post(functools.partial(done, error))
-                    return
-            self._jobs.setdefault(owner, collections.deque()).append((function, done, is_wanted))
-            self._unfinished += 1
-        self._jobs_count.release()
-
-    def _run(self) -> None:
-        """Run what is submitted."""
-        while True:
-            if not self._jobs_count.acquire(timeout=self._idle_seconds):
-                with self._jobs_lock:
-                    if self._unfinished < self._threads:  # else something has been submitted just now
-                        self._threads -= 1
-                        return
-                continue
-            with self._jobs_lock:
-                owner, jobs = next(iter(self._jobs.items()))
-                function, done, is_wanted = jobs.popleft()
-                is_turn_over = is_wanted()
-                if is_turn_over or not jobs:
-                    del self._jobs[owner]
-                if is_turn_over and jobs:
-                    self._jobs[owner] = jobs  # behind all others
-            outcome: Any = None
-            if is_turn_over:
-                try:
-                    outcome = function()
-                except Exception as error:  # noqa: BLE001 - it is handed to whoever waits for the outcome
-                    outcome = error
-            with self._jobs_lock:
-                self._unfinished -= 1
-            if is_turn_over:
-                self._post(functools.partial(done, outcome))
-            del function, done, is_wanted, outcome  # who waits for the next job must not keep the memory of this one
-
-
 class Authenticator:
-    """Tells who sends a request. All but _verify runs in one thread, the one to which the pool posts."""
+    """Finds the users of requests. Passwords are checked in one thread, everything else runs in the loop."""
 
     def __init__(
-        self, store: Store, pools: tuple[Pool, Pool], renew_hash: Callable[[User, str], None], metrics: Metrics
+        self,
+        store: Store,
+        loop: Loop,
+        threads: Threads,
+        commit: Callable[[Callable[[Store], None]], Awaitable[None]],
+        metrics: Metrics,
     ) -> None:
-        """Use the users of a store, and pools of one thread each, the second for hashes that other programs made.
-
-        renew_hash stores the new hash of a user.
-        """
-        self._store, self._renew_hash, self._metrics = store, renew_hash, metrics
-        # What an unknown name is checked against, so that it takes as long as a wrong password and does not tell which
-        # names exist. No password matches a random digest. (The first login of an account that was taken over from
-        # another program takes another time.)
+        """Use the users of a store; threads are for hashes of other programs, whose check may take many seconds."""
+        self._store, self._loop, self._threads, self._commit, self._metrics = store, loop, threads, commit, metrics
+        # One thread, because the allocator keeps 16 MiB for each thread that has ever run scrypt.
+        self.scrypt = Threads(loop, 1)
+        # Unknown names are checked against this, so that they take as long as a wrong password and do not tell which
+        # names exist. No password matches a random digest. (The first login with another program's hash takes another
+        # time.)
         self._unknown_user_hash = format_hash(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES))
         # From the keyed hash of an Authorization header to the user's name and the stored hashes that it matches.
         self._verified: dict[bytes, tuple[str, tuple[str, ...]]] = {}
         self._secret = secrets.token_bytes(32)
-        # One thread runs scrypt, because the allocator keeps 16 MiB for each thread that has ever run it. Only what other
-        # programs have made has another one, since its check may take many seconds, for which others must not wait.
-        self._scrypt, self._scrypt_of_others = pools
-        # Who waits for a check in that thread, by the same keyed hash and the row that is checked against.
-        self._waiting: dict[tuple[bytes, User | None], list[Login]] = {}
+        # The requests that wait for a check, by the keyed hash of their header and the row that it is checked against.
+        self._waiting: dict[tuple[bytes, User | None], list[Wakeup]] = {}
         self._throttle = Throttle()
         self._new_passwords = 0  # that wait to be hashed
 
     def _digest(self, authorization: str) -> bytes:
-        """Return the keyed hash under which an Authorization header is remembered, however it is spelt."""
+        """Return the keyed hash of an Authorization header, however it is spelt."""
         scheme, _, credentials = authorization.partition(" ")
         spelling = f"{scheme.lower()} {credentials.strip(' ')}"
         return hashlib.blake2b(spelling.encode("iso-8859-1"), key=self._secret).digest()
 
-    def authenticate(self, authorization: str | None) -> User | None:
-        """Return the user whose credentials an Authorization header holds, or None if they have to be checked first.
-
-        The row of the user or the token is read with every request, and what is remembered counts only while the user's
-        row has a hash that it was verified against: a new password or a deletion counts at once, whichever process made
-        it.
-        """
+    async def authenticate(self, authorization: str | None, find_address: Callable[[], Address | None]) -> User:
+        """Return the user whose credentials an Authorization header holds; raise HTTPError."""
         if authorization is None:
             raise HTTPError(
                 401, "log in with a user name and a password by HTTP Basic authentication, or a Bearer token"
             )
+        while True:  # after a check, everything may have changed
+            user = self._known_user(authorization)
+            if user:
+                return user
+            await self._check(authorization, find_address())
+
+    def _known_user(self, authorization: str) -> User | None:
+        """Return the user of a token or of verified credentials.
+
+        The row is read for every request, and verified credentials count only while it has a hash that they matched:
+        so a new password or a deletion counts at once, whichever process made it.
+        """
         name, hashes = self._verified.get(self._digest(authorization), ("", ()))
-        if not name:
-            return self._token_user(authorization)
-        user = self._store.user(name)
-        return user if user and user.password_hash in hashes else None
-
-    def _token_user(self, authorization: str) -> User | None:
-        """Return the user whose token an Authorization header holds: alone as Bearer, or as the user's password."""
-        name, token = decode_credentials(authorization)
+        if name:
+            user = self._store.user(name)
+            return user if user and user.password_hash in hashes else None
+        owner, token = decode_credentials(authorization)
         user = self._store.token_user(hash_token(token)) if token.startswith(TOKEN_PREFIX) else None
-        return user if user and name in (None, user.name) else None
+        return user if user and owner in (None, user.name) else None
 
-    def check(self, authorization: str, login: Login) -> None:
-        """Check credentials that are not remembered, and tell the login later what has come of it.
+    async def _check(self, authorization: str, address: Address | None) -> None:
+        """Check a password, and remember it if it is right; raise HTTPError if it is wrong.
 
-        They are remembered if they are right. Requests with the same header share one check. Raises HTTPError when too
-        many wait, or too many have failed. A failure is charged beforehand, or else all that come before the first one
-        has failed would be free.
+        Requests with equal headers share a check. A failure is charged beforehand: otherwise all guesses that come
+        before the first one has failed would be free.
         """
         name, password = decode_credentials(authorization)
         if not name or not password:
-            self._throttle.charge(login.address)
-            raise self._fail(name, login.address)
-        user = self._store.user(name)
+            self._throttle.charge(address)
+            raise self._failure(name, address)
         # With the row in it, a request that comes after a change of the password does not join an older check.
-        check_key = (self._digest(authorization), user)
-        if check_key in self._waiting:
-            self._waiting[check_key].append(login)
-            return
-        if len(self._waiting) >= CHECKS_MAX:
-            raise HTTPError(503, "no password can be checked just now; try again", RETRY_AFTER)
-        self._throttle.charge(login.address)
-        self._waiting[check_key] = [login]  # first: the other thread looks whether anybody waits
-        is_own = user is None or SCRYPT_HASH.fullmatch(user.password_hash)
-        (self._scrypt if is_own else self._scrypt_of_others).submit(
-            lambda: self._verify(check_key, password),
-            lambda outcome: self._finish(check_key, name, login, outcome),
-        )
+        check = (self._digest(authorization), self._store.user(name))
+        is_first = check not in self._waiting
+        if is_first:
+            if len(self._waiting) >= CHECKS_MAX:
+                raise HTTPError(503, "no password can be checked just now; try again", RETRY_AFTER)
+            self._throttle.charge(address)
+        self._waiting.setdefault(check, []).append(Wakeup(self._loop))
+        if is_first:
+            self._loop.start(self._verify(check, name, password, address))
+        try:
+            is_right = await outcome(time.monotonic() + CHECK_SECONDS)
+        except TimeoutError:
+            raise HTTPError(503, TOO_BUSY, RETRY_AFTER) from None
+        if is_right is False:
+            if not is_first:
+                self._throttle.charge(address)
+            raise self._failure(name, address)
 
-    def _fail(self, name: str | None, address: Address | None) -> HTTPError:
+    async def _verify(
+        self, check: tuple[bytes, User | None], name: str, password: str, address: Address | None
+    ) -> None:
+        """Run a check, and pass its result to all requests that wait for it: None if none waited in the end."""
+        digest, user = check
+        stored = user.password_hash if user else self._unknown_user_hash
+
+        def verify() -> bool | None:
+            is_wanted = any(wakeup.is_wanted() for wakeup in self._waiting[check])
+            return verify_password(password, stored) if is_wanted else None
+
+        hashes: tuple[str, ...] = (stored,)
+        result: bool | Exception | None
+        try:
+            result = await (self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads).run(verify)
+            if result and not stored.startswith(hash_parameters()):
+                hashes += (await self.scrypt.run(lambda: hash_password(password)),)
+        except Exception as error:  # noqa: BLE001 - the requests raise it
+            result = error
+        if result is True:
+            if len(self._verified) >= CREDENTIALS_MAX:
+                del self._verified[next(iter(self._verified))]
+            self._verified[digest] = (name, hashes)
+        if result:
+            self._throttle.refund(address)
+        for wakeup in self._waiting.pop(check):
+            wakeup(result)
+        if user and len(hashes) > 1:
+            try:
+                await self._commit(lambda store: store.renew_password_hash(user, hashes[1]))
+            except Exception as error:  # noqa: BLE001 - the old hash is good too
+                log("WARNING", f"cannot store a new password hash: user={name!r} error={error}")
+
+    def _failure(self, name: str | None, address: Address | None) -> HTTPError:
         """Log and count a failed login, and return the answer to it; without a name it was one with a token."""
         self._metrics.failed_logins += 1
-        # repr escapes what could forge another line or field, and the address stands last for the same reason.
+        # repr escapes characters that could forge another line or field, and the address is last for the same reason.
         log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
         return HTTPError(401, "the token is unknown" if name is None else "the user name or the password is wrong")
 
-    def hash_password(self, password: str, is_for_admin: bool, done: Callable[[Any], None]) -> None:
-        """Hash a new password, and tell later what it returned or raised; raise HTTPError when too many wait.
-
-        Half of the places are for admins, who can then help against those who take all others.
-        """
-        if self._new_passwords >= (NEW_PASSWORDS_MAX if is_for_admin else NEW_PASSWORDS_MAX // 2):
+    async def hash_password(self, password: str, is_admin: bool) -> str:
+        """Hash a new password; raise HTTPError when too many wait. Half of the places are for admins, who can help."""
+        if self._new_passwords >= (NEW_PASSWORDS_MAX if is_admin else NEW_PASSWORDS_MAX // 2):
             raise HTTPError(503, "the server is busy with other passwords; try again", RETRY_AFTER)
-
-        def finish(outcome: Any) -> None:
-            self._new_passwords -= 1
-            done(outcome)
-
-        self._scrypt.submit(lambda: hash_password(password), finish)
         self._new_passwords += 1
-
-    def withdraw(self, login: Login) -> None:
-        """Forget a request that has waited too long; a check that nobody waits for will not be made."""
-        for check_key, logins in list(self._waiting.items()):
-            self._waiting[check_key] = [other for other in logins if other is not login]
-            if not self._waiting[check_key]:
-                del self._waiting[check_key]
-
-    def _verify(self, check_key: tuple[bytes, User | None], password: str) -> tuple[str, ...] | None:
-        """Return the stored hash that a password matches, and a new one if that is outdated; none if it is wrong.
-
-        Returns None if nobody waits for that any more. Runs in the scrypt thread.
-        """
-        user = check_key[1]
-        if check_key not in self._waiting:
-            return None
-        if not verify_password(password, user.password_hash if user else self._unknown_user_hash) or not user:
-            return ()
-        is_current = user.password_hash.startswith(hash_parameters())
-        return (user.password_hash,) if is_current else (user.password_hash, hash_password(password))
-
-    def _finish(self, check_key: tuple[bytes, User | None], name: str, charged: Login, outcome: Any) -> None:
-        """Remember credentials that are right, and tell all who wait: those who joined are charged only now."""
-        if outcome is None:  # nobody waited
-            return
-        digest, user = check_key
-        if outcome != ():
-            self._throttle.give_back(charged.address)
-        if user and outcome and not isinstance(outcome, Exception):
-            if len(self._verified) >= CREDENTIALS_MAX:
-                del self._verified[next(iter(self._verified))]
-            self._verified[digest] = (name, outcome)
-            if len(outcome) == 2:
-                self._renew_hash(user, outcome[1])
-        for login in self._waiting.pop(check_key, ()):
-            refusal: Exception | None = outcome if isinstance(outcome, Exception) else None
-            if outcome == ():
-                try:
-                    if login is not charged:
-                        self._throttle.charge(login.address)
-                    refusal = self._fail(name, login.address)
-                except HTTPError as error:
-                    refusal = error
-            login.done(refusal)
-
-
-def check_visitor(user: User, who: str) -> None:
-    """Raise HTTPError unless a user, who has logged in, is one of who may send a request."""
-    if who in PAGE_VISITORS and user.token:
-        raise HTTPError(401, "a token does not open pages; log in with your password")
-    if who in (ADMIN, OPERATOR) and not user.is_admin:
-        what = "manage accounts" if who == ADMIN else "see the metrics"
-        raise HTTPError(403, f"only admins may {what}; ask one of them")
-    if who == OPERATOR and user.token and (user.token.is_read_only or user.token.prefix):
-        raise HTTPError(403, "this token is restricted; use one that was made without --read-only and --prefix")
+        try:
+            return cast(str, await self.scrypt.run(lambda: hash_password(password)))
+        finally:
+            self._new_passwords -= 1
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
@@ -2400,11 +2747,6 @@ UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
 NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 A_NUMBER = f"a number such as 5, -1 or 0.25, without +, of at most {NUMBER_DIGITS_MAX} digits"
 LIMIT = re.compile("[0-9]{1,5}")
-
-
-def stored_pair(store: Store, request: Request) -> Pair | None:
-    """Return what is stored under the key of a request."""
-    return store.pair(request.user.id, request.parameters["key"])
 
 
 def expiry(request: Request, otherwise: float | None = None) -> float | None:
@@ -2420,7 +2762,7 @@ def set_value(store: Store, request: Request) -> Response:
     if old is not None or only_new:
         if old is not None and only_new:
             raise HTTPError(400, "the parameters nx and old exclude each other; leave one out")
-        pair = stored_pair(store, request)
+        pair = store.pair(request.user.id, request.parameters["key"])
         if only_new and pair:
             raise HTTPError(409, "Key exists")
         if old is not None and (pair is None or pair.value != old.encode("utf-8")):
@@ -2429,8 +2771,8 @@ def set_value(store: Store, request: Request) -> Response:
     return Response(b"Success")
 
 
-def seconds_to_wait(request: Request, pair: Pair | None, etag: str) -> float:
-    """Return for how many seconds the answer to a request is to wait for a change, 0 if it need not."""
+def end_of_wait(request: Request, pair: Pair | None, etag: str) -> float:
+    """Return until when a request waits for a change, in monotonic seconds, 0 if it need not."""
     wait_seconds, unless = take_seconds(request, "wait", 0, WAIT_SECONDS_MAX), request.parameters.get("unless")
     if wait_seconds is None and unless is None:
         return 0
@@ -2443,29 +2785,27 @@ def seconds_to_wait(request: Request, pair: Pair | None, etag: str) -> float:
     else:
         is_news = not request.names_etag("if-none-match", etag)
     request.was_there = pair is not None
-    if is_news or not request.may_wait:
+    now, deadline = time.monotonic(), request.begun + wait_seconds
+    if is_news or not request.may_wait or deadline <= now:
         return 0
-    seconds = request.begun + wait_seconds - time.monotonic()
-    return max(0, min(seconds, pair.expires - time.time()) if pair and pair.expires is not None else seconds)
+    return min(deadline, now + max(0, pair.expires - time.time())) if pair and pair.expires is not None else deadline
 
 
-def get_value(store: Store, request: Request) -> Response | Unchanged:
+def get_value(store: Store, request: Request) -> Response:
     """Answer with the value of a key as it was stored, or with its age, or with both and more as JSON.
 
     A client that knows the value may wait for another one.
     """
-    if len(request.parameters) == 1 and "if-none-match" not in request.fields.headers:  # nearly always
-        pair = stored_pair(store, request)
-        if pair:
-            return Response(pair.value, headers=(("ETag", pair.etag),))
+    pair = store.pair(request.user.id, request.parameters["key"])
+    if pair and len(request.parameters) == 1 and "if-none-match" not in request.fields.headers:  # nearly always
+        return Response(pair.value, headers=(("ETag", pair.etag),))
     form, default = take_choice(request, "format", ("json", "age")), request.parameters.get("default")
     if form and default is not None:
         raise HTTPError(400, "the parameter default is for the plain value; leave out format")
-    pair = stored_pair(store, request)
     etag = pair.etag if pair else ""
-    wait_seconds = seconds_to_wait(request, pair, etag)
-    if wait_seconds > 0:
-        return Unchanged(wait_seconds)
+    wait_until = end_of_wait(request, pair, etag)
+    if wait_until:
+        return Response(wait_until=wait_until)
     if pair is None:
         if default is None:
             raise HTTPError(404, UNKNOWN_KEY)
@@ -2500,7 +2840,7 @@ def put_resource(store: Store, request: Request) -> Response:
     value, expires = require_value(request), expiry(request)
     if "content-range" in request.fields.headers:  # RFC 9110 section 14.5
         raise HTTPError(400, "a part of a value cannot be stored; send all of it, without Content-Range")
-    pair = stored_pair(store, request)
+    pair = store.pair(request.user.id, request.parameters["key"])
     check_preconditions(request, pair)
     store.set_value(request.user.id, request.parameters["key"], value, expires)
     return Response(b"Success", 200 if pair else 201, headers=(("ETag", entity_tag(value.encode("utf-8"))),))
@@ -2508,7 +2848,7 @@ def put_resource(store: Store, request: Request) -> Response:
 
 def delete_resource(store: Store, request: Request) -> Response:
     """Remove the key in the path and its value, if the preconditions hold."""
-    pair = stored_pair(store, request)
+    pair = store.pair(request.user.id, request.parameters["key"])
     if pair:  # for what does not exist they are not looked at (RFC 9110 section 13.2.1)
         check_preconditions(request, pair)
     return delete_pair(store, request)
@@ -2526,7 +2866,7 @@ def increment(store: Store, request: Request) -> Response:
     by = request.parameters.get("by", "1")
     if not is_number(by):
         raise HTTPError(400, f"the parameter by is {A_NUMBER}")
-    pair = stored_pair(store, request)
+    pair = store.pair(request.user.id, request.parameters["key"])
     expires = expiry(request, pair.expires if pair else None)
     stored = pair.value.decode("utf-8") if pair else "0"
     if not is_number(stored):
@@ -2549,7 +2889,7 @@ def toggle(store: Store, request: Request) -> Response:
         raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
     for word in words:
         check_value(word)
-    pair = stored_pair(store, request)
+    pair = store.pair(request.user.id, request.parameters["key"])
     expires = expiry(request, pair.expires if pair else None)
     word = words[1] if pair and pair.value == words[0].encode("utf-8") else words[0]
     store.set_value(request.user.id, request.parameters["key"], word, expires)
@@ -2663,7 +3003,7 @@ CONTENT_POLICY = (
 PAGE_HEADERS = (("Content-Security-Policy", CONTENT_POLICY), ("Referrer-Policy", "same-origin"))
 
 
-Attributes = Mapping[str, Union[str, bool, int]]  # of an HTML element
+Attributes = Mapping[str, str | bool | int]  # of an HTML element
 NO_ATTRIBUTES: Attributes = {}
 
 
@@ -3218,13 +3558,21 @@ def change_own(store: Store, request: Request, action: str) -> Response:
     return lead_to(LIST_DONE)
 
 
+class RefusedForm(HTTPError):
+    """A form is refused: endpoint makes the page that says why, which may take too long for the transaction."""
+
+    def __init__(self, refusal: HTTPError, endpoint: Callable[[Store, Request], Response]) -> None:
+        super().__init__(refusal.status, refusal.message)
+        self.endpoint = endpoint
+
+
 def answer_form(
     store: Store,
     request: Request,
     change: Callable[[Store, Request, str], Response],
     pages: Mapping[str, Callable[[Store, Request, Problem], Response]],
-) -> Response | Elsewhere:
-    """Carry out the action of a form, or answer with the page of the form and the reason why that was refused.
+) -> Response:
+    """Carry out the action of a form; raise RefusedForm with the page of the form and the reason why it was refused.
 
     A field of the form says which of the pages it stands on, an empty name by default.
     """
@@ -3236,10 +3584,12 @@ def answer_form(
         refusal, page = as_refusal(error), pages.get(parameters.get("page", ""), pages[""])
         assert refusal
         status, problem = refusal.status, Problem(action, refusal.message, parameters)
-        return Elsewhere(lambda store, request: page(store, request, problem)._replace(status=status))
+        raise RefusedForm(
+            refusal, lambda store, request: page(store, request, problem)._replace(status=status)
+        ) from None
 
 
-def change_accounts(store: Store, request: Request) -> Response | Elsewhere:
+def change_accounts(store: Store, request: Request) -> Response:
     """Answer a form of the pages for admins."""
     check_visitor(current_user(store, request), ADMIN)
     if not request.path.endswith("/"):  # a program sends this, which wants no page; no link would be right here
@@ -3248,48 +3598,48 @@ def change_accounts(store: Store, request: Request) -> Response | Elsewhere:
     return answer_form(store, request, change_account, {"": accounts_page, "user": user_page, "delete": deletion_page})
 
 
-def change_states(store: Store, request: Request) -> Response | Elsewhere:
+def change_states(store: Store, request: Request) -> Response:
     """Answer a form of one's own pages."""
     current_user(store, request)
     return answer_form(store, request, change_own, {"": states_page, "state": state_page, "add": added_page})
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
-# The HTTP surface in one table, with the policy of each route on its row, and what answers a request that none takes.
+# The HTTP surface in one table, with the policy of each route on its row, and the answers to all other requests.
 
-# Where an endpoint runs: what answers at once in the leading thread; what changes something in the transaction of the
-# writer, its answer held back until the commit; what may take long in a thread of a pool, with a store of its own.
-LEADER, WRITER, WORKER = "leader", "writer", "worker"
+# Where an endpoint runs: HERE, in the loop, if it answers at once; in the next COMMIT if it changes something, its answer
+# held back until that is on the disk; in a THREAD, with a store of its own, if it may take long.
+HERE, COMMIT, THREAD = "here", "commit", "thread"
 
 READ = ("GET", "HEAD")
 ACCOUNT_FIELDS = ("action", "username", "password", "isAdmin", "id", "page")
 STATE_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page", "etag")
 
 ROUTES = (
-    Route("/set", ("GET", "POST", "PUT"), set_value, USER, WRITER, ("key", "value", "ttl", "nx", "old"), EITHER),
-    Route("/get", READ, get_value, USER, LEADER, ("key", "default", "format", "wait", "unless")),
-    Route("/del", ("GET", "POST", "PUT"), delete_pair, USER, WRITER, ("key", "missing")),
-    Route("/incr", ("GET", "POST"), increment, USER, WRITER, ("key", "by", "ttl")),
-    Route("/toggle", ("GET", "POST"), toggle, USER, WRITER, ("key", "values", "ttl")),
-    Route("/list", READ, list_pairs, USER, WORKER, ("prefix", "limit", "after", "format")),
-    Route("/kv/KEY", READ, get_value, USER, LEADER),
-    Route("/kv/KEY", ("PUT",), put_resource, USER, WRITER, ("ttl",), VALUE),
-    Route("/kv/KEY", ("DELETE",), delete_resource, USER, WRITER),
-    Route("/health", READ, check_health, ANYONE, WORKER),
-    Route("/metrics", READ, report_metrics, OPERATOR, WORKER),
-    Route("", READ, add_slash, ANYONE, LEADER, ANYTHING),
-    Route("/", READ, welcome_page, BROWSER, LEADER),
-    Route("/favicon.ico", READ, no_icon, ANYONE, LEADER),
-    Route("/admin", READ, add_slash, ANYONE, LEADER, ANYTHING),
-    Route("/admin", ("POST",), change_accounts, ADMIN, WRITER, ACCOUNT_FIELDS),
-    Route("/admin/", READ, accounts_page, ADMIN, WORKER, ("after",)),
-    Route("/admin/", ("POST",), change_accounts, ADMIN, WRITER, ACCOUNT_FIELDS),
-    Route("/admin/user", READ, user_page, ADMIN, WORKER, ("username", "after")),
-    Route("/admin/delete", READ, deletion_page, ADMIN, WORKER, ("username",)),
-    Route("/me", READ, add_slash, ANYONE, LEADER, ANYTHING),
-    Route("/me/", READ, states_page, PERSON, WORKER, ("prefix", "after")),
-    Route("/me/", ("POST",), change_states, PERSON, WRITER, STATE_FIELDS),
-    Route("/me/state", READ, state_page, PERSON, WORKER, ("key",)),
+    Route("/set", ("GET", "POST", "PUT"), set_value, USER, COMMIT, ("key", "value", "ttl", "nx", "old"), EITHER),
+    Route("/get", READ, get_value, USER, HERE, ("key", "default", "format", "wait", "unless")),
+    Route("/del", ("GET", "POST", "PUT"), delete_pair, USER, COMMIT, ("key", "missing")),
+    Route("/incr", ("GET", "POST"), increment, USER, COMMIT, ("key", "by", "ttl")),
+    Route("/toggle", ("GET", "POST"), toggle, USER, COMMIT, ("key", "values", "ttl")),
+    Route("/list", READ, list_pairs, USER, THREAD, ("prefix", "limit", "after", "format")),
+    Route("/kv/KEY", READ, get_value, USER, HERE),
+    Route("/kv/KEY", ("PUT",), put_resource, USER, COMMIT, ("ttl",), VALUE),
+    Route("/kv/KEY", ("DELETE",), delete_resource, USER, COMMIT),
+    Route("/health", READ, check_health, ANYONE, THREAD),
+    Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
+    Route("", READ, add_slash, ANYONE, HERE, ANYTHING),
+    Route("/", READ, welcome_page, BROWSER, HERE),
+    Route("/favicon.ico", READ, no_icon, ANYONE, HERE),
+    Route("/admin", READ, add_slash, ANYONE, HERE, ANYTHING),
+    Route("/admin", ("POST",), change_accounts, ADMIN, COMMIT, ACCOUNT_FIELDS),
+    Route("/admin/", READ, accounts_page, ADMIN, THREAD, ("after",)),
+    Route("/admin/", ("POST",), change_accounts, ADMIN, COMMIT, ACCOUNT_FIELDS),
+    Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "after")),
+    Route("/admin/delete", READ, deletion_page, ADMIN, THREAD, ("username",)),
+    Route("/me", READ, add_slash, ANYONE, HERE, ANYTHING),
+    Route("/me/", READ, states_page, PERSON, THREAD, ("prefix", "after")),
+    Route("/me/", ("POST",), change_states, PERSON, COMMIT, STATE_FIELDS),
+    Route("/me/state", READ, state_page, PERSON, THREAD, ("key",)),
 )
 API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
@@ -3297,7 +3647,7 @@ RouteTable = dict[str, dict[str, Route]]
 
 
 def route_tables(base_path: str) -> tuple[RouteTable, RouteTable]:
-    """Return the routes, below base_path and at the root, by path and method; those with a key by what precedes it."""
+    """Return the routes, below base_path and at the root, by path and method; those with a key by the path before it."""
     by_path: RouteTable = {}
     by_beginning: RouteTable = {}
     for prefix, route in itertools.product((base_path, ""), ROUTES):
@@ -3308,7 +3658,7 @@ def route_tables(base_path: str) -> tuple[RouteTable, RouteTable]:
 
 
 def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Response:
-    """Answer OPTIONS, or raise HTTPError for a path or a method that is not served; methods are those of the path."""
+    """Answer OPTIONS, or raise HTTPError for an unknown path or method; methods are those of the path."""
     if method not in METHODS:
         raise HTTPError(501, f"the method {shorten(method)} is unknown; use {', '.join(methods or METHODS[:4])}")
     if path == "*":
@@ -3321,9 +3671,9 @@ def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Resp
     return Response(status=204, headers=allow)
 
 
-def describe_mistake(error: BaseException | None) -> str:
-    """Return where an exception was raised. Its message is left out, since it may quote what a client sent."""
-    place, places = error.__traceback__ if error else None, []
+def describe_mistake(error: Exception) -> str:
+    """Return where an exception was raised, without its message, which may quote the request."""
+    place, places = error.__traceback__, []
     while place:
         places.append(f"{place.tb_frame.f_code.co_name}:{place.tb_lineno}")
         place = place.tb_next
@@ -3331,10 +3681,14 @@ def describe_mistake(error: BaseException | None) -> str:
 
 
 def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
-    """Return the answer to an exception; what is the server's fault is logged."""
+    """Return the answer to an exception; log it if it is the server's fault."""
     answer = as_refusal(error)
     if answer:
         return answer
+    if isinstance(error, TimeoutError):
+        return HTTPError(408, "the request has not come in time")
+    if isinstance(error, NoThread):
+        return HTTPError(503, f"{error}; try again", RETRY_AFTER)
     if isinstance(error, (StoreError, sqlite3.Error)):
         errors.write(f"the database failed: {error}")
         if isinstance(error, StoreFull):
@@ -3345,14 +3699,14 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
 
 
 def wants_html(request: Request) -> bool:
-    """Tell whether a request comes from a browser that is to show the answer."""
+    """Return whether a browser sends a request to show the answer."""
     return "text/html" in request.fields.headers.get("accept", "").lower()
 
 
 def answer_to_error(error: HTTPError, route: Route | None, request: Request | None) -> Response:
-    """Return the answer to a request that is refused: a page if it was to be one, and with the challenge of a 401."""
+    """Return the answer to a refused request: a page if it was to be one, and with the challenge of a 401."""
     if request and route and route.who in PAGE_VISITORS and wants_html(request):
-        # Who has only somebody's token is not told whose it is.
+        # Somebody with a stolen token is not told whose it is.
         response = error_page(error, request.user if error.status != 401 else None, route)
     else:
         response = error.response(request.fields.headers.get("accept", "") if request else "")
@@ -3363,9 +3717,9 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request | No
 
 
 def log_request(request: Request | None, endpoint: str, status: int, seconds: float, address: str) -> None:
-    """Log an answered request: its key, but not its value nor the query as it came.
+    """Log an answered request with its key, but without its value and query.
 
-    Of a path that is not served it tells nothing, since a value may have been written there by mistake.
+    An unknown path is left out, since a value may have been written there by mistake.
     """
     method, path, key, user = "", "", "", ""
     if request:
@@ -3377,620 +3731,313 @@ def log_request(request: Request | None, endpoint: str, status: int, seconds: fl
     log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={user!r} address={address}")
 
 
-# ---- TLS -------------------------------------------------------------------------------------------------------------
-# A connection that speaks TLS and never blocks, and the certificate that it shows, which can be replaced meanwhile.
-
-
-class SecureSocket:
-    """A connection with TLS, used like the socket below it; neither blocks.
-
-    TLS works in memory. So what one call has to do is bounded by what it has received, however many records follow, and
-    a step of the handshake may be computed in another thread while the connection is closed.
-    """
-
-    def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
-        """Take over a connection that begins with a handshake."""
-        self._connection = connection
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self.is_secure = False  # from the end of the handshake until we have said that no more comes
-        self._encrypted = b""  # what is to be sent
-        self._in_flight = 0  # how many bytes of the data that is being sent are in _encrypted
-        self._fruitless_bytes = 0  # received beyond what was to be expected for what they carried
-        self.first_byte = b""
-
-    def fileno(self) -> int:
-        """Return the descriptor that the selector watches."""
-        return self._connection.fileno()
-
-    def feed(self) -> None:
-        """Receive what the handshake goes on with; raise BlockingIOError when nothing has come."""
-        data = self._connection.recv(TLS_RECEIVE_BYTES)
-        if not data:
-            raise ConnectionResetError
-        self.first_byte = self.first_byte or data[:1]
-        self._incoming.write(data)
-
-    def compute_handshake(self) -> None:
-        """Go on with the handshake as far as possible; raise ssl.SSLWantReadError when it is to be fed more.
-
-        What is to be sent then waits for flush. Another thread may call this, while nothing but close is called.
-        """
-        self._tls.do_handshake()
-
-    def flush(self) -> bool:
-        """Send what is encrypted, as far as the client takes it; tell whether that was all."""
-        self._encrypted += self._outgoing.read()
-        if self._encrypted:
-            with contextlib.suppress(BlockingIOError):
-                self._encrypted = self._encrypted[self._connection.send(self._encrypted) :]
-        return not self._encrypted
-
-    def recv(self, size: int) -> bytes:
-        """Receive what has come, nothing at the end; raise BlockingIOError when nothing has."""
-        if not self.is_secure:
-            return self._connection.recv(size)
-        data, parts, is_at_end = b"", [], False
-        with contextlib.suppress(BlockingIOError):  # something may have come together with the handshake
-            data = self._connection.recv(TLS_RECEIVE_BYTES)
-            is_at_end = not data
-        self._incoming.write(data)
-        with contextlib.suppress(ssl.SSLWantReadError):
-            while part := self._tls.read(size):
-                parts.append(part)
-            is_at_end = True
-            with contextlib.suppress(OSError):  # the selector is to see this end like any other
-                self._connection.shutdown(socket.SHUT_RD)
-        decrypted = b"".join(parts)
-        self._fruitless_bytes = max(0, self._fruitless_bytes + len(data) - TLS_OVERHEAD_MAX * len(decrypted))
-        if self._fruitless_bytes > TLS_FRUITLESS_BYTES_MAX or self._outgoing.pending > TLS_REPLIES_BYTES_MAX:
-            raise ConnectionAbortedError
-        if not decrypted and not is_at_end:
-            raise BlockingIOError
-        return decrypted
-
-    def send(self, data: bytes | memoryview) -> int:
-        """Send the first bytes of data, and return how many; raise BlockingIOError when they cannot be sent now.
-
-        The next call has to have the same data then.
-        """
-        if not self.is_secure:
-            return self._connection.send(data)
-        if not self._in_flight:
-            self._in_flight = self._tls.write(memoryview(data)[:TLS_SEND_BYTES])
-        if not self.flush():
-            raise BlockingIOError
-        sent, self._in_flight = self._in_flight, 0
-        return sent
-
-    def _end(self) -> None:
-        """Say that no more is sent: else what was sent might seem to be cut (RFC 8446 section 6.1)."""
-        if self.is_secure:
-            self.is_secure = False
-            with contextlib.suppress(OSError, ValueError):
-                self._tls.unwrap()
-            with contextlib.suppress(OSError):
-                self.flush()
-
-    def shutdown(self, how: int) -> None:
-        """Send no more; what comes is no longer decrypted."""
-        self._end()
-        self._connection.shutdown(how)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._end()
-        self._connection.close()
-
-
-class BadCertificate(Exception):
-    """A certificate or its key cannot be used; the message is a sentence for people."""
-
-
-class Certificate:
-    """A certificate for TLS and its key, from files in PEM format, which may be replaced by newer ones."""
-
-    def __init__(self, path: str, key_path: str) -> None:
-        """Load the certificate, with those that lead to its root, and the key; raise BadCertificate."""
-        self._path, self._key_path = path, key_path
-        self._context = self._load()
-
-    def _load(self) -> ssl.SSLContext:
-        """Return what connections are made with; raise BadCertificate."""
-
-        def refuse_password() -> str:
-            raise BadCertificate(f"the key {self._key_path} is encrypted; name one that is not")
-
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= ssl.OP_NO_RENEGOTIATION
-        for path in (self._path, self._key_path):  # the error of the next step does not name the file
-            try:
-                with open(path, "rb"):
-                    pass
-            except (OSError, ValueError) as error:  # ValueError is for a path with NUL
-                reason = error.strerror if isinstance(error, OSError) else error
-                raise BadCertificate(f"cannot read {path}: {reason}") from None
-        try:
-            context.load_cert_chain(self._path, self._key_path, refuse_password)
-        except ssl.SSLError as error:
-            if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
-                reason = f"{self._key_path} is not the key of the certificate {self._path}"
-            elif error.reason:
-                reason = f"cannot use the certificate {self._path}: {error.reason.lower().replace('_', ' ')}"
-            else:
-                reason = f"{self._path} has no certificate in PEM format, or {self._key_path} no key"
-            raise BadCertificate(reason) from None
-        return context
-
-    def renew(self) -> None:
-        """Load the files anew for connections that come from now on; if that fails, all stays as it is."""
-        try:
-            self._context = self._load()
-            log("INFO", f"loaded the certificate {self._path}")
-        except (BadCertificate, OSError) as error:
-            log("ERROR", f"the old certificate stays in use: {error}")
-
-    def wrap(self, connection: socket.socket) -> SecureSocket:
-        """Return a connection that has been accepted as one with TLS, which begins with a handshake."""
-        return SecureSocket(connection, self._context)
-
-
 # ---- Connections -----------------------------------------------------------------------------------------------------
-# What is done with one connection: it receives a request, finds out who sends it, runs its endpoint where that belongs,
-# and sends the answer. No socket blocks: a handler notes until when it may wait, and the server ends what is overdue,
-# so that a client that sends a byte now and then gains nothing.
+# The story of one connection: it receives a request, finds its user, runs its endpoint, and sends the answer.
 
-# What a connection is doing; it decides who may use its handler, and what happens when the time for it is up.
-HANDSHAKING, COMPUTING = "handshaking", "computing"  # waiting for the client's part, or for our own one
-IDLE, RECEIVING, WAITING, SENDING = "idle", "receiving", "waiting", "sending"
-POLLING, LINGERING, CLOSING, CLOSED = "polling", "lingering", "closing", "closed"
-
-
-class Change(NamedTuple):
-    """What the writer is to do in its next transaction, and what is to be done with the outcome after the commit."""
-
-    operation: Callable[[Store], Any]
-    done: Callable[[Any], None]
-    size: int  # bytes of the request, about
+# What a connection does while its task waits. When there are too many, this decides which ones give way.
+LONG = math.inf  # as the size of a change: it may take long
+IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
 
 
 class RequestHandler:
-    """Serves one connection: request after request, until one side closes it.
+    """Serves one connection: request after request, until one side closes it."""
 
-    It never waits. The leading thread of the server calls it when bytes have come or can go, and it does what can be
-    done with them. Only finish may be called by another thread, the one that committed the change it was WAITING for.
-    """
-
-    def __init__(self, connection: socket.socket | SecureSocket, address: tuple[Any, ...], server: Server) -> None:
+    def __init__(self, connection: socket.socket, address: tuple[Any, ...], server: Server) -> None:
         """Take over a connection that has been accepted."""
-        self.connection, self.server = connection, server
+        self.socket, self.server = connection, server
         self.peer: str = address[0]
-        self.received = bytearray()
-        self.unsent: bytes | memoryview = b""
-        self.answer_bytes = 0  # of the answer whose rest is unsent
-        self.after_answer = IDLE
-        self.watched = 0  # the selector's events
+        self.connection: socket.socket | SecureSocket = connection
+        self.task = server.loop.current
+        self.state = IDLE
         self.started = time.monotonic()  # the connection, and later the request
-        self.waiting_for: Change | Login | None = None
+        self.deadline = self.started + FIRST_BYTE_SECONDS  # for the next bytes
+        self.received = bytearray()
+        self.unsent_bytes = 0  # length of an answer that the client is slow to take
+        self.body_pending = True  # whether bytes of the request may still be on their way
+        self.route: Route | None = None  # of the request
         self.fields: Fields | None = None  # of the last request
+        self.last: tuple[bytes, Request | None] = (b"", None)  # a request without a body, and its head
         self.login: tuple[Fields | None, User] = (None, NOBODY)  # fields that were found to be those of a user
-        self.forget_request()
-        if isinstance(connection, SecureSocket):
-            self.enter(HANDSHAKING, HANDSHAKE_SECONDS)
-        else:
-            self.enter(IDLE, FIRST_BYTE_SECONDS)
-
-    def forget_request(self) -> None:
-        """Be ready for the next request."""
-        self.request: Request | None = None
-        self.route: Route | None = None
-        self.checked = 0  # offset of the line at which an incomplete head ends
-        self.body = bytearray()  # what has come of a chunked body
-        self.body_pending = True  # whether bytes of the request may still be on their way, as until its head is good
-
-    def enter(self, phase: str, seconds: float) -> None:
-        """Note what is done now, and for how long it may be done."""
-        # One assignment, since two threads may read both.
-        self.state = (phase, time.monotonic() + seconds)
-
-    def address(self) -> Address | None:
-        """Return who sends the request: the other end of the connection, or whom a trusted proxy names."""
-        forwarded_for = self.request.fields.headers.get("x-forwarded-for", "") if self.request else ""
-        return client_address(self.peer, forwarded_for, self.server.trusted_proxy)
 
     def rank(self) -> tuple[int, float] | None:
-        """Return when it is the connection's turn to give way if there are too many, the least first; None: never."""
-        phase, deadline = self.state
-        if phase in (HANDSHAKING, COMPUTING, RECEIVING, LINGERING) or (phase == IDLE and self.fields is None):
+        """Return the place in the order in which connections give way to new ones, the least first; None for never."""
+        if self.state == RECEIVING or (self.state == IDLE and self.fields is None):
             return 0, self.started
-        # A stranger's answers are short: who is slow to take them, or always has more to ask, may come again.
+        # A stranger's answers are short: whoever is slow to take them, or always has more to ask, may come again.
         if self.login[1] is NOBODY:
-            return (1, deadline) if phase in (IDLE, SENDING) else None
-        return (2, deadline) if phase == IDLE and not self.received else None
+            return (1, self.deadline) if self.state != WORKING else None
+        return (2, self.deadline) if self.state == IDLE and not self.received else None
 
-    def watch(self, events: int) -> None:
-        """Have on_ready called when the connection is ready for these events of the selector."""
-        if events == self.watched:
-            return
-        if not events:
-            self.server.selector.unregister(self.connection)
-        elif self.watched:
-            self.server.selector.modify(self.connection, events, self.on_ready)
-        else:
-            self.server.selector.register(self.connection, events, self.on_ready)
-        self.watched = events
+    def address(self, request: Request | None) -> Address | None:
+        """Return the sender's address: the other end of the connection, or the one that a trusted proxy names."""
+        forwarded_for = request.fields.headers.get("x-forwarded-for", "") if request else ""
+        return client_address(self.peer, forwarded_for, self.server.trusted_proxy)
 
-    def on_ready(self) -> None:
-        """Receive or send."""
-        phase = self.state[0]
-        if phase == WAITING:
-            self.watch(0)  # what the client sends now, or that it has gone, is looked at when it has its answer
-        elif phase == SENDING:
-            self.send()
-        elif phase == HANDSHAKING:
-            self.shake_hands()
-        elif phase != CLOSED and not (phase == IDLE and self.received):  # what is there already comes before the end
-            self.receive()
-        self.settle()
-
-    def shake_hands(self) -> None:
-        """Go on with the TLS handshake, in another thread: its arithmetic takes long on a small machine."""
-        connection, deadline = cast(SecureSocket, self.connection), self.state[1]
+    async def handle(self) -> None:
+        """Serve the connection until its end."""
+        loop, self.task = self.server.loop, self.server.loop.current
+        loop.use(self.socket)
         try:
-            connection.feed()
-            self.state = (COMPUTING, deadline)
-            self.server.handshakes.submit(
-                connection.compute_handshake,
-                lambda outcome: self.go_on_shaking(outcome, deadline),
-                client_of(parse_address(self.peer)),
-                lambda: self.state[0] == COMPUTING,
-            )
-        except BlockingIOError:
+            while await self.handle_one_request():
+                if self.received:  # pipelined: others first
+                    await loop.turn()
+        except (ConnectionError, TimeoutError):
             pass
-        except OSError:
-            self.enter(CLOSING, 0)
+        finally:
+            loop.use(None)
+            self.connection.close()
+            self.server.shutdown_request(self.socket)
 
-    def go_on_shaking(self, outcome: Exception | None, deadline: float) -> None:
-        """Do what comes after a step of the handshake: wait for the client's next part, or for a request."""
-        connection = cast(SecureSocket, self.connection)
-        if self.state[0] != COMPUTING:  # it has been closed meanwhile
-            return
-        with contextlib.suppress(OSError):
-            connection.flush()  # it fits into the socket's buffer
-        if outcome is None:
-            connection.is_secure = True
-            self.enter(IDLE, FIRST_BYTE_SECONDS)
-            self.receive()
-        elif isinstance(outcome, ssl.SSLWantReadError):
-            self.state = (HANDSHAKING, deadline)
-        elif connection.first_byte.isalpha():  # as of a method, and of no record
-            self.answer(HTTPError(400, "this server speaks TLS; use https:// instead of http://"))
-        else:
-            self.enter(CLOSING, 0)
-        self.settle()
-
-    def settle(self) -> None:
-        """Go on as far as possible, and then watch for what is needed."""
-        if self.state[0] == IDLE and self.received == b"\r\n":  # some clients send one more behind a body
-            self.received.clear()
-        if self.state[0] == IDLE and self.received:
-            self.enter(RECEIVING, REQUEST_SECONDS)
-            self.started = time.monotonic()
-        if self.state[0] == RECEIVING:
-            outcome: Response | Exception | None
-            try:
-                outcome = self.respond()
-            except Exception as error:  # noqa: BLE001 - whatever happens, the client gets an answer
-                outcome = error
-            if outcome:
-                self.answer(outcome)
-        phase = self.state[0]
-        if phase == CLOSING:
-            self.watch(0)
-            self.enter(CLOSED, math.inf)
-            self.server.shutdown_request(self.connection)
-        elif phase == IDLE and self.received:
-            self.server.post(self.settle)  # the next request waits until the other connections have had their turn
-            self.watch(0)  # and more need not be received before that
-        elif phase == POLLING:  # that the client has gone is looked at, not what it sends
-            self.watch(0 if self.received else selectors.EVENT_READ)
-        elif phase == COMPUTING:
-            self.watch(0)
-        elif phase not in (WAITING, CLOSED):
-            self.watch(selectors.EVENT_WRITE if phase == SENDING else selectors.EVENT_READ)
-
-    def receive(self) -> None:
-        """Receive what has come."""
+    async def handle_one_request(self) -> bool:
+        """Receive a request and answer it; return whether another one may follow."""
+        request = self.route = None
         try:
-            data = self.connection.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.enter(CLOSING, 0)
-            return
-        if not data and self.state[0] == RECEIVING:
-            self.answer(HTTPError(400, "the request is incomplete"))
-        elif not data:
-            self.enter(CLOSING, 0)
-        elif self.state[0] != LINGERING:
-            self.received += data
-
-    def respond(self) -> Response | None:
-        """Return the answer to the request, or None if something is waited for; what it raises is answered too."""
-        request = self.request
-        if request is None:
-            end = self.received.find(b"\r\n\r\n", max(self.checked - 2, 0))
-            if end < 0:
-                self.checked = check_incomplete_head(self.received, self.checked)
-                return None
-            request = self.request = parse_head(bytes(self.received[:end]), self.fields)
-            self.fields = request.fields
-            del self.received[: end + 4]
-            self.body_pending = request.fields.body_length != 0
-            methods, request.key_in_path = self.server.find_routes(request.path)
-            self.route = methods.get(request.method)
-            if self.route is None:
-                return answer_without_route(request.method, request.path, list(methods))
-            if self.route.who == BROWSER and not wants_html(request):
-                return answer_without_route(request.method, request.path, ())
-        route = self.route
-        assert route
-        if route.who not in (ANYONE, BROWSER):
-            if request.user is NOBODY and not self.admit(route, request):
-                return None
-            if self.body_pending:
-                if not self.take_body(request):
-                    return None
-                # While the body was on its way, the password may have been changed, or the token deleted.
-                if not self.admit(route, request):
-                    return None
-        if request.parameters is NOT_PARSED and not self.parse(route, request):
-            return None
-        # To hash it takes too long for the transaction. A redirect takes all parameters, and from anybody: none there.
-        if route.where == WRITER and "password" in request.parameters and not request.password_hash:
-            self.enter(WAITING, math.inf)
-            password, is_admin = request.parameters["password"], request.user.is_admin
-            self.server.authenticator.hash_password(password, is_admin, self.taking("password_hash"))
-            return None
-        return self.run(route, request)
-
-    def admit(self, route: Route, request: Request) -> bool:
-        """Note the user who sends a request, and raise HTTPError unless they may, and its body is not too long.
-
-        Returns False if the check of their password has to be waited for, or the connection is to be closed.
-        """
-        known_fields, user = self.login
-        if request.fields is not known_fields or not self.server.reader.is_current(user):
-            authorization = request.fields.headers.get("authorization")
-            verified = self.server.authenticator.authenticate(authorization)
-            if verified is None:
-                self.wait_for_check(authorization or "")
+            if self.server.certificate and self.connection is self.socket:
+                await self.secure(self.server.certificate)
+            request = await self.receive_request()
+            if request is None:
                 return False
-            self.login = (request.fields, verified)
-            user = verified
+            response = await self.respond(request)
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever happens, the client gets an answer
+            response = answer_to_error(as_http_error(error, self.server.errors), self.route, request)
+        keep_alive = bool(request and request.fields.keep_alive and not self.body_pending and not self.server.stopping)
+        connection = "close" if not keep_alive else "keep-alive" if request and request.fields.is_http_1_0 else ""
+        self.note_answer(request, response.status)
+        with_body = not request or request.method != "HEAD"
+        await self.send(encode_response(response, format_date(int(time.time()), usegmt=True), connection, with_body))
+        if self.body_pending:
+            await self.linger()
+        self.state, self.deadline = IDLE, time.monotonic() + IDLE_SECONDS
+        return keep_alive
+
+    async def secure(self, certificate: Certificate) -> None:
+        """Shake hands, unless the client does not speak TLS; raise HTTPError or ConnectionError."""
+        try:
+            await ready(READABLE, self.deadline)
+            if self.socket.recv(1, socket.MSG_PEEK).isalpha():  # as of a method, and of no record
+                raise HTTPError(400, "this server speaks TLS; use https:// instead of http://")
+            connection = SecureSocket(self.socket, certificate.context)
+            owner = client_of(parse_address(self.peer))
+            await connection.shake_hands(self.server.threads, owner, self.started + HANDSHAKE_SECONDS)
+        except OSError as error:
+            raise ConnectionAbortedError from error
+        self.connection, self.deadline = connection, time.monotonic() + FIRST_BYTE_SECONDS
+
+    async def receive_request(self) -> Request | None:
+        """Receive the head of the next request; None if there is no next one."""
+        self.body_pending = True
+        while not self.received or self.received == b"\r\n":  # some clients send an empty line behind a body
+            self.received.clear()
+            data = await self.receive_first()
+            if not data:
+                return None
+            self.received += data
+        self.state, self.started = RECEIVING, time.monotonic()
+        self.deadline, checked = self.started + REQUEST_SECONDS, 0
+        while (end := self.received.find(b"\r\n\r\n", max(checked - 2, 0))) < 0:
+            checked = check_incomplete_head(self.received, checked)
+            await self.receive()
+        head = bytes(self.received[:end])
+        del self.received[: end + 4]
+        known_head, known = self.last  # many clients send the same request again and again
+        request = known.again() if known and head == known_head else parse_head(head, self.fields)
+        self.last = (head, request) if request.fields.body_length == 0 else (b"", None)
+        self.state, self.fields, self.body_pending = WORKING, request.fields, request.fields.body_length != 0
+        return request
+
+    async def receive_first(self) -> bytes:
+        """Return the first bytes of a request, none if the connection is to be closed."""
+        try:
+            if self.fields:  # a new connection may have sent some already
+                await ready(READABLE, self.deadline)
+            while True:
+                try:
+                    return self.connection.recv(RECEIVE_BYTES)
+                except BlockingIOError:
+                    await ready(READABLE, self.deadline)
+        except TimeoutError:
+            return b""
+        except OSError as error:
+            raise ConnectionAbortedError from error
+        except Cancelled:
+            if self.login[1] is NOBODY:
+                raise
+            with contextlib.suppress(OSError):  # a request may have come at the last moment
+                return self.connection.recv(RECEIVE_BYTES)
+            return b""
+
+    async def receive(self) -> None:
+        """Receive more bytes of a request; raise HTTPError, TimeoutError or ConnectionError."""
+        try:
+            data = await receive(self.connection, RECEIVE_BYTES, self.deadline)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ConnectionAbortedError from error
+        if not data:
+            raise HTTPError(400, "the request is incomplete")
+        self.received += data
+
+    async def respond(self, request: Request) -> Response:
+        """Return the answer to a request; raise whatever speaks against it."""
+        methods, request.key_in_path = self.server.find_routes(request.path)
+        route = self.route = methods.get(request.method)
+        if route is None or (route.who == BROWSER and not wants_html(request)):
+            return answer_without_route(request.method, request.path, () if route else list(methods))  # 404, 405, 501
+        await self.authorize(route, request)  # 401, 403, 413, 429, 503
+        if self.body_pending and route.who not in NO_LOGIN:
+            await self.receive_parameters(route, request)  # 400, 408, 413, 415
+        elif request.parameters is NOT_PARSED:
+            request.parameters = parse_parameters(request, route)  # 400
+        if route.where != HERE:
+            return await self.run(route, request)
+        response = route.endpoint(self.server.reader, request)
+        while response.wait_until:
+            await self.wait_for_change(request, response.wait_until)
+            await self.authorize(route, request)
+            response = route.endpoint(self.server.reader, request)
+        return response
+
+    async def authorize(self, route: Route, request: Request) -> None:
+        """Set the user of a request; raise HTTPError unless they may send it."""
+        if route.who in NO_LOGIN:
+            return
+        fields, user = self.login
+        if request.fields is not fields or not self.server.reader.is_current(user):
+            authorization, begun = request.fields.headers.get("authorization"), time.monotonic()
+            find_address = functools.partial(self.address, request)
+            user = await self.server.authenticator.authenticate(authorization, find_address)
+            self.login = (request.fields, user)
+            self.deadline += time.monotonic() - begun  # this time is not the client's fault
         request.user = user
         if route.who != USER:
             check_visitor(user, route.who)
         if user.token:
             self.server.note_use(user.token)
-        if route.where == WRITER:
+        if route.where == COMMIT:
             check_same_site(request.fields.headers)
             if user.token and user.token.is_read_only:
                 raise HTTPError(403, "this token may only read; make another one with: python kvserver.py addtoken")
         if request.fields.body_length > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
-        if self.body_pending and "expect" in request.fields.headers and not request.fields.is_http_1_0:
-            is_sent = False
-            with contextlib.suppress(OSError):
-                is_sent = self.connection.send(CONTINUE) == len(CONTINUE)
-            if not is_sent:  # the client takes nothing, and what of it is sent already must not begin the answer
-                self.enter(CLOSING, 0)
-                return False
-        return True
 
-    def wait_for_check(self, authorization: str) -> None:
-        """Have a password checked before the request goes on."""
-        # What a login takes is not the client's fault.
-        body_seconds = self.started + REQUEST_SECONDS - time.monotonic()
-
-        def resume(refusal: Exception | None) -> None:
-            self.waiting_for = None
-            if refusal:
-                self.finish(refusal)
-            else:
-                self.go_on(body_seconds)
-
-        login = Login(self.address(), resume)
-        self.server.authenticator.check(authorization, login)
-        self.waiting_for = login
-        self.enter(WAITING, CHECK_SECONDS)
-
-    def go_on(self, seconds: float = REQUEST_SECONDS) -> None:
-        """Go on with a request that has waited; what of it is still to come has so many seconds."""
-        assert self.request
-        self.request.user = NOBODY  # whoever sent it may have been deleted meanwhile, or their password changed
-        self.enter(RECEIVING, seconds)
-        self.settle()
-
-    def take_body(self, request: Request) -> bool:
-        """Take the body of a request from what has been received; tell whether it was there in full."""
-        if request.fields.body_length == CHUNKED:
-            if not take_chunks(self.received, self.body):
-                return False
-            request.body = bytes(self.body)
-        else:
-            if len(self.received) < request.fields.body_length:
-                return False
-            request.body = bytes(self.received[: request.fields.body_length])
-            del self.received[: request.fields.body_length]
-        self.body_pending = False
-        return True
-
-    def parse(self, route: Route, request: Request) -> bool:
-        """Note the parameters of a request, or have that done elsewhere if it may take long and return False."""
-        if len(request.body) <= QUICK_BODY_BYTES_MAX:
+    async def receive_parameters(self, route: Route, request: Request) -> None:
+        """Receive and parse the body of a request."""
+        self.state = RECEIVING
+        if "expect" in request.fields.headers and not request.fields.is_http_1_0:
+            await self.send(CONTINUE)
+        length, body = request.fields.body_length, bytearray()
+        while not (take_chunks(self.received, body) if length == CHUNKED else len(self.received) >= length):
+            await self.receive()
+        if length != CHUNKED:
+            body, self.received = self.received[:length], self.received[length:]
+        self.state, self.body_pending, request.body = WORKING, False, bytes(body)
+        if len(body) <= QUICK_BODY_BYTES_MAX:
             request.parameters = parse_parameters(request, route)
-            return True
-        self.enter(WAITING, math.inf)
-        self.server.workers.submit(lambda: parse_parameters(request, route), self.taking("parameters"))
-        return False
-
-    def taking(self, name: str) -> Callable[[Any], None]:
-        """Return what notes an outcome in the request under that name and goes on, or answers if it is an exception."""
-
-        def take(outcome: Any) -> None:
-            if isinstance(outcome, Exception):
-                self.finish(outcome)
-            else:
-                setattr(self.request, name, outcome)
-                self.go_on()
-
-        return take
-
-    def run(self, route: Route, request: Request) -> Response | None:
-        """Run the endpoint of a request here, or elsewhere if it may have to wait, and then return None."""
-        if route.where == LEADER:
-            outcome = route.endpoint(self.server.reader, request)
-            if isinstance(outcome, Response):
-                return outcome
-            assert isinstance(outcome, Unchanged)
-            self.server.poll(self, (request.user.id, request.parameters["key"]))
-            self.enter(POLLING, outcome.seconds)
-            self.server.look_at(self.state[1])
-        elif route.where == WRITER:
-            self.enter(WAITING, DATABASE_LOCK_SECONDS)
-            size = len(request.query) + len(request.body)
-            self.waiting_for = Change(lambda store: route.endpoint(store, request), self.finish, size)
-            self.server.change(self.waiting_for)
         else:
-            self.run_elsewhere(route.endpoint, request)
-        return None
+            parse = functools.partial(parse_parameters, request, route)
+            request.parameters = await self.server.threads.run(parse, request.user.id)
+        await self.authorize(route, request)  # meanwhile, the user may have been deleted, or got another password
 
-    def run_elsewhere(self, endpoint: Callable[[Store, Request], Any], request: Request) -> None:
-        """Run an endpoint in a thread of the pool, with a store of its own."""
+    async def run(self, route: Route, request: Request) -> Response:
+        """Run the endpoint of a request in a thread, or in the next transaction."""
+        if route.where == THREAD:
+            return await self.run_in_thread(route.endpoint, request)
+        if "password" in request.parameters:  # its hash would take too long within the transaction
+            password, is_admin = request.parameters["password"], request.user.is_admin
+            request.password_hash = await self.server.authenticator.hash_password(password, is_admin)
+            await self.authorize(route, request)
+        size = LONG if route.who == ADMIN else len(request.query) + len(request.body)
+        try:
+            return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
+        except RefusedForm as refused:
+            return await self.run_in_thread(refused.endpoint, request)
 
-        def run() -> Any:
+    async def run_in_thread(self, endpoint: Callable[[Store, Request], Response], request: Request) -> Response:
+        """Run an endpoint in a thread, with a store of its own."""
+
+        def run() -> Response:
             self.server.writer.check_file()
             with contextlib.closing(Store(self.server.path)) as store:
                 store.hold_still()
                 return endpoint(store, request)
 
         request.metrics = self.server.metrics
-        self.enter(WAITING, math.inf)
-        self.server.workers.submit(run, self.finish, request.user.id)
+        return cast(Response, await self.server.threads.run(run, request.user.id))
 
-    def look_again(self) -> None:
-        """Go on with a request that waits for a change, since there may have been one, or its time is up."""
-        if self.request and self.server.polls.pop(self, None):
-            self.request.may_wait = not self.server.stopping
-            self.go_on()
+    async def wait_for_change(self, request: Request, deadline: float) -> None:
+        """Wait until a request's pair may have changed, or the deadline; raise ConnectionError if the client has gone."""
+        pair = (request.user.id, request.parameters["key"])
+        while not await self.server.change(pair, 0 if self.received else READABLE, deadline):
+            with contextlib.suppress(BlockingIOError):
+                data = self.connection.recv(RECEIVE_BYTES)
+                if not data:
+                    raise ConnectionResetError
+                self.received += data
+        request.may_wait = not self.server.stopping
 
-    def finish(self, outcome: Response | Elsewhere | Exception) -> None:
-        """Send the answer that was waited for; called by the thread that committed, if that was for a change."""
-        if isinstance(outcome, Elsewhere):
-            assert self.request
-            self.server.post(functools.partial(self.run_elsewhere, outcome.endpoint, self.request))
-            return
-        try:
-            self.answer(outcome)
-        except Exception as error:  # noqa: BLE001 - the connection must not wait for ever
-            self.server.errors.write(describe_mistake(error))
-            self.enter(CLOSING, 0)
-        if self.state[0] != IDLE or self.received or self.watched != selectors.EVENT_READ:
-            self.server.post(self.settle)
+    async def send(self, data: bytes) -> None:
+        """Send bytes; raise ConnectionError when the client has gone, or takes none for SEND_SECONDS."""
+        unsent: bytes | memoryview = data
+        while True:
+            try:
+                sent = self.connection.send(unsent)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                raise ConnectionAbortedError from error
+            if sent == len(unsent):
+                break
+            unsent = memoryview(unsent)[sent:]
+            self.state, self.unsent_bytes = SENDING, len(data)
+            try:
+                await ready(WRITABLE, time.monotonic() + SEND_SECONDS)
+            except TimeoutError as error:
+                raise ConnectionAbortedError from error
+        self.unsent_bytes = 0
 
-    def answer(self, outcome: Response | Exception) -> None:
-        """Send the answer to the request: the only place where an exception becomes one."""
-        request = self.request
-        if isinstance(outcome, Exception):
-            response = answer_to_error(as_http_error(outcome, self.server.errors), self.route, request)
-        else:
-            response = outcome
-        keep_alive = request and request.fields.keep_alive and not self.body_pending and not self.server.stopping
-        connection = "close" if not keep_alive else "keep-alive" if request and request.fields.is_http_1_0 else ""
-        seconds = time.monotonic() - self.started
-        route = self.route
-        if route is None and request:  # a method that the path does not take, or a path that is not served
+    async def linger(self) -> None:
+        """Discard the rest of a request until the client has read the answer and closes.
+
+        To close a connection with unread bytes is to reset it, and a reset takes the answer with it (RFC 9112 section
+        9.6).
+        """
+        self.state, deadline = RECEIVING, time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while await receive(self.socket, RECEIVE_BYTES, deadline):
+                pass
+
+    def note_answer(self, request: Request | None, status: int) -> None:
+        """Count an answer, and log it if that is wanted."""
+        route, seconds = self.route, time.monotonic() - self.started
+        if route is None and request:  # another method of the path counts
             route = next(iter(self.server.find_routes(request.path)[0].values()), None)
         endpoint = route.path or "/" if route else NO_ENDPOINT
-        self.server.metrics.note_answer(endpoint, response.status, seconds)
+        self.server.metrics.note_answer(endpoint, status, seconds)
         if self.server.log_requests:
-            log_request(request, endpoint, response.status, seconds, str(self.address()))
-        with_body = not request or request.method != "HEAD"
-        self.unsent = encode_response(response, format_date(int(time.time()), usegmt=True), connection, with_body)
-        self.after_answer = IDLE if keep_alive else LINGERING if self.body_pending else CLOSING
-        if not keep_alive:
-            self.received.clear()
-        self.forget_request()
-        self.send()
-
-    def send(self) -> None:
-        """Send what the client takes; the connection is closed when it takes nothing for SEND_SECONDS."""
-        try:
-            sent = self.connection.send(self.unsent)
-        except BlockingIOError:
-            sent = 0
-        except OSError:  # the client has gone
-            self.enter(CLOSING, 0)
-            return
-        if sent < len(self.unsent):
-            self.answer_bytes = self.answer_bytes or len(self.unsent)
-            self.unsent = memoryview(self.unsent)[sent:]
-            self.enter(SENDING, SEND_SECONDS)
-            return
-        self.unsent, self.answer_bytes = b"", 0
-        if self.after_answer == LINGERING:
-            # To close a connection with unread bytes is to reset it, and a reset takes the answer with it (RFC 9112
-            # section 9.6): what comes is read and thrown away until the client has seen the answer and closes.
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_WR)
-        self.enter(self.after_answer, LINGER_SECONDS if self.after_answer == LINGERING else IDLE_SECONDS)
-
-    def give_way(self) -> None:
-        """Close the connection for another one's sake, unless somebody who has logged in is just asking again."""
-        if self.state[0] == IDLE and self.login[1] is not NOBODY:
-            self.give_up(IDLE)
-        else:
-            self.enter(CLOSING, 0)
-            self.settle()
-
-    def give_up(self, phase: str) -> None:
-        """Do what is to be done when the time for a phase is up."""
-        state = self.state
-        if phase == IDLE:
-            self.receive()  # a request may have come at the last moment
-            self.settle()
-        if phase == POLLING:
-            self.look_again()
-        elif phase == RECEIVING:
-            self.answer(HTTPError(408, "the request has not come in time"))
-        elif phase == WAITING and self.server.withdraw(self.waiting_for):
-            self.waiting_for = None
-            self.answer(HTTPError(503, "the server is too busy; try again", RETRY_AFTER))
-        elif phase != WAITING and self.state is state:
-            self.enter(CLOSING, 0)
-        self.settle()
+            log_request(request, endpoint, status, seconds, str(self.address(request)))
 
 
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
-# What is told of changes, to whom, and how long that is tried. Only somebody with a shell on the machine says to whom:
-# if users could, they could have the server send requests into the network that it stands in.
+# Changes that are told to URLs: each hook with pending deliveries is one task. Only somebody with a shell on the machine
+# adds hooks: if users could, they could have the server send requests into the network that it stands in.
 
-# Interim answers (1xx) are skipped; then come a status line, what is there of whole header lines, and their end.
+# Interim answers (1xx) are skipped; then come a status line, the header lines so far, and their end.
 HEAD = re.compile(
     rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"
     rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)(\r?\n)?"
 )
 RETRY_AFTER_FIELD = re.compile(rb"^retry-after:[ \t]*([0-9]+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 NOT_HTTP_ANSWER = "the answer is not HTTP/1.1"
-LANE_FAILURES_MAX = 8  # more count as so many: else there might be as many lanes as hooks
 HOOK_PORTS = {"http": 80, "https": 443}
 client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # it verifies; to make one takes long
 
 
 class BadHook(ValueError):
-    """This cannot be what a hook is made of; the message says what can."""
+    """A hook cannot be like this; the message says how."""
 
 
 def check_hook(pattern: str, value: str | None) -> None:
@@ -4007,7 +4054,7 @@ def check_hook(pattern: str, value: str | None) -> None:
 
 
 def authority(parts: urllib.parse.SplitResult) -> str:
-    """Return host and port as they stand in a URL, without the login before them."""
+    """Return host and port of a URL, without the login before them."""
     return parts.netloc.rpartition("@")[2]
 
 
@@ -4017,37 +4064,35 @@ def parse_hook_url(url: str) -> urllib.parse.SplitResult:
         raise BadHook(
             f"a URL has at most {HOOK_URL_BYTES_MAX} characters, all ASCII and no space: percent-encode what is another"
         )
-    try:
+    with contextlib.suppress(ValueError):  # no port can be that
         parts = urllib.parse.urlsplit(url)
         host = authority(parts)
         is_complete = parts.hostname and parts.port != 0 and not host.endswith(":")
         if parts.scheme in HOOK_PORTS and is_complete and HOST.fullmatch(host):
             return parts
-    except ValueError:  # no port can be that
-        pass
     raise BadHook("a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
 
 
 class Answer(NamedTuple):
-    """What a receiver has answered, or why not; its text does not quote the URL."""
+    """The answer to a delivery, or why there is none; its text does not quote the URL."""
 
     status: int  # 0 when no whole status line has come
-    text: str  # the status, or what went wrong
+    text: str  # the status, or the failure
     retry_after: float | None = None  # seconds, if it says so
 
     def is_success(self) -> bool:
-        """Tell whether what was sent has arrived."""
+        """Return whether the delivery has arrived."""
         return 200 <= self.status < 300
 
     def is_refusal(self) -> bool:
-        """Tell whether there is no use in trying again; redirections are not followed."""
+        """Return whether it is no use to try again; redirections are not followed."""
         return 300 <= self.status < 500 and self.status not in (408, 429)
 
 
 def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
-    """Return the answer that has come, None before its status line is whole, and whether that is all that is wanted.
+    """Return an answer, None before its status line is whole, and whether nothing more of it is needed.
 
-    What may be wanted beside the status is the header Retry-After.
+    Beside the status, only the header Retry-After is needed.
     """
     head = HEAD.match(received)
     if not head:
@@ -4065,7 +4110,7 @@ def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
 
 def describe_failure(error: Exception) -> str:
     """Return in words why an exchange failed."""
-    if isinstance(error, (TimeoutError, socket.timeout)):
+    if isinstance(error, TimeoutError):
         return f"no answer within {HOOK_SECONDS} seconds"
     if not isinstance(error, OSError):
         return "the host's name cannot be one"
@@ -4076,176 +4121,175 @@ def describe_failure(error: Exception) -> str:
     return error.strerror or type(error).__name__
 
 
-class Exchange:
-    """Sends one request and receives its answer, all of it within HOOK_SECONDS.
+def encode_delivery(url: urllib.parse.SplitResult, idempotency_key: str, members: Mapping[str, object]) -> bytes:
+    """Return the request that posts the members of a JSON object, all ASCII."""
+    body = json.dumps(members).encode()
+    lines = [
+        f"POST {url.path or '/'}{'?' if url.query else ''}{url.query} HTTP/1.1",
+        f"Host: {authority(url)}",
+        f"User-Agent: kvserver/{__version__}",
+        f"Content-Type: {JSON}",
+        f"Content-Length: {len(body)}",
+        f"Idempotency-Key: {idempotency_key}",
+        "Connection: close",
+    ]
+    login = urllib.parse.unquote(url.netloc.rpartition("@")[0])
+    if login:
+        login += "" if ":" in login else ":"  # a lone name has an empty password (RFC 7617 section 2)
+        lines.append("Authorization: Basic " + base64.b64encode(login.encode("utf-8")).decode())
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
-    It does less than http.client does: neither a proxy nor a redirection is looked for, and a status line that is cut
-    off is none.
+
+async def connect(
+    loop: Loop, threads: Threads, url: urllib.parse.SplitResult, deadline: float
+) -> socket.socket | SecureSocket:
+    """Return a connection to the first address of a URL's host that takes it; raise OSError or ValueError."""
+    host, port = cast(str, url.hostname), url.port or HOOK_PORTS[url.scheme]
+    look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    addresses = await threads.run(look_up, deadline=deadline)
+    failure: OSError = OSError(0, "the host has no address")
+    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+        with contextlib.ExitStack() as on_failure:
+            try:
+                connection = on_failure.enter_context(socket.socket(family, kind, protocol))
+                connection.setblocking(False)
+                loop.use(connection)
+                on_failure.callback(loop.use, None)
+                code = connection.connect_ex(address)
+                if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+                    now = time.monotonic()
+                    await ready(WRITABLE, now + (deadline - now) / (len(addresses) - tried))
+                    code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if code:
+                    raise OSError(code, os.strerror(code))
+                secure = (
+                    SecureSocket(connection, await threads.run(client_context), host) if url.scheme == "https" else None
+                )
+                if secure:
+                    await secure.shake_hands(threads, None, deadline)
+                on_failure.pop_all()
+                return secure or connection
+            except OSError as error:
+                failure = error
+    raise failure
+
+
+async def exchange(
+    loop: Loop, threads: Threads, url: str, idempotency_key: str, members: Mapping[str, object]
+) -> Answer:
+    """Send the members of a JSON object to a hook's URL, and return the answer, all within HOOK_SECONDS.
+
+    It does less than http.client: proxies and redirections are not looked for, and a status line that is cut off is
+    none.
     """
-
-    def __init__(self, url: str) -> None:
-        """Begin; the time runs from now on."""
-        self._url = parse_hook_url(url)
-        self._give_up = time.monotonic() + HOOK_SECONDS
-
-    def _arm_timeout(self, connection: socket.socket, share: int = 1) -> None:
-        """Have the next step end when the time is up, or that share of it; raise TimeoutError if it is."""
-        seconds = self._give_up - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        connection.settimeout(seconds / share)
-
-    def _connect(self) -> socket.socket:
-        """Return a connection to the first address that takes it. (To look up a name may take longer than the rest.)"""
-        failure: OSError = OSError(0, "the host has no address")
-        host, port = self._url.hostname, self._url.port or HOOK_PORTS[self._url.scheme]
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for tried, (family, kind, protocol, _, address) in enumerate(addresses):
-            with contextlib.ExitStack() as on_failure:
-                try:
-                    connection = on_failure.enter_context(socket.socket(family, kind, protocol))
-                    self._arm_timeout(connection, len(addresses) - tried)
-                    connection.connect(address)
-                    if self._url.scheme == "https":
-                        self._arm_timeout(connection)
-                        connection = client_context().wrap_socket(connection, server_hostname=host)
-                    on_failure.pop_all()
-                    return connection
-                except OSError as error:
-                    failure = error
-        raise failure
-
-    def _send(self, connection: socket.socket, request: bytes) -> None:
-        """Send a request, or as much of it as is taken: who refuses it may answer before it has come in full."""
-        unsent = memoryview(request)
-        with contextlib.suppress(OSError):
+    deadline, parts = time.monotonic() + HOOK_SECONDS, parse_hook_url(url)
+    try:
+        unsent = memoryview(
+            await threads.run(lambda: encode_delivery(parts, idempotency_key, members), deadline=deadline)
+        )
+        connection = await connect(loop, threads, parts, deadline)
+    except (OSError, ValueError) as error:  # the latter for a name that cannot be one of a host
+        return Answer(0, describe_failure(error))
+    try:
+        with contextlib.suppress(OSError):  # an answer may come before the request has been sent in full
+            now = time.monotonic()
             while unsent:
-                self._arm_timeout(connection, 2)  # time has to be left for the answer
-                unsent = unsent[connection.send(unsent[:RECEIVE_BYTES]) :]
+                with contextlib.suppress(BlockingIOError):
+                    unsent = unsent[connection.send(unsent[:RECEIVE_BYTES]) :]
+                    continue
+                await ready(WRITABLE, (now + deadline) / 2)  # time has to be left for the answer
+        return await receive_answer(connection, deadline)
+    finally:
+        loop.use(None)
+        connection.close()
 
-    def _receive(self, connection: socket.socket) -> Answer:
-        """Return the answer."""
-        received, problem = b"", "the connection was closed before a whole status line had come"
-        answer = None
-        try:
-            while len(received) < HOOK_ANSWER_BYTES_MAX:
-                self._arm_timeout(connection)
-                data = connection.recv(HOOK_ANSWER_BYTES_MAX - len(received))
-                if not data:
-                    problem = NOT_HTTP_ANSWER if b"\n" in received else problem
-                    break
-                received += data
-                answer, is_complete = parse_answer(received)
-                if is_complete:  # who sends the rest might see an error if we closed before it has come
-                    self._give_up = min(self._give_up, time.monotonic() + HOOK_LINGER_SECONDS)
-            else:
-                problem = NOT_HTTP_ANSWER
-        except OSError as error:
-            problem = describe_failure(error)
-        return answer or Answer(0, problem)
 
-    def post(self, idempotency_key: str, members: Mapping[str, object]) -> Answer:
-        """Send the members of a JSON object, all ASCII, and return the answer."""
-        body = json.dumps(members).encode()
-        path = (self._url.path or "/") + (f"?{self._url.query}" if self._url.query else "")
-        lines = [
-            f"POST {path} HTTP/1.1",
-            f"Host: {authority(self._url)}",
-            f"User-Agent: kvserver/{__version__}",
-            f"Content-Type: {JSON}",
-            f"Content-Length: {len(body)}",
-            f"Idempotency-Key: {idempotency_key}",
-            "Connection: close",
-        ]
-        login = urllib.parse.unquote(self._url.netloc.rpartition("@")[0])
-        if login:
-            login += "" if ":" in login else ":"  # a lone name has an empty password (RFC 7617 section 2)
-            lines.append("Authorization: Basic " + base64.b64encode(login.encode("utf-8")).decode())
-        try:
-            with self._connect() as connection:
-                self._send(connection, "\r\n".join([*lines, "", ""]).encode() + body)
-                return self._receive(connection)
-        except (OSError, ValueError) as error:  # the latter for a name that cannot be one of a host
-            return Answer(0, describe_failure(error))
+async def receive_answer(connection: socket.socket | SecureSocket, deadline: float) -> Answer:
+    """Return the answer that comes on the task's connection."""
+    received, problem, answer = b"", "the connection was closed before a whole status line had come", None
+    try:
+        while len(received) < HOOK_ANSWER_BYTES_MAX:
+            data = await receive(connection, HOOK_ANSWER_BYTES_MAX - len(received), deadline)
+            if not data:
+                problem = NOT_HTTP_ANSWER if b"\n" in received else problem
+                break
+            received += data
+            answer, is_complete = parse_answer(received)
+            if is_complete:  # the sender of the rest might see an error if we closed before it has come
+                deadline = min(deadline, time.monotonic() + HOOK_LINGER_SECONDS)
+        else:
+            problem = NOT_HTTP_ANSWER
+    except OSError as error:
+        problem = describe_failure(error)
+    return answer or Answer(0, problem)
 
 
 def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> Answer:
-    """Send the members of a JSON object to a hook's URL, and return the answer."""
-    return Exchange(url).post(idempotency_key, members)
+    """Send the members of a JSON object to a hook's URL, in a loop of its own, and return the answer."""
+    loop, answers = Loop(print), list[Answer]()
+
+    async def run() -> None:
+        answers.append(await exchange(loop, Threads(loop, 1), url, idempotency_key, members))
+
+    loop.start(run())
+    while not answers:
+        loop.run_once()
+    loop.close()
+    return answers[0]
 
 
-class Lane(NamedTuple):
-    """What a try counts as where bounds and turns are concerned: hooks in the same lane wait in one queue."""
-
-    is_long: bool  # what they send
-    failures: int  # tries in a row that have failed, up to LANE_FAILURES_MAX; to have proved nothing yet counts as one
-    receiver: str  # scheme, host and port
-
-
-class Sending:
-    """What is remembered of a hook that has deliveries pending."""
-
-    def __init__(self, receiver: str, is_proven: bool) -> None:
-        """Nothing has been tried yet."""
-        self.receiver = receiver
-        self.is_proven = is_proven  # whether the last delivery before has arrived
-        self.begun = time.monotonic()
-        self.is_long = False  # the next delivery, as far as is known
-        self.failures = 0  # tries in a row that have failed
-        self.pause_seconds = 1.0  # after the next one that does
-        self.overflown = 0  # number up to which deliveries are known to have made room
-        self.unnoted = 0  # tries in a row of which the result could not be written
-
-    def lane(self) -> Lane:
-        """Return where the hook queues for its next try."""
-        return Lane(self.is_long, min(self.failures + (not self.is_proven), LANE_FAILURES_MAX), self.receiver)
+def exchange_bounds(receiver: str, is_long: bool, is_doubtful: bool) -> dict[Hashable, int]:
+    """Return how many exchanges of a kind may run at once: half of each for hooks whose last attempt has not arrived."""
+    bounds: dict[Hashable, int] = {
+        is_long: LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX,
+        (is_long, receiver): RECEIVER_EXCHANGES_MAX,
+    }
+    if is_doubtful:
+        bounds |= {("doubtful", key): max(1, most // 2) for key, most in bounds.items()}
+    return bounds
 
 
 class Outbox:
-    """Has deliveries sent: those of a hook in order and one at a time. All runs in the leading thread, but for deliver.
-
-    In memory is only when each hook is tried next, and how it has fared. What is to be sent, and what has arrived, is
-    in the database.
-    """
+    """Has deliveries sent: those of a hook in order and one at a time, each hook with pending ones by a task."""
 
     def __init__(
         self,
         store: Store,
-        pools: tuple[Pool, Pool],
-        post: Callable[[Callable[[], None]], None],
-        change: Callable[[Change], None],
+        loop: Loop,
+        commit: Callable[[Callable[[Store], None]], Awaitable[None]],
         metrics: Metrics,
         errors: ErrorLog,
     ) -> None:
-        """Send what a store has, with the threads of pools, the second for what is long.
-
-        change has a change made, and post calls a function soon.
-        """
-        self._store, self._pools, self._post, self._change = store, pools, post, change
+        """Send the deliveries in a store; commit makes a change of it."""
+        self._store, self._loop, self._commit = store, loop, commit
         self._metrics, self._errors = metrics, errors
+        self._threads = Threads(loop, EXCHANGES_MAX)  # looking up a name may take much longer than an exchange
+        self._gate = Gate(loop)
         self.has_hooks = False
-        self.busy: dict[int, Lane] = {}  # hooks with a try under way
+        self.busy: set[int] = set()  # hooks with an exchange under way, or its result not yet noted
+        self._tasks: dict[int, Task] = {}  # by hook
         self._newest = 0  # id of the newest delivery that has been seen
-        self._sendings: dict[int, Sending] = {}  # by hook
-        self._ready: dict[Lane, collections.deque[int]] = {}  # hooks that may be tried now
-        self._waiting: list[tuple[float, int]] = []  # heap: when to try again, in monotonic seconds, and which hook
+        self._overflown: dict[int, int] = {}  # number up to which the deliveries of a hook are known to have made room
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
         self._dropped_logged = -math.inf  # monotonic seconds
         self._lock_file: BinaryIO | None = None
-        self._is_sender = False
-        self._is_stopped = False
+        self._is_sender = self._is_stopped = False
 
     def stop(self) -> None:
-        """Begin no further try."""
+        """Begin no further exchange."""
         self._is_stopped = True
+        for hook_id, task in list(self._tasks.items()):
+            if hook_id not in self.busy:
+                self._loop.throw(task, Cancelled())
 
     def close(self) -> None:
         """Let another process send."""
+        self._threads.close()
         if self._lock_file:
             self._lock_file.close()
 
     def _may_send(self) -> bool:
-        """Tell whether this process sends: of several with one database only one does, as long as it lives."""
+        """Return whether this process sends: of several with one database only one does, as long as it lives."""
         if self._is_sender:
             return True
         try:
@@ -4264,135 +4308,100 @@ class Outbox:
         except BlockingIOError:
             pass
         except OSError as error:
-            what = f"no hook is called, since {path} cannot be locked ({error.strerror}); delete it, or mend its owner"
-            self._errors.write(what, HOOK_RETRY_SECONDS_MAX)
+            problem = (
+                f"no hook is called, since {path} cannot be locked ({error.strerror}); delete it, or mend its owner"
+            )
+            self._errors.write(problem, HOOK_RETRY_SECONDS_MAX)
         return self._is_sender
 
     def look(self) -> None:
-        """Have all sent that is due."""
+        """Start a task for each hook that has new deliveries."""
         self._log_dropped()
         self.has_hooks = self._store.has_hooks()
         if self._is_stopped or not (self.has_hooks and self._may_send()):
             return
-        now, newest = time.monotonic(), self._newest
-        for hook_id, receiver, is_proven, handled, its_newest, oldest in self._store.new_deliveries(self._newest):
-            newest = max(newest, its_newest)
-            if hook_id not in self._sendings:
-                self._sendings[hook_id] = Sending(receiver, bool(is_proven))
-                self._make_ready(hook_id)
+        for hook_id, receiver, is_proven, handled, newest, oldest in self._store.new_deliveries(self._newest):
+            self._newest = max(self._newest, newest)
             if hook_id not in self.busy:
-                self._note_overflow(hook_id, oldest, handled)
-        self._newest = newest  # only now: if the disk failed meanwhile, they are looked at again
-        while self._waiting and self._waiting[0][0] <= now:
-            self._make_ready(heapq.heappop(self._waiting)[1])
-        self._send_ready()
+                self._note_overflow(hook_id, receiver, oldest, handled)
+            if hook_id not in self._tasks:
+                self._tasks[hook_id] = self._loop.start(self._run_hook(hook_id, receiver, bool(is_proven)))
 
-    def _make_ready(self, hook_id: int) -> None:
-        """Have a hook's next delivery sent as soon as there is a thread for it."""
-        self._ready.setdefault(self._sendings[hook_id].lane(), collections.deque()).append(hook_id)
+    async def _run_hook(self, hook_id: int, receiver: str, is_proven: bool) -> None:
+        """Send the pending deliveries of a hook, until there are none."""
+        begun, failures, pause_seconds, unnoted = time.monotonic(), 0, 1.0, 0
+        try:
+            while length := self._store.next_delivery_length(hook_id):
+                bounds = exchange_bounds(receiver, length > LONG_DELIVERY_CHARACTERS, failures > 0 or not is_proven)
+                await self._gate.enter(bounds)
+                self.busy.add(hook_id)
+                try:
+                    delivery = self._store.next_delivery(hook_id)
+                    if delivery is None:  # it has been deleted meanwhile
+                        return
+                    number, created = delivery.number, delivery.created
+                    self._note_overflow(hook_id, receiver, number, delivery.handled)
+                    members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
+                    answer = await exchange(self._loop, self._threads, delivery.url, delivery.idempotency_key, members)
+                    del delivery, members  # they may be long
+                    self._metrics.deliveries += answer.is_success()
+                    self._metrics.failed_deliveries += not answer.is_success()
+                    pause, result, handled = 0.0, answer.text, number
+                    if answer.is_success() or answer.is_refusal():
+                        failures, pause_seconds, is_proven = 0, 1.0, True
+                    else:
+                        failures += 1
+                        grace_seconds = begun + HOOK_GRACE_SECONDS - time.monotonic()
+                        seconds_left = max(created + HOOK_GIVE_UP_SECONDS - time.time(), grace_seconds)
+                        pause = min(answer.retry_after or pause_seconds, HOOK_RETRY_SECONDS_MAX, seconds_left)
+                        pause_seconds = min(2 * pause_seconds, HOOK_RETRY_SECONDS_MAX)
+                    if pause > 0:
+                        handled -= 1
+                        if failures == 1:
+                            problem = f"hook {hook_id} to {receiver}: {result}; trying again until it is a day old"
+                            self._errors.write(problem, DROPPED_SECONDS)
+                    elif not answer.is_success():
+                        pause_seconds = 1.0
+                        result += ", dropped"
+                        reason = answer.text if answer.is_refusal() else f"a day old, {answer.text}"
+                        self._drop(hook_id, receiver, 1, reason)
+                    try:
+                        await self._commit(
+                            functools.partial(Store.note_try, hook_id=hook_id, result=result, handled=handled)
+                        )
+                        unnoted = 0
+                    except (StoreError, sqlite3.Error):
+                        unnoted = min(unnoted + 1, 6)  # it is sent again, but not all the time
+                        pause = max(pause, 2.0**unnoted)
+                finally:
+                    self.busy.discard(hook_id)
+                    self._gate.leave(bounds)
+                if self._is_stopped:
+                    return
+                await sleep(pause)
+        except sqlite3.Error as error:
+            self._errors.write(f"the database failed: {error}")
+            self._newest = 0  # the next look begins anew
+        finally:
+            del self._tasks[hook_id]
+            self._overflown.pop(hook_id, None)
 
-    def _send_ready(self) -> None:
-        """Send as much as the bounds allow, and first what has failed least."""
-        for lane in sorted(self._ready, key=lambda lane: lane.failures):
-            hooks, were_busy = self._ready[lane], len(self.busy)
-            while hooks and self._has_thread(lane):
-                self._send(hooks[0], lane)
-                hooks.popleft()
-            if not hooks or len(self.busy) > were_busy:
-                del self._ready[lane]
-                if hooks:
-                    self._ready[lane] = hooks  # behind the others
-
-    def _has_thread(self, lane: Lane) -> bool:
-        """Tell whether one more try is within the bounds; half of each is kept for hooks whose last one has arrived."""
-        alike = [other for other in self.busy.values() if other.is_long == lane.is_long]
-        bounds = [
-            (alike, LONG_SENDERS_MAX if lane.is_long else SENDERS_MAX),
-            ([other for other in alike if other.receiver == lane.receiver], RECEIVER_SENDERS_MAX),
-        ]
-        return all(
-            len(others) < most
-            and not (lane.failures and sum(other.failures > 0 for other in others) >= max(1, most // 2))
-            for others, most in bounds
-        )
-
-    def _send(self, hook_id: int, lane: Lane) -> None:
-        """Send a hook's next delivery."""
-        sending, delivery = self._sendings[hook_id], self._store.next_delivery(hook_id)
-        if delivery is None:  # nothing is pending any more, or the hook has been deleted
-            del self._sendings[hook_id]
-            return
-        sending.is_long = len(delivery.value or "") + len(delivery.old or "") > LONG_DELIVERY_CHARACTERS
-        if sending.is_long != lane.is_long:
-            self._make_ready(hook_id)
-            self._post(self.look)
-            return
-        self._note_overflow(hook_id, delivery.number, delivery.handled)
-        self.busy[hook_id] = lane
-        members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
-        self._pools[lane.is_long].submit(
-            functools.partial(deliver, delivery.url, delivery.idempotency_key, members),
-            functools.partial(self._note, delivery._replace(value=None, old=None)),  # they may be long
-        )
-
-    def _note(self, delivery: Delivery, outcome: Any) -> None:
-        """Note what has come of a try, and then go on with the hook: with the next delivery, or with this one later."""
-        hook_id, sending = delivery.hook_id, self._sendings[delivery.hook_id]
-        answer = outcome if isinstance(outcome, Answer) else Answer(0, type(outcome).__name__)
-        self._metrics.deliveries += answer.is_success()
-        self._metrics.failed_deliveries += not answer.is_success()
-        grace_seconds = sending.begun + HOOK_GRACE_SECONDS - time.monotonic()
-        seconds_left = max(delivery.created + HOOK_GIVE_UP_SECONDS - time.time(), grace_seconds)
-        result, pause, handled = answer.text, 0.0, delivery.number
-        if answer.is_success() or answer.is_refusal():
-            sending.failures, sending.pause_seconds, sending.is_proven = 0, 1.0, True
-        else:
-            sending.failures += 1
-            pause = min(answer.retry_after or sending.pause_seconds, HOOK_RETRY_SECONDS_MAX, seconds_left)
-            sending.pause_seconds = min(2 * sending.pause_seconds, HOOK_RETRY_SECONDS_MAX)
-        sending.is_long = sending.is_long and pause > 0  # of the next one that is not known
-        if pause > 0:
-            handled -= 1
-            if sending.failures == 1:
-                what = f"hook {hook_id} to {sending.receiver}: {result}; trying again until it is a day old"
-                self._errors.write(what, DROPPED_SECONDS)
-        elif not answer.is_success():
-            sending.pause_seconds = 1.0
-            result += ", dropped"
-            self._drop(hook_id, 1, answer.text if answer.is_refusal() else f"a day old, {answer.text}")
-
-        def go_on(noted: Any) -> None:
-            del self.busy[hook_id]
-            # What could not be noted is sent again, but not all the time.
-            sending.unnoted = min(sending.unnoted + 1, 6) if isinstance(noted, Exception) else 0
-            seconds = max(pause, 2.0**sending.unnoted) if sending.unnoted else pause
-            heapq.heappush(self._waiting, (time.monotonic() + seconds, hook_id))
-
-        self._change(
-            Change(
-                lambda store: store.note_try(hook_id, result, handled),
-                lambda noted: self._post(functools.partial(go_on, noted)),
-                0,
-            )
-        )
-
-    def _note_overflow(self, hook_id: int, oldest: int, handled: int) -> None:
-        """Count the deliveries that had to make room, between what is handled and the oldest that is pending."""
-        sending = self._sendings[hook_id]
-        overflow = oldest - 1 - max(handled, sending.overflown)
+    def _note_overflow(self, hook_id: int, receiver: str, oldest: int, handled: int) -> None:
+        """Count the deliveries that had to make room, between the last handled and the oldest pending one."""
+        overflow = oldest - 1 - max(handled, self._overflown.get(hook_id, 0))
         if overflow > 0:
-            sending.overflown = oldest - 1
+            self._overflown[hook_id] = oldest - 1
             bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
-            self._drop(hook_id, overflow, f"the oldest, since more than {bounds} were pending")
+            self._drop(hook_id, receiver, overflow, f"the oldest, since more than {bounds} were pending")
 
-    def _drop(self, hook_id: int, count: int, reason: str) -> None:
+    def _drop(self, hook_id: int, receiver: str, count: int, reason: str) -> None:
         """Count deliveries that are given up, and log that now and then."""
         self._metrics.dropped_deliveries += count
-        self._dropped[f"hook {hook_id} to {self._sendings[hook_id].receiver}", reason] += count
+        self._dropped[f"hook {hook_id} to {receiver}", reason] += count
         self._log_dropped()
 
     def _log_dropped(self) -> None:
-        """Log how many deliveries were dropped since that was logged, unless that was just now."""
+        """Log how many deliveries were dropped since the last time, unless that was just now."""
         now = time.monotonic()
         if self._dropped and (self._is_stopped or self._dropped_logged + DROPPED_SECONDS < now):
             for (hook, reason), count in self._dropped.items():
@@ -4402,8 +4411,15 @@ class Outbox:
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
-# Accepts connections, calls their handlers when there is something to do, and makes changes, in transactions that many
-# requests share.
+# Accepts connections, and makes the changes of each round of the loop in one transaction.
+
+
+class Change(NamedTuple):
+    """An operation for the next transaction, and the Wakeup of the task that waits for its result."""
+
+    operation: Callable[[Store], Any]
+    wakeup: Wakeup
+    size: float  # bytes of the request, about
 
 
 def bind_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
@@ -4416,12 +4432,9 @@ def bind_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections and serves them until it is told to stop.
+    """Accepts connections and serves them until it is told to stop: each by a coroutine where others start a thread.
 
-    A request that need not wait is answered by the thread that received it, since to wake another one would take longer
-    than the request. Two threads run serve_forever. One leads: it waits for connections and serves them. When there is
-    something to commit it does so itself if the disk is quick, and else leaves the lead to the other one first; that
-    one also takes the lead when a quick disk is slow for once. Pools of threads check passwords and do what takes long.
+    One thread runs the loop, which reads from the database; threads compute scrypt and do whatever takes long.
     """
 
     request_queue_size = LISTEN_BACKLOG
@@ -4444,49 +4457,35 @@ class Server(http.server.ThreadingHTTPServer):
         With a certificate all connections are by TLS.
         """
         self.address_family, address = bind_address(host, port)
-        self.path = path
+        self.path, self.certificate, self.trusted_proxy = path, certificate, trusted_proxy
+        self.log_requests, self.max_connections = log_requests, max_connections
+        self.routes, self.routes_with_key = route_tables(base_path)
+        self.errors = ErrorLog()
         self.reader = CachingStore(path)
         self.writer = Store(path, lock_seconds=0, mb_max=max_db_mb)
-        self.routes, self.routes_with_key = route_tables(base_path)
-        self.log_requests = log_requests
-        self.max_connections = max_connections
-        self.trusted_proxy = trusted_proxy
-        self.certificate = certificate
-        self.errors = ErrorLog()
-        self.stopping = False
-        self.connections: dict[socket.socket | SecureSocket, RequestHandler] = {}
-        self.selector = selectors.DefaultSelector()
-        self.polls: dict[RequestHandler, tuple[int, str]] = {}  # who waits for a change, and of which pair
+        self.loop = Loop(lambda error: self.errors.write(describe_mistake(error)))
+        # A slow commit must not wait for long lists, nor they for it.
+        self.threads, self.disk = Threads(self.loop, WORKERS_MAX), Threads(self.loop, 1)
+        self.connections: dict[socket.socket, RequestHandler] = {}
+        self.polls: dict[Wakeup, tuple[int, str]] = {}  # requests that wait for a change, and the pair of each
         self.metrics = Metrics(self.connections, self.polls)
-        pools = Pool(1, self.post), Pool(1, self.post)
-        self.authenticator = Authenticator(self.reader, pools, self.renew_hash, self.metrics)
-        self._polls_state = b""  # of the database, when all of them were last looked at
-        self._days_noted: dict[int, int] = {}  # by a token's id, on which day its use was last noted
-        self.changes: list[Change] = []  # to be made by the next transaction
-        self._changes_lock = threading.Lock()
-        self._committing = False
-        self._commit_begun = math.inf  # monotonic seconds, while the leader commits
-        self._leading = threading.Lock()
-        self._leader = 0  # the thread identifier of who leads, while anybody does
-        self._posted: collections.deque[Callable[[], None]] = collections.deque()
-        self._woken, self._waker = socket.socketpair()
-        self.workers = Pool(WORKERS_MAX, self.post)
-        self.handshakes = Pool(1, self.post)
-        senders, long_senders = (Pool(n, self.post, SENDER_IDLE_SECONDS) for n in (SENDERS_MAX, LONG_SENDERS_MAX))
-        self.outbox = Outbox(self.reader, (senders, long_senders), self.post, self.change, self.metrics, self.errors)
+        self.authenticator = Authenticator(self.reader, self.loop, self.threads, self.commit, self.metrics)
+        self.outbox = Outbox(self.reader, self.loop, self.commit, self.metrics, self.errors)
+        self.changes: collections.deque[Change] = collections.deque()  # for the next transaction
+        self.stopping = False
+        self._stop_wakeup: Wakeup | None = None
+        self._is_finished = False
         self._renewal_wanted = False  # of the certificate
-        self._stop_begun = math.inf  # monotonic seconds
-        self._next_look = 0.0  # monotonic seconds
+        self._room: Wakeup | None = None  # of the task that accepts connections, while there are too many
+        self._days_noted: dict[int, int] = {}  # by a token's id, on which day its use was last noted
+        self._polls_state = b""  # of the database, when all polls were last looked at
+        self._is_committing = False
+        self._stalled_until = 0.0  # monotonic seconds
         self._next_checkpoint = 0.0  # monotonic seconds
         self._checkpoint_retry_seconds = CHECKPOINT_RETRY_SECONDS
         self._has_expired = False  # whether there are pairs to be removed in passing
-        self._finished = False
         super().__init__(address, cast(Any, RequestHandler))
-        for end in (self.socket, self._woken, self._waker):
-            end.setblocking(False)
-        self._accepting = False
-        self._resume_accepting()
-        self.selector.register(self._woken, selectors.EVENT_READ, lambda: self._woken.recv(RECEIVE_BYTES))
+        self.socket.setblocking(False)
 
     def server_bind(self) -> None:
         """Bind the socket. HTTPServer's own method would ask the DNS for our name, which can take seconds."""
@@ -4500,12 +4499,9 @@ class Server(http.server.ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close all that the server has opened."""
         super().server_close()
-        self.selector.close()
-        self._woken.close()
-        self._waker.close()
-        self.outbox.close()
-        self.reader.close()
-        self.writer.close()
+        self.loop.close()
+        for part in (self.threads, self.disk, self.authenticator.scrypt, self.outbox, self.reader, self.writer):
+            part.close()
 
     def url(self, host: str) -> str:
         """Return the URL of this server under the given host."""
@@ -4513,136 +4509,112 @@ class Server(http.server.ThreadingHTTPServer):
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}"
 
     def run(self) -> bool:
-        """Serve until stop is called, finish what is under way, and tell whether that came to an end in time."""
-        # The caller's thread only waits: signal handlers run there, also while a disk holds up a commit.
-        threads = [threading.Thread(target=self.serve_forever, args=(POLL_SECONDS,), daemon=True) for _ in range(2)]
-        for thread in threads:
-            thread.start()
+        """Serve until stop is called, finish the requests under way, and return whether all ended in time."""
+        # The caller's thread only waits: signal handlers run there, also while a disk holds up the loop.
+        thread = threading.Thread(target=self.serve_forever, daemon=True)
+        thread.start()
         while not self.stopping:
             if self._renewal_wanted and self.certificate:
                 self._renewal_wanted = False
                 self.certificate.renew()
             time.sleep(POLL_SECONDS)
-        give_up = time.monotonic() + EXIT_SECONDS
-        for thread in threads:
-            thread.join(max(0, give_up - time.monotonic()))
-        if any(thread.is_alive() for thread in threads):
+        thread.join(EXIT_SECONDS)
+        if thread.is_alive() or self._is_committing:
             return False
         self.server_close()
         return True
 
     def stop(self) -> None:
-        """Make run end. This is safe in a signal handler: it only sets a flag, and wakes the leader."""
+        """Make run end. This is safe in a signal handler."""
         self.stopping = True
-        self._wake()
+        if self._stop_wakeup:
+            self.loop.post(self._stop_wakeup)
 
     def renew_certificate(self) -> None:
-        """Have the certificate loaded anew soon. This is safe in a signal handler: it only sets a flag."""
+        """Have the certificate loaded again soon. This is safe in a signal handler: it only sets a flag."""
         self._renewal_wanted = True
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Lead or commit, in turns with the other thread, until the server has stopped."""
-        while not self._finished:
-            self._take_lead(poll_interval)
-            leads, may_commit = True, False
-            while leads and not self._finished and not may_commit:
-                leads = self._serve_ready(poll_interval)
-                may_commit = leads and self._may_commit()
-            if leads:
-                self._leader = 0
-                self._leading.release()
-            if may_commit:
-                self._commit(leading=False)
+    def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
+        """Run the loop until the server has stopped, and commit after each of its rounds."""
+        for coroutine in (self.shut_down(), self.accept(), self.keep_house()):
+            self.loop.start(coroutine)
+        while not self._is_finished:
+            self.loop.run_once(may_wait=not self._may_commit())
+            if self._may_commit():
+                self.loop.start(self.commit_round())
 
-    def _take_lead(self, poll_interval: float) -> None:
-        """Wait until nobody leads, or until who leads has been held up by a commit for long, and lead."""
-        while not self._leading.acquire(timeout=poll_interval):
-            with self._changes_lock:
-                if self._commit_begun + STALL_SECONDS < time.monotonic():
-                    self._commit_begun = math.inf
-                    self._leader = threading.get_ident()
-                    return
-        self._leader = threading.get_ident()
+    async def shut_down(self) -> None:
+        """Wait for the stop, finish the requests under way, and end the loop."""
+        self._stop_wakeup = Wakeup(self.loop)
+        if not self.stopping:
+            await outcome()
+        begun = time.monotonic()
+        self.loop.throw(self._accepting, Cancelled())
+        self.socket.close()
+        self.outbox.stop()
+        for wakeup in self.polls:
+            wakeup(True)
+        for handler in list(self.connections.values()):
+            if handler.state == IDLE and not handler.received:
+                self.loop.throw(handler.task, Cancelled())
+        await self.wait_for_end(begun + STOP_REQUEST_SECONDS)
+        late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
+        for task in (*late, *(change.wakeup.task for change in self.changes)):
+            self.loop.throw(task, TimeoutError())
+        await self.wait_for_end(begun + STOP_SECONDS)
+        self._is_finished = True
 
-    def _serve_ready(self, poll_interval: float) -> bool:
-        """Serve what is ready, then commit at once if the disk is quick; tell whether the caller still leads."""
-        seconds = min(STOP_POLL_SECONDS if self.stopping else poll_interval, self._next_look - time.monotonic())
-        for key, _ in self.selector.select(0 if self._posted else max(0, seconds)):
-            self._call(key.data, key.fileobj)
-        for _ in range(len(self._posted)):  # what these post in turn waits for the next round
-            self._call(self._posted.popleft())
-        self._call(self.service_actions)
-        quick = self.writer.commit_seconds < QUICK_COMMIT_SECONDS
-        return not quick or not self._may_commit() or self._commit(leading=True)
+    async def wait_for_end(self, deadline: float) -> None:
+        """Wait until nothing is under way, or the deadline."""
+        while (self.connections or self.outbox.busy) and time.monotonic() < deadline:
+            await sleep(STOP_POLL_SECONDS)
 
-    def _call(self, function: Callable[[], object], connection: Any = None) -> None:
-        """Call what is due, and let no mistake in it end the server."""
-        try:
-            function()
-        except Exception:  # noqa: BLE001
-            self.handle_error(connection, None)
+    async def accept(self) -> None:
+        """Accept connections, and serve each in a task of its own."""
+        self._accepting = self.loop.current
+        self.loop.use(self.socket)
+        while True:
+            await ready(READABLE)
+            if len(self.connections) >= self.max_connections and not self.make_room():
+                await self.wait_for_room()
+                continue
+            try:
+                connection, address = self.get_request()
+            except (BlockingIOError, ConnectionError):  # the client did not wait
+                continue
+            except OSError as error:
+                self.errors.write(f"cannot accept a connection: {error.strerror}")
+                if error.errno != errno.EMFILE or not self.make_room():
+                    await self.wait_for_room()
+                continue
+            self.process_request(connection, address)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an error that no request is to blame for, and close its connection."""
-        self.errors.write(describe_mistake(sys.exc_info()[1]))
-        handler = self.connections.get(request)
-        if handler:
-            handler.enter(CLOSING, 0)
-            handler.settle()
-
-    def post(self, function: Callable[[], None]) -> None:
-        """Have the leader call a function soon."""
-        self._posted.append(function)
-        if threading.get_ident() != self._leader:
-            self._wake()
-
-    def _wake(self) -> None:
-        """Wake the leader."""
-        with contextlib.suppress(OSError):  # it is full of wake-up calls already
-            self._waker.send(b"\0")
-
-    def accept(self) -> None:
-        """Accept a connection, and serve its first request if that is there already."""
-        if len(self.connections) >= self.max_connections and not self._make_room():
-            self._pause_accepting()
-            return
-        try:
-            connection, address = self.get_request()
-        except (BlockingIOError, ConnectionError):  # the client did not wait
-            return
-        except OSError as error:
-            self.errors.write(f"cannot accept a connection: {error.strerror}")
-            if error.errno != errno.EMFILE or not self._make_room():
-                self._pause_accepting()
-            return
-        self.process_request(connection, address)
-
-    def _make_room(self) -> bool:
-        """Close the connection whose turn it is to give way, if there is one, and tell whether that made room."""
+    def make_room(self) -> bool:
+        """Close the connection that is the first to give way, and return whether that made room."""
         before = len(self.connections)
         ranks = {handler: rank for handler in self.connections.values() if (rank := handler.rank())}
         if ranks:
-            min(ranks, key=ranks.__getitem__).give_way()
+            self.loop.throw(min(ranks, key=ranks.__getitem__).task, Cancelled())
         return len(self.connections) < before
+
+    async def wait_for_room(self) -> None:
+        """Leave further connections to the listen queue until another one is closed, or for a moment."""
+        self._room = Wakeup(self.loop)
+        with contextlib.suppress(TimeoutError):
+            await outcome(time.monotonic() + POLL_SECONDS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection."""
         request.setblocking(False)
-        if self.certificate:
-            request = self.certificate.wrap(request)
         self.connections[request] = handler = RequestHandler(request, client_address, self)
-        self._call(handler.on_ready, request)
+        self.loop.start(handler.handle())
 
-    def _pause_accepting(self) -> None:
-        """Leave further connections to the listen queue until the next look at what is due, or until one is closed."""
-        self.selector.unregister(self.socket)
-        self._accepting = False
-
-    def _resume_accepting(self) -> None:
-        """Accept connections again, if that was paused."""
-        if not self._accepting and not self.stopping:
-            self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
-            self._accepting = True
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self.connections.pop(request, None)
+        self.close_request(request)
+        if self._room:
+            self._room()
 
     def find_routes(self, path: str) -> tuple[dict[str, Route], str]:
         """Return the routes of a path by method, and the key that stands in it, still encoded, if one does."""
@@ -4653,204 +4625,158 @@ class Server(http.server.ThreadingHTTPServer):
                     return methods_with_key, path[len(begin) :]
         return methods or {}, ""
 
-    def poll(self, handler: RequestHandler, pair: tuple[int, str]) -> None:
-        """Have a request that waits looked at again when a pair changes; raise HTTPError when too many wait already."""
+    async def change(self, pair: tuple[int, str], events: int, deadline: float) -> bool:
+        """Wait until a pair may have changed, or the deadline; return False if the connection is ready before that."""
         if len(self.polls) >= self.max_connections // 2:
             raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
-        self.polls[handler] = pair
+        wakeup = Wakeup(self.loop)
+        self.polls[wakeup] = pair
+        try:
+            return self.stopping or bool(await ready(events, deadline))
+        except TimeoutError:
+            return True
+        finally:
+            del self.polls[wakeup]
 
-    def _wake_polls(self, changed_pairs: set[tuple[int, str]] | None, state_before: bytes, state: bytes) -> None:
-        """Look again at the requests that wait for a change of these pairs, or of any, that came between two states."""
-        if changed_pairs is None or (
-            self._polls_state == state_before and self.reader.is_one_commit(state_before, state)
-        ):
-            self._polls_state = state
-        for handler, pair in list(self.polls.items()):
+    def wake_polls(self, changed_pairs: set[tuple[int, str]] | None) -> None:
+        """Wake the requests that wait for a change of these pairs, or all of them."""
+        for wakeup, pair in self.polls.items():
             if changed_pairs is None or pair in changed_pairs:
-                self._call(handler.look_again, handler.connection)
-
-    def look_at(self, deadline: float) -> None:
-        """Look for what is overdue at that time, in monotonic seconds, at the latest."""
-        self._next_look = min(self._next_look, deadline)
+                wakeup(True)
 
     def note_use(self, token: Token) -> None:
         """Have it noted that a token is used today, unless that has been done."""
         day = int(time.time() // DAY_SECONDS)
+
+        async def note() -> None:
+            with contextlib.suppress(StoreError, sqlite3.Error):
+                await self.commit(lambda store: store.note_token_use(token.id, day))
+
         if day not in (token.last_used_day, self._days_noted.get(token.id)):
             self._days_noted[token.id] = day
-            self.change(Change(lambda store: store.note_token_use(token.id, day), lambda outcome: None, 0))
+            self.loop.start(note())
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
-        handler = self.connections.pop(request, None)
-        if handler:
-            self.polls.pop(handler, None)
-        self.close_request(request)
-        self._resume_accepting()
-
-    def renew_hash(self, user: User, renewed_hash: str) -> None:
-        """Store the hash that is to replace a user's outdated one."""
-
-        def report(outcome: object) -> None:
-            if isinstance(outcome, Exception):  # the old hash is good too
-                log("WARNING", f"cannot store a new password hash: user={user.name!r} error={outcome}")
-
-        self.change(Change(lambda store: store.renew_password_hash(user, renewed_hash), report, 0))
-
-    def change(self, change: Change) -> None:
-        """Have a change made by the next transaction."""
-        with self._changes_lock:  # or it might be added to a list that has just been taken
-            self.changes.append(change)
-
-    def withdraw(self, waited_for: Change | Login | None) -> bool:
-        """Call off a change or the check of a password that a request waits for; return whether that was possible."""
-        if isinstance(waited_for, Login):
-            self.authenticator.withdraw(waited_for)
-            return True
-        with self._changes_lock:
-            if waited_for not in self.changes:
-                return False
-            self.changes.remove(waited_for)
-            return True
-
-    def _has_changes(self) -> bool:
-        """Tell whether something is to be committed; what has expired waits for changes, unless there are hooks."""
-        return bool(self.changes) or (self._has_expired and self.outbox.has_hooks)
+    async def commit(self, operation: Callable[[Store], Any], size: float = 0) -> Any:
+        """Run an operation in the next transaction, and return or raise its result after the commit."""
+        change = Change(operation, Wakeup(self.loop), size)
+        self.changes.append(change)
+        try:
+            return await outcome(time.monotonic() + DATABASE_LOCK_SECONDS)
+        except TimeoutError:
+            self.changes.remove(change)
+            raise StoreBusy("the server is too busy") from None
 
     def _may_commit(self) -> bool:
-        """Tell whether the caller is to commit: there are changes, and no other thread is at it."""
-        if not (self.changes or self._has_expired):  # nearly always, and without a call: each request comes by here
-            return False
-        with self._changes_lock:
-            if not self._has_changes() or self._committing:
-                return False
-            self._committing = True
-            return True
+        """Return whether there is something to commit; expired pairs wait for changes, unless there are hooks."""
+        has_changes = self.changes or (self._has_expired and self.outbox.has_hooks)
+        return bool(has_changes) and not self._is_committing
 
-    def _commit(self, leading: bool) -> bool:
-        """Make the changes that wait in one transaction, then those that came meanwhile; return if still leading."""
-        while True:
-            committed = self._commit_once(leading)
-            leading = leading and self._leader == threading.get_ident()
-            if not committed:
-                self.writer.commit_seconds = math.inf  # the leader must not wait: it answers those who wait too long
-                if not leading:
-                    time.sleep(LOCK_POLL_SECONDS)
-            with self._changes_lock:
-                self._committing = bool(self.changes) and (committed or not leading) and not self._finished
-                if not self._committing:
-                    return leading
+    def take_changes(self) -> list[Change]:
+        """Return the changes for one transaction; their tasks wait for its end from now on, however long it takes."""
+        # A transaction is in the write-ahead log at once, so a bound for one is a bound for the other.
+        taken, size = list[Change](), 0.0
+        while self.changes and size < TRANSACTION_BYTES_MAX:
+            taken.append(self.changes.popleft())
+            taken[-1].wakeup.task.deadline = NEVER
+            size += taken[-1].size
+        return taken
 
-    def _commit_once(self, leading: bool) -> bool:
-        """Make the changes that wait in one transaction; return whether the lock for it was free."""
-        failure: Exception | None = None
+    async def commit_round(self) -> None:
+        """Make the changes of this round in one transaction, and tell their tasks.
+
+        The loop waits for a quick disk, and meanwhile changes come in for the next round. A slow disk is left to a
+        thread, and so is a transaction that may take long: reads go on.
+        """
+        self._is_committing = True
         try:
             self.writer.begin()
-        except StoreBusy:
-            return False
-        except (StoreError, sqlite3.Error) as error:
-            failure = error
-        with self._changes_lock:
-            # What a transaction writes is in the write-ahead log at once, so a bound for one is a bound for the other.
-            sizes = list(itertools.accumulate(change.size for change in self.changes))
-            count = bisect.bisect(sizes, TRANSACTION_BYTES_MAX) + 1
-            changes, self.changes = self.changes[:count], self.changes[count:]
-            if leading:
-                self._commit_begun = time.monotonic()
-        state_before = self.reader.state()
-        outcomes: Iterable[Any] = ()
-        try:
-            if not failure:
-                # What has expired is removed in passing: first, so that it makes room for what comes.
-                passing = [Store.remove_expired] if self._has_expired else []
-                self.writer.may_exceed = self.outbox.has_hooks
-                all_outcomes = self.writer.commit([*passing, *(change.operation for change in changes)])
-                removals, outcomes = all_outcomes[: len(passing)], all_outcomes[len(passing) :]
-                self._has_expired = removals == [True]
-                for outcome in removals:
-                    if isinstance(outcome, Exception):
-                        self.errors.write(f"what has expired cannot be removed: {outcome}")
-                self.metrics.commits = self.writer.commits
-                self.metrics.writes += sum(not isinstance(outcome, Exception) for outcome in outcomes)
-                self._restart_long_log()
-        except Exception as error:  # noqa: BLE001 - all who wait get it as their answer
-            failure = error
-        if failure:
-            outcomes = itertools.repeat(failure)
-            self._has_expired = False  # nobody waits for that: it is tried again when it has been looked for again
-        with self._changes_lock:
-            leading = leading and self._leader == threading.get_ident()
-            if leading:
-                self._commit_begun = math.inf
-        state, changed_pairs = self.reader.state(), self.writer.changed_pairs
-        if leading:
-            self.reader.keep_rows(state_before, state, changed_pairs)
-        for change, outcome in zip(changes, outcomes):
-            self._call(functools.partial(change.done, outcome))
-        if self.polls or not leading:  # a poll may begin just now if another thread leads
-            self.post(functools.partial(self._wake_polls, changed_pairs, state_before, state))
-        if self.outbox.has_hooks:
-            self.post(self.outbox.look)
-        return True
+            await self._commit_changes()
+            await self._restart_long_log()
+        except StoreBusy:  # another process is writing, and the changes wait
+            await sleep(LOCK_POLL_SECONDS)
+        except Exception as error:  # noqa: BLE001 - the tasks raise it
+            self._has_expired = False  # until the next look
+            for change in self.take_changes():
+                change.wakeup(error)
+        finally:
+            self._is_committing = False
 
-    def _restart_long_log(self) -> None:
-        """Have the write-ahead log begun anew if it has become long."""
+    async def _commit_changes(self) -> None:
+        """Make the changes in the transaction that has begun."""
+        changes = self.take_changes()
+        removals: list[Callable[[Store], Any]] = [Store.remove_expired] if self._has_expired else []
+        operations = [*removals, *(change.operation for change in changes)]  # the expired ones make room for the others
+        state, self.writer.may_exceed = self.reader.state(), self.outbox.has_hooks
+        outcomes: list[Any]
+        try:
+            is_quick = self.writer.commit_seconds < QUICK_COMMIT_SECONDS and self._stalled_until < time.monotonic()
+            if is_quick and sum(change.size for change in changes) < QUICK_CHANGES_BYTES_MAX:
+                outcomes = self.writer.commit(operations)
+            else:
+                outcomes = await self.disk.run(lambda: self.writer.commit(operations))
+        except Exception as error:  # noqa: BLE001 - the tasks raise it
+            outcomes = [error] * len(operations)
+        if STALL_SECONDS < self.writer.commit_seconds < math.inf:  # the disk may do so again
+            self._stalled_until = time.monotonic() + STALL_FACTOR * self.writer.commit_seconds
+        removed, outcomes = outcomes[: len(removals)], outcomes[len(removals) :]
+        self._has_expired = removed == [True]
+        for problem in removed:
+            if isinstance(problem, Exception):
+                self.errors.write(f"expired pairs cannot be removed: {problem}")
+        for change, result in zip(changes, outcomes):
+            change.wakeup(result)
+        self.metrics.commits = self.writer.commits
+        self.metrics.writes += sum(not isinstance(result, Exception) for result in outcomes)
+        changed_pairs, state_before, state = self.writer.changed_pairs, state, self.reader.state()
+        self.reader.keep_rows(state_before, state, changed_pairs)
+        if changed_pairs is None or (
+            self._polls_state == state_before and self.reader.is_one_commit(state_before, state)
+        ):
+            self._polls_state = state  # the other polls have nothing to look at
+        self.wake_polls(changed_pairs)
+        if self.outbox.has_hooks:
+            self.outbox.look()
+
+    async def _restart_long_log(self) -> None:
+        """Have the write-ahead log begin again if it has become long; reads go on, and changes wait."""
         now = time.monotonic()
         if self.reader.wal_pages() <= WAL_PAGES_MAX or now < self._next_checkpoint:
             return
         try:
-            if self.writer.checkpoint():
+            if await self.disk.run(self.writer.checkpoint):
                 self._checkpoint_retry_seconds = CHECKPOINT_RETRY_SECONDS
                 return
         except (StoreError, sqlite3.Error) as error:
             self.errors.write(f"the write-ahead log cannot be emptied: {error}")
-        # All who write wait for each try, and a program that copies the database may well read for ever.
+        # All writers wait for each attempt, and a program that copies the database may well read for ever.
         self._next_checkpoint = now + self._checkpoint_retry_seconds
         self._checkpoint_retry_seconds = min(2 * self._checkpoint_retry_seconds, CHECKPOINT_RETRY_SECONDS_MAX)
 
-    def service_actions(self) -> None:
-        """Look now and then for what is overdue."""
-        now = time.monotonic()
-        if self.stopping and self._stop_begun == math.inf:
-            self._stop_begun = now
-            self.outbox.stop()
-            if self._accepting:
-                self._pause_accepting()
-            self.socket.close()
-        if now < self._next_look:
-            return
-        self._next_look = now + (STOP_POLL_SECONDS if self.stopping else POLL_SECONDS)
-        self._resume_accepting()
-        state = self.reader.state()
-        if self.polls and state != self._polls_state:  # another process has committed, or polls have begun anew
-            self._wake_polls(None, self._polls_state, state)
-        stop_seconds = {**dict.fromkeys((HANDSHAKING, COMPUTING, IDLE, POLLING), 0.0), SENDING: STOP_SECONDS}
-        for connection, handler in list(self.connections.items()):
-            phase, deadline = handler.state
-            if min(deadline, self._stop_begun + stop_seconds.get(phase, STOP_REQUEST_SECONDS)) < now:
-                self._call(functools.partial(handler.give_up, phase), connection)
-            elif phase == POLLING:
-                self.look_at(deadline)
-        self._bound_unsent()
-        with contextlib.suppress(sqlite3.Error):  # who asks for something is told that the disk fails
-            self._has_expired = self.reader.has_expired()
-            self.outbox.look()
-        is_idle = not self.connections and not self.outbox.busy
-        self._finished = self.stopping and is_idle or now > self._stop_begun + STOP_SECONDS
+    async def keep_house(self) -> None:
+        """Look now and then for changes by other processes, expired pairs, and clients that are slow to take answers."""
+        while True:
+            with contextlib.suppress(sqlite3.Error):  # whoever asks is told that the disk fails
+                state = self.reader.state()
+                if self.polls and state != self._polls_state:
+                    self._polls_state = state
+                    self.wake_polls(None)
+                self.bound_unsent()
+                self._has_expired = self.reader.has_expired()
+                self.outbox.look()
+            await sleep(POLL_SECONDS)
 
-    def _bound_unsent(self) -> None:
-        """Close connections that are slow to take answers, if these are too much: of the user who has most of them."""
-        slow = [handler for handler in self.connections.values() if handler.state[0] == SENDING]
+    def bound_unsent(self) -> None:
+        """Close connections of the user with the longest unsent answers, while all of these are too long together."""
+        slow = [handler for handler in self.connections.values() if handler.unsent_bytes]
         unsent: collections.Counter[int] = collections.Counter()
         for handler in slow:
-            unsent[handler.login[1].id] += handler.answer_bytes
+            unsent[handler.login[1].id] += handler.unsent_bytes
         while sum(unsent.values()) > UNSENT_BYTES_MAX:
             user_id = unsent.most_common(1)[0][0]
-            theirs = (handler for handler in slow if handler.login[1].id == user_id)
-            slowest = min(theirs, key=lambda handler: handler.state[1])
+            slowest = min((each for each in slow if each.login[1].id == user_id), key=lambda handler: handler.deadline)
             slow.remove(slowest)
-            unsent[user_id] -= slowest.answer_bytes
-            self._call(slowest.give_way, slowest.connection)
+            unsent[user_id] -= slowest.unsent_bytes
+            self.loop.throw(slowest.task, Cancelled())
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -5068,7 +4994,7 @@ def format_time(seconds: float | None) -> str | None:
     """Return a time in unix seconds as RFC 3339 has it, in UTC with microseconds."""
     if seconds is None:
         return None
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
