@@ -170,10 +170,9 @@ DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
 LOCK_POLL_SECONDS = 0.02
 QUICK_COMMIT_SECONDS = 0.002  # the loop waits for a disk that took no longer for the last commit
 QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions are left to a thread as well
-STALL_SECONDS = 0.05  # a disk that took so long once
-STALL_FACTOR = 20  # is left to a thread for so many times as long
 RETRY_AFTER_SECONDS = 5
-POLL_SECONDS = 0.25  # how often the server looks for connections that are overdue
+POLL_SECONDS = 0.25  # how often the server looks for whatever nobody asks for
+FULL_POLL_SECONDS = 0.02  # how often it looks for room when there are too many connections
 STOP_POLL_SECONDS = 0.01
 STOP_REQUEST_SECONDS = 3  # a request that is still incomplete this long after the stop is dropped
 STOP_SECONDS = 4  # then all connections are closed
@@ -245,7 +244,7 @@ def log(level: str, message: str) -> None:
     """Write a line to standard error: the time, how grave it is, and the message, in which tokens are masked."""
     # The logging module, with all that it imports, would take a tenth of the time that a start takes.
     line = escape_unprintable(TOKEN_IN_TEXT.sub(TOKEN_PREFIX + "...", message))
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be nobody to read it
+    with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # nobody to read it, or a signal
         sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {line}\n")
         sys.stderr.flush()
 
@@ -564,9 +563,8 @@ SELECT_HOOKS = (
 SELECT_PENDING_COUNT = "SELECT count(*) FROM delivery"
 # Of its own accord, SQLite would group by going through all that is pending.
 SELECT_NEW_DELIVERIES = (
-    "SELECT hook_id, receiver, ifnull(result GLOB '2*', FALSE), handled, max(delivery.id),"
-    " (SELECT min(number) FROM delivery AS oldest WHERE oldest.hook_id = hook.id)"
-    " FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"
+    "SELECT hook_id, receiver, ifnull(result GLOB '2*', FALSE), max(delivery.id) FROM delivery NOT INDEXED"
+    " JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"
 )
 SELECT_NEXT_LENGTH = (
     "SELECT length(key) + ifnull(length(value), 0) + ifnull(length(old), 0) FROM delivery WHERE hook_id = ?"
@@ -1272,11 +1270,10 @@ class Store:
         count: int = self._read(SELECT_PENDING_COUNT)[0][0]
         return count
 
-    def new_deliveries(self, newest: int) -> list[tuple[int, str, bool, int, int, int]]:
-        """Return which hooks have deliveries with ids above newest.
+    def new_deliveries(self, newest: int) -> list[tuple[int, str, bool, int]]:
+        """Return the hooks that have deliveries with ids above newest.
 
-        Of each, the id, the receiver, whether the last try has arrived, the number up to which all have arrived or been
-        given up, the newest id of a delivery, and the number of the oldest that is pending.
+        Of each, the id, the receiver, whether the last try has arrived, and the newest id of a delivery.
         """
         return self._read(SELECT_NEW_DELIVERIES, newest)
 
@@ -1582,6 +1579,10 @@ class Request:
         request.key_in_path, request.parameters = self.key_in_path, self.parameters
         return request
 
+    def wants_html(self) -> bool:
+        """Return whether a browser sends the request to show the answer."""
+        return "text/html" in self.fields.headers.get("accept", "").lower()
+
     def names_etag(self, header: str, etag: str) -> bool:
         """Tell whether If-Match or If-None-Match, as header says, names an entity tag; raise HTTPError.
 
@@ -1754,6 +1755,82 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
         f"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n{more}{last}"
     )
     return head.encode("iso-8859-1") + body if with_body else head.encode("iso-8859-1")
+
+
+# The other direction: a delivery is a request that we send, and its answer is parsed while it comes.
+
+HOOK_PORTS = {"http": 80, "https": 443}
+# Interim answers (1xx) are skipped; then come a status line, the header lines so far, and their end.
+HEAD = re.compile(
+    rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"
+    rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)(\r?\n)?"
+)
+RETRY_AFTER_FIELD = re.compile(rb"^retry-after:[ \t]*([0-9]+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+
+
+class BadHook(ValueError):
+    """A hook cannot be like this; the message says how."""
+
+
+def authority(parts: urllib.parse.SplitResult) -> str:
+    """Return host and port of a URL, without the login before them."""
+    return parts.netloc.rpartition("@")[2]
+
+
+def parse_hook_url(url: str) -> urllib.parse.SplitResult:
+    """Return the parts of a hook's URL; raise BadHook, whose message does not quote it."""
+    if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
+        raise BadHook(
+            f"a URL has at most {HOOK_URL_BYTES_MAX} characters, all ASCII and no space: percent-encode what is another"
+        )
+    with contextlib.suppress(ValueError):  # no port can be that
+        parts = urllib.parse.urlsplit(url)
+        is_complete = parts.hostname and parts.port != 0 and not parts.netloc.endswith(":")
+        if parts.scheme in HOOK_PORTS and is_complete and HOST.fullmatch(authority(parts)):
+            return parts
+    raise BadHook("a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
+
+
+def encode_delivery(url: urllib.parse.SplitResult, idempotency_key: str, members: Mapping[str, object]) -> bytes:
+    """Return the request that posts the members of a JSON object, all ASCII."""
+    body, login = json.dumps(members).encode(), urllib.parse.unquote(url.netloc.rpartition("@")[0])
+    login += "" if ":" in login else ":"  # a lone name has an empty password (RFC 7617 section 2)
+    basic = f"Authorization: Basic {base64.b64encode(login.encode('utf-8')).decode()}\r\n" if login != ":" else ""
+    head = (
+        f"POST {url.path or '/'}{'?' if url.query else ''}{url.query} HTTP/1.1\r\nHost: {authority(url)}\r\n"
+        f"User-Agent: kvserver/{__version__}\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}\r\n"
+        f"Idempotency-Key: {idempotency_key}\r\nConnection: close\r\n{basic}\r\n"
+    )
+    return head.encode() + body
+
+
+class Answer(NamedTuple):
+    """The answer to a delivery, or why there is none; its text does not quote the URL."""
+
+    status: int  # 0 when no whole status line has come
+    text: str  # the status, or the failure
+    retry_after: float | None = None  # seconds, if it says so
+
+    def is_success(self) -> bool:
+        """Return whether the delivery has arrived."""
+        return 200 <= self.status < 300
+
+    def is_refusal(self) -> bool:
+        """Return whether it is no use to try again; redirections are not followed."""
+        return 300 <= self.status < 500 and self.status not in (408, 429)
+
+
+def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
+    """Return an answer, None before its status line is whole, and whether its head is whole as far as it matters."""
+    head = HEAD.match(received)
+    if not head:
+        return None, False
+    status = int(head[1])
+    text = f"{status} {http.HTTPStatus(status).phrase}" if status in STATUS_LINES else str(status)
+    if status not in (429, 503):
+        return Answer(status, text), True
+    retry_after = RETRY_AFTER_FIELD.search(head[2])
+    return Answer(status, text, max(1.0, float(retry_after[1])) if retry_after else None), head[3] is not None
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
@@ -1972,15 +2049,10 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER = math.inf  # as a deadline
 DEADLINE_STEP_SECONDS = 0.01  # between two checks of all deadlines, at least
-SELECT_SECONDS_MAX = 3600  # epoll cannot wait for ever
 
 
 class Cancelled(BaseException):
     """Thrown into a task that has to end."""
-
-
-class NoThread(Exception):
-    """No thread can be started: the machine is short of memory."""
 
 
 class Task:
@@ -1989,16 +2061,14 @@ class Task:
     __slots__ = ("connection", "coroutine", "deadline", "events", "wakeup", "watched")
 
     def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        self.coroutine = coroutine
-        self.connection: socket.socket | None = None
-        self.events = 0  # READABLE, WRITABLE or both; 0 for none
-        self.watched = 0  # the events that the selector reports
+        self.coroutine, self.connection = coroutine, cast(socket.socket, None)
+        self.events = self.watched = 0  # READABLE, WRITABLE or both: those it waits for, those the selector reports
         self.deadline = NEVER  # monotonic seconds
         self.wakeup: Wakeup | None = None
 
 
 class Wakeup:
-    """Resumes the current task with an outcome, once, and only while the task still waits for it."""
+    """Resumes the current task with a result, once, and only while the task still waits for it."""
 
     __slots__ = ("_loop", "task")
 
@@ -2006,9 +2076,8 @@ class Wakeup:
         self._loop, self.task = loop, loop.current
         self.task.wakeup = self
 
-    def __call__(self, outcome: Any = None) -> None:
-        """Resume the task soon. Other threads call Loop.post instead."""
-        self._loop.soon.append((self, outcome))
+    def __call__(self, result: Any = None) -> None:
+        self._loop.soon.append((self, result))
 
     def is_wanted(self) -> bool:
         """Return whether the task still waits."""
@@ -2017,31 +2086,30 @@ class Wakeup:
 
 @types.coroutine
 def ready(events: int, deadline: float = NEVER) -> Generator[tuple[int, float], Any, Any]:
-    """Wait for events on the task's connection, or for its Wakeup, whose outcome is returned; raise TimeoutError."""
-    return (yield events, deadline)
+    """Wait for events on the task's connection, and for its Wakeup; raise TimeoutError at the deadline.
 
-
-@types.coroutine
-def outcome(deadline: float = NEVER) -> Generator[tuple[int, float], Any, Any]:
-    """Wait for the task's Wakeup and return its outcome, or raise it if it is an exception; raise TimeoutError."""
-    result = yield 0, deadline
+    The result of the Wakeup is returned, or raised if it is an exception.
+    """
+    result = yield events, deadline
     if isinstance(result, Exception):
         raise result
     return result
 
 
 async def sleep(seconds: float) -> None:
-    """Let this task rest."""
+    """Let the task rest."""
     with contextlib.suppress(TimeoutError):
-        await outcome(time.monotonic() + seconds)
+        await ready(0, time.monotonic() + seconds)
 
 
 async def receive(connection: Any, size: int, deadline: float) -> bytes:
     """Return the bytes that come next on the task's connection, none at its end; raise OSError or TimeoutError."""
     while True:
         await ready(READABLE, deadline)
-        with contextlib.suppress(BlockingIOError):
+        try:
             return cast(bytes, connection.recv(size))
+        except BlockingIOError:
+            pass
 
 
 class Loop:
@@ -2051,24 +2119,20 @@ class Loop:
     """
 
     def __init__(self, report: Callable[[Exception], object]) -> None:
-        self._report = report
+        self._report, self._tasks, self._selector = report, set[Task](), selectors.DefaultSelector()
         self.current = Task(cast(Any, None))  # a stand-in while no task runs
         self.soon: collections.deque[tuple[Wakeup, Any]] = collections.deque()
-        self._tasks: set[Task] = set()
-        self._selector = selectors.DefaultSelector()
         self._next_check = NEVER  # monotonic seconds; no deadline is earlier
         self._woken, self._waker = socket.socketpair()
-        for end in (self._woken, self._waker):
-            end.setblocking(False)
+        self._waker.setblocking(False)
         self._selector.register(self._woken, READABLE)
 
     def close(self) -> None:
         """Cancel all tasks."""
         for task in list(self._tasks):
             self.throw(task, Cancelled())
-        self._selector.close()
-        self._woken.close()
-        self._waker.close()
+        for part in (self._selector, self._woken, self._waker):
+            part.close()
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> Task:
         """Run a coroutine as a task, until its first await."""
@@ -2084,15 +2148,9 @@ class Loop:
 
     def use(self, connection: socket.socket | None) -> None:
         """Make a connection the one on which the current task waits, in place of the one before."""
-        task = self.current
-        if task.watched:
-            self._selector.unregister(cast(socket.socket, task.connection))
-        task.connection, task.watched = connection, 0
-
-    def turn(self) -> Awaitable[None]:
-        """Wait until every other task that can go on has done so."""
-        Wakeup(self)()
-        return outcome()
+        if self.current.watched:
+            self._selector.unregister(self.current.connection)
+        self.current.connection, self.current.watched = cast(socket.socket, connection), 0
 
     def post(self, wakeup: Wakeup, result: Any = None) -> None:
         """Call a Wakeup from another thread or a signal handler."""
@@ -2107,7 +2165,7 @@ class Loop:
             if wakeup.task.wakeup is wakeup:
                 self._resume(wakeup.task, result)
         seconds = self._next_check - time.monotonic() if may_wait and not self.soon else 0
-        for key, _ in self._selector.select(min(max(seconds, 0), SELECT_SECONDS_MAX)):
+        for key, _ in self._selector.select(min(max(seconds, 0), 60)):
             task: Task | None = key.data
             if task is None:
                 self._woken.recv(RECEIVE_BYTES)
@@ -2119,113 +2177,87 @@ class Loop:
         now = time.monotonic()
         if now >= self._next_check:
             for task in [task for task in self._tasks if task.deadline <= now]:
-                if task.deadline <= now:
+                if task.deadline <= now:  # still
                     self._resume(task, error=TimeoutError())
-            self._next_check = max(
-                now + DEADLINE_STEP_SECONDS, min((task.deadline for task in self._tasks), default=NEVER)
-            )
+            earliest = min((task.deadline for task in self._tasks), default=NEVER)
+            self._next_check = max(earliest, now + DEADLINE_STEP_SECONDS)
 
     def _resume(self, task: Task, result: Any = None, error: BaseException | None = None) -> None:
-        """Run a task until its next await."""
         previous, self.current, task.wakeup, task.events, task.deadline = self.current, task, None, 0, NEVER
         try:
             events, deadline = task.coroutine.throw(error) if error else task.coroutine.send(result)
-        except (StopIteration, Cancelled):
-            self._end(task)
-        except Exception as mistake:  # noqa: BLE001 - it must not end the other tasks
-            self._end(task)
-            self._report(mistake)
-        else:
             task.events, task.deadline = events, deadline
-            if deadline < self._next_check:
-                self._next_check = deadline
+            self._next_check = min(self._next_check, deadline)
             if events and events != task.watched:
-                register = self._selector.modify if task.watched else self._selector.register
-                register(cast(socket.socket, task.connection), events, task)
+                (self._selector.modify if task.watched else self._selector.register)(task.connection, events, task)
                 task.watched = events
+        except (Exception, Cancelled) as end:  # noqa: BLE001 - a mistake must not end the other tasks
+            self._tasks.discard(task)
+            self.use(None)
+            task.wakeup = None
+            if not isinstance(end, (StopIteration, Cancelled)):
+                self._report(end)
         self.current = previous
-
-    def _end(self, task: Task) -> None:
-        self._tasks.discard(task)
-        self.use(None)
-        task.wakeup = None
 
 
 class Gate:
     """Lets tasks pass while none of their keys is taken too often; the others wait in line."""
 
     def __init__(self, loop: Loop) -> None:
-        self._loop = loop
-        self._taken: collections.Counter[Hashable] = collections.Counter()
+        self._loop, self._taken = loop, collections.Counter[Hashable]()
         self._line: list[tuple[Mapping[Hashable, int], Wakeup]] = []
-
-    def _take(self, bounds: Mapping[Hashable, int]) -> bool:
-        if any(self._taken[key] >= most for key, most in bounds.items()):
-            return False
-        self._taken.update(bounds.keys())
-        return True
 
     async def enter(self, bounds: Mapping[Hashable, int]) -> None:
         """Take keys, each at most as often as bounds says; wait until that is possible. Leave with the same bounds."""
-        if not self._take(bounds):
-            self._line.append((bounds, Wakeup(self._loop)))
-            await outcome()
+        self._line.append((bounds, Wakeup(self._loop)))
+        self.leave({})
+        await ready(0)
 
     def leave(self, bounds: Mapping[Hashable, int]) -> None:
-        """Give the keys back, and let those pass who now can."""
+        """Give keys back, and let pass whoever can."""
         self._taken -= collections.Counter(bounds.keys())
         line, self._line = self._line, []
-        for place in line:
-            if place[1].is_wanted():
-                if self._take(place[0]):
-                    place[1]()
-                else:
-                    self._line.append(place)
+        for place, wakeup in line:
+            if any(self._taken[key] >= most for key, most in place.items()):
+                self._line.append((place, wakeup))
+            elif wakeup.is_wanted():
+                self._taken.update(place.keys())
+                wakeup()
 
 
 class Threads:
     """Daemon threads that run functions for tasks. One more starts when all are busy, up to a number."""
 
     def __init__(self, loop: Loop, most: int) -> None:
-        self._loop, self._most = loop, most
-        self._gate = Gate(loop)
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Wakeup] | None] = queue.SimpleQueue()
+        self._loop, self._most, self._gate = loop, most, Gate(loop)
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Wakeup]] = queue.SimpleQueue()
         self._started = self._unfinished = 0  # threads and jobs
         self._lock = threading.Lock()  # for _unfinished
 
-    def close(self) -> None:
-        """End the threads when their jobs are done."""
-        for _ in range(self._started):
-            self._jobs.put(None)
-
     async def run(self, function: Callable[[], Any], owner: Hashable = None, deadline: float = NEVER) -> Any:
-        """Run a function in a thread, and return or raise its result; raise TimeoutError at the deadline, and NoThread.
+        """Run a function in a thread, and return or raise its result; raise TimeoutError, or MemoryError without threads.
 
         One owner gets at most half of the threads, so that others get through.
         """
         bounds = {} if owner is None else {owner: max(1, self._most // 2)}
         await self._gate.enter(bounds)
         try:
-            self._start_thread()
+            if self._started <= self._unfinished and self._started < self._most:
+                with contextlib.suppress(RuntimeError):  # there is no memory for one more
+                    threading.Thread(target=self._work, daemon=True).start()
+                    self._started += 1
+            if not self._started:
+                raise MemoryError
             with self._lock:
                 self._unfinished += 1
             self._jobs.put((function, Wakeup(self._loop)))
-            return await outcome(deadline)
+            return await ready(0, deadline)
         finally:
             self._gate.leave(bounds)
 
-    def _start_thread(self) -> None:
-        if self._started <= self._unfinished and self._started < self._most:
-            try:
-                threading.Thread(target=self._work, daemon=True).start()
-                self._started += 1
-            except RuntimeError:
-                if not self._started:
-                    raise NoThread("the server is short of memory") from None
-
     def _work(self) -> None:
-        while job := self._jobs.get():
-            function, wakeup = job
+        while True:
+            function, wakeup = self._jobs.get()
             try:
                 result = function()
             except Exception as error:  # noqa: BLE001 - the task raises it
@@ -2233,7 +2265,7 @@ class Threads:
             with self._lock:
                 self._unfinished -= 1
             self._loop.post(wakeup, result)
-            del job, function, wakeup, result  # a thread that waits must not keep their memory
+            del function, wakeup, result  # a thread that waits must not keep their memory
 
 
 # ---- TLS -------------------------------------------------------------------------------------------------------------
@@ -2259,29 +2291,27 @@ class SecureSocket:
 
     async def shake_hands(self, threads: Threads, owner: Hashable, deadline: float) -> None:
         """Complete the handshake, which a thread computes; raise OSError or TimeoutError."""
-        is_incomplete, listens_first = True, self._tls.server_side
-        while is_incomplete:
-            if listens_first:
+        listens = self._tls.server_side
+        while not self._is_open:
+            if listens:
                 data = await receive(self._connection, TLS_RECEIVE_BYTES, deadline)
                 if not data:
                     raise ConnectionResetError
                 self._incoming.write(data)
-            listens_first = True
+            listens = True
             try:
                 await threads.run(self._tls.do_handshake, owner, deadline)
-                is_incomplete = False
+                self._is_open = True
             except ssl.SSLWantReadError:
                 pass
             finally:
                 self._flush()  # also an alert; it fits into the socket's buffer
-        self._is_open = True
 
     def _flush(self) -> bool:
         """Send encrypted bytes as far as the other side takes them; return whether none is left."""
         self._encrypted += self._outgoing.read()
-        if self._encrypted:
-            with contextlib.suppress(BlockingIOError):
-                self._encrypted = self._encrypted[self._connection.send(self._encrypted) :]
+        with contextlib.suppress(BlockingIOError):
+            self._encrypted = self._encrypted[self._connection.send(self._encrypted) :] if self._encrypted else b""
         return not self._encrypted
 
     def recv(self, size: int) -> bytes:
@@ -2291,12 +2321,16 @@ class SecureSocket:
             data = self._connection.recv(TLS_RECEIVE_BYTES)
             is_at_end = not data
         self._incoming.write(data)
-        with contextlib.suppress(ssl.SSLWantReadError):
+        try:
             while part := self._tls.read(size):
                 parts.append(part)
             is_at_end = True
             with contextlib.suppress(OSError):  # so that the selector reports this end like any other
                 self._connection.shutdown(socket.SHUT_RD)
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            raise ConnectionAbortedError from error
         decrypted = b"".join(parts)
         self._fruitless_bytes = max(0, self._fruitless_bytes + len(data) - TLS_OVERHEAD_MAX * len(decrypted))
         if self._fruitless_bytes > TLS_FRUITLESS_BYTES_MAX or self._outgoing.pending > TLS_REPLIES_BYTES_MAX:
@@ -2317,23 +2351,19 @@ class SecureSocket:
         sent, self._in_flight = self._in_flight, 0
         return sent
 
-    def _end(self) -> None:
-        """Say that no more comes: otherwise the data might seem to be cut off (RFC 8446 section 6.1)."""
+    def shutdown(self, how: int) -> None:
+        """Send no more, and say so: otherwise the data might seem to be cut off (RFC 8446 section 6.1)."""
         if self._is_open:
             self._is_open = False
             with contextlib.suppress(OSError, ValueError):
                 self._tls.unwrap()
-            with contextlib.suppress(OSError):
-                self._flush()
-
-    def shutdown(self, how: int) -> None:
-        """Send no more."""
-        self._end()
+            self._flush()
         self._connection.shutdown(how)
 
     def close(self) -> None:
         """Close the connection."""
-        self._end()
+        with contextlib.suppress(OSError):
+            self.shutdown(socket.SHUT_WR)
         self._connection.close()
 
 
@@ -2349,9 +2379,15 @@ class Certificate:
         self._path, self._key_path = path, key_path
         self.context = self._load()
 
-    def _load(self) -> ssl.SSLContext:
-        """Return what connections are made with; raise BadCertificate."""
+    def renew(self) -> None:
+        """Load the files for new connections; if that fails, the old certificate stays in use."""
+        try:
+            self.context = self._load()
+            log("INFO", f"loaded the certificate {self._path}")
+        except (BadCertificate, OSError) as error:
+            log("ERROR", f"the old certificate stays in use: {error}")
 
+    def _load(self) -> ssl.SSLContext:
         def refuse_password() -> str:
             raise BadCertificate(f"the key {self._key_path} is encrypted; name one that is not")
 
@@ -2360,11 +2396,9 @@ class Certificate:
         context.options |= ssl.OP_NO_RENEGOTIATION
         for path in (self._path, self._key_path):  # the error of the next step does not name the file
             try:
-                with open(path, "rb"):
-                    pass
+                open(path, "rb").close()
             except (OSError, ValueError) as error:  # ValueError is for a path with NUL
-                reason = error.strerror if isinstance(error, OSError) else error
-                raise BadCertificate(f"cannot read {path}: {reason}") from None
+                raise BadCertificate(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
         try:
             context.load_cert_chain(self._path, self._key_path, refuse_password)
         except ssl.SSLError as error:
@@ -2376,14 +2410,6 @@ class Certificate:
                 reason = f"{self._path} has no certificate in PEM format, or {self._key_path} no key"
             raise BadCertificate(reason) from None
         return context
-
-    def renew(self) -> None:
-        """Load the files anew for connections that come from now on; if that fails, all stays as it is."""
-        try:
-            self.context = self._load()
-            log("INFO", f"loaded the certificate {self._path}")
-        except (BadCertificate, OSError) as error:
-            log("ERROR", f"the old certificate stays in use: {error}")
 
 
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
@@ -2466,35 +2492,21 @@ class Metrics:
 USUAL_PORTS = {"http": ":80", "https": ":443"}
 ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
 FOREIGN = (
-    "this comes from another site's page, or a proxy has changed the header Host; open the page here and try again"
+    "this comes from another site's page, or a proxy has changed the header Host; open the page here, and try again"
 )
-TOO_BUSY = "the server is too busy; try again"
-
+LOG_IN = "log in with a user name and a password by HTTP Basic authentication, or a Bearer token"
 # Who may send a request: ANYONE without a login, but BROWSER only if they ask for HTML, else the path does not exist;
 # USER with a login; PERSON with a password, since devices with a token do not open pages; ADMIN as PERSON, and an admin;
 # OPERATOR as an admin too, but for a program: with a password, or a token without restrictions.
 ANYONE, BROWSER, USER, PERSON, ADMIN, OPERATOR = "anyone", "browser", "user", "person", "admin", "operator"
-NO_LOGIN = (ANYONE, BROWSER)
-PAGE_VISITORS = (PERSON, ADMIN)
+NO_LOGIN, PAGE_VISITORS = (ANYONE, BROWSER), (PERSON, ADMIN)
 # With a realm of their own, below their own paths, the pages get credentials that browsers keep from the API (RFC 7617
 # section 2.2).
 REALMS = {USER: "kvserver", OPERATOR: "kvserver", PERSON: "kvserver pages", ADMIN: "kvserver pages"}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
-
-
-def is_foreign(url: str, host: str) -> bool:
-    """Return whether the origin of a URL is another one than the host of a Host header.
-
-    Without a port, the usual one of the URL's scheme counts: a proxy that does TLS hides the scheme from us.
-    """
-    origin = ORIGIN.match(url)
-    if not origin:  # "null" for example
-        return True
-    port = USUAL_PORTS[origin[1].lower()]
-    theirs, ours = (text.lower().removesuffix(port).removesuffix(":") for text in (origin[2], host))
-    return theirs != ours
+Commit = Callable[[Callable[[Store], Any]], Awaitable[Any]]  # makes a change, and returns its result when it is on disk
 
 
 def check_same_site(headers: Mapping[str, str]) -> None:
@@ -2502,13 +2514,15 @@ def check_same_site(headers: Mapping[str, str]) -> None:
 
     Browsers add the credentials that they know to every request of every page. Programs send none of these headers.
     """
-    site = headers.get("sec-fetch-site")
-    url = headers.get("origin", headers.get("referer"))
-    if site is None:
-        refused = url is not None and is_foreign(url, headers.get("host", ""))
-    else:
-        refused = site not in ("same-origin", "none")
-    if refused:
+    site, url = headers.get("sec-fetch-site"), headers.get("origin", headers.get("referer"))
+    is_foreign = site not in (None, "same-origin", "none")
+    if site is None and url is not None:
+        origin = ORIGIN.match(url)  # "null" is none, for example
+        port = USUAL_PORTS[origin[1].lower()] if origin else ""  # a proxy that does TLS hides the scheme from us
+        hosts = (origin[2] if origin else "", headers.get("host", ""))
+        theirs, ours = (host.lower().removesuffix(port).removesuffix(":") for host in hosts)
+        is_foreign = not origin or theirs != ours
+    if is_foreign:
         raise HTTPError(403, FOREIGN)
 
 
@@ -2539,11 +2553,10 @@ def client_address(peer: str, forwarded_for: str, proxies: Networks) -> Address 
     trusted proxy's is the last one that a trusted program wrote; those before it may be made up.
     """
     address = parse_address(peer)
-    for hop in reversed(forwarded_for.split(",")):
-        hop_address = parse_address(hop)
-        if address is None or hop_address is None or not any(address in network for network in proxies):
+    for hop in map(parse_address, reversed(forwarded_for.split(","))):
+        if address is None or hop is None or not any(address in network for network in proxies):
             break
-        address = hop_address
+        address = hop
     return address
 
 
@@ -2565,10 +2578,10 @@ class Throttle:
         """Count a failed login; raise HTTPError when that is one too many."""
         client, now = client_of(address), time.monotonic()
         paid_off = max(self._paid_off.get(client, now), now) + FAILURE_SECONDS
-        wait_seconds = round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3)
+        wait_seconds = math.ceil(round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3))
         if wait_seconds > 0:
-            retry_after = (("Retry-After", str(math.ceil(wait_seconds))),)
-            raise HTTPError(429, f"too many failed logins; try again in {math.ceil(wait_seconds)} seconds", retry_after)
+            message = f"too many failed logins; try again in {wait_seconds} seconds"
+            raise HTTPError(429, message, (("Retry-After", str(wait_seconds)),))
         self._paid_off.pop(client, None)
         if len(self._paid_off) >= THROTTLED_ADDRESSES_MAX:
             del self._paid_off[next(iter(self._paid_off))]  # the one that has been quiet longest
@@ -2603,21 +2616,13 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
 class Authenticator:
     """Finds the users of requests. Passwords are checked in one thread, everything else runs in the loop."""
 
-    def __init__(
-        self,
-        store: Store,
-        loop: Loop,
-        threads: Threads,
-        commit: Callable[[Callable[[Store], None]], Awaitable[None]],
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, store: Store, loop: Loop, threads: Threads, commit: Commit, metrics: Metrics) -> None:
         """Use the users of a store; threads are for hashes of other programs, whose check may take many seconds."""
         self._store, self._loop, self._threads, self._commit, self._metrics = store, loop, threads, commit, metrics
         # One thread, because the allocator keeps 16 MiB for each thread that has ever run scrypt.
         self.scrypt = Threads(loop, 1)
-        # Unknown names are checked against this, so that they take as long as a wrong password and do not tell which
-        # names exist. No password matches a random digest. (The first login with another program's hash takes another
-        # time.)
+        # Unknown names are checked against this hash, which no password matches: they take as long as a wrong password,
+        # and so do not tell which names exist. (Only the first login with another program's hash takes another time.)
         self._unknown_user_hash = format_hash(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES))
         # From the keyed hash of an Authorization header to the user's name and the stored hashes that it matches.
         self._verified: dict[bytes, tuple[str, tuple[str, ...]]] = {}
@@ -2628,29 +2633,21 @@ class Authenticator:
         self._new_passwords = 0  # that wait to be hashed
 
     def _digest(self, authorization: str) -> bytes:
-        """Return the keyed hash of an Authorization header, however it is spelt."""
         scheme, _, credentials = authorization.partition(" ")
-        spelling = f"{scheme.lower()} {credentials.strip(' ')}"
+        spelling = f"{scheme.lower()} {credentials.strip(' ')}"  # one for all ways to write the same
         return hashlib.blake2b(spelling.encode("iso-8859-1"), key=self._secret).digest()
 
     async def authenticate(self, authorization: str | None, find_address: Callable[[], Address | None]) -> User:
         """Return the user whose credentials an Authorization header holds; raise HTTPError."""
         if authorization is None:
-            raise HTTPError(
-                401, "log in with a user name and a password by HTTP Basic authentication, or a Bearer token"
-            )
-        while True:  # after a check, everything may have changed
-            user = self._known_user(authorization)
-            if user:
-                return user
+            raise HTTPError(401, LOG_IN)
+        while not (user := self._known_user(authorization)):  # after a check, everything may have changed
             await self._check(authorization, find_address())
+        return user
 
     def _known_user(self, authorization: str) -> User | None:
-        """Return the user of a token or of verified credentials.
-
-        The row is read for every request, and verified credentials count only while it has a hash that they matched:
-        so a new password or a deletion counts at once, whichever process made it.
-        """
+        # The row is read for every request, and verified credentials count only while it has a hash that they matched:
+        # so a new password or a deletion counts at once, whichever process made it.
         name, hashes = self._verified.get(self._digest(authorization), ("", ()))
         if name:
             user = self._store.user(name)
@@ -2678,51 +2675,48 @@ class Authenticator:
             self._throttle.charge(address)
         self._waiting.setdefault(check, []).append(Wakeup(self._loop))
         if is_first:
-            self._loop.start(self._verify(check, name, password, address))
+            self._loop.start(self._verify(check, password, address))
         try:
-            is_right = await outcome(time.monotonic() + CHECK_SECONDS)
+            is_right = await ready(0, time.monotonic() + CHECK_SECONDS)
         except TimeoutError:
-            raise HTTPError(503, TOO_BUSY, RETRY_AFTER) from None
+            raise StoreBusy("the server is too busy") from None
         if is_right is False:
             if not is_first:
                 self._throttle.charge(address)
             raise self._failure(name, address)
 
-    async def _verify(
-        self, check: tuple[bytes, User | None], name: str, password: str, address: Address | None
-    ) -> None:
+    async def _verify(self, check: tuple[bytes, User | None], password: str, address: Address | None) -> None:
         """Run a check, and pass its result to all requests that wait for it: None if none waited in the end."""
         digest, user = check
         stored = user.password_hash if user else self._unknown_user_hash
+        hashes: tuple[str, ...] = (stored,)
+        result: bool | Exception | None
 
         def verify() -> bool | None:
             is_wanted = any(wakeup.is_wanted() for wakeup in self._waiting[check])
             return verify_password(password, stored) if is_wanted else None
 
-        hashes: tuple[str, ...] = (stored,)
-        result: bool | Exception | None
         try:
             result = await (self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads).run(verify)
             if result and not stored.startswith(hash_parameters()):
                 hashes += (await self.scrypt.run(lambda: hash_password(password)),)
         except Exception as error:  # noqa: BLE001 - the requests raise it
             result = error
-        if result is True:
-            if len(self._verified) >= CREDENTIALS_MAX:
-                del self._verified[next(iter(self._verified))]
-            self._verified[digest] = (name, hashes)
         if result:
             self._throttle.refund(address)
+        if result is True and user:
+            if len(self._verified) >= CREDENTIALS_MAX:
+                del self._verified[next(iter(self._verified))]
+            self._verified[digest] = (user.name, hashes)
         for wakeup in self._waiting.pop(check):
             wakeup(result)
         if user and len(hashes) > 1:
             try:
                 await self._commit(lambda store: store.renew_password_hash(user, hashes[1]))
-            except Exception as error:  # noqa: BLE001 - the old hash is good too
-                log("WARNING", f"cannot store a new password hash: user={name!r} error={error}")
+            except (StoreError, sqlite3.Error) as error:  # the old hash is good too
+                log("WARNING", f"cannot store a new password hash: user={user.name!r} error={error}")
 
     def _failure(self, name: str | None, address: Address | None) -> HTTPError:
-        """Log and count a failed login, and return the answer to it; without a name it was one with a token."""
         self._metrics.failed_logins += 1
         # repr escapes characters that could forge another line or field, and the address is last for the same reason.
         log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
@@ -3643,18 +3637,13 @@ ROUTES = (
 )
 API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
-RouteTable = dict[str, dict[str, Route]]
 
-
-def route_tables(base_path: str) -> tuple[RouteTable, RouteTable]:
-    """Return the routes, below base_path and at the root, by path and method; those with a key by the path before it."""
-    by_path: RouteTable = {}
-    by_beginning: RouteTable = {}
+def route_table(base_path: str) -> dict[str, dict[str, Route]]:
+    """Return the routes by path and method, below base_path and at the root."""
+    table: dict[str, dict[str, Route]] = {}
     for prefix, route in itertools.product((base_path, ""), ROUTES):
-        table = by_beginning if route.path.endswith("/KEY") else by_path
-        path = prefix + route.path.removesuffix("KEY")
-        table.setdefault(path, {}).update(dict.fromkeys(route.methods, route))
-    return by_path, by_beginning
+        table.setdefault(prefix + route.path, {}).update(dict.fromkeys(route.methods, route))
+    return table
 
 
 def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Response:
@@ -3687,8 +3676,8 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
         return answer
     if isinstance(error, TimeoutError):
         return HTTPError(408, "the request has not come in time")
-    if isinstance(error, NoThread):
-        return HTTPError(503, f"{error}; try again", RETRY_AFTER)
+    if isinstance(error, MemoryError):
+        return HTTPError(503, "the server is short of memory; try again", RETRY_AFTER)
     if isinstance(error, (StoreError, sqlite3.Error)):
         errors.write(f"the database failed: {error}")
         if isinstance(error, StoreFull):
@@ -3698,14 +3687,9 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
     return HTTPError(500, "the server made a mistake; its log says where")
 
 
-def wants_html(request: Request) -> bool:
-    """Return whether a browser sends a request to show the answer."""
-    return "text/html" in request.fields.headers.get("accept", "").lower()
-
-
 def answer_to_error(error: HTTPError, route: Route | None, request: Request | None) -> Response:
     """Return the answer to a refused request: a page if it was to be one, and with the challenge of a 401."""
-    if request and route and route.who in PAGE_VISITORS and wants_html(request):
+    if request and route and route.who in PAGE_VISITORS and request.wants_html():
         # Somebody with a stolen token is not told whose it is.
         response = error_page(error, request.user if error.status != 401 else None, route)
     else:
@@ -3716,26 +3700,11 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request | No
     return response
 
 
-def log_request(request: Request | None, endpoint: str, status: int, seconds: float, address: str) -> None:
-    """Log an answered request with its key, but without its value and query.
-
-    An unknown path is left out, since a value may have been written there by mistake.
-    """
-    method, path, key, user = "", "", "", ""
-    if request:
-        method = request.method if request.method in METHODS else ""
-        key, user = request.parameters.get("key", "")[:KEY_BYTES_MAX], request.user.name
-        if endpoint != NO_ENDPOINT:
-            path = request.path.removesuffix(request.key_in_path) if request.key_in_path else request.path
-    line = f"request: method={method} path={path!r} key={key!r} status={status}"
-    log("INFO", f"{line} milliseconds={seconds * 1000:.1f} user={user!r} address={address}")
-
-
 # ---- Connections -----------------------------------------------------------------------------------------------------
 # The story of one connection: it receives a request, finds its user, runs its endpoint, and sends the answer.
 
-# What a connection does while its task waits. When there are too many, this decides which ones give way.
 LONG = math.inf  # as the size of a change: it may take long
+# What a connection does while its task waits. When there are too many, this decides which ones give way.
 IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
 
 
@@ -3744,19 +3713,16 @@ class RequestHandler:
 
     def __init__(self, connection: socket.socket, address: tuple[Any, ...], server: Server) -> None:
         """Take over a connection that has been accepted."""
-        self.socket, self.server = connection, server
-        self.peer: str = address[0]
+        self.socket, self.peer, self.server, self.task = connection, str(address[0]), server, server.loop.current
         self.connection: socket.socket | SecureSocket = connection
-        self.task = server.loop.current
-        self.state = IDLE
-        self.started = time.monotonic()  # the connection, and later the request
-        self.deadline = self.started + FIRST_BYTE_SECONDS  # for the next bytes
         self.received = bytearray()
-        self.unsent_bytes = 0  # length of an answer that the client is slow to take
+        self.state, self.started = IDLE, time.monotonic()  # the connection, and later the request
+        self.deadline = self.started + FIRST_BYTE_SECONDS  # for the next bytes
         self.body_pending = True  # whether bytes of the request may still be on their way
+        self.unsent_bytes = 0  # length of an answer that the client is slow to take
         self.route: Route | None = None  # of the request
         self.fields: Fields | None = None  # of the last request
-        self.last: tuple[bytes, Request | None] = (b"", None)  # a request without a body, and its head
+        self.last: tuple[bytes, Request | None] = (b"", None)  # the last request, if it had no body, and its head
         self.login: tuple[Fields | None, User] = (None, NOBODY)  # fields that were found to be those of a user
 
     def rank(self) -> tuple[int, float] | None:
@@ -3768,33 +3734,28 @@ class RequestHandler:
             return (1, self.deadline) if self.state != WORKING else None
         return (2, self.deadline) if self.state == IDLE and not self.received else None
 
-    def address(self, request: Request | None) -> Address | None:
-        """Return the sender's address: the other end of the connection, or the one that a trusted proxy names."""
-        forwarded_for = request.fields.headers.get("x-forwarded-for", "") if request else ""
-        return client_address(self.peer, forwarded_for, self.server.trusted_proxy)
-
     async def handle(self) -> None:
         """Serve the connection until its end."""
-        loop, self.task = self.server.loop, self.server.loop.current
-        loop.use(self.socket)
+        self.task = self.server.loop.current
+        self.server.loop.use(self.socket)
         try:
             while await self.handle_one_request():
-                if self.received:  # pipelined: others first
-                    await loop.turn()
-        except (ConnectionError, TimeoutError):
+                if self.received:  # pipelined: all others have their turn first
+                    Wakeup(self.server.loop)()
+                    await ready(0)
+        except ConnectionError:
             pass
         finally:
-            loop.use(None)
+            self.server.loop.use(None)
             self.connection.close()
             self.server.shutdown_request(self.socket)
 
     async def handle_one_request(self) -> bool:
         """Receive a request and answer it; return whether another one may follow."""
         request = self.route = None
+        self.body_pending = True
         try:
-            if self.server.certificate and self.connection is self.socket:
-                await self.secure(self.server.certificate)
-            request = await self.receive_request()
+            request = await self._receive_request()
             if request is None:
                 return False
             response = await self.respond(request)
@@ -3804,78 +3765,56 @@ class RequestHandler:
             response = answer_to_error(as_http_error(error, self.server.errors), self.route, request)
         keep_alive = bool(request and request.fields.keep_alive and not self.body_pending and not self.server.stopping)
         connection = "close" if not keep_alive else "keep-alive" if request and request.fields.is_http_1_0 else ""
-        self.note_answer(request, response.status)
+        self._note_answer(request, response.status)
         with_body = not request or request.method != "HEAD"
-        await self.send(encode_response(response, format_date(int(time.time()), usegmt=True), connection, with_body))
+        await self._send(encode_response(response, format_date(int(time.time()), usegmt=True), connection, with_body))
         if self.body_pending:
-            await self.linger()
+            await self._linger()
         self.state, self.deadline = IDLE, time.monotonic() + IDLE_SECONDS
         return keep_alive
 
-    async def secure(self, certificate: Certificate) -> None:
-        """Shake hands, unless the client does not speak TLS; raise HTTPError or ConnectionError."""
-        try:
-            await ready(READABLE, self.deadline)
-            if self.socket.recv(1, socket.MSG_PEEK).isalpha():  # as of a method, and of no record
-                raise HTTPError(400, "this server speaks TLS; use https:// instead of http://")
-            connection = SecureSocket(self.socket, certificate.context)
-            owner = client_of(parse_address(self.peer))
-            await connection.shake_hands(self.server.threads, owner, self.started + HANDSHAKE_SECONDS)
-        except OSError as error:
-            raise ConnectionAbortedError from error
-        self.connection, self.deadline = connection, time.monotonic() + FIRST_BYTE_SECONDS
-
-    async def receive_request(self) -> Request | None:
-        """Receive the head of the next request; None if there is no next one."""
-        self.body_pending = True
+    async def _receive_request(self) -> Request | None:
+        """Return the next request, without its body, or None if the connection is to be closed."""
+        if self.fields is None:  # the first one may have come already
+            if self.server.certificate:
+                await self._shake_hands(self.server.certificate)
+            with contextlib.suppress(BlockingIOError):
+                self.received += self.connection.recv(RECEIVE_BYTES)
         while not self.received or self.received == b"\r\n":  # some clients send an empty line behind a body
             self.received.clear()
-            data = await self.receive_first()
-            if not data:
+            try:
+                self.received += await receive(self.connection, RECEIVE_BYTES, self.deadline)
+            except TimeoutError:
                 return None
-            self.received += data
+            if not self.received:
+                return None
         self.state, self.started = RECEIVING, time.monotonic()
         self.deadline, checked = self.started + REQUEST_SECONDS, 0
         while (end := self.received.find(b"\r\n\r\n", max(checked - 2, 0))) < 0:
             checked = check_incomplete_head(self.received, checked)
-            await self.receive()
+            await self._receive_more()
         head = bytes(self.received[:end])
         del self.received[: end + 4]
         known_head, known = self.last  # many clients send the same request again and again
         request = known.again() if known and head == known_head else parse_head(head, self.fields)
-        self.last = (head, request) if request.fields.body_length == 0 else (b"", None)
         self.state, self.fields, self.body_pending = WORKING, request.fields, request.fields.body_length != 0
+        self.last = (b"", None) if self.body_pending else (head, request)
         return request
 
-    async def receive_first(self) -> bytes:
-        """Return the first bytes of a request, none if the connection is to be closed."""
+    async def _shake_hands(self, certificate: Certificate) -> None:
+        deadline = self.started + HANDSHAKE_SECONDS
         try:
-            if self.fields:  # a new connection may have sent some already
-                await ready(READABLE, self.deadline)
-            while True:
-                try:
-                    return self.connection.recv(RECEIVE_BYTES)
-                except BlockingIOError:
-                    await ready(READABLE, self.deadline)
-        except TimeoutError:
-            return b""
+            await ready(READABLE, deadline)
+            if self.socket.recv(1, socket.MSG_PEEK).isalpha():  # as of a method, and of no record
+                raise HTTPError(400, "this server speaks TLS; use https:// instead of http://")
+            self.connection = connection = SecureSocket(self.socket, certificate.context)
+            await connection.shake_hands(self.server.threads, client_of(parse_address(self.peer)), deadline)
+            self.deadline = time.monotonic() + FIRST_BYTE_SECONDS
         except OSError as error:
             raise ConnectionAbortedError from error
-        except Cancelled:
-            if self.login[1] is NOBODY:
-                raise
-            with contextlib.suppress(OSError):  # a request may have come at the last moment
-                return self.connection.recv(RECEIVE_BYTES)
-            return b""
 
-    async def receive(self) -> None:
-        """Receive more bytes of a request; raise HTTPError, TimeoutError or ConnectionError."""
-        try:
-            data = await receive(self.connection, RECEIVE_BYTES, self.deadline)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise ConnectionAbortedError from error
+    async def _receive_more(self) -> None:
+        data = await receive(self.connection, RECEIVE_BYTES, self.deadline)
         if not data:
             raise HTTPError(400, "the request is incomplete")
         self.received += data
@@ -3884,31 +3823,35 @@ class RequestHandler:
         """Return the answer to a request; raise whatever speaks against it."""
         methods, request.key_in_path = self.server.find_routes(request.path)
         route = self.route = methods.get(request.method)
-        if route is None or (route.who == BROWSER and not wants_html(request)):
+        if route is None or (route.who == BROWSER and not request.wants_html()):
             return answer_without_route(request.method, request.path, () if route else list(methods))  # 404, 405, 501
-        await self.authorize(route, request)  # 401, 403, 413, 429, 503
+        await self._authorize(route, request)  # 401, 403, 413, 429, 503
         if self.body_pending and route.who not in NO_LOGIN:
-            await self.receive_parameters(route, request)  # 400, 408, 413, 415
+            await self._receive_parameters(route, request)  # 400, 408, 413, 415
         elif request.parameters is NOT_PARSED:
             request.parameters = parse_parameters(request, route)  # 400
         if route.where != HERE:
-            return await self.run(route, request)
+            return await self._run_elsewhere(route, request)
         response = route.endpoint(self.server.reader, request)
         while response.wait_until:
-            await self.wait_for_change(request, response.wait_until)
-            await self.authorize(route, request)
+            await self._wait_for_change(request, response.wait_until)
+            await self._authorize(route, request)
             response = route.endpoint(self.server.reader, request)
         return response
 
-    async def authorize(self, route: Route, request: Request) -> None:
+    def _address(self, request: Request | None) -> Address | None:
+        forwarded_for = request.fields.headers.get("x-forwarded-for", "") if request else ""
+        return client_address(self.peer, forwarded_for, self.server.trusted_proxy)
+
+    async def _authorize(self, route: Route, request: Request) -> None:
         """Set the user of a request; raise HTTPError unless they may send it."""
         if route.who in NO_LOGIN:
             return
         fields, user = self.login
+        headers = request.fields.headers
         if request.fields is not fields or not self.server.reader.is_current(user):
-            authorization, begun = request.fields.headers.get("authorization"), time.monotonic()
-            find_address = functools.partial(self.address, request)
-            user = await self.server.authenticator.authenticate(authorization, find_address)
+            find_address, begun = functools.partial(self._address, request), time.monotonic()
+            user = await self.server.authenticator.authenticate(headers.get("authorization"), find_address)
             self.login = (request.fields, user)
             self.deadline += time.monotonic() - begun  # this time is not the client's fault
         request.user = user
@@ -3917,45 +3860,43 @@ class RequestHandler:
         if user.token:
             self.server.note_use(user.token)
         if route.where == COMMIT:
-            check_same_site(request.fields.headers)
+            check_same_site(headers)
             if user.token and user.token.is_read_only:
                 raise HTTPError(403, "this token may only read; make another one with: python kvserver.py addtoken")
         if request.fields.body_length > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
 
-    async def receive_parameters(self, route: Route, request: Request) -> None:
+    async def _receive_parameters(self, route: Route, request: Request) -> None:
         """Receive and parse the body of a request."""
-        self.state = RECEIVING
         if "expect" in request.fields.headers and not request.fields.is_http_1_0:
-            await self.send(CONTINUE)
+            await self._send(CONTINUE)
+        self.state = RECEIVING
         length, body = request.fields.body_length, bytearray()
         while not (take_chunks(self.received, body) if length == CHUNKED else len(self.received) >= length):
-            await self.receive()
+            await self._receive_more()
         if length != CHUNKED:
             body, self.received = self.received[:length], self.received[length:]
         self.state, self.body_pending, request.body = WORKING, False, bytes(body)
-        if len(body) <= QUICK_BODY_BYTES_MAX:
-            request.parameters = parse_parameters(request, route)
-        else:
-            parse = functools.partial(parse_parameters, request, route)
-            request.parameters = await self.server.threads.run(parse, request.user.id)
-        await self.authorize(route, request)  # meanwhile, the user may have been deleted, or got another password
+        parse = functools.partial(parse_parameters, request, route)
+        is_long = len(body) > QUICK_BODY_BYTES_MAX
+        request.parameters = await self.server.threads.run(parse, request.user.id) if is_long else parse()
+        await self._authorize(route, request)  # meanwhile, the user may have been deleted, or got another password
 
-    async def run(self, route: Route, request: Request) -> Response:
+    async def _run_elsewhere(self, route: Route, request: Request) -> Response:
         """Run the endpoint of a request in a thread, or in the next transaction."""
         if route.where == THREAD:
-            return await self.run_in_thread(route.endpoint, request)
+            return await self._run_in_thread(route.endpoint, request)
         if "password" in request.parameters:  # its hash would take too long within the transaction
             password, is_admin = request.parameters["password"], request.user.is_admin
             request.password_hash = await self.server.authenticator.hash_password(password, is_admin)
-            await self.authorize(route, request)
+            await self._authorize(route, request)
         size = LONG if route.who == ADMIN else len(request.query) + len(request.body)
         try:
             return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
         except RefusedForm as refused:
-            return await self.run_in_thread(refused.endpoint, request)
+            return await self._run_in_thread(refused.endpoint, request)
 
-    async def run_in_thread(self, endpoint: Callable[[Store, Request], Response], request: Request) -> Response:
+    async def _run_in_thread(self, endpoint: Callable[[Store, Request], Response], request: Request) -> Response:
         """Run an endpoint in a thread, with a store of its own."""
 
         def run() -> Response:
@@ -3967,210 +3908,110 @@ class RequestHandler:
         request.metrics = self.server.metrics
         return cast(Response, await self.server.threads.run(run, request.user.id))
 
-    async def wait_for_change(self, request: Request, deadline: float) -> None:
-        """Wait until a request's pair may have changed, or the deadline; raise ConnectionError if the client has gone."""
+    async def _wait_for_change(self, request: Request, deadline: float) -> None:
+        """Wait until the pair of a request may have changed, or the deadline; raise ConnectionError without a client."""
         pair = (request.user.id, request.parameters["key"])
         while not await self.server.change(pair, 0 if self.received else READABLE, deadline):
             with contextlib.suppress(BlockingIOError):
-                data = self.connection.recv(RECEIVE_BYTES)
-                if not data:
+                self.received += self.connection.recv(RECEIVE_BYTES)
+                if not self.received:
                     raise ConnectionResetError
-                self.received += data
         request.may_wait = not self.server.stopping
 
-    async def send(self, data: bytes) -> None:
+    async def _send(self, data: bytes) -> None:
         """Send bytes; raise ConnectionError when the client has gone, or takes none for SEND_SECONDS."""
         unsent: bytes | memoryview = data
-        while True:
-            try:
-                sent = self.connection.send(unsent)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                raise ConnectionAbortedError from error
-            if sent == len(unsent):
-                break
-            unsent = memoryview(unsent)[sent:]
-            self.state, self.unsent_bytes = SENDING, len(data)
-            try:
+        try:
+            while True:
+                try:
+                    sent = self.connection.send(unsent)
+                except BlockingIOError:
+                    sent = 0
+                if sent == len(unsent):
+                    break
+                unsent = memoryview(unsent)[sent:]
+                self.state, self.unsent_bytes = SENDING, len(data)
                 await ready(WRITABLE, time.monotonic() + SEND_SECONDS)
-            except TimeoutError as error:
-                raise ConnectionAbortedError from error
+        except OSError as error:
+            raise ConnectionAbortedError from error
         self.unsent_bytes = 0
 
-    async def linger(self) -> None:
+    async def _linger(self) -> None:
         """Discard the rest of a request until the client has read the answer and closes.
 
-        To close a connection with unread bytes is to reset it, and a reset takes the answer with it (RFC 9112 section
-        9.6).
+        To close a connection with unread bytes is to reset it, which takes the answer with it (RFC 9112 section 9.6).
         """
-        self.state, deadline = RECEIVING, time.monotonic() + LINGER_SECONDS
+        self.state, deadline = RECEIVING, time.monotonic() + (0 if self.server.stopping else LINGER_SECONDS)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             while await receive(self.socket, RECEIVE_BYTES, deadline):
                 pass
 
-    def note_answer(self, request: Request | None, status: int) -> None:
-        """Count an answer, and log it if that is wanted."""
-        route, seconds = self.route, time.monotonic() - self.started
+    def _note_answer(self, request: Request | None, status: int) -> None:
+        """Count an answer, and log it if that is wanted: its key, but neither its value nor its query."""
+        route, seconds, method, path, key, user = self.route, time.monotonic() - self.started, "", "", "", ""
         if route is None and request:  # another method of the path counts
             route = next(iter(self.server.find_routes(request.path)[0].values()), None)
         endpoint = route.path or "/" if route else NO_ENDPOINT
         self.server.metrics.note_answer(endpoint, status, seconds)
-        if self.server.log_requests:
-            log_request(request, endpoint, status, seconds, str(self.address(request)))
+        if not self.server.log_requests:
+            return
+        if request:
+            method = request.method if request.method in METHODS else ""
+            key, user = request.parameters.get("key", "")[:KEY_BYTES_MAX], request.user.name
+            # In the place of an unknown path there may be a value, by mistake.
+            path = request.path.removesuffix(request.key_in_path) if route else ""
+        line = f"request: method={method} path={path!r} key={key!r} status={status} milliseconds={seconds * 1000:.1f}"
+        log("INFO", f"{line} user={user!r} address={self._address(request)}")
 
 
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
 # Changes that are told to URLs: each hook with pending deliveries is one task. Only somebody with a shell on the machine
 # adds hooks: if users could, they could have the server send requests into the network that it stands in.
 
-# Interim answers (1xx) are skipped; then come a status line, the header lines so far, and their end.
-HEAD = re.compile(
-    rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"
-    rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)(\r?\n)?"
-)
-RETRY_AFTER_FIELD = re.compile(rb"^retry-after:[ \t]*([0-9]+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
-NOT_HTTP_ANSWER = "the answer is not HTTP/1.1"
-HOOK_PORTS = {"http": 80, "https": 443}
 client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # it verifies; to make one takes long
-
-
-class BadHook(ValueError):
-    """A hook cannot be like this; the message says how."""
-
-
-def check_hook(pattern: str, value: str | None) -> None:
-    """Raise BadHook unless keys can match pattern, a key or their beginning and a star, and be given the value."""
-    try:
-        if pattern != "*":
-            require_key(pattern.removesuffix("*"))
-        check_value(value or "")
-    except (HTTPError, UnicodeEncodeError):
-        raise BadHook(
-            f"KEY is a key, or what keys begin with and a star: 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL;"
-            f" V is at most {VALUE_BYTES_MAX} bytes of UTF-8"
-        ) from None
-
-
-def authority(parts: urllib.parse.SplitResult) -> str:
-    """Return host and port of a URL, without the login before them."""
-    return parts.netloc.rpartition("@")[2]
-
-
-def parse_hook_url(url: str) -> urllib.parse.SplitResult:
-    """Return the parts of a hook's URL; raise BadHook, whose message does not quote it."""
-    if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
-        raise BadHook(
-            f"a URL has at most {HOOK_URL_BYTES_MAX} characters, all ASCII and no space: percent-encode what is another"
-        )
-    with contextlib.suppress(ValueError):  # no port can be that
-        parts = urllib.parse.urlsplit(url)
-        host = authority(parts)
-        is_complete = parts.hostname and parts.port != 0 and not host.endswith(":")
-        if parts.scheme in HOOK_PORTS and is_complete and HOST.fullmatch(host):
-            return parts
-    raise BadHook("a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
-
-
-class Answer(NamedTuple):
-    """The answer to a delivery, or why there is none; its text does not quote the URL."""
-
-    status: int  # 0 when no whole status line has come
-    text: str  # the status, or the failure
-    retry_after: float | None = None  # seconds, if it says so
-
-    def is_success(self) -> bool:
-        """Return whether the delivery has arrived."""
-        return 200 <= self.status < 300
-
-    def is_refusal(self) -> bool:
-        """Return whether it is no use to try again; redirections are not followed."""
-        return 300 <= self.status < 500 and self.status not in (408, 429)
-
-
-def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
-    """Return an answer, None before its status line is whole, and whether nothing more of it is needed.
-
-    Beside the status, only the header Retry-After is needed.
-    """
-    head = HEAD.match(received)
-    if not head:
-        return None, False
-    status = int(head[1])
-    try:
-        text = f"{status} {http.HTTPStatus(status).phrase}"
-    except ValueError:
-        text = str(status)
-    if status not in (429, 503):
-        return Answer(status, text), True
-    retry_after = RETRY_AFTER_FIELD.search(head[2])
-    return Answer(status, text, max(1.0, float(retry_after[1])) if retry_after else None), head[3] is not None
 
 
 def describe_failure(error: Exception) -> str:
     """Return in words why an exchange failed."""
     if isinstance(error, TimeoutError):
         return f"no answer within {HOOK_SECONDS} seconds"
-    if not isinstance(error, OSError):
+    if isinstance(error, UnicodeError):
         return "the host's name cannot be one"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate was refused: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return f"TLS failed: {(error.reason or 'unknown').lower().replace('_', ' ')}"
-    return error.strerror or type(error).__name__
-
-
-def encode_delivery(url: urllib.parse.SplitResult, idempotency_key: str, members: Mapping[str, object]) -> bytes:
-    """Return the request that posts the members of a JSON object, all ASCII."""
-    body = json.dumps(members).encode()
-    lines = [
-        f"POST {url.path or '/'}{'?' if url.query else ''}{url.query} HTTP/1.1",
-        f"Host: {authority(url)}",
-        f"User-Agent: kvserver/{__version__}",
-        f"Content-Type: {JSON}",
-        f"Content-Length: {len(body)}",
-        f"Idempotency-Key: {idempotency_key}",
-        "Connection: close",
-    ]
-    login = urllib.parse.unquote(url.netloc.rpartition("@")[0])
-    if login:
-        login += "" if ":" in login else ":"  # a lone name has an empty password (RFC 7617 section 2)
-        lines.append("Authorization: Basic " + base64.b64encode(login.encode("utf-8")).decode())
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 async def connect(
-    loop: Loop, threads: Threads, url: urllib.parse.SplitResult, deadline: float
-) -> socket.socket | SecureSocket:
+    loop: Loop, threads: Threads, url: urllib.parse.SplitResult, deadline: float, opened: contextlib.ExitStack
+) -> Any:
     """Return a connection to the first address of a URL's host that takes it; raise OSError or ValueError."""
-    host, port = cast(str, url.hostname), url.port or HOOK_PORTS[url.scheme]
+    host, port = url.hostname, url.port or HOOK_PORTS[url.scheme]
     look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     addresses = await threads.run(look_up, deadline=deadline)
+    context = await threads.run(client_context) if url.scheme == "https" else None
     failure: OSError = OSError(0, "the host has no address")
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):
-        with contextlib.ExitStack() as on_failure:
-            try:
-                connection = on_failure.enter_context(socket.socket(family, kind, protocol))
-                connection.setblocking(False)
-                loop.use(connection)
-                on_failure.callback(loop.use, None)
-                code = connection.connect_ex(address)
-                if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-                    now = time.monotonic()
-                    await ready(WRITABLE, now + (deadline - now) / (len(addresses) - tried))
-                    code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if code:
-                    raise OSError(code, os.strerror(code))
-                secure = (
-                    SecureSocket(connection, await threads.run(client_context), host) if url.scheme == "https" else None
-                )
-                if secure:
-                    await secure.shake_hands(threads, None, deadline)
-                on_failure.pop_all()
-                return secure or connection
-            except OSError as error:
-                failure = error
+        try:
+            connection = opened.enter_context(socket.socket(family, kind, protocol))
+            connection.setblocking(False)
+            loop.use(connection)
+            code, now = connection.connect_ex(address), time.monotonic()
+            if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+                await ready(WRITABLE, now + (deadline - now) / (len(addresses) - tried))
+                code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+            if not context:
+                return connection
+            secure = opened.enter_context(contextlib.closing(SecureSocket(connection, context, host)))
+            await secure.shake_hands(threads, None, deadline)
+            return secure
+        except OSError as error:
+            failure = error
     raise failure
 
 
@@ -4179,54 +4020,40 @@ async def exchange(
 ) -> Answer:
     """Send the members of a JSON object to a hook's URL, and return the answer, all within HOOK_SECONDS.
 
-    It does less than http.client: proxies and redirections are not looked for, and a status line that is cut off is
-    none.
+    http.client would block, and take a status line that is cut off.
     """
-    deadline, parts = time.monotonic() + HOOK_SECONDS, parse_hook_url(url)
-    try:
-        unsent = memoryview(
-            await threads.run(lambda: encode_delivery(parts, idempotency_key, members), deadline=deadline)
-        )
-        connection = await connect(loop, threads, parts, deadline)
-    except (OSError, ValueError) as error:  # the latter for a name that cannot be one of a host
-        return Answer(0, describe_failure(error))
-    try:
-        with contextlib.suppress(OSError):  # an answer may come before the request has been sent in full
-            now = time.monotonic()
-            while unsent:
-                with contextlib.suppress(BlockingIOError):
-                    unsent = unsent[connection.send(unsent[:RECEIVE_BYTES]) :]
-                    continue
-                await ready(WRITABLE, (now + deadline) / 2)  # time has to be left for the answer
-        return await receive_answer(connection, deadline)
-    finally:
-        loop.use(None)
-        connection.close()
-
-
-async def receive_answer(connection: socket.socket | SecureSocket, deadline: float) -> Answer:
-    """Return the answer that comes on the task's connection."""
-    received, problem, answer = b"", "the connection was closed before a whole status line had come", None
-    try:
-        while len(received) < HOOK_ANSWER_BYTES_MAX:
-            data = await receive(connection, HOOK_ANSWER_BYTES_MAX - len(received), deadline)
-            if not data:
-                problem = NOT_HTTP_ANSWER if b"\n" in received else problem
-                break
-            received += data
-            answer, is_complete = parse_answer(received)
-            if is_complete:  # the sender of the rest might see an error if we closed before it has come
-                deadline = min(deadline, time.monotonic() + HOOK_LINGER_SECONDS)
-        else:
-            problem = NOT_HTTP_ANSWER
-    except OSError as error:
-        problem = describe_failure(error)
+    parts, deadline, received, answer = parse_hook_url(url), time.monotonic() + HOOK_SECONDS, b"", None
+    problem = "the connection was closed before a whole status line had come"
+    with contextlib.ExitStack() as opened:
+        try:
+            connection = await connect(loop, threads, parts, deadline, opened)
+            unsent = memoryview(encode_delivery(parts, idempotency_key, members))
+            half_time = (time.monotonic() + deadline) / 2  # the other half is for the answer
+            with contextlib.suppress(OSError):  # which may come before the request has been sent in full
+                while unsent:
+                    await ready(WRITABLE, half_time)
+                    with contextlib.suppress(BlockingIOError):
+                        unsent = unsent[connection.send(unsent[:RECEIVE_BYTES]) :]
+            while data := await receive(connection, HOOK_ANSWER_BYTES_MAX, deadline):
+                received += data
+                answer, is_whole = parse_answer(received)
+                if is_whole:  # the sender of the rest might see an error if we closed before it has come
+                    deadline = min(deadline, time.monotonic() + HOOK_LINGER_SECONDS)
+                if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
+                    problem = "the answer is not HTTP/1.1"
+                if len(received) >= HOOK_ANSWER_BYTES_MAX:
+                    break
+        except Exception as error:  # noqa: BLE001 - whatever it is, the delivery has not arrived
+            problem = describe_failure(error)
+        finally:
+            loop.use(None)
     return answer or Answer(0, problem)
 
 
 def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> Answer:
     """Send the members of a JSON object to a hook's URL, in a loop of its own, and return the answer."""
-    loop, answers = Loop(print), list[Answer]()
+    answers: list[Answer] = []
+    loop = Loop(lambda error: None)
 
     async def run() -> None:
         answers.append(await exchange(loop, Threads(loop, 1), url, idempotency_key, members))
@@ -4238,64 +4065,39 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> An
     return answers[0]
 
 
-def exchange_bounds(receiver: str, is_long: bool, is_doubtful: bool) -> dict[Hashable, int]:
-    """Return how many exchanges of a kind may run at once: half of each for hooks whose last attempt has not arrived."""
-    bounds: dict[Hashable, int] = {
-        is_long: LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX,
-        (is_long, receiver): RECEIVER_EXCHANGES_MAX,
-    }
-    if is_doubtful:
-        bounds |= {("doubtful", key): max(1, most // 2) for key, most in bounds.items()}
-    return bounds
-
-
 class Outbox:
     """Has deliveries sent: those of a hook in order and one at a time, each hook with pending ones by a task."""
 
-    def __init__(
-        self,
-        store: Store,
-        loop: Loop,
-        commit: Callable[[Callable[[Store], None]], Awaitable[None]],
-        metrics: Metrics,
-        errors: ErrorLog,
-    ) -> None:
-        """Send the deliveries in a store; commit makes a change of it."""
-        self._store, self._loop, self._commit = store, loop, commit
-        self._metrics, self._errors = metrics, errors
-        self._threads = Threads(loop, EXCHANGES_MAX)  # looking up a name may take much longer than an exchange
+    def __init__(self, store: Store, loop: Loop, commit: Commit, metrics: Metrics, errors: ErrorLog) -> None:
+        """Send the deliveries in a store."""
+        self._store, self._loop, self._commit, self._metrics, self._errors = store, loop, commit, metrics, errors
+        self._threads = Threads(loop, EXCHANGES_MAX)  # to look up a name may take much longer than an exchange
         self._gate = Gate(loop)
-        self.has_hooks = False
-        self.busy: set[int] = set()  # hooks with an exchange under way, or its result not yet noted
+        self.has_hooks = self._is_sender = self._is_stopped = False
+        self.busy: set[int] = set()  # hooks with an exchange under way, or its result not yet stored
         self._tasks: dict[int, Task] = {}  # by hook
         self._newest = 0  # id of the newest delivery that has been seen
-        self._overflown: dict[int, int] = {}  # number up to which the deliveries of a hook are known to have made room
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
-        self._dropped_logged = -math.inf  # monotonic seconds
+        self._next_log = 0.0  # monotonic seconds
         self._lock_file: BinaryIO | None = None
-        self._is_sender = self._is_stopped = False
 
     def stop(self) -> None:
         """Begin no further exchange."""
         self._is_stopped = True
-        for hook_id, task in list(self._tasks.items()):
-            if hook_id not in self.busy:
-                self._loop.throw(task, Cancelled())
+        for task in [task for hook_id, task in self._tasks.items() if hook_id not in self.busy]:
+            self._loop.throw(task, Cancelled())
 
     def close(self) -> None:
         """Let another process send."""
-        self._threads.close()
         if self._lock_file:
             self._lock_file.close()
 
     def _may_send(self) -> bool:
         """Return whether this process sends: of several with one database only one does, as long as it lives."""
-        if self._is_sender:
+        if self._is_sender or os.name == "nt":  # Windows has no such locks
             return True
-        try:
-            import fcntl  # here, because it is missing on Windows
-        except ImportError:
-            return True
+        import fcntl
+
         path = os.path.realpath(self._store.path) + "-hooks"
         try:
             if not self._lock_file:
@@ -4315,99 +4117,92 @@ class Outbox:
         return self._is_sender
 
     def look(self) -> None:
-        """Start a task for each hook that has new deliveries."""
+        """Start a task for each hook that has new deliveries; raise sqlite3.Error."""
         self._log_dropped()
         self.has_hooks = self._store.has_hooks()
-        if self._is_stopped or not (self.has_hooks and self._may_send()):
-            return
-        for hook_id, receiver, is_proven, handled, newest, oldest in self._store.new_deliveries(self._newest):
-            self._newest = max(self._newest, newest)
-            if hook_id not in self.busy:
-                self._note_overflow(hook_id, receiver, oldest, handled)
-            if hook_id not in self._tasks:
-                self._tasks[hook_id] = self._loop.start(self._run_hook(hook_id, receiver, bool(is_proven)))
+        if self.has_hooks and not self._is_stopped and self._may_send():
+            for hook_id, receiver, is_proven, newest in self._store.new_deliveries(self._newest):
+                self._newest = max(self._newest, newest)
+                if hook_id not in self._tasks:
+                    self._tasks[hook_id] = self._loop.start(self._run_hook(hook_id, receiver, bool(is_proven)))
 
     async def _run_hook(self, hook_id: int, receiver: str, is_proven: bool) -> None:
         """Send the pending deliveries of a hook, until there are none."""
-        begun, failures, pause_seconds, unnoted = time.monotonic(), 0, 1.0, 0
+        begun, failures, next_pause, unstored, last = time.monotonic(), 0, 1.0, 0, 0
         try:
             while length := self._store.next_delivery_length(hook_id):
-                bounds = exchange_bounds(receiver, length > LONG_DELIVERY_CHARACTERS, failures > 0 or not is_proven)
+                is_long = length > LONG_DELIVERY_CHARACTERS
+                most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
+                bounds: dict[Hashable, int] = {is_long: most, (is_long, receiver): RECEIVER_EXCHANGES_MAX}
+                if failures or not is_proven:  # half of all bounds are for hooks whose last delivery has arrived
+                    bounds |= {("doubtful", key): max(1, number // 2) for key, number in bounds.items()}
                 await self._gate.enter(bounds)
                 self.busy.add(hook_id)
                 try:
                     delivery = self._store.next_delivery(hook_id)
                     if delivery is None:  # it has been deleted meanwhile
                         return
-                    number, created = delivery.number, delivery.created
-                    self._note_overflow(hook_id, receiver, number, delivery.handled)
-                    members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
-                    answer = await exchange(self._loop, self._threads, delivery.url, delivery.idempotency_key, members)
-                    del delivery, members  # they may be long
-                    self._metrics.deliveries += answer.is_success()
-                    self._metrics.failed_deliveries += not answer.is_success()
-                    pause, result, handled = 0.0, answer.text, number
+                    answer = await self._send(delivery, last)
+                    last, pause = delivery.number, 0.0
                     if answer.is_success() or answer.is_refusal():
-                        failures, pause_seconds, is_proven = 0, 1.0, True
+                        failures, next_pause, is_proven = 0, 1.0, True
                     else:
-                        failures += 1
-                        grace_seconds = begun + HOOK_GRACE_SECONDS - time.monotonic()
-                        seconds_left = max(created + HOOK_GIVE_UP_SECONDS - time.time(), grace_seconds)
-                        pause = min(answer.retry_after or pause_seconds, HOOK_RETRY_SECONDS_MAX, seconds_left)
-                        pause_seconds = min(2 * pause_seconds, HOOK_RETRY_SECONDS_MAX)
-                    if pause > 0:
-                        handled -= 1
-                        if failures == 1:
-                            problem = f"hook {hook_id} to {receiver}: {result}; trying again until it is a day old"
-                            self._errors.write(problem, DROPPED_SECONDS)
-                    elif not answer.is_success():
-                        pause_seconds = 1.0
-                        result += ", dropped"
-                        reason = answer.text if answer.is_refusal() else f"a day old, {answer.text}"
-                        self._drop(hook_id, receiver, 1, reason)
+                        failures, age, since = failures + 1, time.time() - delivery.created, time.monotonic() - begun
+                        seconds_left = max(HOOK_GIVE_UP_SECONDS - age, HOOK_GRACE_SECONDS - since)
+                        pause = max(0, min(answer.retry_after or next_pause, HOOK_RETRY_SECONDS_MAX, seconds_left))
+                        next_pause = min(2 * next_pause, HOOK_RETRY_SECONDS_MAX) if pause else 1.0
                     try:
-                        await self._commit(
-                            functools.partial(Store.note_try, hook_id=hook_id, result=result, handled=handled)
-                        )
-                        unnoted = 0
+                        await self._store_result(delivery, answer, pause, failures)
+                        unstored = 0
                     except (StoreError, sqlite3.Error):
-                        unnoted = min(unnoted + 1, 6)  # it is sent again, but not all the time
-                        pause = max(pause, 2.0**unnoted)
+                        unstored = min(unstored + 1, 6)
+                        pause = max(pause, 2.0**unstored)  # it is sent again, but not all the time
                 finally:
                     self.busy.discard(hook_id)
                     self._gate.leave(bounds)
+                delivery = None  # its values may be long
                 if self._is_stopped:
                     return
                 await sleep(pause)
-        except sqlite3.Error as error:
-            self._errors.write(f"the database failed: {error}")
-            self._newest = 0  # the next look begins anew
+        except Exception:
+            self._newest = 0  # the next look begins again
+            raise
         finally:
             del self._tasks[hook_id]
-            self._overflown.pop(hook_id, None)
 
-    def _note_overflow(self, hook_id: int, receiver: str, oldest: int, handled: int) -> None:
-        """Count the deliveries that had to make room, between the last handled and the oldest pending one."""
-        overflow = oldest - 1 - max(handled, self._overflown.get(hook_id, 0))
+    async def _send(self, delivery: Delivery, last: int) -> Answer:
+        """Send a delivery, and return the answer; last is the number of the one before: those between made room."""
+        overflow = delivery.number - 1 - max(delivery.handled, last)
         if overflow > 0:
-            self._overflown[hook_id] = oldest - 1
             bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
-            self._drop(hook_id, receiver, overflow, f"the oldest, since more than {bounds} were pending")
+            self._drop(delivery, overflow, f"the oldest, since more than {bounds} were pending")
+        members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
+        answer = await exchange(self._loop, self._threads, delivery.url, delivery.idempotency_key, members)
+        self._metrics.deliveries += answer.is_success()
+        self._metrics.failed_deliveries += not answer.is_success()
+        return answer
 
-    def _drop(self, hook_id: int, receiver: str, count: int, reason: str) -> None:
-        """Count deliveries that are given up, and log that now and then."""
+    async def _store_result(self, delivery: Delivery, answer: Answer, pause: float, failures: int) -> None:
+        result, handled = answer.text, delivery.number - 1 if pause else delivery.number
+        if pause and failures == 1:
+            problem = f"hook {delivery.hook_id} to {delivery.receiver}: {result}; trying again until it is a day old"
+            self._errors.write(problem, DROPPED_SECONDS)
+        if not pause and not answer.is_success():
+            self._drop(delivery, 1, result if answer.is_refusal() else f"a day old, {result}")
+            result += ", dropped"
+        await self._commit(lambda store: store.note_try(delivery.hook_id, result, handled))
+
+    def _drop(self, delivery: Delivery, count: int, reason: str) -> None:
         self._metrics.dropped_deliveries += count
-        self._dropped[f"hook {hook_id} to {receiver}", reason] += count
+        self._dropped[f"hook {delivery.hook_id} to {delivery.receiver}", reason] += count
         self._log_dropped()
 
     def _log_dropped(self) -> None:
-        """Log how many deliveries were dropped since the last time, unless that was just now."""
-        now = time.monotonic()
-        if self._dropped and (self._is_stopped or self._dropped_logged + DROPPED_SECONDS < now):
+        if self._dropped and (self._is_stopped or time.monotonic() > self._next_log):
             for (hook, reason), count in self._dropped.items():
                 log("ERROR", f"{hook}: dropped deliveries: {count} ({reason})")
             self._dropped.clear()
-            self._dropped_logged = now
+            self._next_log = time.monotonic() + DROPPED_SECONDS
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
@@ -4420,15 +4215,6 @@ class Change(NamedTuple):
     operation: Callable[[Store], Any]
     wakeup: Wakeup
     size: float  # bytes of the request, about
-
-
-def bind_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """Return the family and the address to bind; raise OSError when the host is unknown.
-
-    An empty host is all interfaces: the IPv6 wildcard serves IPv4 as well, where the machine can do that.
-    """
-    host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][::4]
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -4456,13 +4242,15 @@ class Server(http.server.ThreadingHTTPServer):
 
         With a certificate all connections are by TLS.
         """
-        self.address_family, address = bind_address(host, port)
+        # An empty host is all interfaces: the IPv6 wildcard serves IPv4 as well, where the machine can do that.
+        host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+        passive = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, address = passive[0][::4]
         self.path, self.certificate, self.trusted_proxy = path, certificate, trusted_proxy
         self.log_requests, self.max_connections = log_requests, max_connections
-        self.routes, self.routes_with_key = route_tables(base_path)
+        self.routes, self.beginnings = route_table(base_path), (base_path + "/kv/", "/kv/")
         self.errors = ErrorLog()
-        self.reader = CachingStore(path)
-        self.writer = Store(path, lock_seconds=0, mb_max=max_db_mb)
+        self.reader, self.writer = CachingStore(path), Store(path, lock_seconds=0, mb_max=max_db_mb)
         self.loop = Loop(lambda error: self.errors.write(describe_mistake(error)))
         # A slow commit must not wait for long lists, nor they for it.
         self.threads, self.disk = Threads(self.loop, WORKERS_MAX), Threads(self.loop, 1)
@@ -4472,19 +4260,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.authenticator = Authenticator(self.reader, self.loop, self.threads, self.commit, self.metrics)
         self.outbox = Outbox(self.reader, self.loop, self.commit, self.metrics, self.errors)
         self.changes: collections.deque[Change] = collections.deque()  # for the next transaction
-        self.stopping = False
-        self._stop_wakeup: Wakeup | None = None
-        self._is_finished = False
-        self._renewal_wanted = False  # of the certificate
-        self._room: Wakeup | None = None  # of the task that accepts connections, while there are too many
+        self.stopping = self._is_finished = self._is_committing = False
+        self._has_expired = False  # whether there are pairs to be removed in passing
         self._days_noted: dict[int, int] = {}  # by a token's id, on which day its use was last noted
         self._polls_state = b""  # of the database, when all polls were last looked at
-        self._is_committing = False
-        self._stalled_until = 0.0  # monotonic seconds
         self._next_checkpoint = 0.0  # monotonic seconds
         self._checkpoint_retry_seconds = CHECKPOINT_RETRY_SECONDS
-        self._has_expired = False  # whether there are pairs to be removed in passing
-        super().__init__(address, cast(Any, RequestHandler))
+        super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
@@ -4499,8 +4281,7 @@ class Server(http.server.ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close all that the server has opened."""
         super().server_close()
-        self.loop.close()
-        for part in (self.threads, self.disk, self.authenticator.scrypt, self.outbox, self.reader, self.writer):
+        for part in (self.loop, self.outbox, self.reader, self.writer):
             part.close()
 
     def url(self, host: str) -> str:
@@ -4514,9 +4295,6 @@ class Server(http.server.ThreadingHTTPServer):
         thread = threading.Thread(target=self.serve_forever, daemon=True)
         thread.start()
         while not self.stopping:
-            if self._renewal_wanted and self.certificate:
-                self._renewal_wanted = False
-                self.certificate.renew()
             time.sleep(POLL_SECONDS)
         thread.join(EXIT_SECONDS)
         if thread.is_alive() or self._is_committing:
@@ -4525,83 +4303,68 @@ class Server(http.server.ThreadingHTTPServer):
         return True
 
     def stop(self) -> None:
-        """Make run end. This is safe in a signal handler."""
+        """Make run end. This is safe in a signal handler: it only sets a flag."""
         self.stopping = True
-        if self._stop_wakeup:
-            self.loop.post(self._stop_wakeup)
-
-    def renew_certificate(self) -> None:
-        """Have the certificate loaded again soon. This is safe in a signal handler: it only sets a flag."""
-        self._renewal_wanted = True
 
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
         """Run the loop until the server has stopped, and commit after each of its rounds."""
-        for coroutine in (self.shut_down(), self.accept(), self.keep_house()):
-            self.loop.start(coroutine)
+        accepting = self.loop.start(self._accept())
+        self.loop.start(self._keep_house(accepting))
         while not self._is_finished:
             self.loop.run_once(may_wait=not self._may_commit())
             if self._may_commit():
-                self.loop.start(self.commit_round())
+                self.loop.start(self._commit_round())
 
-    async def shut_down(self) -> None:
-        """Wait for the stop, finish the requests under way, and end the loop."""
-        self._stop_wakeup = Wakeup(self.loop)
-        if not self.stopping:
-            await outcome()
-        begun = time.monotonic()
-        self.loop.throw(self._accepting, Cancelled())
+    async def _keep_house(self, accepting: Task) -> None:
+        """Look now and then for changes by other processes and whatever else nobody asks for, until the stop."""
+        while not self.stopping:
+            with contextlib.suppress(sqlite3.Error):  # whoever asks is told that the disk fails
+                state = self.reader.state()
+                if self.polls and state != self._polls_state:
+                    self._polls_state = state
+                    self._wake_polls(None)
+                self._bound_unsent()
+                self._has_expired = self.reader.has_expired()
+                self.outbox.look()
+            await sleep(POLL_SECONDS)
+        begun, last = time.monotonic(), False
+        self.loop.throw(accepting, Cancelled())
         self.socket.close()
         self.outbox.stop()
-        for wakeup in self.polls:
-            wakeup(True)
+        self._wake_polls(None)
         for handler in list(self.connections.values()):
             if handler.state == IDLE and not handler.received:
                 self.loop.throw(handler.task, Cancelled())
-        await self.wait_for_end(begun + STOP_REQUEST_SECONDS)
-        late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
-        for task in (*late, *(change.wakeup.task for change in self.changes)):
-            self.loop.throw(task, TimeoutError())
-        await self.wait_for_end(begun + STOP_SECONDS)
+        while (self.connections or self.outbox.busy) and time.monotonic() < begun + STOP_SECONDS:
+            await sleep(STOP_POLL_SECONDS)
+            if not last and time.monotonic() > begun + STOP_REQUEST_SECONDS:
+                last = True
+                late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
+                for task in (*late, *(change.wakeup.task for change in self.changes)):
+                    self.loop.throw(task, TimeoutError())
         self._is_finished = True
 
-    async def wait_for_end(self, deadline: float) -> None:
-        """Wait until nothing is under way, or the deadline."""
-        while (self.connections or self.outbox.busy) and time.monotonic() < deadline:
-            await sleep(STOP_POLL_SECONDS)
-
-    async def accept(self) -> None:
-        """Accept connections, and serve each in a task of its own."""
-        self._accepting = self.loop.current
+    async def _accept(self) -> None:
         self.loop.use(self.socket)
         while True:
             await ready(READABLE)
-            if len(self.connections) >= self.max_connections and not self.make_room():
-                await self.wait_for_room()
-                continue
+            has_room = len(self.connections) < self.max_connections or self._make_room()
             try:
-                connection, address = self.get_request()
+                if has_room:
+                    self.process_request(*self.get_request())
             except (BlockingIOError, ConnectionError):  # the client did not wait
                 continue
             except OSError as error:
                 self.errors.write(f"cannot accept a connection: {error.strerror}")
-                if error.errno != errno.EMFILE or not self.make_room():
-                    await self.wait_for_room()
-                continue
-            self.process_request(connection, address)
+                has_room = error.errno == errno.EMFILE and self._make_room()
+            if not has_room:  # further connections are left to the listen queue
+                await sleep(FULL_POLL_SECONDS)
 
-    def make_room(self) -> bool:
-        """Close the connection that is the first to give way, and return whether that made room."""
-        before = len(self.connections)
+    def _make_room(self) -> bool:
         ranks = {handler: rank for handler in self.connections.values() if (rank := handler.rank())}
         if ranks:
             self.loop.throw(min(ranks, key=ranks.__getitem__).task, Cancelled())
-        return len(self.connections) < before
-
-    async def wait_for_room(self) -> None:
-        """Leave further connections to the listen queue until another one is closed, or for a moment."""
-        self._room = Wakeup(self.loop)
-        with contextlib.suppress(TimeoutError):
-            await outcome(time.monotonic() + POLL_SECONDS)
+        return bool(ranks)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection."""
@@ -4613,17 +4376,13 @@ class Server(http.server.ThreadingHTTPServer):
         """Close a connection."""
         self.connections.pop(request, None)
         self.close_request(request)
-        if self._room:
-            self._room()
 
     def find_routes(self, path: str) -> tuple[dict[str, Route], str]:
         """Return the routes of a path by method, and the key that stands in it, still encoded, if one does."""
-        methods = self.routes.get(path)
-        if methods is None:
-            for begin, methods_with_key in self.routes_with_key.items():
-                if path.startswith(begin) and path != begin:
-                    return methods_with_key, path[len(begin) :]
-        return methods or {}, ""
+        for beginning in self.beginnings:
+            if path.startswith(beginning) and path != beginning:
+                return self.routes[beginning + "KEY"], path[len(beginning) :]
+        return self.routes.get(path, {}), ""
 
     async def change(self, pair: tuple[int, str], events: int, deadline: float) -> bool:
         """Wait until a pair may have changed, or the deadline; return False if the connection is ready before that."""
@@ -4638,8 +4397,7 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             del self.polls[wakeup]
 
-    def wake_polls(self, changed_pairs: set[tuple[int, str]] | None) -> None:
-        """Wake the requests that wait for a change of these pairs, or all of them."""
+    def _wake_polls(self, changed_pairs: set[tuple[int, str]] | None) -> None:
         for wakeup, pair in self.polls.items():
             if changed_pairs is None or pair in changed_pairs:
                 wakeup(True)
@@ -4661,122 +4419,98 @@ class Server(http.server.ThreadingHTTPServer):
         change = Change(operation, Wakeup(self.loop), size)
         self.changes.append(change)
         try:
-            return await outcome(time.monotonic() + DATABASE_LOCK_SECONDS)
+            return await ready(0, time.monotonic() + DATABASE_LOCK_SECONDS)
         except TimeoutError:
             self.changes.remove(change)
             raise StoreBusy("the server is too busy") from None
 
     def _may_commit(self) -> bool:
-        """Return whether there is something to commit; expired pairs wait for changes, unless there are hooks."""
-        has_changes = self.changes or (self._has_expired and self.outbox.has_hooks)
-        return bool(has_changes) and not self._is_committing
+        # Expired pairs wait for changes, unless there are hooks to be told of them.
+        return not self._is_committing and bool(self.changes or (self._has_expired and self.outbox.has_hooks))
 
-    def take_changes(self) -> list[Change]:
-        """Return the changes for one transaction; their tasks wait for its end from now on, however long it takes."""
+    def _take_changes(self) -> list[Change]:
         # A transaction is in the write-ahead log at once, so a bound for one is a bound for the other.
         taken, size = list[Change](), 0.0
         while self.changes and size < TRANSACTION_BYTES_MAX:
             taken.append(self.changes.popleft())
-            taken[-1].wakeup.task.deadline = NEVER
+            taken[-1].wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
             size += taken[-1].size
         return taken
 
-    async def commit_round(self) -> None:
-        """Make the changes of this round in one transaction, and tell their tasks.
-
-        The loop waits for a quick disk, and meanwhile changes come in for the next round. A slow disk is left to a
-        thread, and so is a transaction that may take long: reads go on.
-        """
+    async def _commit_round(self) -> None:
+        """Make the changes of this round in one transaction, and tell their tasks."""
         self._is_committing = True
         try:
             self.writer.begin()
-            await self._commit_changes()
+            await self._commit(self._take_changes())
             await self._restart_long_log()
         except StoreBusy:  # another process is writing, and the changes wait
             await sleep(LOCK_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
             self._has_expired = False  # until the next look
-            for change in self.take_changes():
+            for change in self._take_changes():
                 change.wakeup(error)
         finally:
             self._is_committing = False
 
-    async def _commit_changes(self) -> None:
-        """Make the changes in the transaction that has begun."""
-        changes = self.take_changes()
-        removals: list[Callable[[Store], Any]] = [Store.remove_expired] if self._has_expired else []
-        operations = [*removals, *(change.operation for change in changes)]  # the expired ones make room for the others
-        state, self.writer.may_exceed = self.reader.state(), self.outbox.has_hooks
-        outcomes: list[Any]
+    async def _commit(self, changes: list[Change]) -> None:
+        """Make changes in the transaction that has begun.
+
+        The loop waits for a quick disk, and meanwhile changes come in for the next round. A slow disk is left to a
+        thread, and so is a transaction that may take long: reads go on.
+        """
+        removals: list[Callable[[Store], Any]] = [Store.remove_expired] if self._has_expired else []  # they make room
+        operations = [*removals, *(change.operation for change in changes)]
+        state_before, self.writer.may_exceed = self.reader.state(), self.outbox.has_hooks
+        is_quick = self.writer.commit_seconds < QUICK_COMMIT_SECONDS
         try:
-            is_quick = self.writer.commit_seconds < QUICK_COMMIT_SECONDS and self._stalled_until < time.monotonic()
             if is_quick and sum(change.size for change in changes) < QUICK_CHANGES_BYTES_MAX:
-                outcomes = self.writer.commit(operations)
+                results = self.writer.commit(operations)
             else:
-                outcomes = await self.disk.run(lambda: self.writer.commit(operations))
+                results = await self.disk.run(lambda: self.writer.commit(operations))
         except Exception as error:  # noqa: BLE001 - the tasks raise it
-            outcomes = [error] * len(operations)
-        if STALL_SECONDS < self.writer.commit_seconds < math.inf:  # the disk may do so again
-            self._stalled_until = time.monotonic() + STALL_FACTOR * self.writer.commit_seconds
-        removed, outcomes = outcomes[: len(removals)], outcomes[len(removals) :]
-        self._has_expired = removed == [True]
-        for problem in removed:
-            if isinstance(problem, Exception):
-                self.errors.write(f"expired pairs cannot be removed: {problem}")
-        for change, result in zip(changes, outcomes):
+            results = [error] * len(operations)
+        if removals:
+            removed = results.pop(0)
+            self._has_expired = removed is True
+            if isinstance(removed, Exception):
+                self.errors.write(f"expired pairs cannot be removed: {removed}")
+        for change, result in zip(changes, results):
             change.wakeup(result)
         self.metrics.commits = self.writer.commits
-        self.metrics.writes += sum(not isinstance(result, Exception) for result in outcomes)
-        changed_pairs, state_before, state = self.writer.changed_pairs, state, self.reader.state()
-        self.reader.keep_rows(state_before, state, changed_pairs)
-        if changed_pairs is None or (
-            self._polls_state == state_before and self.reader.is_one_commit(state_before, state)
-        ):
-            self._polls_state = state  # the other polls have nothing to look at
-        self.wake_polls(changed_pairs)
+        self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
+        pairs, state = self.writer.changed_pairs, self.reader.state()
+        self.reader.keep_rows(state_before, state, pairs)
+        if pairs is None or (self._polls_state == state_before and self.reader.is_one_commit(state_before, state)):
+            self._polls_state = state  # nothing else has changed since
+        self._wake_polls(pairs)
         if self.outbox.has_hooks:
-            self.outbox.look()
+            with contextlib.suppress(sqlite3.Error):  # it looks again soon
+                self.outbox.look()
 
     async def _restart_long_log(self) -> None:
         """Have the write-ahead log begin again if it has become long; reads go on, and changes wait."""
-        now = time.monotonic()
+        now, is_done = time.monotonic(), False
         if self.reader.wal_pages() <= WAL_PAGES_MAX or now < self._next_checkpoint:
             return
         try:
-            if await self.disk.run(self.writer.checkpoint):
-                self._checkpoint_retry_seconds = CHECKPOINT_RETRY_SECONDS
-                return
+            is_done = await self.disk.run(self.writer.checkpoint)
         except (StoreError, sqlite3.Error) as error:
             self.errors.write(f"the write-ahead log cannot be emptied: {error}")
         # All writers wait for each attempt, and a program that copies the database may well read for ever.
-        self._next_checkpoint = now + self._checkpoint_retry_seconds
-        self._checkpoint_retry_seconds = min(2 * self._checkpoint_retry_seconds, CHECKPOINT_RETRY_SECONDS_MAX)
+        self._next_checkpoint = 0.0 if is_done else now + self._checkpoint_retry_seconds
+        retry_seconds = min(2 * self._checkpoint_retry_seconds, CHECKPOINT_RETRY_SECONDS_MAX)
+        self._checkpoint_retry_seconds = CHECKPOINT_RETRY_SECONDS if is_done else retry_seconds
 
-    async def keep_house(self) -> None:
-        """Look now and then for changes by other processes, expired pairs, and clients that are slow to take answers."""
-        while True:
-            with contextlib.suppress(sqlite3.Error):  # whoever asks is told that the disk fails
-                state = self.reader.state()
-                if self.polls and state != self._polls_state:
-                    self._polls_state = state
-                    self.wake_polls(None)
-                self.bound_unsent()
-                self._has_expired = self.reader.has_expired()
-                self.outbox.look()
-            await sleep(POLL_SECONDS)
-
-    def bound_unsent(self) -> None:
+    def _bound_unsent(self) -> None:
         """Close connections of the user with the longest unsent answers, while all of these are too long together."""
-        slow = [handler for handler in self.connections.values() if handler.unsent_bytes]
-        unsent: collections.Counter[int] = collections.Counter()
-        for handler in slow:
-            unsent[handler.login[1].id] += handler.unsent_bytes
-        while sum(unsent.values()) > UNSENT_BYTES_MAX:
+        while sum(handler.unsent_bytes for handler in self.connections.values()) > UNSENT_BYTES_MAX:
+            unsent: collections.Counter[int] = collections.Counter()
+            for handler in self.connections.values():
+                unsent[handler.login[1].id] += handler.unsent_bytes
             user_id = unsent.most_common(1)[0][0]
-            slowest = min((each for each in slow if each.login[1].id == user_id), key=lambda handler: handler.deadline)
-            slow.remove(slowest)
-            unsent[user_id] -= slowest.unsent_bytes
-            self.loop.throw(slowest.task, Cancelled())
+            theirs = (each for each in self.connections.values() if each.unsent_bytes and each.login[1].id == user_id)
+            self.loop.throw(min(theirs, key=lambda handler: handler.deadline).task, Cancelled())
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -5270,7 +5004,15 @@ def delete_token(arguments: argparse.Namespace) -> None:
 
 def add_hook(arguments: argparse.Namespace) -> None:
     """Add a hook of a user, and print its id."""
-    check_hook(arguments.key, arguments.value)
+    try:
+        if arguments.key != "*":
+            require_key(arguments.key.removesuffix("*"))
+        check_value(arguments.value or "")
+    except (HTTPError, UnicodeEncodeError):
+        raise BadHook(
+            f"KEY is a key, or what keys begin with and a star: 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL;"
+            f" V is at most {VALUE_BYTES_MAX} bytes of UTF-8"
+        ) from None
     check_label_and_prefix(arguments.label, "")
     url = arguments.url
     if url == "-":
@@ -5434,7 +5176,7 @@ def serve(arguments: argparse.Namespace) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         if hasattr(signal, "SIGHUP") and certificate:
-            signal.signal(signal.SIGHUP, lambda *_: server.renew_certificate())
+            signal.signal(signal.SIGHUP, lambda *_: certificate.renew())
         log("INFO", f"started: database={store.path}")
         announce(server, store)
         notify_ready()

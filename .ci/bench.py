@@ -3,9 +3,10 @@
 
     python .ci/bench.py [--check] [--json] [--rounds N] [--only TEXT] [--directory FOLDER] [--quick]
 
-Absolute times mean nothing on a machine that others use too, so every figure has a yardstick that is measured in turns
-with it, in an order that changes from round to round; what counts is the median of the rounds' ratios. It runs on
-Linux, with the standard library alone. --check exits with 1 when a target is missed.
+Absolute times mean little on a shared machine. Each figure is therefore measured in turns with its yardstick, in an
+order that changes from round to round, and the median of the rounds' ratios counts. It runs on Linux and needs only the
+standard library. strace simulates a slow disk; webdis and redis-server are yardsticks: without them, their rows are left
+out. --check exits with 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import base64
 import contextlib
 import functools
+import gc
 import http.server
+import itertools
 import json
 import os
 import random
@@ -29,6 +32,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -41,13 +45,17 @@ FIELDS = (
     "Accept: */*\r\n"
 )
 WAIT_SECONDS = 60  # how long anything may take that should come at once
+ENDLESS = 1_000_000_000  # requests, of a load that is ended
 VALUE = "open"
+SET_KEYS = 100  # keys that are written in turn
+PAIRS = {"door": VALUE} | {f"mixed{number}": VALUE for number in range(SET_KEYS)}
 FEW_PAIRS, MANY_PAIRS, LIST_PAIRS = 1_000, 1_000_000, 10_000
 SLOW_FSYNC_MICROSECONDS = 10_000
+PAUSE_SECONDS_MAX = 0.004  # between paced requests
 
 
 class Target(NamedTuple):
-    """A row of the table below. The ratio, or the figure where there is no yardstick, is to reach must, or even aim."""
+    """A row of the table: the ratio, or the figure if there is no yardstick, must reach one limit and aims at another."""
 
     key: str
     what: str
@@ -58,175 +66,231 @@ class Target(NamedTuple):
 
 
 STOCK = "stock handler's constant"
+WEBDIS = "webdis, Redis fsyncs always"
 TARGETS = (
-    Target("get1", "/get, 1 connection, CPU us a request", STOCK, 0.6, 0.4, False),
-    Target("get16", "/get, 16 connections, requests/s", STOCK, 1.6, 2.5, True),
-    Target("get64", "/get, 64 connections, requests/s", STOCK, 1.7, 2.5, True),
+    Target("get1", "/get, 1 connection, CPU us a request", STOCK, 0.55, 0.45, False),
+    Target("get16", "/get, 16 connections, requests/s", STOCK, 4.8, 6, True),
+    Target("get64", "/get, 64 connections, requests/s", STOCK, 4.8, 6, True),
     Target("tail", "/get, 64 connections, p99 ms", STOCK, 0.2, 0.1, False),
-    Target("spread", "/get, 64 connections, p99 ms", "its own median", 10, 5, False),
-    Target("fresh", "/get, a connection a request, 16 at once, requests/s", STOCK, 1.5, 2, True),
-    Target("set1", "/set, 1 connection, requests/s", "bare sqlite3 commits/s", 0.6, 0.8, True),
-    Target("set64", "/set, 64 connections, requests/s", "min(3 bare, 0.6 /get at 64)", 1, 1.3, True),
-    Target("slow", "/set, 64 connections, fsync of 10 ms, requests/s", "1 connection", 15, 30, True),
+    Target("spread", "/get, 64 connections, p99 ms", "its own median", 6, 4, False),
+    Target("fresh", "/get, a connection a request, 16 at once, requests/s", STOCK, 4.5, 7, True),
+    Target("set1", "/set, 1 connection, us a request", "bare commit + /get", 1.4, 1.2, False),
+    Target("set64", "/set, 64 connections, requests/s", "min(3 bare, 0.6 /get at 64)", 1.5, 2, True),
+    Target("slow", "/set, 64 connections, fsync of 10 ms, requests/s", "1 connection", 25, 30, True),
+    Target("beside", "/get beside 64 writers, fsync of 10 ms, p95 ms", "", 4, 2, False),
+    Target("webdis_get", "/get, 16 connections, requests/s", WEBDIS, 1.2, 1.5, True),
+    Target("webdis_set", "/set, 16 connections, requests/s", WEBDIS, 1, 1.2, True),
+    Target("webdis_mix", "four /get to one /set, 16 connections, requests/s", WEBDIS, 1, 1.3, True),
+    Target("webdis_fresh", "/get, a connection a request, 16 at once, requests/s", WEBDIS, 1, 1.2, True),
     Target("list", "/list of 10,000 pairs, CPU ms", "json.dumps(dict(rows))", 1.15, 0.8, False),
     Target("many", "/get of random keys, 1,000,000 pairs, CPU us", "1,000 pairs", 1.3, 1.1, False),
     Target("rss", "resident MB after 100,000 requests", "", 50, 30, False),
-    Target("growth", "resident MB more than after 50,000 requests", "", 2, 2, False),
+    Target("growth", "resident MB more than after 50,000 requests", "", 2, 1, False),
     Target("idle", "resident MB when idle", "python with three imports", 1.5, 1.2, False),
     Target("start", "start until listening, ms", "python with three imports", 1.5, 1.2, False),
 )
 
 
 # ---- The load generator ----------------------------------------------------------------------------------------------
-# It runs in a process of its own, and does as little as it can: requests are made beforehand, and an answer is checked
-# by its status and by its end, which is the empty line and the body that must come.
+# It runs in its own process and does as little as it can, so that it doesn't slow down a quick server: requests are made
+# beforehand, and it reads and writes descriptors, which costs less than the methods of sockets. Each answer is checked
+# by its status and by its end: the empty line and the body.
 
-Exchange = tuple[bytes, bytes]  # a request, and how its answer has to end
+Exchange = tuple[bytes, bytes]  # a request, and the end of its answer
+GOOD = b"HTTP/1.1 200 "
 
 
-def get_request(key: str, fresh: bool = False) -> bytes:
-    """Return a GET of a key."""
-    close = "Connection: close\r\n" if fresh else ""
-    return f"GET /get?key={urllib.parse.quote(key)} HTTP/1.1\r\n{FIELDS}{close}\r\n".encode()
+def make_request(target: str, close: bool = False) -> bytes:
+    """Return a GET request, after which the connection may be closed."""
+    last_field = "Connection: close\r\n" if close else ""
+    return f"GET {target} HTTP/1.1\r\n{FIELDS}{last_field}\r\n".encode()
+
+
+def make_get(kind: str, key: str, body: str) -> Exchange:
+    """Return a request for a value, for kvserver or for webdis."""
+    target = f"/GET/{key}.txt" if kind.startswith("webdis") else f"/get?key={key}"
+    return make_request(target, close=kind.endswith("fresh")), body.encode()
+
+
+def make_set(kind: str, key: str, value: str) -> Exchange:
+    """Return a request that stores a value, for kvserver or for webdis."""
+    if kind.startswith("webdis"):
+        return make_request(f"/SET/{key}/{value}"), b'\r\n\r\n{"SET":[true,"OK"]}'
+    return make_request(f"/set?key={key}&value={value}"), b"\r\n\r\nSuccess"
 
 
 def exchanges(kind: str) -> list[Exchange]:
     """Return the requests of a kind of load, which are sent again and again."""
-    if kind == "set":
-        answer = b"\r\n\r\nSuccess"
-        # The values change from request to request, since SQLite commits nothing when nothing changes.
+    if kind.endswith("set"):
+        # The values change from request to request, because SQLite writes nothing when nothing changes.
+        return [make_set(kind, f"key{number % SET_KEYS}", str(number)) for number in range(101 * SET_KEYS)]
+    if kind.endswith("mix"):
+        # Reads choose among the keys that are written. All values end alike, whatever was written last.
+        chosen = random.Random(1)
         return [
-            (f"GET /set?key=key{number % 100}&value={number} HTTP/1.1\r\n{FIELDS}\r\n".encode(), answer)
-            for number in range(10_100)
+            make_set(kind, f"mixed{number // 5 % SET_KEYS}", f"{number}{VALUE}")
+            if number % 5 == 0
+            else make_get(kind, f"mixed{chosen.randrange(SET_KEYS)}", VALUE)
+            for number in range(5 * 101 * SET_KEYS)
         ]
     if kind == "list":
-        return [(f"GET /list HTTP/1.1\r\n{FIELDS}\r\n".encode(), b'"}')]
+        return [(make_request("/list"), b'"}')]
     if kind.startswith("random"):
-        chosen = random.Random(1).choices(range(int(kind[6:])), k=20_000)
-        return [(get_request(f"key{number}"), f"\r\n\r\nvalue {number}".encode()) for number in chosen]
-    return [(get_request("door", fresh=kind == "fresh"), f"\r\n\r\n{VALUE}".encode())]
+        numbers = random.Random(1).choices(range(int(kind[6:])), k=20_000)
+        return [make_get(kind, f"key{number}", f"\r\n\r\nvalue {number}") for number in numbers]
+    return [make_get(kind, "door", f"\r\n\r\n{VALUE}")]
 
 
-def check_answer(answer: bytes, end: bytes) -> bool:
-    """Tell whether an answer is complete; exit when it is not the right one."""
-    if not answer.startswith(b"HTTP/1.1 200 "):
-        sys.exit(f"the answer is not the expected one: {answer[:200]!r}")
-    return answer.endswith(end)
-
-
-def drive_one(port: int, todo: list[Exchange], count: int) -> list[float]:
-    """Send requests on one connection, one after the other, and return each one's seconds.
-
-    It asks for the answer again and again instead of sleeping: what it takes to wake this process would be counted for
-    the server otherwise, and is more than the server itself takes on a virtual machine.
-    """
+def connect(port: int) -> socket.socket:
+    """Return a new connection that doesn't block."""
     connection = socket.create_connection(("127.0.0.1", port), WAIT_SECONDS)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
     connection.setblocking(False)
-    seconds = []
-    for number in range(count):
-        request, end = todo[number % len(todo)]
+    return connection
+
+
+def read_rest(descriptor: int, answer: bytes, end: bytes) -> None:
+    """Read until an answer is complete, asking again and again; exit if it is not the expected one."""
+    deadline = time.perf_counter() + WAIT_SECONDS
+    while not answer.endswith(end):
+        try:
+            data = os.read(descriptor, 65536)
+        except BlockingIOError:
+            if time.perf_counter() > deadline:
+                sys.exit(f"the answer is not complete: {answer[:200]!r}")
+            continue
+        if not data:
+            sys.exit(f"the connection was closed: {answer[:200]!r}")
+        answer += data
+    if not answer.startswith(GOOD):
+        sys.exit(f"the answer is not the expected one: {answer[:200]!r}")
+
+
+def drive_one(port: int, todo: list[Exchange], count: int) -> tuple[list[float], float]:
+    """Send requests on one connection, one after the other; return each one's seconds, and those of all.
+
+    It asks for the answer again and again instead of sleeping. On a virtual machine, waking this process takes longer
+    than the server's work, and would count as the server's time.
+    """
+    connection, seconds = connect(port), []
+    for request, end in itertools.islice(itertools.cycle(todo), count):
         begun = time.perf_counter()
-        connection.send(request)
-        answer = b""
-        while not answer or not check_answer(answer, end):
-            with contextlib.suppress(BlockingIOError):
-                answer += connection.recv(1 << 20)
-            if time.perf_counter() - begun > WAIT_SECONDS:
-                sys.exit(f"there is no answer: {answer[:200]!r}")
+        os.write(connection.fileno(), request)
+        read_rest(connection.fileno(), b"", end)
         seconds.append(time.perf_counter() - begun)
-    return seconds
+    return seconds, sum(seconds)
 
 
-def drive_many(port: int, todo: list[Exchange], connections: int, count: int) -> list[float]:
-    """Keep requests on their way on many connections at once and return each one's seconds."""
-    poll, sockets, begun, answers, ends = select.epoll(), {}, {}, {}, {}
-    sent = 0
-    for _ in range(connections):
-        connection = socket.create_connection(("127.0.0.1", port), WAIT_SECONDS)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        connection.setblocking(False)
-        sockets[connection.fileno()] = connection
-        poll.register(connection, select.EPOLLIN)
-    for number, connection in sockets.items():
-        request, ends[number] = todo[sent % len(todo)]
-        begun[number], answers[number] = time.perf_counter(), b""
-        connection.send(request)
-        sent += 1
+def drive_paced(port: int, todo: list[Exchange], count: int) -> tuple[list[float], float]:
+    """Send each request after a random pause and sleep until its answer; return each one's seconds, and those of all.
+
+    A client without pauses sends most of its requests while the server has nothing else to do, and misses the rest.
+    """
+    pauses, connection, seconds = random.Random(1), connect(port), []
+    connection.setblocking(True)
+    for request, end in itertools.islice(itertools.cycle(todo), count):
+        time.sleep(pauses.uniform(0, PAUSE_SECONDS_MAX))
+        begun = time.perf_counter()
+        os.write(connection.fileno(), request)
+        read_rest(connection.fileno(), b"", end)
+        seconds.append(time.perf_counter() - begun)
+    return seconds, sum(seconds)
+
+
+def drive_many(port: int, todo: list[Exchange], connections: int, count: int) -> tuple[list[float], float]:
+    """Keep a request under way on each connection; return each request's seconds, and those of all."""
+    read, write, clock, upcoming = os.read, os.write, time.perf_counter, itertools.cycle(todo)
+    poll, sockets = select.epoll(), [connect(port) for _ in range(connections)]
+    begun: dict[int, float] = {}
+    ends: dict[int, bytes] = {}
     seconds: list[float] = []
+    start = clock()
+    for connection in sockets:
+        descriptor = connection.fileno()
+        poll.register(descriptor, select.EPOLLIN | select.EPOLLET)
+        request, ends[descriptor] = next(upcoming)
+        begun[descriptor] = clock()
+        write(descriptor, request)
     while len(seconds) < count:
         events = poll.poll(WAIT_SECONDS)
         if not events:
             sys.exit("there is no answer")
-        for number, _ in events:
-            answers[number] += sockets[number].recv(65536)
-            if check_answer(answers[number], ends[number]):
-                now = time.perf_counter()
-                seconds.append(now - begun[number])
-                request, ends[number] = todo[sent % len(todo)]
-                begun[number], answers[number] = now, b""
-                sockets[number].send(request)
-                sent += 1
-    return seconds
+        for descriptor, _ in events:
+            answer = read(descriptor, 4096)
+            if not answer.startswith(GOOD) or not answer.endswith(ends[descriptor]):
+                read_rest(descriptor, answer, ends[descriptor])
+            now = clock()
+            seconds.append(now - begun[descriptor])
+            begun[descriptor] = now
+            request, ends[descriptor] = next(upcoming)
+            write(descriptor, request)
+    return seconds, clock() - start
 
 
-def drive_fresh(port: int, todo: list[Exchange], connections: int, count: int) -> list[float]:
-    """Open a connection for each request, so many at once, and return each one's seconds."""
-    poll, sockets, answers, begun = select.epoll(), {}, {}, {}
+def drive_fresh(port: int, todo: list[Exchange], connections: int, count: int) -> tuple[list[float], float]:
+    """Open a connection for each request, so many at once; return each request's seconds, and those of all.
+
+    The server has closed a connection when the kernel reports it, so one read returns the whole answer.
+    """
+    address, clock, poll = ("127.0.0.1", port), time.perf_counter, select.epoll()
+    under_way: dict[int, tuple[socket.socket, float]] = {}
+    seconds: list[float] = []
     request, end = todo[0]
 
-    def start() -> None:
-        now = time.perf_counter()
-        connection = socket.create_connection(("127.0.0.1", port), WAIT_SECONDS)
+    def begin() -> None:
+        begun, connection = clock(), socket.socket()
+        connection.connect(address)
         connection.send(request)
-        number = connection.fileno()
-        sockets[number], answers[number], begun[number] = connection, b"", now
-        poll.register(number, select.EPOLLIN)
+        descriptor = connection.fileno()
+        under_way[descriptor] = connection, begun
+        poll.register(descriptor, select.EPOLLRDHUP)
 
+    start = clock()
     for _ in range(connections):
-        start()
-    seconds: list[float] = []
+        begin()
     while len(seconds) < count:
         events = poll.poll(WAIT_SECONDS)
         if not events:
             sys.exit("there is no answer")
-        for number, _ in events:
-            data = sockets[number].recv(65536)
-            answers[number] += data
-            if data:
-                continue
-            if not check_answer(answers[number], end):
-                sys.exit(f"the answer is cut: {answers[number]!r}")
-            seconds.append(time.perf_counter() - begun[number])
-            poll.unregister(number)
-            sockets.pop(number).close()
-            start()
-    return seconds
+        for descriptor, _ in events:
+            connection, begun = under_way.pop(descriptor)
+            answer = connection.recv(4096)
+            if not answer.startswith(GOOD) or not answer.endswith(end):
+                sys.exit(f"the answer is not the expected one: {answer[:200]!r}")
+            connection.close()
+            seconds.append(clock() - begun)
+            begin()
+    return seconds, clock() - start
 
 
 def generate_load(port: int, kind: str, connections: int, count: int) -> None:
     """Drive a server and print the figures; this is the generator's process."""
     todo = exchanges(kind)
-    warm_up, begun = min(count // 10, 500), 0.0
-    drive_one(port, todo[-1:], 1)
-    for number in (warm_up, count):
-        begun, begun_cpu = time.perf_counter(), time.process_time()
-        if kind == "fresh":
-            seconds = drive_fresh(port, todo, connections, number)
-        elif connections == 1:
-            seconds = drive_one(port, todo, number)
-        else:
-            seconds = drive_many(port, todo, connections, number)
-        if number == warm_up:
-            print("warm", flush=True)
-            sys.stdin.readline()
-    elapsed = time.perf_counter() - begun
-    p99 = statistics.quantiles(seconds, n=100)[98] if len(seconds) > 1 else seconds[0]
+    gc.disable()  # its pauses would count as the server's
+
+    def drive(count: int) -> tuple[list[float], float]:
+        if kind.endswith("fresh"):
+            return drive_fresh(port, todo, connections, count)
+        if kind == "paced":
+            return drive_paced(port, todo, count)
+        if connections == 1:
+            return drive_one(port, todo, count)
+        return drive_many(port, todo, connections, count)
+
+    drive(max(min(count // 10, 500), 1))
+    print("warm", flush=True)
+    sys.stdin.readline()
+    begun_cpu = time.process_time()
+    seconds, elapsed = drive(count)
+    cpu = time.process_time() - begun_cpu
+    hundredths = statistics.quantiles(seconds, n=100) if len(seconds) > 1 else seconds * 99
     figures = {
         "per_second": len(seconds) / elapsed,
         "median": statistics.median(seconds),
-        "p99": p99,
-        "generator_cpu": (time.process_time() - begun_cpu) / len(seconds),
+        "p95": hundredths[94],
+        "p99": hundredths[98],
+        "generator_cpu": cpu / len(seconds),
+        "generator_busy": cpu / elapsed,
     }
     print(json.dumps(figures), flush=True)
 
@@ -308,9 +372,9 @@ def run_dumps(database: str, count: int) -> None:
 
 
 class Process:
-    """A process that has said that it is ready, with the time this took and, for servers, its port."""
+    """A process that is ready: it has printed a line, or it answers on the port that it was told to use."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], port: int = 0) -> None:
         begun = time.perf_counter()
         self.process = subprocess.Popen(
             command,
@@ -318,13 +382,31 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            start_new_session=True,  # so that what strace has started can be ended together with it
+            start_new_session=True,  # so that a process that strace started ends together with it
         )
         assert self.process.stdin and self.process.stdout
-        self.input, self.output = self.process.stdin, self.process.stdout
-        line = self.read_line()
+        self.input, self.output, self.port = self.process.stdin, self.process.stdout, port
+        if port:
+            self.wait_for_port()
+        else:
+            line = self.read_line()
+            self.port = urllib.parse.urlsplit(line.split()[-1]).port or 0 if "listening" in line else 0
         self.start_seconds = time.perf_counter() - begun
-        self.port = urllib.parse.urlsplit(line.split()[-1]).port or 0 if "listening" in line else 0
+
+    def wait_for_port(self) -> None:
+        """Wait until something accepts connections on its port."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+            time.sleep(0.01)
+        self.end()
+        sys.exit(f"this doesn't listen on port {self.port}: {self.process.args!r}")
+
+    def go(self) -> None:
+        """Tell a load generator to begin."""
+        self.input.write("go\n")
+        self.input.flush()
 
     def read_line(self) -> str:
         """Return the next line that it prints."""
@@ -373,8 +455,7 @@ def load(server: Process, kind: str, connections: int, count: int) -> dict[str, 
     generator = Process(own_command("--load", server.port, kind, connections, count))
     try:
         begun = server.cpu_seconds()
-        generator.input.write("go\n")
-        generator.input.flush()
+        generator.go()
         figures: dict[str, float] = json.loads(generator.read_line())
         figures["cpu"] = (server.cpu_seconds() - begun) / count
         return figures
@@ -382,24 +463,40 @@ def load(server: Process, kind: str, connections: int, count: int) -> dict[str, 
         generator.end()
 
 
+def free_port() -> int:
+    """Return a port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def fetch(port: int, path: str) -> str:
+    """Return the body of an answer."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=WAIT_SECONDS) as answer:
+        body: bytes = answer.read()
+        return body.decode()
+
+
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
 class Bench:
-    """The servers under test, and what has been measured: a pair of figures a round, by the key of the target."""
+    """The servers under test, and the measurements: a pair of figures a round, by the key of the target."""
 
     def __init__(self, server: str, folder: str, scale: float, stack: contextlib.ExitStack) -> None:
         self.server, self.folder, self.scale, self.stack = server, folder, scale, stack
         self.pairs: dict[str, list[tuple[float, float]]] = {}
         self.notes: list[str] = []
-        self.generator_cpu: list[float] = []
+        self.generators: dict[str, list[tuple[float, float]]] = {}  # CPU us a request and percent busy, by load
         self.stock = self.start(own_command("--stock"))
-        self.main = self.serve(self.database("main.db", {"door": VALUE}))
-        self.reversed = False
+        self.main = self.serve(self.database("main.db", PAIRS))
+        self.webdis: Process | None = None
+        self.round = 0
 
-    def start(self, command: list[str]) -> Process:
+    def start(self, command: list[str], port: int = 0) -> Process:
         """Start a process that ends with the benchmark."""
-        process = Process(command)
+        process = Process(command, port)
         self.stack.callback(process.end)
         return process
 
@@ -412,6 +509,24 @@ class Bench:
         server = self.start([*before, *self.serve_command(database)])
         load(server, "list", 1, 1)
         return server
+
+    def serve_webdis(self) -> Process:
+        """Start Redis, which syncs each write to the disk, and webdis before it, with the pairs of the main server."""
+        redis_port, port = free_port(), free_port()
+        options = {"bind": "127.0.0.1", "port": redis_port, "dir": self.folder, "logfile": "redis.log"}
+        options |= {"appendonly": "yes", "appendfsync": "always", "save": ""}
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        self.start(["redis-server", *arguments], redis_port)
+        addresses = {"http_host": "127.0.0.1", "http_port": port, "redis_host": "127.0.0.1", "redis_port": redis_port}
+        path = os.path.join(self.folder, "webdis.json")
+        with open(path, "w", encoding="ascii") as file:
+            json.dump({**addresses, "daemonize": False, "logfile": os.path.join(self.folder, "webdis.log")}, file)
+        webdis = self.start(["webdis", path], port)
+        if json.loads(fetch(port, "/CONFIG/GET/appendfsync"))["CONFIG"] != ["appendfsync", "always"]:
+            sys.exit("Redis doesn't sync each write")
+        for key, value in PAIRS.items():
+            fetch(port, f"/SET/{key}/{value}")
+        return webdis
 
     def database(self, name: str, pairs: dict[str, str]) -> str:
         """Make a database with a user and pairs, and return its path."""
@@ -427,31 +542,32 @@ class Bench:
         """Keep a pair of figures."""
         self.pairs.setdefault(key, []).append((measured, yardstick))
 
-    def both(self, measured: Callable[[], Any], yardstick: Callable[[], Any]) -> tuple[Any, Any]:
-        """Measure both, in an order that changes from round to round."""
-        if self.reversed:
-            second = yardstick()
-            return measured(), second
-        return measured(), yardstick()
+    def in_turns(self, *measures: Callable[[], Any]) -> list[Any]:
+        """Take several measurements, each round beginning with another one, and return them in the given order."""
+        count = len(measures)
+        order = [(self.round + number) % count for number in range(count)]
+        results = {number: measures[number]() for number in order}
+        return [results[number] for number in range(count)]
 
     def load(self, server: Process, kind: str, connections: int, count: int) -> dict[str, float]:
         """Drive a server with so many requests, fewer when only trying out."""
         figures = load(server, kind, connections, max(int(count * self.scale), connections, 2))
-        if kind == "get":
-            self.generator_cpu.append(figures["generator_cpu"])
+        if server in (self.main, self.webdis) and connections > 1:
+            busy = figures["generator_cpu"] * 1e6, figures["generator_busy"] * 100
+            self.generators.setdefault(f"{kind} at {connections}", []).append(busy)
         return figures
 
     def measure_get(self) -> None:
         """Measure reads against the stock handler."""
-        for key, kind, connections, count in (
-            ("get1", "get", 1, 10_000),
-            ("get16", "get", 16, 10_000),
-            ("get64", "get", 64, 10_000),
-            ("fresh", "fresh", 16, 4_000),
+        for key, kind, connections, count, stock_count in (
+            ("get1", "get", 1, 20_000, 10_000),
+            ("get16", "get", 16, 30_000, 8_000),
+            ("get64", "get", 64, 30_000, 8_000),
+            ("fresh", "fresh", 16, 8_000, 3_000),
         ):
-            ours, stock = self.both(
+            ours, stock = self.in_turns(
                 functools.partial(self.load, self.main, kind, connections, count),
-                functools.partial(self.load, self.stock, kind, connections, count),
+                functools.partial(self.load, self.stock, kind, connections, stock_count),
             )
             if key == "get1":
                 self.note(key, ours["cpu"] * 1e6, stock["cpu"] * 1e6)
@@ -463,36 +579,71 @@ class Bench:
 
     def measure_set(self) -> None:
         """Measure durable writes against commits that do nothing else."""
-        ours, bare = self.both(
+        one, get, bare = self.in_turns(
             lambda: self.load(self.main, "set", 1, 3_000),
+            lambda: self.load(self.main, "get", 1, 10_000),
             lambda: run_once("--commits", self.folder, int(3_000 * self.scale)),
         )
-        self.note("set1", ours["per_second"], bare)
-        many, get = self.both(
-            lambda: self.load(self.main, "set", 64, 10_000), lambda: self.load(self.main, "get", 64, 10_000)
+        self.note("set1", 1e6 / one["per_second"], 1e6 / bare + 1e6 / get["per_second"])
+        many, get = self.in_turns(
+            lambda: self.load(self.main, "set", 64, 20_000), lambda: self.load(self.main, "get", 64, 30_000)
         )
         self.note("set64", many["per_second"], min(3 * bare, 0.6 * get["per_second"]))
 
     def measure_slow_disk(self) -> None:
-        """Measure writes on a disk whose fsync takes 10 ms."""
+        """Measure writes on a disk whose fsync takes 10 ms, and reads beside them."""
         if not hasattr(self, "slow"):
             inject = f"inject=fdatasync:delay_exit={SLOW_FSYNC_MICROSECONDS}"
             strace = ("strace", "-f", "--seccomp-bpf", "-qq", "-o", os.devnull, "-e", "trace=fdatasync", "-e", inject)
             if not shutil.which("strace") or subprocess.run([*strace, "true"], check=False).returncode:
-                self.notes.append("the slow disk was left out: there is no strace that can trace here")
+                self.leave_out("the slow disk was left out: there is no strace that can trace here")
                 return
             self.slow = self.serve(self.database("slow.db", {"door": VALUE}), strace)
-        many, one = self.both(
-            lambda: self.load(self.slow, "set", 64, 3_000), lambda: self.load(self.slow, "set", 1, 100)
+        many, one, beside = self.in_turns(
+            lambda: self.load(self.slow, "set", 64, 5_000),
+            lambda: self.load(self.slow, "set", 1, 100),
+            self.read_beside_writers,
         )
         self.note("slow", many["per_second"], one["per_second"])
+        self.note("beside", beside["p95"] * 1e3)
+
+    def read_beside_writers(self) -> dict[str, float]:
+        """Measure reads on 1 connection while another process writes on 64."""
+        writers = Process(own_command("--load", self.slow.port, "set", 64, ENDLESS))
+        try:
+            writers.go()
+            figures = self.load(self.slow, "paced", 1, 600)
+            if writers.process.poll() is not None:
+                sys.exit("the writers ended too early")
+            return figures
+        finally:
+            writers.end()
+
+    def measure_webdis(self) -> None:
+        """Measure reads, durable writes, both mixed, and new connections against webdis with Redis."""
+        if self.webdis is None:
+            if not shutil.which("webdis") or not shutil.which("redis-server"):
+                self.leave_out("webdis was left out: it isn't installed, or redis-server isn't")
+                return
+            self.webdis = self.serve_webdis()
+        for kind, count in (("get", 20_000), ("set", 10_000), ("mix", 20_000), ("fresh", 5_000)):
+            ours, webdis = self.in_turns(
+                functools.partial(self.load, self.main, kind, 16, count),
+                functools.partial(self.load, self.webdis, f"webdis_{kind}", 16, count),
+            )
+            self.note(f"webdis_{kind}", ours["per_second"], webdis["per_second"])
+
+    def leave_out(self, reason: str) -> None:
+        """Note once why rows are missing."""
+        if reason not in self.notes:
+            self.notes.append(reason)
 
     def measure_list(self) -> None:
         """Measure the CPU time of a long list."""
         if not hasattr(self, "lister"):
             self.list_database = self.database("list.db", {f"key{n}": f"value {n}" for n in range(LIST_PAIRS)})
             self.lister = self.serve(self.list_database)
-        ours, dumps = self.both(
+        ours, dumps = self.in_turns(
             lambda: self.load(self.lister, "list", 1, 100), lambda: run_once("--dumps", self.list_database, 50)
         )
         self.note("list", ours["cpu"] * 1e3, dumps * 1e3)
@@ -504,7 +655,7 @@ class Bench:
                 self.serve(self.database(f"{count}.db", {f"key{n}": f"value {n}" for n in range(count)}))
                 for count in (MANY_PAIRS, FEW_PAIRS)
             )
-        large, small = self.both(
+        large, small = self.in_turns(
             lambda: self.load(self.large, f"random{MANY_PAIRS}", 1, 10_000),
             lambda: self.load(self.small, f"random{FEW_PAIRS}", 1, 10_000),
         )
@@ -524,7 +675,7 @@ class Bench:
         database = os.path.join(self.folder, "start.db")
         if not os.path.exists(database):
             self.database("start.db", {"door": VALUE})
-        ours, python = self.both(
+        ours, python = self.in_turns(
             lambda: look(self.serve_command(database)), lambda: look([sys.executable, "-c", imports])
         )
         self.note("start", ours[0] * 1e3, python[0] * 1e3)
@@ -616,7 +767,9 @@ def main() -> int:
     parser.add_argument("--server", default=os.path.join(ROOT, "kvserver.py"), help="the program to measure")
     parser.add_argument("--directory", default=os.path.dirname(ROOT), help="where to put databases: on a real disk")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", metavar="TEXT", help="measure what has this in its name: get, set, ...")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="measure what has this in its name: get, set, webdis, ..."
+    )
     parser.add_argument("--quick", action="store_true", help="a tenth of the requests: to try out, not a result")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -627,14 +780,15 @@ def main() -> int:
     with scratch_folder(arguments.directory) as folder, contextlib.ExitStack() as stack:
         bench = Bench(arguments.server, folder, 0.1 if arguments.quick else 1, stack)
         for number in range(arguments.rounds):
-            bench.reversed = number % 2 == 1
-            for name in ("get", "set", "slow_disk", "list", "many", "start", "memory"):
+            bench.round = number
+            for name in ("get", "set", "slow_disk", "webdis", "list", "many", "start", "memory"):
                 if arguments.only in name:
                     getattr(bench, f"measure_{name}")()
             print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
     rows = report(bench)
-    if bench.generator_cpu:
-        bench.notes.append(f"the load generator took {statistics.median(bench.generator_cpu) * 1e6:.0f} us a request")
+    for kind, figures in bench.generators.items():
+        cpu, busy = (statistics.median(column) for column in zip(*figures, strict=True))
+        bench.notes.append(f"load generator, {kind}: {cpu:.1f} us a request, {busy:.0f}% busy")
     if arguments.quick:
         bench.notes.append("this was only a try: no result")
     if arguments.json:
