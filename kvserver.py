@@ -210,7 +210,7 @@ IDEMPOTENCY_KEY_BYTES = 16
 EXCHANGES_MAX = 64  # at once
 RECEIVER_EXCHANGES_MAX = 8  # of them, with one host and port
 LONG_EXCHANGES_MAX = 2  # beside them, for long values: JSON takes six times as much memory
-LONG_DELIVERY_CHARACTERS = 64 * 1024
+LONG_DELIVERY_BYTES = 64 * 1024
 DROPPED_SECONDS = 10  # until it is logged again that deliveries were dropped
 # Bounds of a histogram's buckets.
 DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
@@ -566,9 +566,9 @@ SELECT_NEW_DELIVERIES = (
     "SELECT hook_id, receiver, ifnull(result GLOB '2*', FALSE), max(delivery.id) FROM delivery NOT INDEXED"
     " JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"
 )
-SELECT_NEXT_LENGTH = (
-    "SELECT length(key) + ifnull(length(value), 0) + ifnull(length(old), 0) FROM delivery WHERE hook_id = ?"
-    " ORDER BY number LIMIT 1"
+SELECT_NEXT_SIZE = (
+    "SELECT number, ifnull(length(CAST(value AS BLOB)), 0) + ifnull(length(CAST(old AS BLOB)), 0) FROM delivery"
+    " WHERE hook_id = ? ORDER BY number LIMIT 1"
 )
 SELECT_NEXT_DELIVERY = (
     "SELECT hook_id, receiver, url, number, handled, key, delivery.value, old, created, idempotency_key"
@@ -1277,10 +1277,10 @@ class Store:
         """
         return self._read(SELECT_NEW_DELIVERIES, newest)
 
-    def next_delivery_length(self, hook_id: int) -> int:
-        """Return how many characters the oldest pending delivery of a hook has, 0 if there is none."""
-        rows = self._read(SELECT_NEXT_LENGTH, hook_id)
-        return cast(int, rows[0][0]) if rows else 0
+    def next_delivery_size(self, hook_id: int) -> tuple[int, int] | None:
+        """Return number and bytes of the oldest pending delivery of a hook, if there is one."""
+        rows = self._read(SELECT_NEXT_SIZE, hook_id)
+        return rows[0] if rows else None
 
     def next_delivery(self, hook_id: int) -> Delivery | None:
         """Return the oldest delivery of a hook that is pending, if there is one."""
@@ -2160,11 +2160,12 @@ class Loop:
 
     def run_once(self, may_wait: bool = True) -> None:
         """Resume every task that can go on, after waiting for one unless that is not wanted."""
-        for _ in range(len(self.soon)):  # tasks that these add have their turn the next time
+        resumed = len(self.soon)  # tasks that these add have their turn the next time
+        for _ in range(resumed):
             wakeup, result = self.soon.popleft()
             if wakeup.task.wakeup is wakeup:
                 self._resume(wakeup.task, result)
-        seconds = self._next_check - time.monotonic() if may_wait and not self.soon else 0
+        seconds = self._next_check - time.monotonic() if may_wait and not resumed else 0
         for key, _ in self._selector.select(min(max(seconds, 0), 60)):
             task: Task | None = key.data
             if task is None:
@@ -2209,19 +2210,25 @@ class Gate:
 
     async def enter(self, bounds: Mapping[Hashable, int]) -> None:
         """Take keys, each at most as often as bounds says; wait until that is possible. Leave with the same bounds."""
-        self._line.append((bounds, Wakeup(self._loop)))
+        place = (bounds, Wakeup(self._loop))
+        self._line.append(place)
         self.leave({})
-        await ready(0)
+        try:
+            await ready(0)
+        except BaseException:
+            if place not in self._line:  # it has been let in just now
+                self.leave(bounds)
+            raise
 
     def leave(self, bounds: Mapping[Hashable, int]) -> None:
         """Give keys back, and let pass whoever can."""
         self._taken -= collections.Counter(bounds.keys())
         line, self._line = self._line, []
-        for place, wakeup in line:
-            if any(self._taken[key] >= most for key, most in place.items()):
-                self._line.append((place, wakeup))
+        for keys, wakeup in line:
+            if any(self._taken[key] >= most for key, most in keys.items()):
+                self._line.append((keys, wakeup))
             elif wakeup.is_wanted():
-                self._taken.update(place.keys())
+                self._taken.update(keys.keys())
                 wakeup()
 
 
@@ -2232,27 +2239,32 @@ class Threads:
         self._loop, self._most, self._gate = loop, most, Gate(loop)
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Wakeup]] = queue.SimpleQueue()
         self._started = self._unfinished = 0  # threads and jobs
-        self._lock = threading.Lock()  # for _unfinished
 
     async def run(self, function: Callable[[], Any], owner: Hashable = None, deadline: float = NEVER) -> Any:
         """Run a function in a thread, and return or raise its result; raise TimeoutError, or MemoryError without threads.
 
         One owner gets at most half of the threads, so that others get through.
         """
+        self._loop.start(self._run(function, owner, Wakeup(self._loop)))
+        return await ready(0, deadline)
+
+    async def _run(self, function: Callable[[], Any], owner: Hashable, done: Wakeup) -> None:
         bounds = {} if owner is None else {owner: max(1, self._most // 2)}
         await self._gate.enter(bounds)
+        if self._started <= self._unfinished and self._started < self._most:
+            with contextlib.suppress(RuntimeError):  # there is no memory for one more
+                threading.Thread(target=self._work, daemon=True).start()
+                self._started += 1
+        self._unfinished += 1
         try:
-            if self._started <= self._unfinished and self._started < self._most:
-                with contextlib.suppress(RuntimeError):  # there is no memory for one more
-                    threading.Thread(target=self._work, daemon=True).start()
-                    self._started += 1
             if not self._started:
                 raise MemoryError
-            with self._lock:
-                self._unfinished += 1
             self._jobs.put((function, Wakeup(self._loop)))
-            return await ready(0, deadline)
+            done(await ready(0))
+        except Exception as error:  # noqa: BLE001 - the task raises it
+            done(error)
         finally:
+            self._unfinished -= 1
             self._gate.leave(bounds)
 
     def _work(self) -> None:
@@ -2262,8 +2274,6 @@ class Threads:
                 result = function()
             except Exception as error:  # noqa: BLE001 - the task raises it
                 result = error
-            with self._lock:
-                self._unfinished -= 1
             self._loop.post(wakeup, result)
             del function, wakeup, result  # a thread that waits must not keep their memory
 
@@ -3985,48 +3995,43 @@ def describe_failure(error: Exception) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-async def connect(
-    loop: Loop, threads: Threads, url: urllib.parse.SplitResult, deadline: float, opened: contextlib.ExitStack
-) -> Any:
-    """Return a connection to the first address of a URL's host that takes it; raise OSError or ValueError."""
-    host, port = url.hostname, url.port or HOOK_PORTS[url.scheme]
-    look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    addresses = await threads.run(look_up, deadline=deadline)
-    context = await threads.run(client_context) if url.scheme == "https" else None
-    failure: OSError = OSError(0, "the host has no address")
-    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
-        try:
-            connection = opened.enter_context(socket.socket(family, kind, protocol))
-            connection.setblocking(False)
-            loop.use(connection)
-            code, now = connection.connect_ex(address), time.monotonic()
-            if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-                await ready(WRITABLE, now + (deadline - now) / (len(addresses) - tried))
-                code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code))
-            if not context:
-                return connection
-            secure = opened.enter_context(contextlib.closing(SecureSocket(connection, context, host)))
-            await secure.shake_hands(threads, None, deadline)
-            return secure
-        except OSError as error:
-            failure = error
-    raise failure
-
-
 async def exchange(
-    loop: Loop, threads: Threads, url: str, idempotency_key: str, members: Mapping[str, object]
+    loop: Loop, threads: Threads, url: str, idempotency_key: str, members: Mapping[str, object], owner: Hashable = None
 ) -> Answer:
     """Send the members of a JSON object to a hook's URL, and return the answer, all within HOOK_SECONDS.
 
-    http.client would block, and take a status line that is cut off.
+    The look-up of the host's name counts for an owner of the threads, even if it goes on after that.
     """
     parts, deadline, received, answer = parse_hook_url(url), time.monotonic() + HOOK_SECONDS, b"", None
     problem = "the connection was closed before a whole status line had come"
     with contextlib.ExitStack() as opened:
         try:
-            connection = await connect(loop, threads, parts, deadline, opened)
+            host, port = parts.hostname, parts.port or HOOK_PORTS[parts.scheme]
+            look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+            addresses = await threads.run(look_up, owner, deadline)
+            context = await threads.run(client_context) if parts.scheme == "https" else None
+            connection: Any = None
+            failure = OSError(0, "the host has no address")
+            for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+                try:
+                    plain = opened.enter_context(socket.socket(family, kind, protocol))
+                    plain.setblocking(False)
+                    loop.use(plain)
+                    code, now = plain.connect_ex(address), time.monotonic()
+                    if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+                        await ready(WRITABLE, now + (deadline - now) / (len(addresses) - tried))
+                        code = plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if code:
+                        raise OSError(code, os.strerror(code))
+                    if context:
+                        secure = opened.enter_context(contextlib.closing(SecureSocket(plain, context, host)))
+                        await secure.shake_hands(threads, None, deadline)
+                    connection = secure if context else plain
+                    break
+                except OSError as error:
+                    failure = error
+            if not connection:
+                raise failure
             unsent = memoryview(encode_delivery(parts, idempotency_key, members))
             half_time = (time.monotonic() + deadline) / 2  # the other half is for the answer
             with contextlib.suppress(OSError):  # which may come before the request has been sent in full
@@ -4034,15 +4039,16 @@ async def exchange(
                     await ready(WRITABLE, half_time)
                     with contextlib.suppress(BlockingIOError):
                         unsent = unsent[connection.send(unsent[:RECEIVE_BYTES]) :]
-            while data := await receive(connection, HOOK_ANSWER_BYTES_MAX, deadline):
+            while len(received) < HOOK_ANSWER_BYTES_MAX:
+                data = await receive(connection, HOOK_ANSWER_BYTES_MAX, deadline)
+                if not data:
+                    break
                 received += data
                 answer, is_whole = parse_answer(received)
                 if is_whole:  # the sender of the rest might see an error if we closed before it has come
                     deadline = min(deadline, time.monotonic() + HOOK_LINGER_SECONDS)
-                if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
-                    problem = "the answer is not HTTP/1.1"
-                if len(received) >= HOOK_ANSWER_BYTES_MAX:
-                    break
+            if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
+                problem = "the answer is not HTTP/1.1"
         except Exception as error:  # noqa: BLE001 - whatever it is, the delivery has not arrived
             problem = describe_failure(error)
         finally:
@@ -4065,25 +4071,33 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> An
     return answers[0]
 
 
+def exchange_bounds(receiver: str, is_long: bool, is_doubtful: bool) -> dict[Hashable, int]:
+    """Return how many exchanges of a kind may run at once: half of each for hooks whose last attempt has not arrived."""
+    most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
+    bounds: dict[Hashable, int] = {is_long: most, (is_long, receiver): RECEIVER_EXCHANGES_MAX}
+    return bounds | ({("doubtful", key): max(1, most // 2) for key, most in bounds.items()} if is_doubtful else {})
+
+
 class Outbox:
     """Has deliveries sent: those of a hook in order and one at a time, each hook with pending ones by a task."""
 
     def __init__(self, store: Store, loop: Loop, commit: Commit, metrics: Metrics, errors: ErrorLog) -> None:
         """Send the deliveries in a store."""
         self._store, self._loop, self._commit, self._metrics, self._errors = store, loop, commit, metrics, errors
-        self._threads = Threads(loop, EXCHANGES_MAX)  # to look up a name may take much longer than an exchange
+        self._threads = Threads(loop, EXCHANGES_MAX)  # for looking up names, which may take longer than an exchange
         self._gate = Gate(loop)
         self.has_hooks = self._is_sender = self._is_stopped = False
         self.busy: set[int] = set()  # hooks with an exchange under way, or its result not yet stored
         self._tasks: dict[int, Task] = {}  # by hook
         self._newest = 0  # id of the newest delivery that has been seen
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
-        self._next_log = 0.0  # monotonic seconds
+        self._dropped_logged = -NEVER  # monotonic seconds
         self._lock_file: BinaryIO | None = None
 
     def stop(self) -> None:
         """Begin no further exchange."""
         self._is_stopped = True
+        self._log_dropped()
         for task in [task for hook_id, task in self._tasks.items() if hook_id not in self.busy]:
             self._loop.throw(task, Cancelled())
 
@@ -4121,29 +4135,28 @@ class Outbox:
         self._log_dropped()
         self.has_hooks = self._store.has_hooks()
         if self.has_hooks and not self._is_stopped and self._may_send():
-            for hook_id, receiver, is_proven, newest in self._store.new_deliveries(self._newest):
-                self._newest = max(self._newest, newest)
+            rows = self._store.new_deliveries(self._newest)
+            self._newest = max((newest for *_, newest in rows), default=self._newest)
+            for hook_id, receiver, is_proven, _ in rows:
                 if hook_id not in self._tasks:
-                    self._tasks[hook_id] = self._loop.start(self._run_hook(hook_id, receiver, bool(is_proven)))
+                    self._loop.start(self._run_hook(hook_id, receiver, bool(is_proven)))
 
     async def _run_hook(self, hook_id: int, receiver: str, is_proven: bool) -> None:
         """Send the pending deliveries of a hook, until there are none."""
+        self._tasks[hook_id] = self._loop.current
         begun, failures, next_pause, unstored, last = time.monotonic(), 0, 1.0, 0, 0
         try:
-            while length := self._store.next_delivery_length(hook_id):
-                is_long = length > LONG_DELIVERY_CHARACTERS
-                most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
-                bounds: dict[Hashable, int] = {is_long: most, (is_long, receiver): RECEIVER_EXCHANGES_MAX}
-                if failures or not is_proven:  # half of all bounds are for hooks whose last delivery has arrived
-                    bounds |= {("doubtful", key): max(1, number // 2) for key, number in bounds.items()}
+            while next_one := self._store.next_delivery_size(hook_id):
+                is_doubtful = failures > 0 or not is_proven
+                bounds = exchange_bounds(receiver, next_one[1] > LONG_DELIVERY_BYTES, is_doubtful)
                 await self._gate.enter(bounds)
                 self.busy.add(hook_id)
                 try:
                     delivery = self._store.next_delivery(hook_id)
-                    if delivery is None:  # it has been deleted meanwhile
-                        return
-                    answer = await self._send(delivery, last)
-                    last, pause = delivery.number, 0.0
+                    if delivery is None or delivery.number != next_one[0]:  # that one has been deleted meanwhile
+                        continue
+                    answer = await self._send(delivery, last, "doubtful" if is_doubtful else None)
+                    last, pause = delivery.number - 1, 0.0
                     if answer.is_success() or answer.is_refusal():
                         failures, next_pause, is_proven = 0, 1.0, True
                     else:
@@ -4163,21 +4176,23 @@ class Outbox:
                 delivery = None  # its values may be long
                 if self._is_stopped:
                     return
-                await sleep(pause)
+                if pause:
+                    await sleep(pause)
         except Exception:
             self._newest = 0  # the next look begins again
             raise
         finally:
             del self._tasks[hook_id]
 
-    async def _send(self, delivery: Delivery, last: int) -> Answer:
-        """Send a delivery, and return the answer; last is the number of the one before: those between made room."""
+    async def _send(self, delivery: Delivery, last: int, owner: Hashable) -> Answer:
+        """Send a delivery, and return the answer. Those after the last handled one, or after last, had to make room."""
         overflow = delivery.number - 1 - max(delivery.handled, last)
         if overflow > 0:
             bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
             self._drop(delivery, overflow, f"the oldest, since more than {bounds} were pending")
         members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
-        answer = await exchange(self._loop, self._threads, delivery.url, delivery.idempotency_key, members)
+        key = delivery.idempotency_key
+        answer = await exchange(self._loop, self._threads, delivery.url, key, members, owner)
         self._metrics.deliveries += answer.is_success()
         self._metrics.failed_deliveries += not answer.is_success()
         return answer
@@ -4198,11 +4213,11 @@ class Outbox:
         self._log_dropped()
 
     def _log_dropped(self) -> None:
-        if self._dropped and (self._is_stopped or time.monotonic() > self._next_log):
+        if self._dropped and (self._is_stopped or self._dropped_logged + DROPPED_SECONDS < time.monotonic()):
             for (hook, reason), count in self._dropped.items():
                 log("ERROR", f"{hook}: dropped deliveries: {count} ({reason})")
             self._dropped.clear()
-            self._next_log = time.monotonic() + DROPPED_SECONDS
+            self._dropped_logged = time.monotonic()
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
@@ -4251,7 +4266,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.routes, self.beginnings = route_table(base_path), (base_path + "/kv/", "/kv/")
         self.errors = ErrorLog()
         self.reader, self.writer = CachingStore(path), Store(path, lock_seconds=0, mb_max=max_db_mb)
-        self.loop = Loop(lambda error: self.errors.write(describe_mistake(error)))
+        self.loop = Loop(lambda error: as_http_error(error, self.errors))
         # A slow commit must not wait for long lists, nor they for it.
         self.threads, self.disk = Threads(self.loop, WORKERS_MAX), Threads(self.loop, 1)
         self.connections: dict[socket.socket, RequestHandler] = {}

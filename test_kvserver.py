@@ -44,7 +44,7 @@ import unittest
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 from unittest import mock
 
@@ -3508,7 +3508,7 @@ class Hooks(HookCase):
         self.assertEqual([], self.store._read("SELECT * FROM delivery"))
 
     def test_without_hooks_nothing_is_done_for_them(self) -> None:
-        self.assertEqual(0, self.server.outbox._pools[0]._threads)
+        self.assertEqual(0, self.server.outbox._threads._started)
         statements: list[str] = []
         self.server.writer._connection.set_trace_callback(statements.append)
         for hook_id in (self.add_hook("*"), 0):
@@ -3688,7 +3688,9 @@ class Deliveries(HookCase):
             ("http://no-such-host.invalid/SECRET", "ame"),
             (f"http://{'a' * 64}.example/SECRET", "the host's name cannot be one"),
         ):
+            started = time.monotonic()
             answer = kvserver.deliver(url, "key", {})
+            self.assertLess(time.monotonic() - started, kvserver.HOOK_SECONDS / 2)
             self.assertEqual(0, answer.status)
             self.assertIn(reason, answer.text)
             self.assertNotIn("SECRET", answer.text)
@@ -3709,7 +3711,7 @@ class Deliveries(HookCase):
         self.add_hook("good")
         self.ask("/set?key=good&value=1")
         self.assert_told(("good", "1", None))
-        with mock.patch.object(kvserver, "SENDERS_MAX", 16):
+        with mock.patch.object(kvserver, "EXCHANGES_MAX", 16):
             for receiver in receivers:
                 receiver.behave = lambda connection, number: hang(connection, number) if number > 4 else None
                 for _ in range(4):
@@ -3742,8 +3744,35 @@ class Deliveries(HookCase):
         wait_until(lambda: ("good", "2", "1") in self.receiver.changes())
         self.assertLess(time.monotonic() - started, kvserver.HOOK_SECONDS / 2)
 
+    def test_names_that_take_for_ever_to_look_up_leave_threads_to_others(self) -> None:
+        self.stop()
+        self.enter(mock.patch.object(kvserver, "EXCHANGES_MAX", 4))
+        self.start()
+        self.add_hook("good")
+        self.ask("/set?key=good&value=1")
+        self.assert_told(("good", "1", None))
+        for number in range(8):
+            hook = ("alice", "a", "http://slow/", f"http://slow{number}", None, "")
+            self.store.transact(lambda store: store.add_hook(*hook))  # noqa: B023
+        go_on, look_up = threading.Event(), socket.getaddrinfo
+
+        def look_up_slowly(host: str, *arguments: Any, **options: Any) -> Any:
+            if host == "slow":
+                go_on.wait(WAIT_SECONDS)
+                raise socket.gaierror(0, "unknown")
+            return look_up(host, *arguments, **options)
+
+        self.addCleanup(go_on.set)
+        with mock.patch.object(socket, "getaddrinfo", look_up_slowly), mock.patch.object(kvserver, "HOOK_SECONDS", 0.2):
+            started = time.monotonic()
+            self.ask("/set?key=a&value=1")
+            wait_until(lambda: time.monotonic() > started + 4 * kvserver.HOOK_SECONDS)
+            self.ask("/set?key=good&value=2")
+            wait_until(lambda: len(self.receiver.received) == 2)
+            go_on.set()
+
     def test_long_values_that_hang_leave_threads_to_short_ones(self) -> None:
-        most = kvserver.LONG_SENDERS_MAX
+        most = kvserver.LONG_EXCHANGES_MAX
         receivers = [self.enter(contextlib.closing(Receiver())) for _ in range(most + 2)]
         for receiver in receivers:
             self.add_hook("long", receiver=receiver)
@@ -3752,7 +3781,7 @@ class Deliveries(HookCase):
         for receiver in receivers:
             receiver.behave = hang
         self.add_hook("short")
-        long_value = "x" * (kvserver.LONG_DELIVERY_CHARACTERS + 1)
+        long_value = "x" * (kvserver.LONG_DELIVERY_BYTES + 1)
         started = time.monotonic()
         self.assertEqual(200, self.request("POST", "/set?key=long", long_value, "text/plain").status)
         wait_until(lambda: sum(len(receiver.received) == 2 for receiver in receivers) == most)
@@ -3764,6 +3793,13 @@ class Deliveries(HookCase):
             receiver.hang_up()
         wait_until(lambda: self.store.pending_count() == 0)
         self.assertLess(time.monotonic() - started, kvserver.HOOK_SECONDS)
+
+    def test_what_breaks_counts_as_a_failure(self) -> None:
+        self.add_hook("a")
+        with mock.patch.object(kvserver, "encode_delivery", side_effect=MemoryError):
+            self.ask("/set?key=a&value=1")
+            wait_until(lambda: self.store.hooks()[0].result == "MemoryError")
+        self.assert_told(("a", "1", None))
 
     def test_an_answer_that_comes_before_the_body_was_taken_counts(self) -> None:
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
@@ -3847,7 +3883,7 @@ class Deliveries(HookCase):
         self.add_hook("*")
         self.ask("/set?key=a&value=0")
         self.assert_told(("a", "0", None))
-        most = kvserver.SENDERS_MAX // 2
+        most = kvserver.EXCHANGES_MAX // 2
         for _ in range(most // 4 + 2):  # more than may be called at once
             receiver = self.enter(contextlib.closing(Receiver()))
             receiver.behave = hang
@@ -3867,7 +3903,7 @@ class Deliveries(HookCase):
         self.assertLess(slowest, 1)
 
     def test_one_receiver_gets_only_so_many_connections_at_once(self) -> None:
-        most = kvserver.RECEIVER_SENDERS_MAX
+        most = kvserver.RECEIVER_EXCHANGES_MAX
         for _ in range(2 * most):
             self.add_hook("a")
         self.ask("/set?key=a&value=0")
@@ -3885,11 +3921,15 @@ class Deliveries(HookCase):
         self.receiver.behave = hang
         self.stop()
         self.start()
-        self.add_hook("b")
-        self.ask("/set?key=a&value=1")
+        most = kvserver.RECEIVER_EXCHANGES_MAX // 2  # for hooks of which nothing has arrived
+        for _ in range(most + 1):
+            self.add_hook("b")
         self.ask("/set?key=b&value=1")
-        wait_until(lambda: len(self.server.outbox.busy) == 2)
-        self.assertEqual([0, 1], [lane.failures for _, lane in sorted(self.server.outbox.busy.items())])
+        wait_until(lambda: len(self.server.outbox.busy) == most)
+        self.ask("/set?key=a&value=1")
+        wait_until(lambda: ("a", "1", "0") in self.receiver.changes())
+        self.assertEqual(most + 1, len(self.server.outbox.busy))
+        self.receiver.close()
 
     def test_of_two_servers_one_sends(self) -> None:
         other = kvserver.Server(self.database, "127.0.0.1", 0)
@@ -3949,11 +3989,22 @@ class Deliveries(HookCase):
         self.ask("/set?key=a&value=2")
         wait_until(lambda: len(self.receiver.received) == 1)
         self.server.stop()
+        wait_until(lambda: self.server.outbox._is_stopped)
         go_on.set()
         self.thread.join(WAIT_SECONDS)
         self.assertEqual(1, self.store.pending_count())
         self.start()
         self.assert_told(("a", "1", None), ("a", "2", "1"))
+
+    def test_a_stop_logs_what_was_dropped(self) -> None:
+        self.receiver.behave = lambda connection, number: connection.sendall(b"HTTP/1.1 404 No\r\n\r\n")
+        self.add_hook("a")
+        for number in range(5):
+            self.ask(f"/set?key=a&value={number}")
+        wait_until(lambda: self.store.pending_count() == 0)
+        self.stop()
+        logged = re.findall(r"dropped deliveries: (\d+) \(404 Not Found\)", self.log.text())
+        self.assertEqual(["1", "4"], logged, "the first at once, and the others when the server stops")
 
     def test_metrics_count_deliveries(self) -> None:
         answers = [b"HTTP/1.1 503 Later\r\nRetry-After: 0\r\n\r\n", ARRIVED, b"HTTP/1.1 404 No\r\n\r\n", b""]
@@ -3969,56 +4020,156 @@ class Deliveries(HookCase):
 
 
 class Threads(unittest.TestCase):
-    """The threads of a pool."""
+    """Threads that run functions for tasks, and gates that bound what runs at once."""
 
     def setUp(self) -> None:
-        self.done = threading.Semaphore(0)
+        self.results: list[object] = []
+        self.loop = kvserver.Loop(lambda error: self.results.append(type(error)))
+        self.addCleanup(self.loop.close)
+        self.go_on = threading.Event()
+        self.addCleanup(self.go_on.set)
+        self.waiting: list[str] = []
 
-    def wait_for(self, count: int) -> None:
-        """Wait until so many jobs have been done."""
-        for _ in range(count):
-            self.assertTrue(self.done.acquire(timeout=WAIT_SECONDS))
+    def threads(self, most: int) -> kvserver.Threads:
+        """Return so many threads."""
+        threads = kvserver.Threads(self.loop, most)
+        return threads
 
-    def submit(self, pool: kvserver.Pool, job: Callable[[], object] = lambda: None) -> None:
-        """Have a job done."""
-        pool.submit(job, lambda outcome: self.done.release())
+    def wait(self, name: str = "") -> threading.Thread:
+        """Run until the test lets go."""
+        self.waiting.append(name)
+        self.go_on.wait(WAIT_SECONDS)
+        return threading.current_thread()
 
-    def test_one_is_started_only_when_all_are_busy(self) -> None:
-        pool = kvserver.Pool(3, lambda function: function(), 60)
+    def start(self, *awaitables: Awaitable[object]) -> kvserver.Task:
+        """Start a task that awaits some things and keeps their results."""
+
+        async def run() -> None:
+            for awaitable in awaitables:
+                try:
+                    self.results.append(await awaitable)
+                except TimeoutError:
+                    self.results.append(TimeoutError)
+
+        return self.loop.start(run())
+
+    def run_until(self, is_so: Callable[[], bool]) -> None:
+        """Run the loop until something is so."""
+
+        def look() -> bool:
+            self.loop.run_once(may_wait=False)
+            return is_so()
+
+        wait_until(look)
+
+    def assert_results(self, *results: object) -> None:
+        """Wait for as many results, and check them."""
+        self.run_until(lambda: len(self.results) >= len(results))
+        self.assertEqual(list(results), self.results)
+
+    def test_one_more_starts_only_when_all_are_busy(self) -> None:
+        threads = self.threads(3)
+        for number in range(5):
+            self.start(threads.run(threading.current_thread))
+            self.run_until(lambda: len(self.results) == number + 1)  # noqa: B023
+        self.assertEqual(1, len(set(self.results)))
         for _ in range(5):
-            self.submit(pool)
-            self.wait_for(1)
-            self.assertEqual(1, pool._threads)
-        pool.submit(self.fail, lambda outcome: None, is_wanted=lambda: False)
-        wait_until(lambda: pool._unfinished == 0)
-        go_on = threading.Event()
-        for _ in range(5):
-            self.submit(pool, lambda: go_on.wait(WAIT_SECONDS))
-        self.assertEqual(3, pool._threads)
-        go_on.set()
-        self.wait_for(5)
+            self.start(threads.run(self.wait))
+        self.run_until(lambda: len(self.waiting) == 3)
+        self.go_on.set()
+        self.run_until(lambda: len(self.results) == 10)
+        self.assertEqual(3, len(set(self.results)))
 
-    def test_one_ends_when_it_has_been_idle(self) -> None:
-        pool = kvserver.Pool(3, lambda function: function(), 0.01)
-        for _ in range(5):
-            self.submit(pool)
-            self.submit(pool)
-            self.wait_for(2)
-            wait_until(lambda: pool._threads == 0)
+    def test_one_owner_gets_at_most_half(self) -> None:
+        threads = self.threads(4)
+        for _ in range(3):
+            self.start(threads.run(functools.partial(self.wait, "alice"), "alice"))
+        for _ in range(2):
+            self.start(threads.run(functools.partial(self.wait, "bob"), "bob"))
+        self.run_until(lambda: len(self.waiting) == 4)
+        self.assertEqual(["alice", "alice", "bob", "bob"], sorted(self.waiting))
+        self.go_on.set()
+        self.run_until(lambda: len(self.results) == 5)
 
-    def test_one_does_not_end_when_something_was_submitted_just_now(self) -> None:
-        pool = kvserver.Pool(1, lambda function: function(), 0.01)
-        acquire, times = pool._jobs_count.acquire, itertools.count()
+    def test_an_exception_is_raised_in_the_task(self) -> None:
+        self.start(self.threads(1).run(lambda: 1 // 0))
+        self.assert_results(ZeroDivisionError)
 
-        def acquire_late(timeout: float | None = None) -> bool:
-            if next(times):
-                return acquire(timeout=timeout)
-            wait_until(lambda: pool._unfinished == 1)
-            return False
+    def test_a_result_after_the_deadline_resumes_nothing(self) -> None:
+        threads = self.threads(1)
+        self.start(threads.run(self.wait, deadline=time.monotonic()), threads.run(lambda: "next"))
+        self.assert_results(TimeoutError)
+        self.go_on.set()
+        self.assert_results(TimeoutError, "next")
 
-        with mock.patch.object(pool._jobs_count, "acquire", acquire_late):
-            self.submit(pool)
-            self.wait_for(1)
+    def test_only_without_any_thread_it_fails(self) -> None:
+        threads = self.threads(2)
+        no_memory = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
+        with no_memory:
+            self.start(threads.run(self.wait))
+            self.assert_results(MemoryError)
+        self.start(threads.run(self.wait))
+        self.run_until(lambda: len(self.waiting) == 1)
+        with no_memory:
+            self.start(threads.run(lambda: "next"))
+            self.settle()
+        self.go_on.set()
+        self.run_until(lambda: len(self.results) == 3)
+        self.assertEqual("next", self.results[2])
+
+    def enter(self, gate: kvserver.Gate, name: str, *keys: str) -> kvserver.Task:
+        """Have a task enter a gate that lets each key be taken once, and keep its name when it has passed."""
+
+        async def enter() -> None:
+            await gate.enter(dict.fromkeys(keys, 1))
+            self.results.append(name)
+
+        task = self.loop.start(enter())
+        self.settle()
+        return task
+
+    def leave(self, gate: kvserver.Gate, *keys: str) -> None:
+        """Leave a gate in place of a task."""
+        gate.leave(dict.fromkeys(keys, 1))
+        self.settle()
+
+    def settle(self) -> None:
+        """Run the loop until nothing more happens."""
+        while self.loop.soon:
+            self.loop.run_once(may_wait=False)
+
+    def test_a_gate_keeps_its_bounds_and_the_order_of_arrival(self) -> None:
+        gate = kvserver.Gate(self.loop)
+        for number in range(3):
+            self.enter(gate, f"a{number}", "a")
+        self.assertEqual(["a0"], self.results)
+        self.leave(gate, "a")
+        self.assertEqual(["a0", "a1"], self.results)
+        self.leave(gate, "a")
+        self.assertEqual(["a0", "a1", "a2"], self.results)
+
+    def test_at_a_gate_one_that_can_pass_does_not_wait_for_others(self) -> None:
+        gate = kvserver.Gate(self.loop)
+        for name in ("a", "b", "ab", "a-late", "b-late"):
+            self.enter(gate, name, *name.removesuffix("-late"))
+        self.leave(gate, "b")
+        self.assertEqual(["a", "b", "b-late"], self.results)
+        self.enter(gate, "c", "c")
+        self.leave(gate, "b")
+        self.assertEqual(["a", "b", "b-late", "c"], self.results)
+        self.leave(gate, "a")
+        self.assertEqual(["a", "b", "b-late", "c", "ab"], self.results)
+
+    def test_one_that_is_cancelled_takes_nothing_at_a_gate(self) -> None:
+        gate = kvserver.Gate(self.loop)
+        self.enter(gate, "first", "a")
+        task = self.enter(gate, "while it waits", "a")
+        self.loop.throw(task, kvserver.Cancelled())
+        task = self.enter(gate, "when its turn has just come", "a")
+        gate.leave({"a": 1})
+        self.loop.throw(task, kvserver.Cancelled())
+        self.enter(gate, "last", "a")
+        self.assertEqual(["first", "last"], self.results)
 
 
 class Schedules(unittest.TestCase):
@@ -4031,48 +4182,71 @@ class Schedules(unittest.TestCase):
         self.store = kvserver.open_store(self.database)
         self.addCleanup(self.store.close)
         self.store.add_user("alice", "", True)
-        hook = ("alice", "*", "http://h/SECRET", "http://h", None, "")
-        self.store.transact(lambda store: store.add_hook(*hook))
-        self.seconds = 0.0  # that the clock has been put forward
+        self.add_hook("http://h")
+        self.seconds, wall = 0.0, time.time()
+        self.enterContext(mock.patch.object(time, "monotonic", lambda: self.seconds))
+        self.enterContext(mock.patch.object(time, "time", lambda: wall + self.seconds))
+        self.enterContext(mock.patch.object(kvserver, "exchange", self.exchange))
+        self.bounds = self.enterContext(mock.patch.object(kvserver, "exchange_bounds", wraps=kvserver.exchange_bounds))
+        self.log = self.enterContext(captured_log())
         self.tries: list[tuple[float, str | None]] = []
-        self.lanes: list[kvserver.Lane] = []
-        self.hold: Callable[[Callable[[], None]], None] = lambda done: done()
-        self.monotonic, self.wall = time.monotonic(), time.time()
         self.answer = kvserver.Answer(0, "Connection refused")
-        self.posted: list[Callable[[], None]] = []
+        self.answers: list[kvserver.Answer] = []  # before that
+        self.is_holding = False
+        self.held: list[kvserver.Wakeup] = []
+        self.mistakes: list[Exception] = []
+        self.addCleanup(lambda: self.assertEqual([], self.mistakes))
+        self.loop = kvserver.Loop(self.mistakes.append)
+        self.addCleanup(self.loop.close)
         metrics = kvserver.Metrics((), ())
-        self.outbox = kvserver.Outbox(
-            self.store, (cast(Any, self),) * 2, self.posted.append, self.change, metrics, kvserver.ErrorLog()
-        )
+        self.outbox = kvserver.Outbox(self.store, self.loop, self.commit, metrics, kvserver.ErrorLog())
         self.addCleanup(self.outbox.close)
-        log = captured_log()
-        self.log = log.__enter__()
-        self.addCleanup(log.__exit__, None, None, None)
 
-    def submit(self, function: functools.partial[Any], done: Callable[[Any], None]) -> None:
-        """Take the place of the pool, and of the receiver."""
-        self.tries.append((round(self.seconds, 3), function.args[2]["value2"]))
-        self.lanes.append(list(self.outbox.busy.values())[-1])
-        self.hold(functools.partial(done, self.answer))
+    def add_hook(self, receiver: str) -> None:
+        """Add a hook for all keys."""
+        hook = ("alice", "*", "http://h/SECRET", receiver, None, "")
+        self.store.transact(lambda store: store.add_hook(*hook))
 
-    def change(self, change: kvserver.Change) -> None:
-        """Take the place of the writer."""
-        change.done(self.store.transact(change.operation))
-        self.posted.append(self.outbox.look)
+    async def commit(self, operation: Callable[[kvserver.Store], object], size: int = 0) -> None:
+        """Take the place of the server."""
+        self.store.transact(operation)
+
+    async def exchange(
+        self,
+        loop: kvserver.Loop,
+        threads: kvserver.Threads,
+        url: str,
+        key: str,
+        members: Mapping[str, str | None],
+        owner: str | None,
+    ) -> kvserver.Answer:
+        """Take the place of the receiver; the test resumes what it holds."""
+        self.tries.append((round(self.seconds, 3), members["value2"]))
+        wakeup = kvserver.Wakeup(loop)
+        if self.is_holding:
+            self.held.append(wakeup)
+        else:
+            wakeup()
+        await kvserver.ready(0)
+        return self.answers.pop(0) if self.answers else self.answer
+
+    def kinds(self) -> list[tuple[str, bool, bool]]:
+        """Return of each try its receiver, and whether it counted as long and as doubtful."""
+        return [call.args for call in self.bounds.call_args_list]
+
+    def run_ready(self) -> None:
+        """Run the loop until nothing more happens at this time."""
+        while self.loop.soon or self.loop._next_check <= self.seconds:
+            self.loop.run_once(may_wait=False)
 
     def run_until(self, seconds: float) -> None:
-        """Put the clock forward, from one try to the next."""
-        monotonic = mock.patch.object(time, "monotonic", lambda: self.monotonic + self.seconds)
-        with monotonic, mock.patch.object(time, "time", lambda: self.wall + self.seconds):
-            while True:
-                self.outbox.look()
-                while self.posted:
-                    self.posted.pop(0)()
-                if self.outbox._is_stopped or not self.outbox._waiting or self.seconds >= seconds:
-                    break
-                due = self.outbox._waiting[0][0] - self.monotonic + 1e-6
-                self.seconds = min(seconds, max(self.seconds, due))
-        self.seconds = max(self.seconds, seconds)
+        """Put the clock forward, from one event to the next."""
+        while True:
+            self.outbox.look()
+            self.run_ready()
+            if self.seconds >= seconds:
+                return
+            self.seconds = min(seconds, self.loop._next_check)
 
     def test_pauses_double_up_to_an_hour_for_a_day(self) -> None:
         self.store.set_value(1, "a", "1")
@@ -4166,28 +4340,37 @@ class Schedules(unittest.TestCase):
         self.assertEqual(0, self.store.pending_count())
         self.assertEqual(20, self.outbox._metrics.dropped_deliveries)
 
-    def test_what_had_to_make_room_is_logged_though_the_next_try_is_far(self) -> None:
+    def test_what_had_to_make_room_is_logged_with_the_next_try(self) -> None:
         self.store.set_value(1, "a", "first")
         self.run_until(10_000)
-        tries = len(self.tries)
         for number in range(18):
             self.store.set_value(1, f"k{number}", "x" * kvserver.VALUE_BYTES_MAX)
-            self.run_until(10_001)
-        self.run_until(10_020)
+        self.run_until(10_001 + kvserver.HOOK_RETRY_SECONDS_MAX)
         logged = re.findall(r"deliveries: (\d+) \(the oldest", self.log.text())
-        self.assertEqual(tries, len(self.tries))
         self.assertEqual(19 - self.store.pending_count(), sum(map(int, logged)))
 
     def test_a_short_one_behind_a_long_one_does_not_wait_for_its_turn(self) -> None:
-        self.answer = kvserver.Answer(200, "200 OK")
-        self.store.set_value(1, "a", "x" * (kvserver.LONG_DELIVERY_CHARACTERS + 1))
+        self.answer, self.is_holding = kvserver.Answer(200, "200 OK"), True
+        self.store.set_value(1, "a", "x" * (kvserver.LONG_DELIVERY_BYTES + 1))
         self.store.set_value(1, "b", "1")
-        with mock.patch.object(kvserver, "LONG_SENDERS_MAX", 2):
-            self.outbox.look()
-            while self.posted:
-                with mock.patch.object(kvserver, "LONG_SENDERS_MAX", 0 if len(self.tries) == 1 else 2):
-                    self.posted.pop(0)()
-        self.assertEqual([True, False], [lane.is_long for lane in self.lanes])
+        self.run_until(1)
+        with mock.patch.object(kvserver, "LONG_EXCHANGES_MAX", 0):
+            self.held.pop()()
+            self.run_until(1)
+        self.assertEqual("1", self.tries[-1][1])
+
+    def test_what_has_become_long_while_it_waited_waits_for_its_turn(self) -> None:
+        self.add_hook("http://a")
+        self.is_holding = True
+        self.store.set_value(1, "a", "1")
+        with mock.patch.object(kvserver, "EXCHANGES_MAX", 1):
+            self.run_until(1)
+            for number in range(20):  # the short one has to make room
+                self.store.set_value(1, f"k{number}", "x" * kvserver.VALUE_BYTES_MAX)
+            with mock.patch.object(kvserver, "LONG_EXCHANGES_MAX", 0):
+                self.held.pop()()
+                self.run_until(1)
+                self.assertEqual(1, len(self.tries))
 
     def test_the_oldest_make_room_for_long_values(self) -> None:
         self.run_until(1)
@@ -4203,21 +4386,18 @@ class Schedules(unittest.TestCase):
         self.assertIn("dropped deliveries: 7 (the oldest", self.log.text())
         self.assertEqual(7, self.outbox._metrics.dropped_deliveries)
 
-    def test_what_is_dropped_is_logged_now_and_then_and_in_the_end(self) -> None:
+    def test_what_is_dropped_is_logged_now_and_then(self) -> None:
         self.answer = kvserver.Answer(404, "404 Not Found")
-        with mock.patch.object(kvserver, "DROPPED_SECONDS", 1e9):
-            for number in range(5):
-                self.store.set_value(1, "a", f"{number}")
-            self.run_until(1)
-            self.outbox.stop()
-            self.outbox.look()
-        logged = re.findall(r"dropped deliveries: (\d+) \(404 Not Found\)", self.log.text())
-        self.assertEqual(["1", "4"], logged, "the first at once, and the others when the server stops")
-        self.outbox._is_stopped = False
+        for number in range(5):
+            self.store.set_value(1, "a", f"{number}")
+        self.run_until(kvserver.DROPPED_SECONDS - 1)
+        self.assertEqual(1, len(self.log.lines), self.log.text())
+        self.run_until(kvserver.DROPPED_SECONDS + 1)
+        self.assertEqual(["1", "4"], re.findall(r"dropped deliveries: (\d+) \(404 Not Found\)", self.log.text()))
         with mock.patch.object(kvserver, "DROPPED_SECONDS", -1):
             for number in range(5):
                 self.store.set_value(1, "b", f"{number}")
-            self.run_until(2)
+            self.run_until(self.seconds + 1)
         self.assertEqual(7, len(self.log.lines))
 
     def test_what_is_behind_one_that_was_given_up_counts_as_a_retry(self) -> None:
@@ -4225,77 +4405,38 @@ class Schedules(unittest.TestCase):
             self.store.set_value(1, "a", f"{number}")
         self.run_until(25 * 3600)
         self.assertEqual(0, self.store.pending_count())
-        self.assertEqual([1, 2, 3, 4, 5, 6, 7], [lane.failures for lane in self.lanes][:7])
-        self.assertEqual({8}, {lane.failures for lane in self.lanes[7:]})
         self.answer = kvserver.Answer(200, "200 OK")
         self.store.set_value(1, "a", "new")
         self.run_until(26 * 3600)
+        self.assertEqual({True}, {is_doubtful for _, _, is_doubtful in self.kinds()})
         self.store.set_value(1, "a", "newer")
         self.run_until(27 * 3600)
-        self.assertEqual(0, self.lanes[-1].failures)
-
-    def test_receivers_take_turns(self) -> None:
-        for receiver in ("http://a", "http://a", "http://b"):
-            hook = ("alice", "*", "http://h/SECRET", receiver, None, "")
-            self.store.transact(lambda store: store.add_hook(*hook))  # noqa: B023
-        self.store.set_value(1, "a", "1")
-        held: list[Callable[[], None]] = []
-        self.hold = held.append
-        self.answer = kvserver.Answer(200, "200 OK")
-        with mock.patch.object(kvserver, "SENDERS_MAX", 1):
-            for _ in range(4):
-                self.outbox.look()
-                held.pop()()
-                while self.posted:
-                    self.posted.pop(0)()
-        self.assertEqual(["http://h", "http://a", "http://b", "http://a"], [lane.receiver for lane in self.lanes])
-
-    def test_what_has_failed_least_comes_first(self) -> None:
-        for receiver in ("http://a", "http://b"):
-            hook = ("alice", receiver[-1], "http://h/SECRET", receiver, None, "")
-            self.store.transact(lambda store: store.add_hook(*hook))  # noqa: B023
-        self.store.set_value(1, "a", "1")
-        self.run_until(100)
-        with mock.patch.object(kvserver, "SENDERS_MAX", 0):
-            self.run_until(300)  # all are due
-            self.store.set_value(1, "b", "1")
-            self.run_until(301)
-        self.answer = kvserver.Answer(200, "200 OK")
-        del self.lanes[:]
-        self.run_until(302)
-        self.assertEqual("http://b", self.lanes[0].receiver)
+        self.assertEqual(("http://h", False, False), self.kinds()[-1])
 
     def test_a_disk_that_fails_for_once_does_not_stop_a_hook(self) -> None:
+        self.add_hook("http://a")
         self.answer = kvserver.Answer(200, "200 OK")
-        self.store.set_value(1, "a", "1")
-        failure = sqlite3.OperationalError("disk I/O error")
-        with mock.patch.object(self.store, "next_delivery", side_effect=failure), self.assertRaises(sqlite3.Error):
-            self.outbox.look()
-        self.run_until(1)
-        self.assertEqual(0, self.store.pending_count())
+        for name in ("next_delivery", "next_delivery_size"):
+            self.store.set_value(1, name, "1")
+            real, failures = getattr(self.store, name), [sqlite3.OperationalError("disk I/O error")]
+
+            def fail_once(hook_id: int) -> Any:
+                if failures:  # noqa: B023
+                    raise failures.pop()  # noqa: B023
+                return real(hook_id)  # noqa: B023
+
+            with mock.patch.object(self.store, name, fail_once):
+                self.run_until(self.seconds + 2)
+            self.assertEqual(0, self.store.pending_count())
+            self.assertEqual(["disk I/O error"], [str(self.mistakes.pop())])
 
     def test_a_refusal_ends_a_row_of_failures(self) -> None:
         for number in range(3):
             self.store.set_value(1, "a", f"{number}")
-        failure = self.answer
-
-        def hold(done: Callable[[], None]) -> None:
-            self.answer = kvserver.Answer(404, "404 Not Found") if len(self.tries) == 2 else failure
-            done()
-
-        self.hold = hold
+        self.answers = [self.answer, self.answer, kvserver.Answer(404, "404 Not Found")]
         self.run_until(6.5)
         self.assertEqual([0, 1, 3, 3, 4, 6], [round(at) for at, _ in self.tries])
-        self.assertEqual([1, 2, 3, 0, 1, 2], [lane.failures for lane in self.lanes])
-
-    def test_a_sender_that_breaks_counts_as_a_failure(self) -> None:
-        self.store.set_value(1, "a", "1")
-        with mock.patch.object(self, "answer", MemoryError()):
-            self.run_until(0.5)
-        self.assertEqual("MemoryError", self.store.hooks()[0].result)
-        self.answer = kvserver.Answer(200, "200 OK")
-        self.run_until(2)
-        self.assertEqual(0, self.store.pending_count())
+        self.assertEqual([True, True, True, False, True, True], [is_doubtful for _, _, is_doubtful in self.kinds()][:6])
 
     def test_a_row_of_failures_is_logged_once(self) -> None:
         self.store.set_value(1, "a", "1")
@@ -4304,40 +4445,55 @@ class Schedules(unittest.TestCase):
 
     def test_what_is_dropped_after_the_stop_is_logged(self) -> None:
         self.answer = kvserver.Answer(404, "404 Not Found")
-        held: list[Callable[[], None]] = []
         self.store.set_value(1, "a", "1")
+        self.run_until(1)
         self.store.set_value(1, "a", "2")
-        self.hold = lambda done: done() if len(self.tries) < 2 else held.append(done)
-        self.run_until(1)
+        self.store.set_value(1, "a", "3")
+        self.is_holding = True
+        self.run_until(2)
         self.outbox.stop()
-        held.pop()()
-        self.run_until(1)
-        self.assertEqual(0, self.store.pending_count())
+        self.held.pop()()
+        self.run_until(3)
+        self.assertEqual((1, 2), (self.store.pending_count(), len(self.tries)), "nothing more is begun")
         self.assertEqual(2, len(self.log.lines), self.log.text())
 
     def test_a_try_is_under_way_until_its_result_is_noted(self) -> None:
         self.answer = kvserver.Answer(200, "200 OK")
         self.store.set_value(1, "a", "1")
-        changes: list[kvserver.Change] = []
-        with mock.patch.object(self.outbox, "_change", changes.append):
-            self.outbox.look()
-        self.assertEqual((1, [1]), (len(changes), list(self.outbox.busy)))
-        self.change(changes[0])
-        self.run_until(1)
-        self.assertEqual({}, self.outbox.busy)
+        busy, transact = list[set[int]](), self.store.transact
+
+        def commit(operation: Callable[[kvserver.Store], object]) -> None:
+            busy.append(self.outbox.busy.copy())
+            transact(operation)
+
+        with mock.patch.object(self.store, "transact", commit):
+            self.run_until(1)
+        self.assertEqual(([{1}], set()), (busy, self.outbox.busy))
 
     def test_half_of_each_bound_is_kept_for_what_has_not_failed(self) -> None:
-        for is_long, most in ((False, kvserver.RECEIVER_SENDERS_MAX), (True, kvserver.LONG_SENDERS_MAX)):
-            retry, first = (kvserver.Lane(is_long, failures, "http://h") for failures in (1, 0))
-            self.outbox.busy = dict.fromkeys(range(most // 2), retry)
-            self.assertEqual((False, True), (self.outbox._has_thread(retry), self.outbox._has_thread(first)))
+        for is_long, receivers, most in (
+            (False, 1, kvserver.RECEIVER_EXCHANGES_MAX),
+            (False, kvserver.EXCHANGES_MAX, kvserver.EXCHANGES_MAX),
+            (True, 1, kvserver.LONG_EXCHANGES_MAX),
+        ):
+            gate, passed = kvserver.Gate(self.loop), list[bool]()
+
+            async def enter(receiver: str, is_doubtful: bool) -> None:
+                await gate.enter(kvserver.exchange_bounds(receiver, is_long, is_doubtful))  # noqa: B023
+                passed.append(is_doubtful)  # noqa: B023
+
+            for is_doubtful in (True, False):
+                for number in range(2 * most):
+                    self.loop.start(enter(f"http://{number % receivers}", is_doubtful))
+            self.run_ready()
+            self.assertEqual([True] * (most // 2) + [False] * (most // 2), passed)
 
     def test_long_is_what_was_there_before_as_well(self) -> None:
         self.answer = kvserver.Answer(200, "200 OK")
-        for value in ("1", "x" * (kvserver.LONG_DELIVERY_CHARACTERS + 1), "2", "3"):
+        for value in ("1", "\0" + "x" * kvserver.LONG_DELIVERY_BYTES, "2", "3"):
             self.store.set_value(1, "a", value)
         self.run_until(1)
-        self.assertEqual([False, True, True, False], [lane.is_long for lane in self.lanes])
+        self.assertEqual([False, True, True, False], [is_long for _, is_long, _ in self.kinds()])
 
     def test_what_removes_may_exceed_the_limit_only_while_it_does(self) -> None:
         self.store.may_exceed, self.store._pages_max = True, 100
@@ -4348,7 +4504,7 @@ class Schedules(unittest.TestCase):
     def test_a_full_disk_does_not_stop_a_hook(self) -> None:
         self.answer = kvserver.Answer(200, "200 OK")
         self.store.set_value(1, "a", "1")
-        with mock.patch.object(self.outbox, "_change", lambda change: change.done(kvserver.StoreFull("full"))):
+        with mock.patch.object(self.store, "transact", side_effect=kvserver.StoreFull("full")):
             self.run_until(300)
         self.assertEqual([0, 2, 6, 14, 30, 62, 126, 190], [round(at) for at, _ in self.tries][:8])
         tries = len(self.tries)

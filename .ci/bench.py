@@ -5,8 +5,8 @@
 
 Absolute times mean little on a shared machine. Each figure is therefore measured in turns with its yardstick, in an
 order that changes from round to round, and the median of the rounds' ratios counts. It runs on Linux and needs only the
-standard library. strace simulates a slow disk; webdis and redis-server are yardsticks: without them, their rows are left
-out. --check exits with 1 when a target is missed.
+standard library. strace simulates a slow disk; webdis and redis-server are yardsticks. Without them, it leaves their
+rows out. --check exits with 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ FIELDS = (
     "Accept: */*\r\n"
 )
 WAIT_SECONDS = 60  # how long anything may take that should come at once
+ANSWER_SECONDS = 30
 ENDLESS = 1_000_000_000  # requests, of a load that is ended
 VALUE = "open"
 SET_KEYS = 100  # keys that are written in turn
@@ -55,7 +56,7 @@ PAUSE_SECONDS_MAX = 0.004  # between paced requests
 
 
 class Target(NamedTuple):
-    """A row of the table: the ratio, or the figure if there is no yardstick, must reach one limit and aims at another."""
+    """A row of the table, with the limits of its ratio, or of its figure if it has no yardstick."""
 
     key: str
     what: str
@@ -92,9 +93,9 @@ TARGETS = (
 
 
 # ---- The load generator ----------------------------------------------------------------------------------------------
-# It runs in its own process and does as little as it can, so that it doesn't slow down a quick server: requests are made
-# beforehand, and it reads and writes descriptors, which costs less than the methods of sockets. Each answer is checked
-# by its status and by its end: the empty line and the body.
+# It runs in its own process and does as little as it can, so that it keeps up with a quick server. It makes the
+# requests beforehand, and it reads and writes descriptors, which costs less than the methods of sockets. It checks each
+# answer by its status and by its end: the empty line and the body.
 
 Exchange = tuple[bytes, bytes]  # a request, and the end of its answer
 GOOD = b"HTTP/1.1 200 "
@@ -151,19 +152,19 @@ def connect(port: int) -> socket.socket:
 
 def read_rest(descriptor: int, answer: bytes, end: bytes) -> None:
     """Read until an answer is complete, asking again and again; exit if it is not the expected one."""
-    deadline = time.perf_counter() + WAIT_SECONDS
-    while not answer.endswith(end):
+    deadline = time.perf_counter() + ANSWER_SECONDS
+    while not answer.startswith(GOOD) or not answer.endswith(end):
+        if answer and not answer.startswith(GOOD):
+            sys.exit(f"the answer is not the expected one: {answer[:200]!r}")
         try:
             data = os.read(descriptor, 65536)
         except BlockingIOError:
             if time.perf_counter() > deadline:
-                sys.exit(f"the answer is not complete: {answer[:200]!r}")
+                sys.exit(f"the answer doesn't end with {end!r}: {answer[-500:]!r}")
             continue
         if not data:
             sys.exit(f"the connection was closed: {answer[:200]!r}")
         answer += data
-    if not answer.startswith(GOOD):
-        sys.exit(f"the answer is not the expected one: {answer[:200]!r}")
 
 
 def drive_one(port: int, todo: list[Exchange], count: int) -> tuple[list[float], float]:
@@ -212,7 +213,7 @@ def drive_many(port: int, todo: list[Exchange], connections: int, count: int) ->
         begun[descriptor] = clock()
         write(descriptor, request)
     while len(seconds) < count:
-        events = poll.poll(WAIT_SECONDS)
+        events = poll.poll(ANSWER_SECONDS)
         if not events:
             sys.exit("there is no answer")
         for descriptor, _ in events:
@@ -249,7 +250,7 @@ def drive_fresh(port: int, todo: list[Exchange], connections: int, count: int) -
     for _ in range(connections):
         begin()
     while len(seconds) < count:
-        events = poll.poll(WAIT_SECONDS)
+        events = poll.poll(ANSWER_SECONDS)
         if not events:
             sys.exit("there is no answer")
         for descriptor, _ in events:
@@ -374,13 +375,13 @@ def run_dumps(database: str, count: int) -> None:
 class Process:
     """A process that is ready: it has printed a line, or it answers on the port that it was told to use."""
 
-    def __init__(self, command: list[str], port: int = 0) -> None:
+    def __init__(self, command: list[str], port: int = 0, errors: int | None = subprocess.DEVNULL) -> None:
         begun = time.perf_counter()
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=errors,
             text=True,
             start_new_session=True,  # so that a process that strace started ends together with it
         )
@@ -452,7 +453,7 @@ def run_once(*arguments: object) -> float:
 
 def load(server: Process, kind: str, connections: int, count: int) -> dict[str, float]:
     """Drive a server from a process of its own and return the figures, with the server's CPU seconds a request."""
-    generator = Process(own_command("--load", server.port, kind, connections, count))
+    generator = Process(own_command("--load", server.port, kind, connections, count), errors=None)
     try:
         begun = server.cpu_seconds()
         generator.go()
@@ -488,7 +489,7 @@ class Bench:
         self.server, self.folder, self.scale, self.stack = server, folder, scale, stack
         self.pairs: dict[str, list[tuple[float, float]]] = {}
         self.notes: list[str] = []
-        self.generators: dict[str, list[tuple[float, float]]] = {}  # CPU us a request and percent busy, by load
+        self.busy: dict[str, list[tuple[float, float, float]]] = {}  # by load: the generator's us a request, and shares
         self.stock = self.start(own_command("--stock"))
         self.main = self.serve(self.database("main.db", PAIRS))
         self.webdis: Process | None = None
@@ -553,8 +554,8 @@ class Bench:
         """Drive a server with so many requests, fewer when only trying out."""
         figures = load(server, kind, connections, max(int(count * self.scale), connections, 2))
         if server in (self.main, self.webdis) and connections > 1:
-            busy = figures["generator_cpu"] * 1e6, figures["generator_busy"] * 100
-            self.generators.setdefault(f"{kind} at {connections}", []).append(busy)
+            busy = figures["generator_cpu"] * 1e6, figures["generator_busy"], figures["cpu"] * figures["per_second"]
+            self.busy.setdefault(f"{kind} at {connections}", []).append(busy)
         return figures
 
     def measure_get(self) -> None:
@@ -786,9 +787,13 @@ def main() -> int:
                     getattr(bench, f"measure_{name}")()
             print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
     rows = report(bench)
-    for kind, figures in bench.generators.items():
-        cpu, busy = (statistics.median(column) for column in zip(*figures, strict=True))
-        bench.notes.append(f"load generator, {kind}: {cpu:.1f} us a request, {busy:.0f}% busy")
+    for kind, figures in bench.busy.items():
+        cpu, generator, server = (statistics.median(column) for column in zip(*figures, strict=True))
+        bench.notes.append(
+            f"{kind:18} load generator: {cpu:3.0f} us a request, {generator:4.0%} busy; server: {server:4.0%} busy"
+        )
+    if bench.busy:
+        bench.notes.append("If neither was busy all the time, other programs, the disk or Redis were the limit.")
     if arguments.quick:
         bench.notes.append("this was only a try: no result")
     if arguments.json:
