@@ -42,10 +42,10 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # this file is parsed by older ones, too, so that it can say so
+if sys.version_info < (3, 11):  # noqa: UP036 - older ones can parse this file, and then see what they need
+    version = ".".join(map(str, sys.version_info[:3]))
     sys.exit(
-        "kvserver needs Python 3.11 or newer; this is %d.%d.%d. On Raspberry Pi OS, upgrade to Bookworm or newer."
-        % sys.version_info[:3]
+        f"kvserver needs Python 3.11 or newer; this is {version}. On Raspberry Pi OS, upgrade to Bookworm or newer."
     )
 
 import argparse
@@ -1711,8 +1711,9 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
 
     Tells whether that was the last one. Trailers are checked and thrown away.
     """
-    while (end := received.find(b"\r\n", 0, HEADER_LINE_BYTES_MAX)) >= 0:
-        match = CHUNK_SIZE.fullmatch(received, 0, end)
+    while True:
+        end = received.find(b"\r\n", 0, HEADER_LINE_BYTES_MAX)
+        match = CHUNK_SIZE.fullmatch(received, 0, end) if end >= 0 else None
         if not match:
             break
         size = int(match[1], 16)
@@ -2326,14 +2327,13 @@ class SecureSocket:
 
     def recv(self, size: int) -> bytes:
         """Return the bytes that have come, none at the end; raise BlockingIOError when none has come."""
-        data, parts, is_at_end = b"", [], False
+        data, parts, is_at_end = b"", list[bytes](), False
         with contextlib.suppress(BlockingIOError):  # some may have come together with the handshake
             data = self._connection.recv(TLS_RECEIVE_BYTES)
             is_at_end = not data
         self._incoming.write(data)
         try:
-            while part := self._tls.read(size):
-                parts.append(part)
+            parts.extend(iter(functools.partial(self._tls.read, size), b""))
             is_at_end = True
             with contextlib.suppress(OSError):  # so that the selector reports this end like any other
                 self._connection.shutdown(socket.SHUT_RD)
@@ -2651,8 +2651,10 @@ class Authenticator:
         """Return the user whose credentials an Authorization header holds; raise HTTPError."""
         if authorization is None:
             raise HTTPError(401, LOG_IN)
-        while not (user := self._known_user(authorization)):  # after a check, everything may have changed
+        user = self._known_user(authorization)
+        while not user:
             await self._check(authorization, find_address())
+            user = self._known_user(authorization)  # meanwhile, everything may have changed
         return user
 
     def _known_user(self, authorization: str) -> User | None:
@@ -3039,23 +3041,23 @@ NEW_PASSWORD = Field(
 )
 
 
-def tag(name: str, /, *children: str, **attributes: str | bool | int) -> Markup:
+def tag(element: str, *children: str, **attributes: str | bool | int) -> Markup:
     """Return an HTML element. Text is escaped, in children and attributes, unless it is Markup.
 
     An attribute's name may end in an underscore, and has one in place of a dash. True stands for an attribute without
     a value, False for none.
     """
-    begin = name
+    begin = element
     for attribute, value in attributes.items():
         if value is not False:
             begin += " " + attribute.rstrip("_").replace("_", "-")
             begin += "" if value is True else f'="{html.escape(str(value))}"'
-    if name in VOID_ELEMENTS:
+    if element in VOID_ELEMENTS:
         return Markup(f"<{begin}>")
     texts = (child if isinstance(child, Markup) else html.escape(child, quote=False) for child in children)
     # Of these two a browser throws away a newline at the beginning (HTML standard, section 13.1.2.5).
-    newline = "\n" if name in ("textarea", "pre") else ""
-    end = "" if name in OPEN_ELEMENTS else f"</{name}>"
+    newline = "\n" if element in ("textarea", "pre") else ""
+    end = "" if element in OPEN_ELEMENTS else f"</{element}>"
     return Markup(f"<{begin}>{newline}{''.join(texts)}{end}")
 
 
@@ -3735,14 +3737,14 @@ class RequestHandler:
         self.last: tuple[bytes, Request | None] = (b"", None)  # the last request, if it had no body, and its head
         self.login: tuple[Fields | None, User] = (None, NOBODY)  # fields that were found to be those of a user
 
-    def rank(self) -> tuple[int, float] | None:
-        """Return the place in the order in which connections give way to new ones, the least first; None for never."""
+    def rank(self) -> tuple[float, float]:
+        """Return the place in the order in which connections give way to new ones, the least first, NEVER for never."""
         if self.state == RECEIVING or (self.state == IDLE and self.fields is None):
             return 0, self.started
         # A stranger's answers are short: whoever is slow to take them, or always has more to ask, may come again.
-        if self.login[1] is NOBODY:
-            return (1, self.deadline) if self.state != WORKING else None
-        return (2, self.deadline) if self.state == IDLE and not self.received else None
+        if self.login[1] is NOBODY and self.state != WORKING:
+            return 1, self.deadline
+        return (2 if self.state == IDLE and not self.received else NEVER), self.deadline
 
     async def handle(self) -> None:
         """Serve the connection until its end."""
@@ -3800,9 +3802,11 @@ class RequestHandler:
                 return None
         self.state, self.started = RECEIVING, time.monotonic()
         self.deadline, checked = self.started + REQUEST_SECONDS, 0
-        while (end := self.received.find(b"\r\n\r\n", max(checked - 2, 0))) < 0:
+        end = self.received.find(b"\r\n\r\n")
+        while end < 0:
             checked = check_incomplete_head(self.received, checked)
             await self._receive_more()
+            end = self.received.find(b"\r\n\r\n", max(checked - 2, 0))
         head = bytes(self.received[:end])
         del self.received[: end + 4]
         known_head, known = self.last  # many clients send the same request again and again
@@ -4146,7 +4150,10 @@ class Outbox:
         self._tasks[hook_id] = self._loop.current
         begun, failures, next_pause, unstored, last = time.monotonic(), 0, 1.0, 0, 0
         try:
-            while next_one := self._store.next_delivery_size(hook_id):
+            while True:
+                next_one = self._store.next_delivery_size(hook_id)
+                if not next_one or self._is_stopped:
+                    return
                 is_doubtful = failures > 0 or not is_proven
                 bounds = exchange_bounds(receiver, next_one[1] > LONG_DELIVERY_BYTES, is_doubtful)
                 await self._gate.enter(bounds)
@@ -4174,9 +4181,7 @@ class Outbox:
                     self.busy.discard(hook_id)
                     self._gate.leave(bounds)
                 delivery = None  # its values may be long
-                if self._is_stopped:
-                    return
-                if pause:
+                if pause and not self._is_stopped:
                     await sleep(pause)
         except Exception:
             self._newest = 0  # the next look begins again
@@ -4376,10 +4381,11 @@ class Server(http.server.ThreadingHTTPServer):
                 await sleep(FULL_POLL_SECONDS)
 
     def _make_room(self) -> bool:
-        ranks = {handler: rank for handler in self.connections.values() if (rank := handler.rank())}
-        if ranks:
-            self.loop.throw(min(ranks, key=ranks.__getitem__).task, Cancelled())
-        return bool(ranks)
+        first = min(self.connections.values(), key=RequestHandler.rank, default=None)
+        if not first or first.rank()[0] == NEVER:
+            return False
+        self.loop.throw(first.task, Cancelled())
+        return True
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection."""
