@@ -2056,6 +2056,10 @@ class Cancelled(BaseException):
     """Thrown into a task that has to end."""
 
 
+class NoThread(Exception):
+    """No thread can be started: the machine is short of memory."""
+
+
 class Task:
     """A running coroutine: the events that it waits for on its connection, and until when."""
 
@@ -2242,7 +2246,7 @@ class Threads:
         self._started = self._unfinished = 0  # threads and jobs
 
     async def run(self, function: Callable[[], Any], owner: Hashable = None, deadline: float = NEVER) -> Any:
-        """Run a function in a thread, and return or raise its result; raise TimeoutError, or MemoryError without threads.
+        """Run a function in a thread, and return or raise its result; raise TimeoutError or NoThread.
 
         One owner gets at most half of the threads, so that others get through.
         """
@@ -2259,7 +2263,7 @@ class Threads:
         self._unfinished += 1
         try:
             if not self._started:
-                raise MemoryError
+                raise NoThread
             self._jobs.put((function, Wakeup(self._loop)))
             done(await ready(0))
         except Exception as error:  # noqa: BLE001 - the task raises it
@@ -3688,7 +3692,7 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
         return answer
     if isinstance(error, TimeoutError):
         return HTTPError(408, "the request has not come in time")
-    if isinstance(error, MemoryError):
+    if isinstance(error, NoThread):
         return HTTPError(503, "the server is short of memory; try again", RETRY_AFTER)
     if isinstance(error, (StoreError, sqlite3.Error)):
         errors.write(f"the database failed: {error}")

@@ -4107,7 +4107,7 @@ class Threads(unittest.TestCase):
         no_memory = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
         with no_memory:
             self.start(threads.run(self.wait))
-            self.assert_results(MemoryError)
+            self.assert_results(kvserver.NoThread)
         self.start(threads.run(self.wait))
         self.run_until(lambda: len(self.waiting) == 1)
         with no_memory:
