@@ -4342,7 +4342,7 @@ class Server(http.server.ThreadingHTTPServer):
     async def _keep_house(self, accepting: Task) -> None:
         """Look now and then for changes by other processes and whatever else nobody asks for, until the stop."""
         while not self.stopping:
-            with contextlib.suppress(sqlite3.Error):  # whoever asks is told that the disk fails
+            try:
                 state = self.reader.state()
                 if self.polls and state != self._polls_state:
                     self._polls_state = state
@@ -4350,6 +4350,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self._bound_unsent()
                 self._has_expired = self.reader.has_expired()
                 self.outbox.look()
+            except sqlite3.Error:  # whoever asks is told that the disk fails
+                pass
+            except Exception as error:  # noqa: BLE001 - a mistake must not end this
+                as_http_error(error, self.errors)
             await sleep(POLL_SECONDS)
         begun, last = time.monotonic(), False
         self.loop.throw(accepting, Cancelled())
@@ -4378,9 +4382,10 @@ class Server(http.server.ThreadingHTTPServer):
                     self.process_request(*self.get_request())
             except (BlockingIOError, ConnectionError):  # the client did not wait
                 continue
-            except OSError as error:
-                self.errors.write(f"cannot accept a connection: {error.strerror}")
-                has_room = error.errno == errno.EMFILE and self._make_room()
+            except Exception as error:  # noqa: BLE001 - a mistake must not end this
+                reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+                self.errors.write(f"cannot accept a connection: {reason}")
+                has_room = isinstance(error, OSError) and error.errno == errno.EMFILE and self._make_room()
             if not has_room:  # further connections are left to the listen queue
                 await sleep(FULL_POLL_SECONDS)
 

@@ -199,17 +199,21 @@ def drive_paced(port: int, todo: list[Exchange], count: int) -> tuple[list[float
 
 
 def drive_many(port: int, todo: list[Exchange], connections: int, count: int) -> tuple[list[float], float]:
-    """Keep a request under way on each connection; return each request's seconds, and those of all."""
-    read, write, clock, upcoming = os.read, os.write, time.perf_counter, itertools.cycle(todo)
+    """Keep a request under way on each connection; return each request's seconds, and those of all.
+
+    It waits for every answer in the end: webdis may send one that nobody waits for to the next connection.
+    """
+    read, write, clock = os.read, os.write, time.perf_counter
+    upcoming = itertools.islice(itertools.cycle(todo), count)
     poll, sockets = select.epoll(), [connect(port) for _ in range(connections)]
     begun: dict[int, float] = {}
     ends: dict[int, bytes] = {}
     seconds: list[float] = []
     start = clock()
-    for connection in sockets:
+    for connection, (request, end) in zip(sockets, itertools.islice(upcoming, connections), strict=True):
         descriptor = connection.fileno()
         poll.register(descriptor, select.EPOLLIN | select.EPOLLET)
-        request, ends[descriptor] = next(upcoming)
+        ends[descriptor] = end
         begun[descriptor] = clock()
         write(descriptor, request)
     while len(seconds) < count:
@@ -222,9 +226,11 @@ def drive_many(port: int, todo: list[Exchange], connections: int, count: int) ->
                 read_rest(descriptor, answer, ends[descriptor])
             now = clock()
             seconds.append(now - begun[descriptor])
-            begun[descriptor] = now
-            request, ends[descriptor] = next(upcoming)
-            write(descriptor, request)
+            exchange = next(upcoming, None)
+            if exchange:
+                request, ends[descriptor] = exchange
+                begun[descriptor] = now
+                write(descriptor, request)
     return seconds, clock() - start
 
 
@@ -249,7 +255,7 @@ def drive_fresh(port: int, todo: list[Exchange], connections: int, count: int) -
     start = clock()
     for _ in range(connections):
         begin()
-    while len(seconds) < count:
+    while under_way:
         events = poll.poll(ANSWER_SECONDS)
         if not events:
             sys.exit("there is no answer")
@@ -260,7 +266,8 @@ def drive_fresh(port: int, todo: list[Exchange], connections: int, count: int) -
                 sys.exit(f"the answer is not the expected one: {answer[:200]!r}")
             connection.close()
             seconds.append(clock() - begun)
-            begin()
+            if len(seconds) + len(under_way) < count:
+                begin()
     return seconds, clock() - start
 
 
@@ -278,7 +285,7 @@ def generate_load(port: int, kind: str, connections: int, count: int) -> None:
             return drive_one(port, todo, count)
         return drive_many(port, todo, connections, count)
 
-    drive(max(min(count // 10, 500), 1))
+    drive(max(min(count // 10, 500), connections))
     print("warm", flush=True)
     sys.stdin.readline()
     begun_cpu = time.process_time()
