@@ -2256,16 +2256,17 @@ class Threads:
     async def _run(self, function: Callable[[], Any], owner: Hashable, done: Wakeup) -> None:
         bounds = {} if owner is None else {owner: max(1, self._most // 2)}
         await self._gate.enter(bounds)
-        if self._started <= self._unfinished and self._started < self._most:
-            with contextlib.suppress(RuntimeError):  # there is no memory for one more
-                threading.Thread(target=self._work, daemon=True).start()
-                self._started += 1
         self._unfinished += 1
         try:
+            if self._started < min(self._unfinished, self._most):
+                with contextlib.suppress(RuntimeError):  # there is no memory for one more
+                    threading.Thread(target=self._work, daemon=True).start()
+                    self._started += 1
             if not self._started:
                 raise NoThread
-            self._jobs.put((function, Wakeup(self._loop)))
-            done(await ready(0))
+            if done.is_wanted():  # it may have given up in line
+                self._jobs.put((function, Wakeup(self._loop)))
+                done(await ready(0))
         except Exception as error:  # noqa: BLE001 - the task raises it
             done(error)
         finally:
@@ -4318,7 +4319,7 @@ class Server(http.server.ThreadingHTTPServer):
         # The caller's thread only waits: signal handlers run there, also while a disk holds up the loop.
         thread = threading.Thread(target=self.serve_forever, daemon=True)
         thread.start()
-        while not self.stopping:
+        while thread.is_alive() and not self.stopping:
             time.sleep(POLL_SECONDS)
         thread.join(EXIT_SECONDS)
         if thread.is_alive() or self._is_committing:

@@ -280,6 +280,25 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(connection.close)
         return connection
 
+    def connect_with_small_buffer(self) -> socket.socket:
+        """Return a raw connection that takes few bytes before they are read."""
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        connection.settimeout(WAIT_SECONDS)
+        connection.connect(("127.0.0.1", self.port))
+        return connection
+
+    def read_slowly(self, connection: socket.socket, expected_size: int) -> None:
+        """Read a long list that takes a second, in small steps; check that it comes whole."""
+        started, size = time.monotonic(), 0
+        connection.sendall(self.raw("GET /list HTTP/1.1", "Connection: close"))
+        while data := connection.recv(16384):
+            size += len(data)
+            while time.monotonic() - started < size / expected_size:
+                pass
+        self.assertGreater(size, expected_size)
+        self.assertGreater(time.monotonic() - started, 2 * kvserver.SEND_SECONDS)
+
     def exchange(self, data: bytes, end: bool = False) -> bytes:
         """Send bytes as they are and return all that comes until the server closes; end closes our direction."""
         connection = self.connect()
@@ -1004,11 +1023,10 @@ class Checks(ServerCase):
     def test_a_check_may_be_over_before_who_asked_for_it_goes_on(self) -> None:
         self.release.set()
 
-        def submit(function: Callable[[], Any], done: Callable[[Any], None]) -> None:
-            outcome = function()
-            self.server.post(lambda: done(outcome))
+        async def run_at_once(function: Callable[[], Any]) -> Any:
+            return function()
 
-        with mock.patch.object(self.server.authenticator._scrypt, "submit", submit):
+        with mock.patch.object(self.server.authenticator.scrypt, "run", run_at_once):
             self.assertIn(b" 404 ", self.send_login(PASSWORDS["alice"]).recv(65536))
 
     def test_one_thread_makes_all_checks(self) -> None:
@@ -1120,8 +1138,8 @@ class Commits(ServerCase):
         self.assertEqual({"a": "1", "c": "1"}, self.pairs())
 
     @contextlib.contextmanager
-    def held_up_commit(self, last_commit_seconds: float) -> Iterator[tuple[socket.socket, threading.Event]]:
-        """Have a write of 2 to the key a wait for its commit, and give its connection and what lets it go on."""
+    def held_up_commit(self) -> Iterator[tuple[socket.socket, threading.Event]]:
+        """Have a write of 2 to the key a wait for a slow disk; give its connection and the event that ends the wait."""
         self.request("GET", "/set?key=a&value=1")
         committing, release = threading.Event(), threading.Event()
         commit = self.server.writer.commit
@@ -1131,7 +1149,7 @@ class Commits(ServerCase):
             self.assertTrue(release.wait(WAIT_SECONDS))
             return commit(operations)
 
-        self.server.writer.commit_seconds = last_commit_seconds
+        self.server.writer.commit_seconds = 1
         with mock.patch.object(self.server.writer, "commit", wait_and_commit):
             try:
                 connection = self.connect()
@@ -1141,29 +1159,34 @@ class Commits(ServerCase):
             finally:
                 release.set()
 
-    def test_reads_do_not_wait_for_a_commit(self) -> None:
-        for last_commit_seconds in (1, 0):  # also when the disk was quick the last time
-            with self.subTest(last_commit_seconds), self.held_up_commit(last_commit_seconds) as (first, release):
-                second = self.connect()
-                second.sendall(self.raw("GET /set?key=b&value=2 HTTP/1.1"))
-                wait_until(lambda: len(self.server.changes) == 1)
-                self.assertEqual((b"1", None), (self.get("a"), self.get("b")))
-                release.set()
-                for connection in (first, second):
-                    self.assertTrue(connection.recv(65536).endswith(b"Success"))
-                self.assertEqual((b"2", b"2"), (self.get("a"), self.get("b")))
-                self.request("GET", "/del?key=b")
+    def test_reads_do_not_wait_for_a_slow_disk(self) -> None:
+        with self.held_up_commit() as (first, release):
+            second = self.connect()
+            second.sendall(self.raw("GET /set?key=b&value=2 HTTP/1.1"))
+            wait_until(lambda: len(self.server.changes) == 1)
+            self.assertEqual((b"1", None), (self.get("a"), self.get("b")))
+            release.set()
+            for connection in (first, second):
+                self.assertTrue(connection.recv(65536).endswith(b"Success"))
+            self.assertEqual((b"2", b"2"), (self.get("a"), self.get("b")))
 
     def test_a_write_that_waits_behind_a_slow_commit_is_503_after_a_while(self) -> None:
         self.enter(mock.patch.object(kvserver, "DATABASE_LOCK_SECONDS", 0.05))
-        for last_commit_seconds in (1, 0):
-            with self.subTest(last_commit_seconds), self.held_up_commit(last_commit_seconds) as (first, release):
-                answer = self.request("GET", "/set?key=b&value=2")
-                self.assertEqual((503, "5"), (answer.status, answer.headers["retry-after"]))
-                release.set()
-                # Nobody can know whether a commit under way will succeed, so its write is answered only when it ends.
-                self.assertTrue(first.recv(65536).endswith(b"Success"))
-                self.assertEqual({"a": "2"}, self.pairs())
+        with self.held_up_commit() as (first, release):
+            answer = self.request("GET", "/set?key=b&value=2")
+            self.assertEqual((503, "5"), (answer.status, answer.headers["retry-after"]))
+            release.set()
+            # Nobody can know whether a commit under way will succeed, so its write is answered only when it ends.
+            self.assertTrue(first.recv(65536).endswith(b"Success"))
+            self.assertEqual({"a": "2"}, self.pairs())
+
+    def test_writes_in_one_piece_are_committed_one_by_one_without_a_pause(self) -> None:
+        self.get("a")
+        with mock.patch.object(kvserver, "POLL_SECONDS", 1):
+            begun = time.monotonic()
+            answers = self.exchange(self.raw("GET /set?key=a&value=1 HTTP/1.1") * 10, end=True)
+            self.assertLess(time.monotonic() - begun, 1)
+        self.assertEqual(10, answers.count(b"HTTP/1.1 200 "))
 
     def test_one_thread_at_a_time_commits_and_no_write_is_lost(self) -> None:
         inside: list[int] = []
@@ -1345,6 +1368,239 @@ class Hashes(unittest.TestCase):
             "$scrypt$ln=99,r=8,p=1$c2FsdA$aGFzaA",
         ):
             self.assertFalse(kvserver.verify_password("password", stored))
+
+
+class Loops(unittest.TestCase):
+    """The loop alone, without HTTP and SQL."""
+
+    def setUp(self) -> None:
+        self.errors: list[Exception] = []
+        self.loop = kvserver.Loop(self.errors.append)
+        self.addCleanup(self.loop.close)
+        self.loop.start(kvserver.sleep(WAIT_SECONDS))  # so that a test cannot wait for ever
+        self.notes: list[Any] = []
+        self.wakeups: list[kvserver.Wakeup] = []
+
+    def run_until(self, is_so: Callable[[], bool]) -> None:
+        """Run the loop until something is so; fail if that takes too long."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not is_so():
+            self.assertLess(time.monotonic(), deadline, "this takes too long")
+            self.loop.run_once()
+
+    def run_to_end(self, task: kvserver.Task) -> None:
+        """Run the loop until a task has ended."""
+        self.run_until(lambda: task not in self.loop._tasks)
+
+    async def note_outcome(self) -> None:
+        """Wait for a Wakeup or an exception, and note it."""
+        self.wakeups.append(kvserver.Wakeup(self.loop))
+        try:
+            self.notes.append(await kvserver.ready(0))
+        except BaseException as error:
+            self.notes.append(error)
+            raise
+        finally:
+            self.notes.append("end")
+
+    async def turn(self) -> None:
+        """Let others go first."""
+        kvserver.Wakeup(self.loop)()
+        await kvserver.ready(0)
+
+    def pair(self) -> tuple[socket.socket, socket.socket]:
+        """Return two connected sockets; the first is for a task."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        ours.setblocking(False)
+        return ours, theirs
+
+    def test_a_late_result_resumes_nothing(self) -> None:
+        async def wait_twice() -> None:
+            for deadline in (0, kvserver.NEVER):
+                self.wakeups.append(kvserver.Wakeup(self.loop))
+                with contextlib.suppress(TimeoutError):
+                    self.notes.append(await kvserver.ready(0, deadline))
+
+        task = self.loop.start(wait_twice())
+        self.run_until(lambda: len(self.wakeups) == 2)
+        late, wakeup = self.wakeups
+        self.assertEqual((False, True), (late.is_wanted(), wakeup.is_wanted()))
+        self.loop.post(late, "late")
+        self.loop.run_once()
+        self.assertEqual([], self.notes)
+        wakeup("in time")
+        self.run_to_end(task)
+        wakeup("after the end")
+        self.loop.run_once(may_wait=False)
+        self.assertEqual((["in time"], []), (self.notes, self.errors))
+
+    def test_a_wakeup_that_is_called_twice_resumes_once(self) -> None:
+        async def wait_twice() -> None:
+            wakeup = kvserver.Wakeup(self.loop)
+            wakeup("first")
+            wakeup("second")
+            self.notes.append(await kvserver.ready(0))
+            self.notes.append(await kvserver.ready(0))
+
+        self.loop.start(wait_twice())
+        for _ in range(2):
+            self.loop.run_once(may_wait=False)
+        self.assertEqual(["first"], self.notes)
+
+    def test_a_finished_task_leaves_no_registration_behind(self) -> None:
+        registered = self.loop._selector.get_map()
+        before = len(registered)
+
+        async def receive(connection: socket.socket, error: Exception | None) -> None:
+            self.loop.use(connection)
+            try:
+                self.notes.append(await kvserver.receive(connection, 1, kvserver.NEVER))
+                if error:
+                    raise error
+            finally:
+                connection.close()
+
+        mistake = ValueError("a mistake")
+        for sent, error in ((b"x", None), (b"x", mistake), (b"", None)):
+            ours, theirs = self.pair()
+            task = self.loop.start(receive(ours, error))
+            self.assertEqual(before + 1, len(registered))
+            theirs.sendall(sent)
+            theirs.close()
+            self.run_to_end(task)
+            self.assertEqual(before, len(registered))
+        self.assertEqual(([b"x", b"x", b""], [mistake]), (self.notes, self.errors))
+        task = self.loop.start(receive(self.pair()[0], None))
+        self.loop.throw(task, kvserver.Cancelled())
+        self.assertEqual(before, len(registered))
+
+    def test_what_a_busy_task_receives_is_reported_once_and_not_lost(self) -> None:
+        ours, theirs = self.pair()
+
+        async def receive_wait_and_receive() -> None:
+            self.loop.use(ours)
+            self.notes.append(await kvserver.receive(ours, 1, kvserver.NEVER))
+            self.wakeups.append(kvserver.Wakeup(self.loop))
+            self.notes.append(await kvserver.ready(0))
+            self.notes.append(await kvserver.receive(ours, 1, kvserver.NEVER))
+
+        task = self.loop.start(receive_wait_and_receive())
+        theirs.sendall(b"ab")
+        theirs.close()
+        self.run_until(lambda: ours not in self.loop._selector.get_map())
+        self.assertEqual([b"a"], self.notes)
+        self.wakeups[0]("woken")
+        self.run_to_end(task)
+        self.assertEqual([b"a", "woken", b"b"], self.notes)
+
+    def test_an_error_in_one_task_ends_no_other_and_is_reported(self) -> None:
+        mistake = ZeroDivisionError("a mistake")
+
+        async def fail() -> None:
+            await self.turn()
+            raise mistake
+
+        async def go_on() -> None:
+            for number in range(3):
+                await self.turn()
+                self.notes.append(number)
+
+        for coroutine in (go_on(), fail(), go_on()):
+            self.loop.start(coroutine)
+        self.run_until(lambda: len(self.notes) == 6)
+        self.assertEqual([mistake], self.errors)
+
+    def test_a_deadline_is_kept_where_the_task_waits(self) -> None:
+        seconds_late: list[float] = []
+        ours, _ = self.pair()
+
+        async def wait() -> None:
+            self.loop.use(ours)
+            for events in (0, kvserver.READABLE) * 2:
+                deadline = time.monotonic() + 0.3
+                with self.assertRaises(TimeoutError):
+                    await kvserver.ready(events, deadline)
+                seconds_late.append(time.monotonic() - deadline)
+
+        self.loop.start(wait())
+        self.run_until(lambda: len(seconds_late) == 4)
+        self.assertTrue(all(0 <= seconds < 0.05 for seconds in seconds_late), seconds_late)
+
+    def test_sleeping_tasks_use_no_cpu(self) -> None:
+        for _ in range(1000):
+            self.loop.start(kvserver.sleep(WAIT_SECONDS))
+        task = self.loop.start(kvserver.sleep(0))
+        self.run_to_end(task)  # all deadlines have been checked once
+        task = self.loop.start(kvserver.sleep(1))
+        begun = time.process_time()
+        self.run_to_end(task)
+        self.assertLess(time.process_time() - begun, 0.005)
+
+    def test_an_exception_from_outside_arrives_where_the_task_waits(self) -> None:
+        error, cancelled = KeyError("an error"), kvserver.Cancelled()
+        for thrown in (error, cancelled):
+            task = self.loop.start(self.note_outcome())
+            self.loop.throw(task, thrown)
+            self.loop.throw(task, thrown)  # it has ended
+        self.assertEqual([error, "end", cancelled, "end"], self.notes)
+        self.assertEqual([error], self.errors)
+
+    def test_the_end_of_the_loop_ends_its_tasks(self) -> None:
+        loop = kvserver.Loop(self.errors.append)
+        loop.start(self.note_outcome())
+        loop.close()
+        self.assertIsInstance(self.notes[0], kvserver.Cancelled)
+        self.assertEqual(("end", []), (self.notes[1], self.errors))
+
+    def test_a_task_that_takes_its_turn_lets_others_go_first(self) -> None:
+        ours, theirs = self.pair()
+
+        async def take_turns() -> None:
+            for number in range(3):
+                self.notes.append(number)
+                await self.turn()
+
+        async def receive() -> None:
+            self.loop.use(ours)
+            self.notes.append(await kvserver.receive(ours, 1, kvserver.NEVER))
+
+        self.loop.start(receive())
+        self.loop.start(take_turns())
+        self.loop.start(take_turns())
+        theirs.sendall(b"x")
+        self.run_until(lambda: len(self.notes) == 7)
+        self.assertLess(self.notes.index(b"x"), 5)
+        self.assertEqual([0, 0, 1, 1, 2, 2], [note for note in self.notes if note != b"x"])
+
+    def test_a_round_does_not_wait_when_a_task_has_gone_on(self) -> None:
+        self.loop.start(self.note_outcome())
+        self.wakeups[0]("woken")
+        begun = time.monotonic()
+        self.loop.run_once()
+        self.assertEqual(["woken", "end"], self.notes)
+        self.assertLess(time.monotonic() - begun, 1)
+
+    def test_a_wakeup_from_another_thread_ends_the_wait_at_once(self) -> None:
+        selecting = threading.Event()
+        select = self.loop._selector.select
+        self.loop.start(self.note_outcome())
+
+        def tell_and_select(seconds: float) -> list[tuple[selectors.SelectorKey, int]]:
+            selecting.set()
+            return select(seconds)
+
+        def wake() -> None:
+            selecting.wait(WAIT_SECONDS)
+            self.loop.post(self.wakeups[0], time.monotonic())
+
+        thread = threading.Thread(target=wake)
+        with mock.patch.object(self.loop._selector, "select", tell_and_select):
+            thread.start()
+            self.run_until(lambda: bool(self.notes))
+        thread.join()
+        self.assertLess(time.monotonic() - self.notes[0], 0.5)
 
 
 class Connections(ServerCase):
@@ -1539,7 +1795,7 @@ class Connections(ServerCase):
         connection.sendall(self.raw("GET /get?key=a HTTP/1.1") + b"\r\n")
         self.assertIn(b" 404 ", connection.recv(65536))
         wait_until(lambda: all(not handler.received for handler in self.server.connections.values()))
-        self.assertEqual([kvserver.IDLE], [handler.state[0] for handler in self.server.connections.values()])
+        self.assertEqual([kvserver.IDLE], [handler.state for handler in self.server.connections.values()])
         connection.sendall(b"\r\n" + self.raw("GET /get?key=a HTTP/1.1"))
         self.assertIn(b" 404 ", connection.recv(65536))
 
@@ -1616,21 +1872,8 @@ class Connections(ServerCase):
         for number in range(12):
             self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
         self.enter(mock.patch.object(kvserver, "SEND_SECONDS", 0.3))
-        connection = socket.socket()
-        self.addCleanup(connection.close)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
-        connection.settimeout(WAIT_SECONDS)
-        connection.connect(("127.0.0.1", self.port))
-        started = time.monotonic()
-        connection.sendall(self.raw("GET /list HTTP/1.1", "Connection: close"))
-        size = 0
-        while data := connection.recv(16384):
-            size += len(data)
-            # Slower than the whole answer may wait, and steady: this many bytes take a second in all.
-            while time.monotonic() - started < size / 12_000_000:
-                pass
-        self.assertGreater(size, 12 * kvserver.VALUE_BYTES_MAX)
-        self.assertGreater(time.monotonic() - started, 2 * 0.3)
+        with self.connect_with_small_buffer() as connection:
+            self.read_slowly(connection, 12 * kvserver.VALUE_BYTES_MAX)
 
     def test_client_that_goes_away_leaves_no_trace(self) -> None:
         for _ in range(20):
@@ -1642,14 +1885,10 @@ class Connections(ServerCase):
         self.stop()
         self.assertEqual("", self.log.text())
 
-    def test_what_has_come_is_answered_though_the_end_is_noticed_first(self) -> None:
-        connection = self.connect()
-        wait_until(lambda: bool(self.server.connections))
-        (handler,) = self.server.connections.values()
-        handler.received += self.raw("GET /list HTTP/1.1") * 2  # as if it had come together with the request before
-        connection.shutdown(socket.SHUT_WR)
-        answers = b"".join(iter(lambda: connection.recv(65536), b""))
-        self.assertEqual(2, answers.count(b"HTTP/1.1 200 "))
+    def test_requests_that_came_before_the_end_are_answered(self) -> None:
+        for target in ("/list", "/set?key=a&value=1", "/get?key=a"):
+            answers = self.exchange(self.raw(f"GET {target} HTTP/1.1") * 3, end=True)
+            self.assertEqual(3, answers.count(b"HTTP/1.1 200 "), target)
 
     def test_answers_do_not_wait_for_acknowledgements(self) -> None:
         connection = self.connect()
@@ -1664,14 +1903,14 @@ class Connections(ServerCase):
         server = kvserver.Server(self.database, "127.0.0.1", 0)
         answered: list[str] = []
         waiting_bytes: list[int] = []
-        answer = kvserver.RequestHandler.answer
+        respond = kvserver.RequestHandler.respond
 
-        def note_and_answer(handler: kvserver.RequestHandler, response: kvserver.Response) -> None:
-            answered.append(handler.request.path if handler.request else "")
+        async def note_and_respond(handler: kvserver.RequestHandler, request: kvserver.Request) -> kvserver.Response:
+            answered.append(request.path)
             waiting_bytes.append(len(handler.received))
-            answer(handler, response)
+            return await respond(handler, request)
 
-        self.enter(mock.patch.object(kvserver.RequestHandler, "answer", note_and_answer))
+        self.enter(mock.patch.object(kvserver.RequestHandler, "respond", note_and_respond))
         clients = [socket.create_connection(("127.0.0.1", server.server_port), WAIT_SECONDS) for _ in range(2)]
         for client, path, count in zip(clients, ("many", "one"), (5_000, 1)):
             self.addCleanup(client.close)
@@ -1704,26 +1943,27 @@ class Connections(ServerCase):
 
     def test_a_write_whose_client_has_gone_is_made_all_the_same(self) -> None:
         self.get("a")  # the password is known from here on
-        calls: list[kvserver.RequestHandler] = []
-        on_ready = kvserver.RequestHandler.on_ready
+        looked_at: list[kvserver.Task | None] = []
+        select = self.server.loop._selector.select
 
-        def count_and_call(handler: kvserver.RequestHandler) -> None:
-            calls.append(handler)
-            on_ready(handler)
+        def select_and_note(seconds: float) -> list[tuple[selectors.SelectorKey, int]]:
+            found = select(seconds)
+            looked_at.extend(key.data for key, _ in found)
+            return found
 
-        self.enter(mock.patch.object(kvserver.RequestHandler, "on_ready", count_and_call))
+        self.enter(mock.patch.object(self.server.loop._selector, "select", select_and_note))
         connection = self.connect()
         connection.sendall(self.raw("GET /get?key=a HTTP/1.1"))
         self.assertIn(b" 404 ", connection.recv(65536))
         with locked(self.database):
             connection.sendall(self.raw("GET /set?key=a&value=1 HTTP/1.1"))
             wait_until(lambda: len(self.server.changes) == 1)
-            (handler,) = (each for each in self.server.connections.values() if each.state[0] == kvserver.WAITING)
-            calls.clear()
+            (task,) = (each.task for each in self.server.connections.values() if each.state == kvserver.WORKING)
+            looked_at.clear()
             connection.close()
             for _ in range(20):
                 self.get("a")
-            self.assertLessEqual(calls.count(handler), 1, "the server looks at it again and again")
+            self.assertLessEqual(looked_at.count(task), 1, "the server looks at it again and again")
         wait_until(lambda: self.get("a") == b"1")
         wait_until(lambda: not self.server.connections)
 
@@ -1810,13 +2050,13 @@ class Secure(ServerCase):
         answer = self.ask(connection, "GET", "/list")
         self.assertEqual({str(number): value for number in range(8)}, json.loads(answer.body))
 
-    def test_it_is_seen_how_much_of_an_answer_a_slow_client_has_taken(self) -> None:
+    def test_slow_client_that_goes_on_reading_gets_the_whole_answer(self) -> None:
         for number in range(16):
             self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
-        connection = self.secure()
-        connection.request("GET", "/list", headers={"Authorization": basic("alice", PASSWORDS["alice"])})
-        handlers = self.server.connections
-        wait_until(lambda: any(0 < len(h.unsent) < h.answer_bytes for h in list(handlers.values())))
+        self.enter(mock.patch.object(kvserver, "SEND_SECONDS", 0.3))
+        raw = self.connect_with_small_buffer()
+        with trust(CERTIFICATE).wrap_socket(raw, server_hostname="localhost") as connection:
+            self.read_slowly(connection, 16 * kvserver.VALUE_BYTES_MAX)
 
     def test_requests_that_come_in_one_piece_are_all_answered(self) -> None:
         with trust(CERTIFICATE).wrap_socket(self.connect(), server_hostname="localhost") as connection:
@@ -1865,7 +2105,7 @@ class Secure(ServerCase):
         self.assertEqual(200, self.ask(kept, "GET", "/list").status)
         first = kept.sock
         hello = self.hello()
-        with mock.patch.object(kvserver.SecureSocket, "compute_handshake", side_effect=self.slowly):
+        with mock.patch.object(ssl.SSLObject, "do_handshake", side_effect=self.slowly):
             for _ in range(30):
                 self.connect().sendall(hello)
                 self.assertEqual(200, self.ask(kept, "GET", "/list").status)
@@ -1876,11 +2116,10 @@ class Secure(ServerCase):
         self.enter(mock.patch.object(kvserver, "HANDSHAKE_SECONDS", 0.2))
         go_on = threading.Event()
         self.addCleanup(go_on.set)
-        with mock.patch.object(
-            kvserver.SecureSocket, "compute_handshake", side_effect=lambda: go_on.wait(WAIT_SECONDS)
-        ):
+        hello = self.hello()
+        with mock.patch.object(ssl.SSLObject, "do_handshake", side_effect=lambda: go_on.wait(WAIT_SECONDS)):
             connection = self.connect()
-            connection.sendall(self.hello())
+            connection.sendall(hello)
             self.assertEqual(b"", connection.recv(1))
             go_on.set()
         self.assertEqual(200, self.list_all())
@@ -1895,6 +2134,14 @@ class Secure(ServerCase):
             with contextlib.suppress(OSError):
                 socket.socket.sendall(connection, b"x" * 2 * kvserver.TLS_FRUITLESS_BYTES_MAX)
             wait_until(lambda: not self.server.connections)
+
+    def test_garbage_while_a_request_waits_for_a_change_is_no_mistake(self) -> None:
+        with trust(CERTIFICATE).wrap_socket(self.connect(), server_hostname="localhost") as connection:
+            connection.sendall(self.raw("GET /get?key=a&wait=60&unless=1 HTTP/1.1"))
+            wait_until(lambda: len(self.server.polls) == 1)
+            socket.socket.sendall(connection, b"\x17\x03\x03\x00\x20" + b"x" * 32)
+            wait_until(lambda: not self.server.connections)
+        self.assertEqual("", self.log.text())
 
     def test_who_goes_in_the_middle_of_the_handshake_leaves_nothing_behind(self) -> None:
         for data in (b"", b"\x16\x03\x01\x02\x00", bytes(range(256)) * 100):
@@ -2515,21 +2762,18 @@ class Waiting(ServerCase):
         self.assertEqual((200, "2"), self.answer(waiting))
 
     def test_who_waits_is_not_looked_at_for_the_sake_of_other_keys(self) -> None:
-        with mock.patch.object(kvserver, "QUICK_COMMIT_SECONDS", 1000):  # the leader commits
+        with mock.patch.object(kvserver, "QUICK_COMMIT_SECONDS", 1000):  # the loop commits
             self.request("GET", "/set?key=b&value=0")
             waiting = self.ask("/get?key=a&wait=60&unless=1")
             wait_until(lambda: self.server._polls_state == self.server.reader.state())
-            looked = mock.patch.object(
-                kvserver.RequestHandler, "look_again", autospec=True, side_effect=kvserver.RequestHandler.look_again
-            )
-            with looked as look_again:
+            with mock.patch.object(self.server.reader, "pair", wraps=self.server.reader.pair) as pair:
                 for number in range(5):
                     self.request("GET", f"/set?key=b&value={number}")
                     wait_until(lambda: self.server._polls_state == self.server.reader.state())
-                look_again.assert_not_called()
+                pair.assert_not_called()
                 self.request("GET", "/set?key=a&value=2")
                 self.assertEqual((200, "2"), self.answer(waiting))
-                look_again.assert_called_once()
+                pair.assert_called_once_with(1, "a")
 
     def test_half_of_the_connections_may_wait(self) -> None:
         with mock.patch.object(self.server, "max_connections", 4):
@@ -2721,7 +2965,7 @@ class Tokens(ServerCase):
             if route.who == kvserver.USER:
                 for method in route.methods:
                     target = route.path.replace("KEY", "a") + ("?key=a" if "key" in route.parameters else "")
-                    expected = 403 if route.where == kvserver.WRITER else 200
+                    expected = 403 if route.where == kvserver.COMMIT else 200
                     self.assertEqual(expected, self.status(target, token, method), (method, target))
         self.assertEqual({"a": "1"}, self.pairs())
 
@@ -2761,12 +3005,12 @@ class Tokens(ServerCase):
 
     def test_the_day_of_the_last_use_is_noted_once(self) -> None:
         token = "Bearer " + self.add_token()
-        with mock.patch.object(self.server, "change", wraps=self.server.change) as change:
-            for _ in range(3):
-                self.status("/get?key=a", token)
-            self.assertEqual(1, change.call_count)
+        for _ in range(3):
+            self.status("/get?key=a", token)
         today = int(time.time() // 86400)
         wait_until(lambda: self.store.tokens("alice")[0].last_used_day in (today, today + 1))
+        self.request("GET", "/set?key=a&value=1")  # its commit comes after theirs
+        self.assertEqual(2, self.server.metrics.writes)
 
 
 class Overload(ServerCase):
@@ -2808,7 +3052,9 @@ class Overload(ServerCase):
             wait_until(lambda: len(self.server.changes) == 2)
             late = self.connect()
             late.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
-            wait_until(lambda: not self.server._accepting)
+            selector = self.server.loop._selector
+            with mock.patch.object(selector, "select", wraps=selector.select) as select:
+                wait_until(lambda: select.call_count > 10)  # the server has seen that somebody wants to connect
             self.assertEqual(2, len(self.server.connections))
         for connection in waiting:
             self.assertIn(b" 200 ", connection.recv(65536))
@@ -2843,32 +3089,32 @@ class Overload(ServerCase):
         for thread in threads:
             thread.join()
 
-    def test_what_takes_long_is_done_for_each_user_in_turn(self) -> None:
+    def test_long_lists_of_one_user_take_half_of_the_threads(self) -> None:
         go_on = threading.Event()
         self.addCleanup(go_on.set)
         real = kvserver.Store.page_as_json
-        served: list[int] = []
+        started: list[int] = []
 
         def page_slowly(store: kvserver.Store, user_id: int, *arguments: Any) -> Any:
-            served.append(user_id)
-            self.assertTrue(go_on.wait(WAIT_SECONDS))
+            started.append(user_id)
+            self.assertTrue(user_id == 2 or go_on.wait(WAIT_SECONDS))
             return real(store, user_id, *arguments)
 
-        self.server.workers._threads_max = 1  # so that their order is certain
+        self.assertEqual(200, self.request("GET", "/list").status)
         with mock.patch.object(kvserver.Store, "page_as_json", page_slowly):
-            connections = [self.connect() for _ in range(5)]
+            connections = [self.connect() for _ in range(2 * kvserver.WORKERS_MAX)]
             for connection in connections:
                 connection.sendall(self.raw("GET /list HTTP/1.1"))
-            wait_until(lambda: served == [1] and len(self.server.workers._jobs.get(1, ())) == 4)
-            bob = threading.Thread(target=lambda: self.pairs("bob"))
-            bob.start()
-            wait_until(lambda: 2 in self.server.workers._jobs)
+            handlers = self.server.connections
+            wait_until(
+                lambda: [each.state for each in list(handlers.values())].count(kvserver.WORKING) == len(connections)
+            )
+            wait_until(lambda: len(started) == kvserver.WORKERS_MAX // 2)
+            self.assertEqual({}, self.pairs("bob"))
+            self.assertEqual([1] * (kvserver.WORKERS_MAX // 2) + [2], started)
             go_on.set()
             for connection in connections:
                 self.assertIn(b" 200 ", connection.recv(65536))
-            bob.join()
-        self.assertEqual([1, 1, 2, 1, 1, 1], served)
-        self.assertEqual({}, self.server.workers._jobs)
 
     def test_slow_clients_do_not_keep_others_out(self) -> None:
         slow = [self.connect() for _ in range(300)]
@@ -2887,24 +3133,52 @@ class Overload(ServerCase):
                     seconds.append(time.monotonic() - begun)
         self.assertGreaterEqual(len([each for each in seconds if each < 1]), 190)
 
-    def test_what_is_no_longer_wanted_costs_its_owner_no_turn(self) -> None:
-        pool, order, may_go_on = kvserver.Pool(1, lambda done: done()), list[str](), threading.Event()
+    def test_who_gives_up_in_line_costs_its_owner_no_turn(self) -> None:
+        loop, order, may_go_on = kvserver.Loop(self.fail), list[str](), threading.Event()
+        self.addCleanup(loop.close)
         self.addCleanup(may_go_on.set)
+        threads = kvserver.Threads(loop, 2)  # one of them for each owner
 
-        def submit(name: str, owner: str, is_wanted: bool = True) -> None:
-            pool.submit(lambda: order.append(name), lambda outcome: None, owner, lambda: is_wanted)
+        def start(name: str, owner: str, function: Callable[[], object] = lambda: None) -> kvserver.Task:
+            def run() -> None:
+                order.append(name)
+                function()
 
-        pool.submit(lambda: may_go_on.wait(WAIT_SECONDS), lambda outcome: None)
-        for number in range(3):
-            submit(f"dead {number}", "a", is_wanted=False)
-        for name, owner in (("a1", "a"), ("b1", "b"), ("b2", "b"), ("a2", "a")):
-            submit(name, owner)
-        submit("dead", "b", is_wanted=False)
-        submit("c1", "c")
+            return loop.start(threads.run(run, owner))
+
+        def run_until(names: list[str]) -> None:
+            deadline = time.monotonic() + WAIT_SECONDS
+            while order != names:
+                self.assertLess(time.monotonic(), deadline, order)
+                loop.run_once()
+
+        loop.start(kvserver.sleep(WAIT_SECONDS))  # so that the test cannot wait for ever
+        start("first", "a", lambda: may_go_on.wait(WAIT_SECONDS))
+        dead = [start("dead", "a") for _ in range(3)]
+        start("second", "a")
+        start("other", "b")
+        for task in dead:
+            loop.throw(task, kvserver.Cancelled())
+        run_until(["first", "other"])
         may_go_on.set()
-        wait_until(lambda: len(order) == 5)
-        self.assertEqual(["a1", "b1", "c1", "a2", "b2"], order)
-        self.assertEqual({}, pool._jobs)
+        run_until(["first", "other", "second"])
+
+    def test_who_gives_up_when_the_turn_has_come_leaves_it_to_the_next(self) -> None:
+        loop, passed = kvserver.Loop(self.fail), list[str]()
+        self.addCleanup(loop.close)
+        gate = kvserver.Gate(loop)
+
+        async def enter(name: str) -> None:
+            await gate.enter({"owner": 1})
+            passed.append(name)
+
+        loop.start(enter("first"))
+        second = loop.start(enter("second"))
+        loop.start(enter("third"))
+        gate.leave({"owner": 1})  # the second is let in
+        loop.throw(second, kvserver.Cancelled())  # and gives up before it goes on
+        loop.run_once(may_wait=False)
+        self.assertEqual(["first", "third"], passed)
 
     def test_a_thread_that_cannot_start_is_503_and_no_mistake(self) -> None:
         real_start = threading.Thread.start
@@ -2938,12 +3212,12 @@ class Overload(ServerCase):
         for number in range(5):
             headers = {"Authorization": basic("alice", f"wrong password {number}")}
             self.assertEqual(503, self.request("GET", "/list", user=None, headers=headers).status)
-        self.assertEqual({}, self.server.authenticator._waiting)
         release.set()
         with mock.patch.object(kvserver, "CHECK_SECONDS", WAIT_SECONDS):
             headers = {"Authorization": basic("alice", "the last one")}
             self.assertEqual(401, self.request("GET", "/list", user=None, headers=headers).status)
         self.assertEqual(["wrong password 0", "the last one"], checked)
+        self.assertEqual({}, self.server.authenticator._waiting)
 
     def test_the_same_error_is_logged_once_a_second(self) -> None:
         with mock.patch.object(kvserver.Store, "pair", side_effect=sqlite3.OperationalError("disk I/O error")):
@@ -3192,27 +3466,6 @@ class Observed(ServerCase):
         for authorization in (basic("alice", "wrong"), basic("", "x"), "Bearer kv_unknown"):
             self.request("GET", "/list", user=None, headers={"Authorization": authorization})
         self.assertEqual(3, self.metrics()["kvserver_failed_logins_total"])
-
-    def test_no_answer_is_missed_when_threads_count_at_once(self) -> None:
-        class Yielding(list[float]):
-            """Numbers that let other threads run after each look at one."""
-
-            def __getitem__(self, index: Any) -> Any:
-                number = super().__getitem__(index)
-                time.sleep(0)
-                return number
-
-        def count() -> None:
-            for _ in range(100):
-                self.server.metrics.note_answer("/get", 200, 0.0)
-
-        self.server.metrics._answers["/get", 200] = Yielding([0] * (len(kvserver.DURATION_SECONDS) + 2))
-        threads = [threading.Thread(target=count) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(400, self.metrics()['kvserver_requests_total{endpoint="/get",status="200"}'])
 
     def test_they_are_for_admins_by_password_or_a_token_that_may_do_all(self) -> None:
         tokens = {}
@@ -4678,15 +4931,16 @@ class Log(ServerCase):
         self.enter(mock.patch.object(kvserver, "WAL_PAGES_MAX", 0))
         seconds = []
         with mock.patch.object(self.server.writer, "checkpoint", return_value=False) as checkpoint:
-            for _ in range(9):
+            for number in range(9):
                 self.server._next_checkpoint = 0
-                self.server._restart_long_log()
+                self.request("GET", f"/set?key=a&value={number}")
+                wait_until(lambda: self.server._next_checkpoint > 0)
                 seconds.append(round(self.server._next_checkpoint - time.monotonic()))
             self.assertEqual([10, 20, 40, 80, 160, 320, 600, 600, 600], seconds)
             checkpoint.return_value = True
             self.server._next_checkpoint = 0
-            self.server._restart_long_log()
-        self.assertEqual(kvserver.CHECKPOINT_RETRY_SECONDS, self.server._checkpoint_retry_seconds)
+            self.request("GET", "/set?key=a&value=9")
+            wait_until(lambda: self.server._checkpoint_retry_seconds == kvserver.CHECKPOINT_RETRY_SECONDS)
 
     def test_a_checkpoint_that_fails_is_logged_and_loses_nothing(self) -> None:
         self.enter(mock.patch.object(kvserver, "WAL_PAGES_MAX", 0))
@@ -4694,7 +4948,7 @@ class Log(ServerCase):
             self.server.writer, "checkpoint", side_effect=sqlite3.OperationalError("disk I/O error")
         ):
             self.assertEqual(200, self.request("GET", "/set?key=a&value=1").status)
-        self.assertIn("the write-ahead log cannot be emptied: disk I/O error", self.log.text())
+            wait_until(lambda: "the write-ahead log cannot be emptied: disk I/O error" in self.log.text())
         self.assertEqual({"a": "1"}, self.pairs())
 
     def test_many_large_writes_are_not_one_transaction(self) -> None:
@@ -7909,7 +8163,7 @@ class Serving(ServingCase):
                     process.send_signal(number)
                     self.assertEqual(0, process.wait(WAIT_SECONDS))
                     assert process.stderr
-                    self.assertNotIn("Traceback", process.stderr.read())
+                    self.assertNotRegex(process.stderr.read(), "Traceback|ERROR")
 
     def test_a_database_may_be_a_symbolic_link(self) -> None:
         self.add_user("alice")
@@ -7952,7 +8206,7 @@ class Serving(ServingCase):
         program = (
             "import sys, threading, kvserver\n"
             "def hang(store, request): print('hanging', flush=True); threading.Event().wait()\n"
-            "kvserver.ROUTES = (kvserver.Route('/hang', ('GET',), hang, kvserver.ANYONE, kvserver.WORKER),)\n"
+            "kvserver.ROUTES = (kvserver.Route('/hang', ('GET',), hang, kvserver.ANYONE, kvserver.THREAD),)\n"
             "kvserver.SCRYPT_COST_LOG2 = 1\n"
             "sys.exit(kvserver.main())\n"
         )
@@ -8518,6 +8772,21 @@ class Source(unittest.TestCase):
         if sys.version_info >= (3, 10):
             self.assertLessEqual(modules, sys.stdlib_module_names)
         self.assertIn("sqlite3", modules)
+
+    def test_an_older_python_is_told_in_one_line_what_is_needed(self) -> None:
+        pretend = "import runpy, sys; sys.version_info = (3, 9, 18, 'final', 0)"
+        for arguments in ([], ["serve"], ["anything", "--at-all"]):
+            program = f"{pretend}; runpy.run_path({PROGRAM!r}, run_name='__main__')"
+            done = subprocess.run(
+                [sys.executable, "-c", program, *arguments], capture_output=True, timeout=WAIT_SECONDS, check=False
+            )
+            line = "kvserver needs Python 3.11 or newer; this is 3.9.18."
+            line += " On Raspberry Pi OS, upgrade to Bookworm or newer.\n"
+            self.assertEqual((1, b"", line), (done.returncode, done.stdout, done.stderr.decode()))
+
+    def test_an_older_python_can_parse_the_file(self) -> None:
+        with open(PROGRAM, encoding="utf-8") as file:
+            ast.parse(file.read(), feature_version=(3, 7))
 
     def test_docstring_names_every_path(self) -> None:
         for path in (*kvserver.API_PATHS, "/admin/", "/me/"):
