@@ -168,6 +168,7 @@ UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all answers that clients are slow to t
 LINGER_SECONDS = 2
 DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
 LOCK_POLL_SECONDS = 0.02
+TURN_ANSWERS = 4  # to changes, between two looks for other requests
 QUICK_COMMIT_SECONDS = 0.002  # the loop waits for a disk that took no longer for the last commit
 QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions are left to a thread as well
 RETRY_AFTER_SECONDS = 5
@@ -2157,6 +2158,11 @@ class Loop:
             self._selector.unregister(self.current.connection)
         self.current.connection, self.current.watched = cast(socket.socket, connection), 0
 
+    def turn(self) -> Awaitable[None]:
+        """Let every other task that can go on have its turn."""
+        Wakeup(self)()
+        return ready(0)
+
     def post(self, wakeup: Wakeup, result: Any = None) -> None:
         """Call a Wakeup from another thread or a signal handler."""
         wakeup(result)
@@ -2213,28 +2219,36 @@ class Gate:
         self._loop, self._taken = loop, collections.Counter[Hashable]()
         self._line: list[tuple[Mapping[Hashable, int], Wakeup]] = []
 
-    async def enter(self, bounds: Mapping[Hashable, int]) -> None:
-        """Take keys, each at most as often as bounds says; wait until that is possible. Leave with the same bounds."""
+    async def enter(self, bounds: Mapping[Hashable, int], deadline: float = NEVER) -> None:
+        """Take keys, each at most as often as bounds says; wait for that if needed. Leave with the same bounds."""
+        if self._take(bounds):
+            return
         place = (bounds, Wakeup(self._loop))
         self._line.append(place)
-        self.leave({})
         try:
-            await ready(0)
+            await ready(0, deadline)
         except BaseException:
-            if place not in self._line:  # it has been let in just now
+            if place in self._line:
+                self._line.remove(place)
+            else:  # it has been let in just now
                 self.leave(bounds)
             raise
 
+    def _take(self, bounds: Mapping[Hashable, int]) -> bool:
+        is_free = all(self._taken[key] < most for key, most in bounds.items())
+        if is_free:
+            self._taken.update(bounds.keys())
+        return is_free
+
     def leave(self, bounds: Mapping[Hashable, int]) -> None:
-        """Give keys back, and let pass whoever can."""
+        """Give keys back, and let in the tasks that can pass now."""
         self._taken -= collections.Counter(bounds.keys())
         line, self._line = self._line, []
         for keys, wakeup in line:
-            if any(self._taken[key] >= most for key, most in keys.items()):
-                self._line.append((keys, wakeup))
-            elif wakeup.is_wanted():
-                self._taken.update(keys.keys())
+            if self._take(keys):
                 wakeup()
+            else:
+                self._line.append((keys, wakeup))
 
 
 class Threads:
@@ -2250,12 +2264,12 @@ class Threads:
 
         One owner gets at most half of the threads, so that others get through.
         """
-        self._loop.start(self._run(function, owner, Wakeup(self._loop)))
+        bounds = {} if owner is None else {owner: max(1, self._most // 2)}
+        await self._gate.enter(bounds, deadline)
+        self._loop.start(self._run(function, bounds, Wakeup(self._loop)))
         return await ready(0, deadline)
 
-    async def _run(self, function: Callable[[], Any], owner: Hashable, done: Wakeup) -> None:
-        bounds = {} if owner is None else {owner: max(1, self._most // 2)}
-        await self._gate.enter(bounds)
+    async def _run(self, function: Callable[[], Any], bounds: Mapping[Hashable, int], done: Wakeup) -> None:
         self._unfinished += 1
         try:
             if self._started < min(self._unfinished, self._most):
@@ -2264,9 +2278,8 @@ class Threads:
                     self._started += 1
             if not self._started:
                 raise NoThread
-            if done.is_wanted():  # it may have given up in line
-                self._jobs.put((function, Wakeup(self._loop)))
-                done(await ready(0))
+            self._jobs.put((function, Wakeup(self._loop)))
+            done(await ready(0))
         except Exception as error:  # noqa: BLE001 - the task raises it
             done(error)
         finally:
@@ -2320,8 +2333,10 @@ class SecureSocket:
                 self._is_open = True
             except ssl.SSLWantReadError:
                 pass
-            finally:
-                self._flush()  # also an alert; it fits into the socket's buffer
+            except ssl.SSLError:
+                self._flush()  # an alert; it fits into the socket's buffer
+                raise
+            self._flush()  # never while the thread may still write: nothing guards the memory that they share
 
     def _flush(self) -> bool:
         """Send encrypted bytes as far as the other side takes them; return whether none is left."""
@@ -2444,12 +2459,8 @@ class Metrics:
         # By endpoint and status: how many answers took up to each of DURATION_SECONDS but longer than the one before,
         # how many took longer than all, and the seconds of all together.
         self._answers: dict[tuple[str, int], list[float]] = {}
-        self.failed_logins = 0
-        self.commits = 0
-        self.writes = 0
-        self.deliveries = 0
-        self.failed_deliveries = 0
-        self.dropped_deliveries = 0
+        self.failed_logins = self.commits = self.writes = 0
+        self.deliveries = self.failed_deliveries = self.dropped_deliveries = 0
 
     def note_answer(self, endpoint: str, status: int, seconds: float) -> None:
         """Count an answer, and its time since the first byte of the request."""
@@ -2462,8 +2473,7 @@ class Metrics:
     def text(self, store: Store) -> str:
         """Return all counters and the sizes of a store in the text format of Prometheus."""
         (users, pairs), (database_bytes, log_bytes) = store.counts(), store.file_bytes()
-        requests: list[tuple[str, float]] = []
-        durations: list[tuple[str, float]] = []
+        requests, durations = list[tuple[str, float]](), list[tuple[str, float]]()
         by_endpoint: dict[str, list[float]] = {}
         for (endpoint, status), numbers in list(self._answers.items()):  # a copy: the loop goes on counting
             *counts, seconds = numbers
@@ -2494,9 +2504,9 @@ class Metrics:
             ("pairs", "gauge", "Pairs.", pairs),
             ("uptime_seconds", "gauge", "Time since the start.", time.monotonic() - self._started),
         ):
+            labelled = samples if isinstance(samples, list) else [("", samples)]
             lines += [f"# HELP kvserver_{name} {meaning}", f"# TYPE kvserver_{name} {kind}"]
-            for labels, number in samples if isinstance(samples, list) else [("", samples)]:
-                lines.append(f"kvserver_{name}{labels} {number}")
+            lines += [f"kvserver_{name}{labels} {number}" for labels, number in labelled]
         return "\n".join(lines) + "\n"
 
 
@@ -2719,7 +2729,7 @@ class Authenticator:
                 hashes += (await self.scrypt.run(lambda: hash_password(password)),)
         except Exception as error:  # noqa: BLE001 - the requests raise it
             result = error
-        if result:
+        if result is not False:
             self._throttle.refund(address)
         if result is True and user:
             if len(self._verified) >= CREDENTIALS_MAX:
@@ -3704,13 +3714,13 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
     return HTTPError(500, "the server made a mistake; its log says where")
 
 
-def answer_to_error(error: HTTPError, route: Route | None, request: Request | None) -> Response:
+def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> Response:
     """Return the answer to a refused request: a page if it was to be one, and with the challenge of a 401."""
-    if request and route and route.who in PAGE_VISITORS and request.wants_html():
+    if route and route.who in PAGE_VISITORS and request.wants_html():
         # Somebody with a stolen token is not told whose it is.
         response = error_page(error, request.user if error.status != 401 else None, route)
     else:
-        response = error.response(request.fields.headers.get("accept", "") if request else "")
+        response = error.response(request.fields.headers.get("accept", ""))
     if error.status == 401 and route:
         challenge = f'Basic realm="{REALMS[route.who]}", charset="UTF-8"'
         return response._replace(headers=(*response.headers, ("WWW-Authenticate", challenge)))
@@ -3721,6 +3731,7 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request | No
 # The story of one connection: it receives a request, finds its user, runs its endpoint, and sends the answer.
 
 LONG = math.inf  # as the size of a change: it may take long
+NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # stands for one that cannot be parsed
 # What a connection does while its task waits. When there are too many, this decides which ones give way.
 IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
 
@@ -3729,8 +3740,7 @@ class RequestHandler:
     """Serves one connection: request after request, until one side closes it."""
 
     def __init__(self, connection: socket.socket, address: tuple[Any, ...], server: Server) -> None:
-        """Take over a connection that has been accepted."""
-        self.socket, self.peer, self.server, self.task = connection, str(address[0]), server, server.loop.current
+        self.socket, self.peer, self.server = connection, str(address[0]), server
         self.connection: socket.socket | SecureSocket = connection
         self.received = bytearray()
         self.state, self.started = IDLE, time.monotonic()  # the connection, and later the request
@@ -3757,9 +3767,8 @@ class RequestHandler:
         self.server.loop.use(self.socket)
         try:
             while await self.handle_one_request():
-                if self.received:  # pipelined: all others have their turn first
-                    Wakeup(self.server.loop)()
-                    await ready(0)
+                if self.received:  # pipelined: others first
+                    await self.server.loop.turn()
         except ConnectionError:
             pass
         finally:
@@ -3769,29 +3778,26 @@ class RequestHandler:
 
     async def handle_one_request(self) -> bool:
         """Receive a request and answer it; return whether another one may follow."""
-        request = self.route = None
-        self.body_pending = True
+        request, self.route, self.body_pending = NO_REQUEST, None, True
         try:
             request = await self._receive_request()
-            if request is None:
-                return False
             response = await self.respond(request)
         except ConnectionError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets an answer
             response = answer_to_error(as_http_error(error, self.server.errors), self.route, request)
-        keep_alive = bool(request and request.fields.keep_alive and not self.body_pending and not self.server.stopping)
-        connection = "close" if not keep_alive else "keep-alive" if request and request.fields.is_http_1_0 else ""
+        keep_alive = request.fields.keep_alive and not self.body_pending and not self.server.stopping
+        connection = "close" if not keep_alive else "keep-alive" if request.fields.is_http_1_0 else ""
         self._note_answer(request, response.status)
-        with_body = not request or request.method != "HEAD"
-        await self._send(encode_response(response, format_date(int(time.time()), usegmt=True), connection, with_body))
+        date = format_date(int(time.time()), usegmt=True)
+        await self._send(encode_response(response, date, connection, with_body=request.method != "HEAD"))
         if self.body_pending:
             await self._linger()
         self.state, self.deadline = IDLE, time.monotonic() + IDLE_SECONDS
         return keep_alive
 
-    async def _receive_request(self) -> Request | None:
-        """Return the next request, without its body, or None if the connection is to be closed."""
+    async def _receive_request(self) -> Request:
+        """Return the next request, without its body; raise ConnectionError if none comes."""
         if self.fields is None:  # the first one may have come already
             if self.server.certificate:
                 await self._shake_hands(self.server.certificate)
@@ -3801,10 +3807,10 @@ class RequestHandler:
             self.received.clear()
             try:
                 self.received += await receive(self.connection, RECEIVE_BYTES, self.deadline)
-            except TimeoutError:
-                return None
+            except TimeoutError as error:
+                raise ConnectionAbortedError from error
             if not self.received:
-                return None
+                raise ConnectionAbortedError
         self.state, self.started = RECEIVING, time.monotonic()
         self.deadline, checked = self.started + REQUEST_SECONDS, 0
         end = self.received.find(b"\r\n\r\n")
@@ -3858,9 +3864,8 @@ class RequestHandler:
             response = route.endpoint(self.server.reader, request)
         return response
 
-    def _address(self, request: Request | None) -> Address | None:
-        forwarded_for = request.fields.headers.get("x-forwarded-for", "") if request else ""
-        return client_address(self.peer, forwarded_for, self.server.trusted_proxy)
+    def _address(self, request: Request) -> Address | None:
+        return client_address(self.peer, request.fields.headers.get("x-forwarded-for", ""), self.server.trusted_proxy)
 
     async def _authorize(self, route: Route, request: Request) -> None:
         """Set the user of a request; raise HTTPError unless they may send it."""
@@ -3886,7 +3891,6 @@ class RequestHandler:
             raise HTTPError(413, BODY_TOO_LARGE)
 
     async def _receive_parameters(self, route: Route, request: Request) -> None:
-        """Receive and parse the body of a request."""
         if "expect" in request.fields.headers and not request.fields.is_http_1_0:
             await self._send(CONTINUE)
         self.state = RECEIVING
@@ -3902,21 +3906,18 @@ class RequestHandler:
         await self._authorize(route, request)  # meanwhile, the user may have been deleted, or got another password
 
     async def _run_elsewhere(self, route: Route, request: Request) -> Response:
-        """Run the endpoint of a request in a thread, or in the next transaction."""
-        if route.where == THREAD:
-            return await self._run_in_thread(route.endpoint, request)
-        if "password" in request.parameters:  # its hash would take too long within the transaction
-            password, is_admin = request.parameters["password"], request.user.is_admin
-            request.password_hash = await self.server.authenticator.hash_password(password, is_admin)
-            await self._authorize(route, request)
-        size = LONG if route.who == ADMIN else len(request.query) + len(request.body)
-        try:
-            return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
-        except RefusedForm as refused:
-            return await self._run_in_thread(refused.endpoint, request)
-
-    async def _run_in_thread(self, endpoint: Callable[[Store, Request], Response], request: Request) -> Response:
-        """Run an endpoint in a thread, with a store of its own."""
+        """Run the endpoint of a request in the next transaction, or in a thread with a store of its own."""
+        endpoint = route.endpoint
+        if route.where == COMMIT:
+            if "password" in request.parameters:  # its hash would take too long within the transaction
+                password, is_admin = request.parameters["password"], request.user.is_admin
+                request.password_hash = await self.server.authenticator.hash_password(password, is_admin)
+                await self._authorize(route, request)
+            size = LONG if route.who == ADMIN else len(request.query) + len(request.body)
+            try:
+                return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
+            except RefusedForm as refused:
+                endpoint = refused.endpoint  # the page that shows the form again
 
         def run() -> Response:
             self.server.writer.check_file()
@@ -3966,22 +3967,20 @@ class RequestHandler:
             while await receive(self.socket, RECEIVE_BYTES, deadline):
                 pass
 
-    def _note_answer(self, request: Request | None, status: int) -> None:
+    def _note_answer(self, request: Request, status: int) -> None:
         """Count an answer, and log it if that is wanted: its key, but neither its value nor its query."""
-        route, seconds, method, path, key, user = self.route, time.monotonic() - self.started, "", "", "", ""
-        if route is None and request:  # another method of the path counts
+        route, seconds = self.route, time.monotonic() - self.started
+        if route is None:  # another method of the path counts
             route = next(iter(self.server.find_routes(request.path)[0].values()), None)
         endpoint = route.path or "/" if route else NO_ENDPOINT
         self.server.metrics.note_answer(endpoint, status, seconds)
-        if not self.server.log_requests:
-            return
-        if request:
+        if self.server.log_requests:
             method = request.method if request.method in METHODS else ""
+            path = request.path.removesuffix(request.key_in_path) if route else ""  # an unknown one may be a value
             key, user = request.parameters.get("key", "")[:KEY_BYTES_MAX], request.user.name
-            # In the place of an unknown path there may be a value, by mistake.
-            path = request.path.removesuffix(request.key_in_path) if route else ""
-        line = f"request: method={method} path={path!r} key={key!r} status={status} milliseconds={seconds * 1000:.1f}"
-        log("INFO", f"{line} user={user!r} address={self._address(request)}")
+            line = f"request: method={method} path={path!r} key={key!r} status={status}"
+            more = f"milliseconds={seconds * 1000:.1f} user={user!r} address={self._address(request)}"
+            log("INFO", f"{line} {more}")
 
 
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
@@ -4019,27 +4018,27 @@ async def exchange(
             look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
             addresses = await threads.run(look_up, owner, deadline)
             context = await threads.run(client_context) if parts.scheme == "https" else None
-            connection: Any = None
             failure = OSError(0, "the host has no address")
             for tried, (family, kind, protocol, _, address) in enumerate(addresses):
                 try:
                     plain = opened.enter_context(socket.socket(family, kind, protocol))
                     plain.setblocking(False)
                     loop.use(plain)
-                    code, now = plain.connect_ex(address), time.monotonic()
-                    if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-                        await ready(WRITABLE, now + (deadline - now) / (len(addresses) - tried))
-                        code = plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    with contextlib.suppress(BlockingIOError):
+                        plain.connect(address)
+                    now = time.monotonic()
+                    await ready(WRITABLE, now + (deadline - now) / (len(addresses) - tried))
+                    code = plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if code:
                         raise OSError(code, os.strerror(code))
+                    connection: Any = plain
                     if context:
-                        secure = opened.enter_context(contextlib.closing(SecureSocket(plain, context, host)))
-                        await secure.shake_hands(threads, None, deadline)
-                    connection = secure if context else plain
+                        connection = opened.enter_context(contextlib.closing(SecureSocket(plain, context, host)))
+                        await connection.shake_hands(threads, None, deadline)
                     break
                 except OSError as error:
                     failure = error
-            if not connection:
+            else:
                 raise failure
             unsent = memoryview(encode_delivery(parts, idempotency_key, members))
             half_time = (time.monotonic() + deadline) / 2  # the other half is for the answer
@@ -4067,8 +4066,7 @@ async def exchange(
 
 def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> Answer:
     """Send the members of a JSON object to a hook's URL, in a loop of its own, and return the answer."""
-    answers: list[Answer] = []
-    loop = Loop(lambda error: None)
+    loop, answers = Loop(lambda error: None), list[Answer]()
 
     async def run() -> None:
         answers.append(await exchange(loop, Threads(loop, 1), url, idempotency_key, members))
@@ -4091,13 +4089,12 @@ class Outbox:
     """Has deliveries sent: those of a hook in order and one at a time, each hook with pending ones by a task."""
 
     def __init__(self, store: Store, loop: Loop, commit: Commit, metrics: Metrics, errors: ErrorLog) -> None:
-        """Send the deliveries in a store."""
         self._store, self._loop, self._commit, self._metrics, self._errors = store, loop, commit, metrics, errors
         self._threads = Threads(loop, EXCHANGES_MAX)  # for looking up names, which may take longer than an exchange
         self._gate = Gate(loop)
         self.has_hooks = self._is_sender = self._is_stopped = False
         self.busy: set[int] = set()  # hooks with an exchange under way, or its result not yet stored
-        self._tasks: dict[int, Task] = {}  # by hook
+        self._started: set[int] = set()  # hooks with a task
         self._newest = 0  # id of the newest delivery that has been seen
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
         self._dropped_logged = -NEVER  # monotonic seconds
@@ -4107,8 +4104,6 @@ class Outbox:
         """Begin no further exchange."""
         self._is_stopped = True
         self._log_dropped()
-        for task in [task for hook_id, task in self._tasks.items() if hook_id not in self.busy]:
-            self._loop.throw(task, Cancelled())
 
     def close(self) -> None:
         """Let another process send."""
@@ -4133,10 +4128,8 @@ class Outbox:
         except BlockingIOError:
             pass
         except OSError as error:
-            problem = (
-                f"no hook is called, since {path} cannot be locked ({error.strerror}); delete it, or mend its owner"
-            )
-            self._errors.write(problem, HOOK_RETRY_SECONDS_MAX)
+            problem = f"no hook is called, since {path} cannot be locked ({error.strerror})"
+            self._errors.write(f"{problem}; delete it, or mend its owner", HOOK_RETRY_SECONDS_MAX)
         return self._is_sender
 
     def look(self) -> None:
@@ -4147,12 +4140,11 @@ class Outbox:
             rows = self._store.new_deliveries(self._newest)
             self._newest = max((newest for *_, newest in rows), default=self._newest)
             for hook_id, receiver, is_proven, _ in rows:
-                if hook_id not in self._tasks:
+                if hook_id not in self._started:
                     self._loop.start(self._run_hook(hook_id, receiver, bool(is_proven)))
 
     async def _run_hook(self, hook_id: int, receiver: str, is_proven: bool) -> None:
-        """Send the pending deliveries of a hook, until there are none."""
-        self._tasks[hook_id] = self._loop.current
+        self._started.add(hook_id)
         begun, failures, next_pause, unstored, last = time.monotonic(), 0, 1.0, 0, 0
         try:
             while True:
@@ -4165,8 +4157,8 @@ class Outbox:
                 self.busy.add(hook_id)
                 try:
                     delivery = self._store.next_delivery(hook_id)
-                    if delivery is None or delivery.number != next_one[0]:  # that one has been deleted meanwhile
-                        continue
+                    if delivery is None or delivery.number != next_one[0] or self._is_stopped:
+                        continue  # while it waited, that one has been deleted, or the server stopped
                     answer = await self._send(delivery, last, "doubtful" if is_doubtful else None)
                     last, pause = delivery.number - 1, 0.0
                     if answer.is_success() or answer.is_refusal():
@@ -4186,13 +4178,13 @@ class Outbox:
                     self.busy.discard(hook_id)
                     self._gate.leave(bounds)
                 delivery = None  # its values may be long
-                if pause and not self._is_stopped:
+                if pause:
                     await sleep(pause)
         except Exception:
             self._newest = 0  # the next look begins again
             raise
         finally:
-            del self._tasks[hook_id]
+            self._started.discard(hook_id)
 
     async def _send(self, delivery: Delivery, last: int, owner: Hashable) -> Answer:
         """Send a delivery, and return the answer. Those after the last handled one, or after last, had to make room."""
@@ -4356,7 +4348,7 @@ class Server(http.server.ThreadingHTTPServer):
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
                 as_http_error(error, self.errors)
             await sleep(POLL_SECONDS)
-        begun, last = time.monotonic(), False
+        begun = time.monotonic()
         self.loop.throw(accepting, Cancelled())
         self.socket.close()
         self.outbox.stop()
@@ -4364,13 +4356,12 @@ class Server(http.server.ThreadingHTTPServer):
         for handler in list(self.connections.values()):
             if handler.state == IDLE and not handler.received:
                 self.loop.throw(handler.task, Cancelled())
-        while (self.connections or self.outbox.busy) and time.monotonic() < begun + STOP_SECONDS:
-            await sleep(STOP_POLL_SECONDS)
-            if not last and time.monotonic() > begun + STOP_REQUEST_SECONDS:
-                last = True
-                late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
-                for task in (*late, *(change.wakeup.task for change in self.changes)):
-                    self.loop.throw(task, TimeoutError())
+        for seconds in (STOP_REQUEST_SECONDS, STOP_SECONDS):
+            while (self.connections or self.outbox.busy) and time.monotonic() < begun + seconds:
+                await sleep(STOP_POLL_SECONDS)
+            late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
+            for task in (*late, *(change.wakeup.task for change in self.changes)):
+                self.loop.throw(task, TimeoutError())
         self._is_finished = True
 
     async def _accept(self) -> None:
@@ -4469,7 +4460,6 @@ class Server(http.server.ThreadingHTTPServer):
         return taken
 
     async def _commit_round(self) -> None:
-        """Make the changes of this round in one transaction, and tell their tasks."""
         self._is_committing = True
         try:
             self.writer.begin()
@@ -4485,7 +4475,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._is_committing = False
 
     async def _commit(self, changes: list[Change]) -> None:
-        """Make changes in the transaction that has begun.
+        """Make changes in the transaction that has begun, and resume their tasks.
 
         The loop waits for a quick disk, and meanwhile changes come in for the next round. A slow disk is left to a
         thread, and so is a transaction that may take long: reads go on.
@@ -4493,20 +4483,21 @@ class Server(http.server.ThreadingHTTPServer):
         removals: list[Callable[[Store], Any]] = [Store.remove_expired] if self._has_expired else []  # they make room
         operations = [*removals, *(change.operation for change in changes)]
         state_before, self.writer.may_exceed = self.reader.state(), self.outbox.has_hooks
-        is_quick = self.writer.commit_seconds < QUICK_COMMIT_SECONDS
+        is_short = sum(change.size for change in changes) < QUICK_CHANGES_BYTES_MAX
+        is_quick = is_short and self.writer.commit_seconds < QUICK_COMMIT_SECONDS
+        commit = functools.partial(self.writer.commit, operations)
         try:
-            if is_quick and sum(change.size for change in changes) < QUICK_CHANGES_BYTES_MAX:
-                results = self.writer.commit(operations)
-            else:
-                results = await self.disk.run(lambda: self.writer.commit(operations))
-        except Exception as error:  # noqa: BLE001 - the tasks raise it
-            results = [error] * len(operations)
+            results = commit() if is_quick else await self.disk.run(commit)
+        except NoThread:
+            results = commit()
         if removals:
             removed = results.pop(0)
             self._has_expired = removed is True
             if isinstance(removed, Exception):
                 self.errors.write(f"expired pairs cannot be removed: {removed}")
-        for change, result in zip(changes, results):
+        for number, (change, result) in enumerate(zip(changes, results)):
+            if not is_quick and number % TURN_ANSWERS == TURN_ANSWERS - 1:  # reads do not wait for many answers
+                await self.loop.turn()
             change.wakeup(result)
         self.metrics.commits = self.writer.commits
         self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
