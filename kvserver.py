@@ -2045,8 +2045,8 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 
 
 # ---- Loop ------------------------------------------------------------------------------------------------------------
-# Runs coroutines in one thread. A coroutine reads like a blocking program: where it would block, it awaits, and the loop
-# runs others. Nothing else runs between two awaits, so no lock is needed. Nothing here knows of HTTP or SQL.
+# Runs coroutines in one thread. A coroutine reads like a blocking program: where it would block, it awaits, and the
+# loop runs others. Nothing else runs between two awaits, so no lock is needed. Nothing here knows of HTTP or SQL.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER = math.inf  # as a deadline
@@ -2054,7 +2054,7 @@ DEADLINE_STEP_SECONDS = 0.01  # between two checks of all deadlines, at least
 
 
 class Cancelled(BaseException):
-    """Thrown into a task that has to end."""
+    """Ends the task into which it is thrown."""
 
 
 class NoThread(Exception):
@@ -2074,7 +2074,7 @@ class Task:
 
 
 class Wakeup:
-    """Resumes the current task with a result, once, and only while the task still waits for it."""
+    """Resumes the task that made it: once, with a result, and only while the task still waits."""
 
     __slots__ = ("_loop", "task")
 
@@ -2103,7 +2103,7 @@ def ready(events: int, deadline: float = NEVER) -> Generator[tuple[int, float], 
 
 
 async def sleep(seconds: float) -> None:
-    """Let the task rest."""
+    """Pause the task."""
     with contextlib.suppress(TimeoutError):
         await ready(0, time.monotonic() + seconds)
 
@@ -2148,7 +2148,7 @@ class Loop:
         return task
 
     def throw(self, task: Task, error: BaseException) -> None:
-        """Raise an exception where a task waits, at once, unless the task has ended."""
+        """Raise an exception in a waiting task now; do nothing if the task has ended."""
         if task in self._tasks:
             self._resume(task, error=error)
 
@@ -2170,7 +2170,7 @@ class Loop:
             self._waker.send(b"\0")
 
     def run_once(self, may_wait: bool = True) -> None:
-        """Resume every task that can go on, after waiting for one unless that is not wanted."""
+        """Resume every task that can go on. With may_wait, wait until one can."""
         resumed = len(self.soon)  # tasks that these add have their turn the next time
         for _ in range(resumed):
             wakeup, result = self.soon.popleft()
@@ -2205,6 +2205,7 @@ class Loop:
                 task.watched = events
         except (Exception, Cancelled) as end:  # noqa: BLE001 - a mistake must not end the other tasks
             self._tasks.discard(task)
+            task.coroutine.close()  # it has not ended if its connection cannot be watched
             self.use(None)
             task.wakeup = None
             if not isinstance(end, (StopIteration, Cancelled)):
@@ -2213,7 +2214,7 @@ class Loop:
 
 
 class Gate:
-    """Lets tasks pass while none of their keys is taken too often; the others wait in line."""
+    """Bounds how many tasks hold a key at once. Further ones wait in line."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop, self._taken = loop, collections.Counter[Hashable]()
@@ -2313,7 +2314,7 @@ class SecureSocket:
         self._connection = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=host is None, server_hostname=host)
-        self._is_open = False  # from the end of the handshake until we have said that no more comes
+        self._is_open = False  # from the handshake until we have sent close_notify
         self._encrypted = b""  # bytes to send
         self._in_flight = 0  # length of the data that is in _encrypted
         self._fruitless_bytes = 0  # received beyond a usual overhead
@@ -2402,10 +2403,10 @@ class BadCertificate(Exception):
 
 
 class Certificate:
-    """A certificate for TLS and its key, from files in PEM format, which may be replaced by newer ones."""
+    """The server's TLS certificate and key, in PEM format. The files can be replaced while the server runs."""
 
     def __init__(self, path: str, key_path: str) -> None:
-        """Load the certificate, with those that lead to its root, and the key; raise BadCertificate."""
+        """Load the certificate chain and the key; raise BadCertificate."""
         self._path, self._key_path = path, key_path
         self.context = self._load()
 
@@ -2446,7 +2447,7 @@ class Certificate:
 # Counters for programs that draw curves and raise alarms. They count users and keys, but never name them.
 
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # the text format of Prometheus
-NO_ENDPOINT = "other"  # stands for all unknown paths, and for whatever is no request
+NO_ENDPOINT = "other"  # for unknown paths and malformed requests
 
 
 class Metrics:
@@ -2511,8 +2512,8 @@ class Metrics:
 
 
 # ---- Authentication --------------------------------------------------------------------------------------------------
-# Credentials in, a User or an HTTPError out. scrypt makes guessing expensive, and would do so with every request: so
-# verified credentials are remembered, under a keyed hash, never as they came.
+# Credentials in, a User or an HTTPError out. scrypt makes guessing slow, but would slow every request too. So we
+# remember verified credentials, under a keyed hash, never as they came.
 
 USUAL_PORTS = {"http": ":80", "https": ":443"}
 ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
@@ -2520,9 +2521,9 @@ FOREIGN = (
     "this comes from another site's page, or a proxy has changed the header Host; open the page here, and try again"
 )
 LOG_IN = "log in with a user name and a password by HTTP Basic authentication, or a Bearer token"
-# Who may send a request: ANYONE without a login, but BROWSER only if they ask for HTML, else the path does not exist;
-# USER with a login; PERSON with a password, since devices with a token do not open pages; ADMIN as PERSON, and an admin;
-# OPERATOR as an admin too, but for a program: with a password, or a token without restrictions.
+# Who may send a request. ANYONE: no login. BROWSER: no login, but only for HTML, else the path does not exist. USER: a
+# login. PERSON: a login with a password, since a token does not open pages. ADMIN: a PERSON who is an admin. OPERATOR:
+# an admin's program, with a password or a token without restrictions.
 ANYONE, BROWSER, USER, PERSON, ADMIN, OPERATOR = "anyone", "browser", "user", "person", "admin", "operator"
 NO_LOGIN, PAGE_VISITORS = (ANYONE, BROWSER), (PERSON, ADMIN)
 # With a realm of their own, below their own paths, the pages get credentials that browsers keep from the API (RFC 7617
@@ -2552,7 +2553,7 @@ def check_same_site(headers: Mapping[str, str]) -> None:
 
 
 def check_visitor(user: User, who: str) -> None:
-    """Raise HTTPError unless a user, who has logged in, is one of who may send a request."""
+    """Raise HTTPError unless a route for these visitors allows the user."""
     if who in PAGE_VISITORS and user.token:
         raise HTTPError(401, "a token does not open pages; log in with your password")
     if who in (ADMIN, OPERATOR) and not user.is_admin:
@@ -2586,7 +2587,7 @@ def client_address(peer: str, forwarded_for: str, proxies: Networks) -> Address 
 
 
 def client_of(address: Address | None) -> Hashable:
-    """Return a key for all addresses that the owner of this one can easily take: an IPv6 network has many."""
+    """Return the throttle's key of an address. All of an IPv6 /64 share one, since one person can use them all."""
     return int(address) >> (128 - IPV6_CLIENT_BITS) if isinstance(address, ipaddress.IPv6Address) else address
 
 
@@ -3628,8 +3629,8 @@ def change_states(store: Store, request: Request) -> Response:
 # ---- Routes ----------------------------------------------------------------------------------------------------------
 # The HTTP surface in one table, with the policy of each route on its row, and the answers to all other requests.
 
-# Where an endpoint runs: HERE, in the loop, if it answers at once; in the next COMMIT if it changes something, its answer
-# held back until that is on the disk; in a THREAD, with a store of its own, if it may take long.
+# Where an endpoint runs. HERE: in the loop, because it is quick. COMMIT: in the next transaction; the answer waits for
+# the disk. THREAD: in a thread with its own store, because it may be slow.
 HERE, COMMIT, THREAD = "here", "commit", "thread"
 
 READ = ("GET", "HEAD")
@@ -3715,7 +3716,7 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
 
 
 def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> Response:
-    """Return the answer to a refused request: a page if it was to be one, and with the challenge of a 401."""
+    """Return the answer to a refused request: HTML for pages, and a challenge with 401."""
     if route and route.who in PAGE_VISITORS and request.wants_html():
         # Somebody with a stolen token is not told whose it is.
         response = error_page(error, request.user if error.status != 401 else None, route)
@@ -3753,10 +3754,10 @@ class RequestHandler:
         self.login: tuple[Fields | None, User] = (None, NOBODY)  # fields that were found to be those of a user
 
     def rank(self) -> tuple[float, float]:
-        """Return the place in the order in which connections give way to new ones, the least first, NEVER for never."""
+        """Return a sort key: the lowest connection is closed first when there are too many. NEVER protects it."""
         if self.state == RECEIVING or (self.state == IDLE and self.fields is None):
             return 0, self.started
-        # A stranger's answers are short: whoever is slow to take them, or always has more to ask, may come again.
+        # Strangers get only short answers. A slow or busy stranger can connect again.
         if self.login[1] is NOBODY and self.state != WORKING:
             return 1, self.deadline
         return (2 if self.state == IDLE and not self.received else NEVER), self.deadline
@@ -3833,7 +3834,7 @@ class RequestHandler:
             if self.socket.recv(1, socket.MSG_PEEK).isalpha():  # as of a method, and of no record
                 raise HTTPError(400, "this server speaks TLS; use https:// instead of http://")
             self.connection = connection = SecureSocket(self.socket, certificate.context)
-            await connection.shake_hands(self.server.threads, client_of(parse_address(self.peer)), deadline)
+            await connection.shake_hands(self.server.threads, ("client", client_of(parse_address(self.peer))), deadline)
             self.deadline = time.monotonic() + FIRST_BYTE_SECONDS
         except OSError as error:
             raise ConnectionAbortedError from error
@@ -3845,7 +3846,7 @@ class RequestHandler:
         self.received += data
 
     async def respond(self, request: Request) -> Response:
-        """Return the answer to a request; raise whatever speaks against it."""
+        """Return the answer to a request, or raise the reason to refuse it."""
         methods, request.key_in_path = self.server.find_routes(request.path)
         route = self.route = methods.get(request.method)
         if route is None or (route.who == BROWSER and not request.wants_html()):
@@ -3929,7 +3930,7 @@ class RequestHandler:
         return cast(Response, await self.server.threads.run(run, request.user.id))
 
     async def _wait_for_change(self, request: Request, deadline: float) -> None:
-        """Wait until the pair of a request may have changed, or the deadline; raise ConnectionError without a client."""
+        """Wait for a change of the request's pair, or the deadline; raise ConnectionError if the client has gone."""
         pair = (request.user.id, request.parameters["key"])
         while not await self.server.change(pair, 0 if self.received else READABLE, deadline):
             with contextlib.suppress(BlockingIOError):
@@ -3984,8 +3985,8 @@ class RequestHandler:
 
 
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
-# Changes that are told to URLs: each hook with pending deliveries is one task. Only somebody with a shell on the machine
-# adds hooks: if users could, they could have the server send requests into the network that it stands in.
+# Sends changes to URLs. Each hook with pending deliveries is one task. Only a shell on the machine can add hooks;
+# otherwise users could make the server call hosts in its own network.
 
 client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # it verifies; to make one takes long
 
@@ -4003,43 +4004,50 @@ def describe_failure(error: Exception) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
+async def connect(
+    loop: Loop, threads: Threads, url: Any, addresses: list[Any], deadline: float, opened: contextlib.ExitStack
+) -> Any:
+    """Return a connection to the first address of a URL's host that takes it; raise OSError."""
+    context = await threads.run(client_context) if url.scheme == "https" else None
+    failure = OSError(0, "the host has no address")
+    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+        try:
+            connection = opened.enter_context(socket.socket(family, kind, protocol))
+            connection.setblocking(False)
+            loop.use(connection)
+            with contextlib.suppress(BlockingIOError):
+                connection.connect(address)
+            now = time.monotonic()
+            await ready(WRITABLE, now + (deadline - now) / (len(addresses) - tried))
+            code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+            if not context:
+                return connection
+            secure = opened.enter_context(contextlib.closing(SecureSocket(connection, context, url.hostname)))
+            await secure.shake_hands(threads, None, deadline)
+            return secure
+        except OSError as error:
+            failure = error
+    raise failure
+
+
 async def exchange(
     loop: Loop, threads: Threads, url: str, idempotency_key: str, members: Mapping[str, object], owner: Hashable = None
 ) -> Answer:
     """Send the members of a JSON object to a hook's URL, and return the answer, all within HOOK_SECONDS.
 
-    The look-up of the host's name counts for an owner of the threads, even if it goes on after that.
+    A slow name look-up holds one of the owner's threads until it ends, even after the exchange has failed.
     """
-    parts, deadline, received, answer = parse_hook_url(url), time.monotonic() + HOOK_SECONDS, b"", None
+    deadline, received, answer = time.monotonic() + HOOK_SECONDS, b"", None
     problem = "the connection was closed before a whole status line had come"
     with contextlib.ExitStack() as opened:
         try:
+            parts = parse_hook_url(url)
             host, port = parts.hostname, parts.port or HOOK_PORTS[parts.scheme]
             look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
             addresses = await threads.run(look_up, owner, deadline)
-            context = await threads.run(client_context) if parts.scheme == "https" else None
-            failure = OSError(0, "the host has no address")
-            for tried, (family, kind, protocol, _, address) in enumerate(addresses):
-                try:
-                    plain = opened.enter_context(socket.socket(family, kind, protocol))
-                    plain.setblocking(False)
-                    loop.use(plain)
-                    with contextlib.suppress(BlockingIOError):
-                        plain.connect(address)
-                    now = time.monotonic()
-                    await ready(WRITABLE, now + (deadline - now) / (len(addresses) - tried))
-                    code = plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                    if code:
-                        raise OSError(code, os.strerror(code))
-                    connection: Any = plain
-                    if context:
-                        connection = opened.enter_context(contextlib.closing(SecureSocket(plain, context, host)))
-                        await connection.shake_hands(threads, None, deadline)
-                    break
-                except OSError as error:
-                    failure = error
-            else:
-                raise failure
+            connection = await connect(loop, threads, parts, addresses, deadline, opened)
             unsent = memoryview(encode_delivery(parts, idempotency_key, members))
             half_time = (time.monotonic() + deadline) / 2  # the other half is for the answer
             with contextlib.suppress(OSError):  # which may come before the request has been sent in full
@@ -4079,14 +4087,14 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> An
 
 
 def exchange_bounds(receiver: str, is_long: bool, is_doubtful: bool) -> dict[Hashable, int]:
-    """Return how many exchanges of a kind may run at once: half of each for hooks whose last attempt has not arrived."""
+    """Return how many exchanges of a kind may run at once: half of each if the hook's last attempt failed."""
     most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
     bounds: dict[Hashable, int] = {is_long: most, (is_long, receiver): RECEIVER_EXCHANGES_MAX}
     return bounds | ({("doubtful", key): max(1, most // 2) for key, most in bounds.items()} if is_doubtful else {})
 
 
 class Outbox:
-    """Has deliveries sent: those of a hook in order and one at a time, each hook with pending ones by a task."""
+    """Sends deliveries. Each hook has one task, which sends its deliveries in order, one at a time."""
 
     def __init__(self, store: Store, loop: Loop, commit: Commit, metrics: Metrics, errors: ErrorLog) -> None:
         self._store, self._loop, self._commit, self._metrics, self._errors = store, loop, commit, metrics, errors
@@ -4235,7 +4243,7 @@ class Change(NamedTuple):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections and serves them until it is told to stop: each by a coroutine where others start a thread.
+    """Serves each connection with a coroutine, where ThreadingHTTPServer starts a thread.
 
     One thread runs the loop, which reads from the database; threads compute scrypt and do whatever takes long.
     """
@@ -4313,6 +4321,8 @@ class Server(http.server.ThreadingHTTPServer):
         thread.start()
         while thread.is_alive() and not self.stopping:
             time.sleep(POLL_SECONDS)
+        if not self.stopping:
+            raise RuntimeError("the loop has ended")
         thread.join(EXIT_SECONDS)
         if thread.is_alive() or self._is_committing:
             return False
@@ -4333,7 +4343,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.loop.start(self._commit_round())
 
     async def _keep_house(self, accepting: Task) -> None:
-        """Look now and then for changes by other processes and whatever else nobody asks for, until the stop."""
+        """Look for other processes' changes, expired pairs and new deliveries. After the stop, end all connections."""
         while not self.stopping:
             try:
                 state = self.reader.state()
@@ -4343,7 +4353,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._bound_unsent()
                 self._has_expired = self.reader.has_expired()
                 self.outbox.look()
-            except sqlite3.Error:  # whoever asks is told that the disk fails
+            except sqlite3.Error:  # requests report a failing disk
                 pass
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
                 as_http_error(error, self.errors)
@@ -4425,7 +4435,7 @@ class Server(http.server.ThreadingHTTPServer):
                 wakeup(True)
 
     def note_use(self, token: Token) -> None:
-        """Have it noted that a token is used today, unless that has been done."""
+        """Store that a token was used today, once a day."""
         day = int(time.time() // DAY_SECONDS)
 
         async def note() -> None:
@@ -4460,17 +4470,19 @@ class Server(http.server.ThreadingHTTPServer):
         return taken
 
     async def _commit_round(self) -> None:
+        """Make the changes of this round in one transaction, and tell their tasks."""
         self._is_committing = True
         try:
             self.writer.begin()
-            await self._commit(self._take_changes())
-            await self._restart_long_log()
         except StoreBusy:  # another process is writing, and the changes wait
             await sleep(LOCK_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
             self._has_expired = False  # until the next look
             for change in self._take_changes():
                 change.wakeup(error)
+        else:
+            await self._commit(self._take_changes())
+            await self._restart_long_log()
         finally:
             self._is_committing = False
 
