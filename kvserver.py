@@ -57,6 +57,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gc
 import getpass
 import hashlib
 import html
@@ -2097,9 +2098,12 @@ def ready(events: int, deadline: float = NEVER) -> Generator[tuple[int, float], 
     The result of the Wakeup is returned, or raised if it is an exception.
     """
     result = yield events, deadline
-    if isinstance(result, Exception):
-        raise result
-    return result
+    try:
+        if isinstance(result, Exception):
+            raise result
+        return result
+    finally:
+        del result  # its traceback leads here: together they would keep all that the task holds
 
 
 async def sleep(seconds: float) -> None:
@@ -2116,6 +2120,8 @@ async def receive(connection: Any, size: int, deadline: float) -> bytes:
             return cast(bytes, connection.recv(size))
         except BlockingIOError:
             pass
+        except OSError as error:  # also an unreachable network
+            raise ConnectionAbortedError(error.errno, error.strerror) from None
 
 
 class Loop:
@@ -2201,15 +2207,20 @@ class Loop:
             task.events, task.deadline = events, deadline
             self._next_check = min(self._next_check, deadline)
             if events and events != task.watched:
-                (self._selector.modify if task.watched else self._selector.register)(task.connection, events, task)
-                task.watched = events
+                try:
+                    (self._selector.modify if task.watched else self._selector.register)(task.connection, events, task)
+                    task.watched = events
+                except OSError as failure:  # the system is short of memory
+                    task.watched = 0
+                    self._resume(task, error=failure)
         except (Exception, Cancelled) as end:  # noqa: BLE001 - a mistake must not end the other tasks
             self._tasks.discard(task)
-            task.coroutine.close()  # it has not ended if its connection cannot be watched
             self.use(None)
             task.wakeup = None
             if not isinstance(end, (StopIteration, Cancelled)):
                 self._report(end)
+        if error:
+            error.__traceback__ = None  # it leads here: together they would keep all that the task held
         self.current = previous
 
 
@@ -2725,7 +2736,7 @@ class Authenticator:
             return verify_password(password, stored) if is_wanted else None
 
         try:
-            result = await (self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads).run(verify)
+            result = await (self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads).run(verify, "checks")
             if result and not stored.startswith(hash_parameters()):
                 hashes += (await self.scrypt.run(lambda: hash_password(password)),)
         except Exception as error:  # noqa: BLE001 - the requests raise it
@@ -3758,7 +3769,7 @@ class RequestHandler:
         if self.state == RECEIVING or (self.state == IDLE and self.fields is None):
             return 0, self.started
         # Strangers get only short answers. A slow or busy stranger can connect again.
-        if self.login[1] is NOBODY and self.state != WORKING:
+        if self.login[1] is NOBODY and (self.state != WORKING or (self.route and self.route.who in NO_LOGIN)):
             return 1, self.deadline
         return (2 if self.state == IDLE and not self.received else NEVER), self.deadline
 
@@ -3791,7 +3802,9 @@ class RequestHandler:
         connection = "close" if not keep_alive else "keep-alive" if request.fields.is_http_1_0 else ""
         self._note_answer(request, response.status)
         date = format_date(int(time.time()), usegmt=True)
-        await self._send(encode_response(response, date, connection, with_body=request.method != "HEAD"))
+        data = encode_response(response, date, connection, with_body=request.method != "HEAD")
+        del response  # its body may be long
+        await self._send(data)
         if self.body_pending:
             await self._linger()
         self.state, self.deadline = IDLE, time.monotonic() + IDLE_SECONDS
@@ -4377,9 +4390,10 @@ class Server(http.server.ThreadingHTTPServer):
     async def _accept(self) -> None:
         self.loop.use(self.socket)
         while True:
-            await ready(READABLE)
-            has_room = len(self.connections) < self.max_connections or self._make_room()
+            has_room = False
             try:
+                await ready(READABLE)
+                has_room = len(self.connections) < self.max_connections or self._make_room()
                 if has_room:
                     self.process_request(*self.get_request())
             except (BlockingIOError, ConnectionError):  # the client did not wait
@@ -5214,6 +5228,9 @@ def serve(arguments: argparse.Namespace) -> None:
         log("INFO", f"started: database={store.path}")
         announce(server, store)
         notify_ready()
+        gc.collect()
+        gc.freeze()  # the modules and classes stay: to look at them again and again costs a quarter of the time
+        gc.set_threshold(20_000, 20, 100)
         finished = server.run()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # impatience must not change the exit code
