@@ -4516,6 +4516,8 @@ class Server(http.server.ThreadingHTTPServer):
             results = commit() if is_quick else await self.disk.run(commit)
         except NoThread:
             results = commit()
+        except Exception as error:  # noqa: BLE001 - the tasks raise it
+            results = [error] * len(operations)
         if removals:
             removed = results.pop(0)
             self._has_expired = removed is True

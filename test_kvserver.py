@@ -1023,7 +1023,7 @@ class Checks(ServerCase):
     def test_a_check_may_be_over_before_who_asked_for_it_goes_on(self) -> None:
         self.release.set()
 
-        async def run_at_once(function: Callable[[], Any]) -> Any:
+        async def run_at_once(function: Callable[[], Any], owner: str) -> Any:
             return function()
 
         with mock.patch.object(self.server.authenticator.scrypt, "run", run_at_once):
@@ -3562,14 +3562,21 @@ class Receiver:
             self._connections.append(connection)
             if self._certificate:
                 connection = on_exit.enter_context(self._certificate.wrap_socket(connection, server_side=True))
+
+            def receive() -> bytes:
+                received = connection.recv(65536)
+                if not received:
+                    raise ConnectionResetError
+                return received
+
             data = b""
             while b"\r\n\r\n" not in data:
-                data += connection.recv(65536)
+                data += receive()
             head, _, body = data.partition(b"\r\n\r\n")
             line, *fields = head.decode().split("\r\n")
             headers = {name.lower(): text for name, text in (field.split(": ", 1) for field in fields)}
             while len(body) < int(headers["content-length"]):
-                body += connection.recv(65536)
+                body += receive()
             self.received.append(Received(line, headers, json.loads(body)))
             self.behave(connection, len(self.received))
 
