@@ -169,6 +169,7 @@ UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all answers that clients are slow to t
 LINGER_SECONDS = 2
 DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
 LOCK_POLL_SECONDS = 0.02
+TURN_CONNECTIONS = 8  # that are accepted between two looks for requests
 TURN_ANSWERS = 4  # to changes, between two looks for other requests
 QUICK_COMMIT_SECONDS = 0.002  # the loop waits for a disk that took no longer for the last commit
 QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions are left to a thread as well
@@ -2790,7 +2791,11 @@ def expiry(request: Request, otherwise: float | None = None) -> float | None:
 
 def set_value(store: Store, request: Request) -> Response:
     """Store a value under a key: with nx only if there is none, with old only in the place of that value."""
-    value, expires = require_value(request), expiry(request)
+    value = require_value(request)
+    if len(request.parameters) == 2:  # nearly always
+        store.set_value(request.user.id, request.parameters["key"], value)
+        return Response(b"Success")
+    expires = expiry(request)
     old, only_new = request.parameters.get("old"), take_choice(request, "nx", ("1",))
     if old is not None or only_new:
         if old is not None and only_new:
@@ -4393,10 +4398,12 @@ class Server(http.server.ThreadingHTTPServer):
             has_room = False
             try:
                 await ready(READABLE)
-                has_room = len(self.connections) < self.max_connections or self._make_room()
-                if has_room:
+                for _ in range(TURN_CONNECTIONS):
+                    has_room = len(self.connections) < self.max_connections or self._make_room()
+                    if not has_room:
+                        break
                     self.process_request(*self.get_request())
-            except (BlockingIOError, ConnectionError):  # the client did not wait
+            except (BlockingIOError, ConnectionError):  # there is none left, or the client did not wait
                 continue
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
                 reason = error.strerror if isinstance(error, OSError) else type(error).__name__
