@@ -4400,9 +4400,10 @@ class Server(http.server.ThreadingHTTPServer):
                 await ready(READABLE)
                 for _ in range(TURN_CONNECTIONS):
                     has_room = len(self.connections) < self.max_connections or self._make_room()
-                    if not has_room:
+                    if has_room:
+                        self.process_request(*self.get_request())
+                    if len(self.connections) >= self.max_connections:  # first see whether somebody has gone
                         break
-                    self.process_request(*self.get_request())
             except (BlockingIOError, ConnectionError):  # there is none left, or the client did not wait
                 continue
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
