@@ -171,6 +171,7 @@ DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
 LOCK_POLL_SECONDS = 0.02
 TURN_CONNECTIONS = 8  # that are accepted between two looks for requests
 TURN_ANSWERS = 4  # to changes, between two looks for other requests
+GATHER_SECONDS_MAX = 0.001  # that changes wait for others of the same commit
 QUICK_COMMIT_SECONDS = 0.002  # the loop waits for a disk that took no longer for the last commit
 QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions are left to a thread as well
 RETRY_AFTER_SECONDS = 5
@@ -2176,15 +2177,16 @@ class Loop:
         with contextlib.suppress(OSError):  # the buffer is full of such bytes already, or the loop is closed
             self._waker.send(b"\0")
 
-    def run_once(self, may_wait: bool = True) -> None:
-        """Resume every task that can go on. With may_wait, wait until one can."""
+    def run_once(self, may_wait: bool = True) -> bool:
+        """Resume every task that can go on, and return whether there was one. With may_wait, wait until one can."""
         resumed = len(self.soon)  # tasks that these add have their turn the next time
         for _ in range(resumed):
             wakeup, result = self.soon.popleft()
             if wakeup.task.wakeup is wakeup:
                 self._resume(wakeup.task, result)
         seconds = self._next_check - time.monotonic() if may_wait and not resumed else 0
-        for key, _ in self._selector.select(min(max(seconds, 0), 60)):
+        events = self._selector.select(min(max(seconds, 0), 60))
+        for key, _ in events:
             task: Task | None = key.data
             if task is None:
                 self._woken.recv(RECEIVE_BYTES)
@@ -2200,6 +2202,7 @@ class Loop:
                     self._resume(task, error=TimeoutError())
             earliest = min((task.deadline for task in self._tasks), default=NEVER)
             self._next_check = max(earliest, now + DEADLINE_STEP_SECONDS)
+        return bool(resumed or events)
 
     def _resume(self, task: Task, result: Any = None, error: BaseException | None = None) -> None:
         previous, self.current, task.wakeup, task.events, task.deadline = self.current, task, None, 0, NEVER
@@ -4352,13 +4355,20 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
 
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
-        """Run the loop until the server has stopped, and commit after each of its rounds."""
+        """Run the loop until the server has stopped, and commit the changes that come in."""
         accepting = self.loop.start(self._accept())
         self.loop.start(self._keep_house(accepting))
+        gathering_since = 0.0
         while not self._is_finished:
-            self.loop.run_once(may_wait=not self._may_commit())
+            is_busy = self.loop.run_once(may_wait=not self._may_commit())
             if self._may_commit():
-                self.loop.start(self._commit_round())
+                now = time.monotonic()
+                gathering_since = gathering_since or now
+                # While other requests come in, so do changes; what shares a commit takes hardly longer than one.
+                is_late = now - gathering_since >= min(self.writer.commit_seconds / 2, GATHER_SECONDS_MAX)
+                if is_late or not is_busy or len(self.changes) >= len(self.connections):
+                    gathering_since = 0.0
+                    self.loop.start(self._commit_round())
 
     async def _keep_house(self, accepting: Task) -> None:
         """Look for other processes' changes, expired pairs and new deliveries. After the stop, end all connections."""

@@ -2764,9 +2764,10 @@ class Waiting(ServerCase):
     def test_who_waits_is_not_looked_at_for_the_sake_of_other_keys(self) -> None:
         with mock.patch.object(kvserver, "QUICK_COMMIT_SECONDS", 1000):  # the loop commits
             self.request("GET", "/set?key=b&value=0")
-            waiting = self.ask("/get?key=a&wait=60&unless=1")
-            wait_until(lambda: self.server._polls_state == self.server.reader.state())
             with mock.patch.object(self.server.reader, "pair", wraps=self.server.reader.pair) as pair:
+                waiting = self.ask("/get?key=a&wait=60&unless=1")
+                wait_until(lambda: pair.call_count == 2)  # at first, and when the server looks for others' changes
+                pair.reset_mock()
                 for number in range(5):
                     self.request("GET", f"/set?key=b&value={number}")
                     wait_until(lambda: self.server._polls_state == self.server.reader.state())
