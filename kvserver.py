@@ -4252,7 +4252,7 @@ class Outbox:
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
-# Accepts connections, and makes the changes of each round of the loop in one transaction.
+# Accepts connections, and makes the changes that come in together in one transaction.
 
 
 class Change(NamedTuple):
@@ -4502,7 +4502,7 @@ class Server(http.server.ThreadingHTTPServer):
         return taken
 
     async def _commit_round(self) -> None:
-        """Make the changes of this round in one transaction, and tell their tasks."""
+        """Make the changes that wait in one transaction, and tell their tasks."""
         self._is_committing = True
         try:
             self.writer.begin()
@@ -4521,8 +4521,8 @@ class Server(http.server.ThreadingHTTPServer):
     async def _commit(self, changes: list[Change]) -> None:
         """Make changes in the transaction that has begun, and resume their tasks.
 
-        The loop waits for a quick disk, and meanwhile changes come in for the next round. A slow disk is left to a
-        thread, and so is a transaction that may take long: reads go on.
+        The loop waits for a quick disk. A slow disk is left to a thread, and so is a transaction that may take long:
+        reads go on, and changes gather for the next transaction.
         """
         removals: list[Callable[[Store], Any]] = [Store.remove_expired] if self._has_expired else []  # they make room
         operations = [*removals, *(change.operation for change in changes)]
