@@ -1111,6 +1111,24 @@ class Commits(ServerCase):
         self.assertEqual([20], sizes)
         self.assertEqual({str(number): str(number) for number in range(20)}, self.pairs())
 
+    def test_while_others_ask_writes_wait_for_each_other_but_not_for_long(self) -> None:
+        self.get("a")
+        run_once = kvserver.Loop.run_once
+        always_busy = mock.patch.object(kvserver.Loop, "run_once", lambda loop, may_wait: run_once(loop, False) or True)
+        with always_busy, mock.patch.object(kvserver, "GATHER_SECONDS_MAX", 0.5):
+            connections = [self.connect() for _ in range(3)]  # one of which sends nothing
+            wait_until(lambda: len(self.server.connections) >= 3)
+            sizes = self.count_commits()
+            self.server.writer.commit_seconds = 60
+            begun = time.monotonic()
+            for number, connection in enumerate(connections[:2]):
+                connection.sendall(self.raw(f"GET /set?key={number}&value=1 HTTP/1.1"))
+                time.sleep(0.1)
+            for connection in connections[:2]:
+                self.assertTrue(connection.recv(65536).endswith(b"Success"))
+            self.assertTrue(0.5 <= time.monotonic() - begun < 2)
+        self.assertEqual([2], sizes)
+
     def test_a_write_that_fails_does_not_fail_its_neighbours(self) -> None:
         self.get("a")
         self.get("a", user="bob")
