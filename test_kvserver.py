@@ -60,6 +60,8 @@ CHEAP_PROGRAM = [
     "import sys, kvserver; kvserver.SCRYPT_COST_LOG2 = 1; sys.exit(kvserver.main())",
 ]
 WAIT_SECONDS = 20  # how long a test waits for what should come at once
+# The long evidence (random requests, histories, kills) runs a short round unless KVSERVER_TEST_LONG is set.
+LONG = bool(os.environ.get("KVSERVER_TEST_LONG"))
 # Two certificates for localhost and 127.0.0.1 with their keys, and the first key encrypted. They are for tests only.
 CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
