@@ -266,6 +266,14 @@ class ServerCase(unittest.TestCase):
             connection.request(method, target, body.encode() if isinstance(body, str) else body, sent)
             return read_answer(connection.getresponse())
 
+    def fetch(
+        self, target: str, method: str = "GET", body: str | None = None, user: str | None = "alice", **headers: str
+    ) -> tuple[int, str]:
+        """Return status and text of a response. Underscores in the names of headers become hyphens."""
+        renamed = {name.replace("_", "-"): text for name, text in headers.items()}
+        answer = self.request(method, target, body, user=user, headers=renamed)
+        return answer.status, answer.body.decode()
+
     def get(self, key: str, user: str = "alice") -> bytes | None:
         """Return the value of a key, None if there is none."""
         answer = self.request("GET", "/get?" + urllib.parse.urlencode({"key": key}), user=user)
@@ -280,6 +288,12 @@ class ServerCase(unittest.TestCase):
         """Return a raw connection."""
         connection = socket.create_connection(("127.0.0.1", self.port), WAIT_SECONDS)
         self.addCleanup(connection.close)
+        return connection
+
+    def begin(self, request_line: str, *lines: str, body: bytes = b"") -> socket.socket:
+        """Send alice's request on a connection of its own, and leave the response to the caller."""
+        connection = self.connect()
+        connection.sendall(self.raw(request_line, *lines, body=body))
         return connection
 
     def connect_with_small_buffer(self) -> socket.socket:
