@@ -45,7 +45,7 @@ import unittest
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 from unittest import mock
 
@@ -113,9 +113,7 @@ VNnq5WSySA==
 -----END ENCRYPTED PRIVATE KEY-----
 """
 PASSWORDS = {"alice": "alice's password", "bob": "bob's pässword ☃"}
-
-
-# What Werkzeug 3.1 made of two passwords, with its default method and with the one before.
+# Made by Werkzeug 3.1 from two passwords, with its default method and with the one before.
 WERKZEUG_HASHES = {
     "admin's pässword": "scrypt:32768:8:1$E01eZtJMiow9H3WS$8fab4b30bff35f2194214986b0e358a514336c8c1151b21ec115095fe7cb474"
     "bae7a189fa82620a0ad762a0022c66e0f75c8208e27e38cedcb7a77bb1a01624c",
@@ -129,8 +127,13 @@ def basic(name: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
 
 
+def url(path: str, **parameters: object) -> str:
+    """Return a target with a query."""
+    return path + "?" + urllib.parse.urlencode(parameters)
+
+
 class Answer(NamedTuple):
-    """What a server answered; header names are in lower case."""
+    """A response; header names are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -142,14 +145,24 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
 
 
+def read_all(connection: socket.socket) -> bytes:
+    """Return everything that comes until the other side closes."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def statuses(answers: bytes) -> list[int]:
+    """Return the status codes in the bytes from a server."""
+    return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", answers)]
+
+
 class CapturedLog:
-    """Keeps what the program logs."""
+    """Keeps the program's log."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def write(self, level: str, message: str) -> None:
-        """Take the place of kvserver.log."""
+        """Replace kvserver.log."""
         self.lines.append(message)
 
     def text(self) -> str:
@@ -159,7 +172,7 @@ class CapturedLog:
 
 @contextlib.contextmanager
 def captured_log() -> Iterator[CapturedLog]:
-    """Keep what the program logs from the terminal, and give it."""
+    """Keep the program's log away from the terminal."""
     log = CapturedLog()
     with mock.patch.object(kvserver, "log", log.write):
         yield log
@@ -167,23 +180,55 @@ def captured_log() -> Iterator[CapturedLog]:
 
 @contextlib.contextmanager
 def locked(database: str) -> Iterator[sqlite3.Connection]:
-    """Keep a database locked against writes, as another process might, and give the connection that does it."""
+    """Lock a database against writes, as another process might, and give the connection that holds the lock."""
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield connection
         connection.execute("COMMIT")
 
 
+@contextlib.contextmanager
+def held(owner: object, name: str) -> Iterator[tuple[threading.Semaphore, threading.Event]]:
+    """Hold up the calls of a function until the event is set; each call releases the semaphore first."""
+    begun, release, function = threading.Semaphore(0), threading.Event(), getattr(owner, name)
+
+    def wait_and_call(*arguments: Any, **named: Any) -> Any:
+        begun.release()
+        assert release.wait(WAIT_SECONDS)
+        return function(*arguments, **named)
+
+    with mock.patch.object(owner, name, wait_and_call):
+        try:
+            yield begun, release
+        finally:
+            release.set()
+
+
 def value(store: kvserver.Store, key: str) -> bytes | None:
-    """Return the value of a key of the first user."""
+    """Return the value of a key of the first user, or None."""
     pair = store.pair(1, key)
     return pair.value if pair else None
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Return as soon as something is so; fail if that takes too long."""
+def in_threads(function: Callable[..., object], arguments: Iterable[Sequence[Any]]) -> list[threading.Thread]:
+    """Start a thread for each tuple of arguments."""
+    threads = [threading.Thread(target=function, args=each) for each in arguments]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def join(threads: Iterable[threading.Thread]) -> None:
+    """Wait until threads end."""
+    for thread in threads:
+        thread.join(WAIT_SECONDS)
+        assert not thread.is_alive(), "this takes too long"
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    """Return as soon as a condition holds; fail if that takes too long."""
     deadline = time.monotonic() + WAIT_SECONDS
-    pause = threading.Event()  # without one, who looks again and again would hold up what is looked at
+    pause = threading.Event()  # lets the thread under test run between two looks
     while not is_so():
         pause.wait(0.001)
         if time.monotonic() > deadline:
@@ -202,25 +247,24 @@ class ServerCase(unittest.TestCase):
     certificate: kvserver.Certificate | None = None
 
     def setUp(self) -> None:
-        for name, value in (
-            ("SCRYPT_COST_LOG2", 1),
-            ("POLL_SECONDS", self.poll_seconds),
-            ("FAILURES_MAX", self.failures_max),
-        ):
-            self.enter(mock.patch.object(kvserver, name, value))
+        self.patch("SCRYPT_COST_LOG2", 1)
+        self.patch("POLL_SECONDS", self.poll_seconds)
+        self.patch("FAILURES_MAX", self.failures_max)
         self.folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.folder)
         self.database = os.path.join(self.folder, "test.db")
-        self.log = self.enter(captured_log())
+        self.log = self.enterContext(captured_log())
         self.start()
         for name, password in PASSWORDS.items():
             self.store.add_user(name, kvserver.hash_password(password), name == "alice")
 
-    def enter(self, context: Any) -> Any:
-        """Enter a context until the test is over (unittest has this from Python 3.11 on)."""
-        value = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-        return value
+    def enter(self, context: contextlib.AbstractContextManager[Any]) -> Any:
+        """Enter a context until the test ends."""
+        return self.enterContext(context)
+
+    def patch(self, name: str, value: object) -> None:
+        """Replace a constant or a function of the program until the test ends."""
+        self.enterContext(mock.patch.object(kvserver, name, value))
 
     def start(self) -> None:
         """Start a server on the database."""
@@ -247,6 +291,12 @@ class ServerCase(unittest.TestCase):
         self.thread.join(WAIT_SECONDS)
         self.assertFalse(self.thread.is_alive(), "the server does not stop")
 
+    def new_connection(self) -> http.client.HTTPConnection:
+        """Return a connection for requests."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
+        self.addCleanup(connection.close)
+        return connection
+
     def request(
         self,
         method: str,
@@ -255,29 +305,33 @@ class ServerCase(unittest.TestCase):
         content_type: str | None = None,
         user: str | None = "alice",
         headers: Mapping[str, str] | None = None,
+        connection: http.client.HTTPConnection | None = None,
     ) -> Answer:
-        """Send one request on a connection of its own."""
+        """Send a request, on a new connection unless one is given.
+
+        user may be the name of a user with a known password, or the value of an Authorization header.
+        """
         sent = dict(headers or {})
         if user:
-            sent["Authorization"] = basic(user, PASSWORDS[user])
+            sent["Authorization"] = basic(user, PASSWORDS[user]) if user in PASSWORDS else user
         if content_type:
             sent["Content-Type"] = content_type
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
-        with contextlib.closing(connection):
-            connection.request(method, target, body.encode() if isinstance(body, str) else body, sent)
-            return read_answer(connection.getresponse())
+        used = connection or self.new_connection()
+        used.request(method, target, body.encode() if isinstance(body, str) else body, sent)
+        answer = read_answer(used.getresponse())
+        if used is not connection:
+            used.close()
+        return answer
 
-    def fetch(
-        self, target: str, method: str = "GET", body: str | None = None, user: str | None = "alice", **headers: str
-    ) -> tuple[int, str]:
-        """Return status and text of a response. Underscores in the names of headers become hyphens."""
-        renamed = {name.replace("_", "-"): text for name, text in headers.items()}
-        answer = self.request(method, target, body, user=user, headers=renamed)
-        return answer.status, answer.body.decode()
+    def check(self, status: int, method: str, target: str, *arguments: Any, **named: Any) -> Answer:
+        """Send a request, and check the status of the response."""
+        answer = self.request(method, target, *arguments, **named)
+        self.assertEqual(status, answer.status, f"{method} {target} {arguments} {named}: {answer.body!r}"[:1000])
+        return answer
 
     def get(self, key: str, user: str = "alice") -> bytes | None:
-        """Return the value of a key, None if there is none."""
-        answer = self.request("GET", "/get?" + urllib.parse.urlencode({"key": key}), user=user)
+        """Return the value of a key, or None."""
+        answer = self.request("GET", url("/get", key=key), user=user)
         self.assertIn(answer.status, (200, 404))
         return answer.body if answer.status == 200 else None
 
@@ -285,16 +339,11 @@ class ServerCase(unittest.TestCase):
         """Return all pairs of a user."""
         return cast("dict[str, str]", json.loads(self.request("GET", "/list", user=user).body))
 
-    def connect(self) -> socket.socket:
-        """Return a raw connection."""
+    def connect(self, data: bytes = b"") -> socket.socket:
+        """Return a raw connection, after sending these bytes."""
         connection = socket.create_connection(("127.0.0.1", self.port), WAIT_SECONDS)
         self.addCleanup(connection.close)
-        return connection
-
-    def begin(self, request_line: str, *lines: str, body: bytes = b"") -> socket.socket:
-        """Send alice's request on a connection of its own, and leave the response to the caller."""
-        connection = self.connect()
-        connection.sendall(self.raw(request_line, *lines, body=body))
+        connection.sendall(data)
         return connection
 
     def connect_with_small_buffer(self) -> socket.socket:
@@ -306,27 +355,26 @@ class ServerCase(unittest.TestCase):
         return connection
 
     def read_slowly(self, connection: socket.socket, expected_size: int) -> None:
-        """Read a long list that takes a second, in small steps; check that it comes whole."""
+        """Read a long list in small steps, over more than twice SEND_SECONDS; check that it comes whole."""
         started, size = time.monotonic(), 0
         connection.sendall(self.raw("GET /list HTTP/1.1", "Connection: close"))
         while data := connection.recv(16384):
             size += len(data)
-            while time.monotonic() - started < size / expected_size:
-                pass
+            due = started + size / expected_size * 2.2 * kvserver.SEND_SECONDS
+            threading.Event().wait(due - time.monotonic())
         self.assertGreater(size, expected_size)
         self.assertGreater(time.monotonic() - started, 2 * kvserver.SEND_SECONDS)
 
     def exchange(self, data: bytes, end: bool = False) -> bytes:
-        """Send bytes as they are and return all that comes until the server closes; end closes our direction."""
-        connection = self.connect()
-        connection.sendall(data)
+        """Send bytes, and return everything that comes until the server closes; end closes our direction."""
+        connection = self.connect(data)
         if end:
             connection.shutdown(socket.SHUT_WR)
-        return b"".join(iter(lambda: connection.recv(65536), b""))
+        return read_all(connection)
 
-    def raw(self, request_line: str, *lines: str, body: bytes = b"") -> bytes:
-        """Return alice's request as bytes, with a Host, and the lines given as further headers."""
-        head = [request_line, "Host: localhost", "Authorization: " + basic("alice", PASSWORDS["alice"]), *lines]
+    def raw(self, request_line: str, *lines: str, body: bytes = b"", user: str = "alice") -> bytes:
+        """Return a user's request as bytes, with a Host, and the lines given as further headers."""
+        head = [request_line, "Host: localhost", "Authorization: " + basic(user, PASSWORDS[user]), *lines]
         return "\r\n".join(head).encode("utf-8") + b"\r\n\r\n" + body
 
 
@@ -5858,9 +5906,9 @@ class AccountPages(PageCase):
 
         def change(user: str) -> None:
             password = PASSWORDS[user]
-            statuses.append(self.send("/me/", user, action="passwd", current=password, password=password).status)
+            results.append(self.send("/me/", user, action="passwd", current=password, password=password).status)
 
-        statuses: list[int] = []
+        results: list[int] = []
         for user, password in PASSWORDS.items():
             self.login(user, password)
         with mock.patch.object(kvserver, "hash_password", hash_slowly):
@@ -5872,11 +5920,11 @@ class AccountPages(PageCase):
                 thread.start()
                 wait_until(lambda number=number: self.server.authenticator._new_passwords == number)  # type: ignore[misc]
             change("bob")
-            self.assertEqual([503], statuses)
+            self.assertEqual([503], results)
             go_on.set()
             for thread in threads:
                 thread.join()
-        self.assertEqual([503, 303, 303, 303], statuses)
+        self.assertEqual([503, 303, 303, 303], results)
 
     def test_who_is_no_longer_an_admin_when_the_password_is_hashed_changes_nothing(self) -> None:
         real = kvserver.hash_password
