@@ -4910,7 +4910,7 @@ class ForeignDatabase:
         try:
             check_user_name(name or "")
         except BadCredential as error:
-            self.lost_accounts.append(f"account {show(name)}: {error}; rename it, or it is left out with all it stored")
+            self.lost_accounts.append(f"user {show(name)}: {error}; all their values are left out too")
         else:
             assert name
             self.accounts[name] = User(0, name, password_hash or "", is_admin)
@@ -4920,7 +4920,7 @@ class ForeignDatabase:
         what = f"user {show(name)}, key {show(key)}"
         try:
             if name not in self.accounts:
-                raise HTTPError(400, "no account of this name is taken over")
+                raise HTTPError(400, "this user is not imported")
             if key is None or value is None:
                 raise HTTPError(400, "the key or the value is no text")
             require_key(key)
@@ -5017,8 +5017,8 @@ def delete_user(arguments: argparse.Namespace) -> None:
         user = next((user for user in users if user.name == arguments.name), None)
         if user is None:  # deleted just now
             raise NoSuchUser(arguments.name)
-        hooks = len(store.hooks(user.name, user.name))
-        what = f"the user {user.name} and what they have (pairs: {user.pairs}, hooks: {hooks})"
+        tokens, hooks = len(store.tokens(user.name)), len(store.hooks(user.name, user.name))
+        what = f"the user {user.name} and all they have (values: {user.pairs}, tokens: {tokens}, hooks: {hooks})"
         if not arguments.yes:
             if user.is_admin and sum(other.is_admin for other in users) == 1:
                 raise CommandError(f"{user.name} is the last admin; to delete it all the same, add --yes")
@@ -5034,7 +5034,7 @@ def list_users(arguments: argparse.Namespace) -> None:
     """Print the users as a table."""
     with existing_store(arguments) as store:
         rows = [(user.name, "admin" if user.is_admin else "user", str(user.pairs)) for user in store.users()]
-    print_table([("NAME", "ROLE", "PAIRS"), *rows])
+    print_table([("NAME", "ROLE", "VALUES"), *rows])
 
 
 def add_token(arguments: argparse.Namespace) -> None:
@@ -5099,7 +5099,7 @@ def list_hooks(arguments: argparse.Namespace) -> None:
     names = ("", LAST_NAME) if arguments.name is None else (arguments.name, arguments.name)
     with existing_store(arguments) as store:
         hooks = store.hooks(*names)
-    rows = [("ID", "USER", "KEY", "VALUE", "LABEL", "RECEIVER", "PENDING", "LAST RESULT")]
+    rows = [("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST RESULT")]
     for hook in hooks:
         key = escape_unprintable(cut_off(hook.pattern, TEXT_SHOWN_CHARACTERS_MAX))
         value = "any" if hook.value is None else escape_unprintable(hook.short_value())
@@ -5124,7 +5124,10 @@ def test_hook(arguments: argparse.Namespace) -> None:
     answer = deliver(url, secrets.token_hex(IDEMPOTENCY_KEY_BYTES), members)
     print(answer.text, flush=True)
     if not answer.is_success():
-        raise CommandError(f"the test of hook {arguments.id} has not arrived: no 2xx was answered")
+        raise CommandError(
+            f"the test of hook {arguments.id} failed: the status was not 2xx. Check the program at the URL, then send it again;"
+            " to change the URL, use delhook and addhook"
+        )
 
 
 def back_up(arguments: argparse.Namespace) -> None:
@@ -5158,12 +5161,12 @@ def import_database(arguments: argparse.Namespace) -> None:
     for line in (*found.lost_accounts, *found.lost_pairs):
         print(f"left out: {line}")
     added = len(found.accounts) - len(merged)
-    print(f"imported accounts: {added}, pairs: {stored}")
-    print(f"left out accounts: {len(found.lost_accounts)}, pairs: {len(found.lost_pairs)}")
+    print(f"imported users: {added}, values: {stored}")
+    print(f"left out users: {len(found.lost_accounts)}, values: {len(found.lost_pairs)}")
     if merged:
-        print(f"these accounts keep their password and role here: {', '.join(merged)}")
+        print(f"these users keep their password and role here: {', '.join(merged)}")
     if added:
-        print("the new accounts log in with the passwords that they had")
+        print("the new users log in with their old passwords")
     if not has_admin:
         print("nobody is an admin; make one with: python kvserver.py adduser NAME --admin")
 
@@ -5181,7 +5184,7 @@ def import_file(arguments: argparse.Namespace) -> None:
             return
         store = on_exit.enter_context(existing_store(arguments))
         stored, expired = store.import_all({}, read_export(file))
-    print(f"imported pairs: {stored}, left out because they have expired: {expired}")
+    print(f"imported values: {stored}, left out because they have expired: {expired}")
 
 
 def take_certificate(settings: dict[str, Any]) -> Certificate | None:
