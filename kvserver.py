@@ -186,7 +186,6 @@ ERRORS_MAX = 64  # different ones that are remembered for that
 
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 WAIT_SECONDS_MAX = 60
-NUMBER_DIGITS_MAX = 100
 LIST_LIMIT_MAX = 10_000
 LINE_BYTES_MAX = 8 * 1024 * 1024  # of a file that is imported: a value in which all is escaped, and what is around it
 NAMES_SHOWN_MAX = 20  # in a message
@@ -2777,43 +2776,40 @@ class Authenticator:
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
-# One plain function an endpoint: the store and the request in, the response out. The bodies are those that clients of
-# IoT Persistence Api look for.
+# One plain function for each endpoint. Clients of IoT Persistence Api compare these bodies.
 
-UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
-NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+NUMBER_DIGITS_MAX = 100
+NUMBER = re.compile(rf"-?(?:[0-9]{{1,{NUMBER_DIGITS_MAX}}}|(?=[0-9.]{{3,{NUMBER_DIGITS_MAX + 1}}}\Z)[0-9]+\.[0-9]+)")
 A_NUMBER = f"a number such as 5, -1 or 0.25, without +, of at most {NUMBER_DIGITS_MAX} digits"
-LIMIT = re.compile("[0-9]{1,5}")
+UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
 
 
 def expiry(request: Request, otherwise: float | None = None) -> float | None:
-    """Return when what a request stores expires, in unix seconds or None for never."""
+    """Return the time when the request's pair expires: unix seconds, or None for never."""
     seconds = take_seconds(request, "ttl", sys.float_info.min, TTL_SECONDS_MAX)
     return otherwise if seconds is None else time.time() + seconds
 
 
 def set_value(store: Store, request: Request) -> Response:
-    """Store a value under a key: with nx only if there is none, with old only in the place of that value."""
-    value = require_value(request)
-    if len(request.parameters) == 2:  # nearly always
-        store.set_value(request.user.id, request.parameters["key"], value)
+    """Store a value. With nx the key must be new; with old the stored value must equal it."""
+    key, value = request.parameters["key"], require_value(request)
+    if len(request.parameters) == 2:  # the usual case
+        store.set_value(request.user.id, key, value)
         return Response(b"Success")
-    expires = expiry(request)
     old, only_new = request.parameters.get("old"), take_choice(request, "nx", ("1",))
-    if old is not None or only_new:
-        if old is not None and only_new:
-            raise HTTPError(400, "the parameters nx and old exclude each other; leave one out")
-        pair = store.pair(request.user.id, request.parameters["key"])
-        if only_new and pair:
-            raise HTTPError(409, "Key exists")
-        if old is not None and (pair is None or pair.value != old.encode("utf-8")):
-            raise HTTPError(409, "Value differs")
-    store.set_value(request.user.id, request.parameters["key"], value, expires)
+    if old is not None and only_new:
+        raise HTTPError(400, "the parameters nx and old exclude each other; leave one out")
+    pair = store.pair(request.user.id, key) if only_new or old is not None else None
+    if only_new and pair:
+        raise HTTPError(409, "Key exists")
+    if old is not None and (pair is None or pair.value != old.encode("utf-8")):
+        raise HTTPError(409, "Value differs")
+    store.set_value(request.user.id, key, value, expiry(request))
     return Response(b"Success")
 
 
-def end_of_wait(request: Request, pair: Pair | None, etag: str) -> float:
-    """Return until when a request waits for a change, in monotonic seconds, 0 if it need not."""
+def end_of_wait(request: Request, pair: Pair | None) -> float:
+    """Return the monotonic time until which the request waits for a change, or 0 to respond now."""
     wait_seconds, unless = take_seconds(request, "wait", 0, WAIT_SECONDS_MAX), request.parameters.get("unless")
     if wait_seconds is None and unless is None:
         return 0
@@ -2824,7 +2820,7 @@ def end_of_wait(request: Request, pair: Pair | None, etag: str) -> float:
     elif unless is not None:
         is_news = pair.value != unless.encode("utf-8")
     else:
-        is_news = not request.names_etag("if-none-match", etag)
+        is_news = not request.names_etag("if-none-match", pair.etag)
     request.was_there = pair is not None
     now, deadline = time.monotonic(), request.begun + wait_seconds
     if is_news or not request.may_wait or deadline <= now:
@@ -2833,35 +2829,31 @@ def end_of_wait(request: Request, pair: Pair | None, etag: str) -> float:
 
 
 def get_value(store: Store, request: Request) -> Response:
-    """Answer with the value of a key as it was stored, or with its age, or with both and more as JSON.
-
-    A client that knows the value may wait for another one.
-    """
+    """Return a value as it was stored, its age, or all as JSON; with wait, first wait for another value."""
     pair = store.pair(request.user.id, request.parameters["key"])
-    if pair and len(request.parameters) == 1 and "if-none-match" not in request.fields.headers:  # nearly always
+    if pair and len(request.parameters) == 1 and "if-none-match" not in request.fields.headers:  # the usual case
         return Response(pair.value, headers=(("ETag", pair.etag),))
     form, default = take_choice(request, "format", ("json", "age")), request.parameters.get("default")
     if form and default is not None:
         raise HTTPError(400, "the parameter default is for the plain value; leave out format")
-    etag = pair.etag if pair else ""
-    wait_until = end_of_wait(request, pair, etag)
+    wait_until = end_of_wait(request, pair)
     if wait_until:
         return Response(wait_until=wait_until)
     if pair is None:
         if default is None:
             raise HTTPError(404, UNKNOWN_KEY)
         return Response(default.encode("utf-8"))
-    if not form and "unless" not in request.parameters and request.names_etag("if-none-match", etag):
-        return Response(status=304, headers=(("ETag", etag),))
+    if not form and "unless" not in request.parameters and request.names_etag("if-none-match", pair.etag):
+        return Response(status=304, headers=(("ETag", pair.etag),))
     if form == "json":
         return Response(store.as_json(request.parameters["key"], pair), content_type=JSON)
     if form == "age":
         return Response(str(max(0, int(time.time() - pair.updated))).encode())
-    return Response(pair.value, headers=(("ETag", etag),))
+    return Response(pair.value, headers=(("ETag", pair.etag),))
 
 
 def delete_pair(store: Store, request: Request) -> Response:
-    """Remove a key and its value."""
+    """Delete a key and its value."""
     may_be_missing = take_choice(request, "missing", ("ok",))
     if not store.delete_pair(request.user.id, request.parameters["key"]) and not may_be_missing:
         raise HTTPError(404, UNKNOWN_KEY)
@@ -2869,15 +2861,15 @@ def delete_pair(store: Store, request: Request) -> Response:
 
 
 def check_preconditions(request: Request, pair: Pair | None) -> None:
-    """Raise HTTPError unless a pair is as If-Match and If-None-Match want it (RFC 9110 section 13.2.2)."""
+    """Raise HTTPError unless the pair matches If-Match and If-None-Match (RFC 9110 section 13.2.2)."""
     etag = pair.etag if pair else ""
     is_wanted = "if-match" not in request.fields.headers or request.names_etag("if-match", etag)
     if not is_wanted or request.names_etag("if-none-match", etag):
-        raise HTTPError(412, "the value is not what If-Match or If-None-Match wants; get it, and try again")
+        raise HTTPError(412, "the value does not match If-Match or If-None-Match; get it, and try again")
 
 
 def put_resource(store: Store, request: Request) -> Response:
-    """Store a value under the key in the path, if the preconditions hold."""
+    """Store a value under the key in the path if the preconditions hold."""
     value, expires = require_value(request), expiry(request)
     if "content-range" in request.fields.headers:  # RFC 9110 section 14.5
         raise HTTPError(400, "a part of a value cannot be stored; send all of it, without Content-Range")
@@ -2888,43 +2880,36 @@ def put_resource(store: Store, request: Request) -> Response:
 
 
 def delete_resource(store: Store, request: Request) -> Response:
-    """Remove the key in the path and its value, if the preconditions hold."""
+    """Delete the key in the path and its value if the preconditions hold."""
     pair = store.pair(request.user.id, request.parameters["key"])
-    if pair:  # for what does not exist they are not looked at (RFC 9110 section 13.2.1)
+    if pair:  # a missing key is 404, whatever the preconditions say (RFC 9110 section 13.2.1)
         check_preconditions(request, pair)
     return delete_pair(store, request)
 
 
-def is_number(text: str) -> bool:
-    """Tell whether a text is a number that can be counted with."""
-    return bool(NUMBER.fullmatch(text)) and sum(map(str.isdigit, text)) <= NUMBER_DIGITS_MAX
-
-
 def increment(store: Store, request: Request) -> Response:
-    """Add to the number that is stored under a key, exactly, and answer with the new one."""
-    import decimal  # here, because its import takes some hundredths of a start, and most servers never count
+    """Add to the stored number, exactly, and return the sum."""
+    import decimal
 
     by = request.parameters.get("by", "1")
-    if not is_number(by):
+    if not NUMBER.fullmatch(by):
         raise HTTPError(400, f"the parameter by is {A_NUMBER}")
     pair = store.pair(request.user.id, request.parameters["key"])
     expires = expiry(request, pair.expires if pair else None)
     stored = pair.value.decode("utf-8") if pair else "0"
-    if not is_number(stored):
-        raise HTTPError(409, f"what is stored is not {A_NUMBER}; set one first")
-    # The longest sum is that of a number with all its digits before the point and one with all behind it.
-    exact = decimal.Context(prec=2 * NUMBER_DIGITS_MAX + 1)
-    number = f"{exact.add(decimal.Decimal(stored), decimal.Decimal(by)):f}"
-    number = number.rstrip("0").rstrip(".") if "." in number else number
-    number = "0" if number in ("-0", "") else number
-    if not is_number(number):
+    if not NUMBER.fullmatch(stored):
+        raise HTTPError(409, f"the stored value is not {A_NUMBER}; set one first")
+    exact = decimal.Context(prec=2 * NUMBER_DIGITS_MAX + 1)  # all digits may be before the point, or behind it
+    total = exact.normalize(exact.add(decimal.Decimal(stored), decimal.Decimal(by)))
+    number = f"{total:f}" if total else "0"
+    if not NUMBER.fullmatch(number):
         raise HTTPError(409, f"the sum would not be {A_NUMBER}")
     store.set_value(request.user.id, request.parameters["key"], number, expires)
     return Response(number.encode())
 
 
 def toggle(store: Store, request: Request) -> Response:
-    """Store the second of two words if the first one is stored, and else the first, and answer with it."""
+    """Store the second of two words if the first is stored, else the first, and return it."""
     words = request.parameters.get("values", "on,off").split(",")
     if len(words) != 2 or not all(words) or words[0] == words[1]:
         raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
@@ -2938,32 +2923,29 @@ def toggle(store: Store, request: Request) -> Response:
 
 
 def list_pairs(store: Store, request: Request) -> Response:
-    """Answer with keys and values of the user as one JSON object, and with a link to the next page if there is one."""
+    """Return the user's keys and values as one JSON object, with a link to the next page if more follow."""
     parameters, token = request.parameters, request.user.token
     with_times = take_choice(request, "format", ("json",)) is not None
     limit = parameters.get("limit", "-1")
-    if "limit" in parameters and not (LIMIT.fullmatch(limit) and 1 <= int(limit) <= LIST_LIMIT_MAX):
+    if "limit" in parameters and not (re.fullmatch("[0-9]{1,5}", limit) and 1 <= int(limit) <= LIST_LIMIT_MAX):
         raise HTTPError(400, f"the parameter limit is a number from 1 to {LIST_LIMIT_MAX}")
     prefix, own_prefix = parameters.get("prefix", ""), token.prefix if token else ""
-    if not prefix.startswith(own_prefix):
-        if not own_prefix.startswith(prefix):
-            return Response(b"{}", content_type=JSON)
-        prefix = own_prefix
+    if not prefix.startswith(own_prefix) and not own_prefix.startswith(prefix):
+        return Response(b"{}", content_type=JSON)
+    prefix = max(prefix, own_prefix, key=len)
     page, last_key = store.page_as_json(request.user.id, prefix, parameters.get("after", ""), int(limit), with_times)
-    if last_key is None:
-        return Response(page, content_type=JSON)
     link = f'<?{urllib.parse.urlencode({**parameters, "after": last_key})}>; rel="next"'
-    return Response(page, content_type=JSON, headers=(("Link", link),))
+    return Response(page, content_type=JSON, headers=(("Link", link),) if last_key is not None else ())
 
 
 def check_health(store: Store, request: Request) -> Response:
-    """Answer whether the database can be read."""
+    """Respond once the database has been read."""
     store.check()
     return Response(b"ok")
 
 
 def report_metrics(store: Store, request: Request) -> Response:
-    """Answer with what the server has counted."""
+    """Return the server's counters."""
     assert request.metrics
     return Response(request.metrics.text(store).encode(), content_type=METRICS)
 
