@@ -657,6 +657,10 @@ def utc_second(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 
 
+UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
+PairSummary = tuple[str, str, float, float | None]  # key, beginning of the value, updated, expires
+
+
 class Token(NamedTuple):
     """A token's row; digest is what hash_token returned, prefix that of the keys that it may see."""
 
@@ -701,25 +705,6 @@ class UserSummary(NamedTuple):
     newest: float | None  # unix seconds
 
 
-class PairSummary(NamedTuple):
-    """What a table of pairs shows of one, with more of the value's beginning than VALUE_SHOWN_CHARACTERS_MAX."""
-
-    key: str
-    value: str
-    updated: float  # unix seconds
-    expires: float | None  # unix seconds
-
-
-class UserPair(NamedTuple):
-    """A pair with whose it is, as it is exported and imported."""
-
-    name: str  # of the user
-    key: str
-    value: str
-    updated: float  # unix seconds
-    expires: float | None  # unix seconds
-
-
 class Pair(NamedTuple):
     """What is stored under a key."""
 
@@ -737,7 +722,7 @@ class Hook(NamedTuple):
     pattern: str  # a key, or the beginning of keys and a star
     value: str | None  # the beginning of the one to which a pair has to change; None for any
     label: str
-    receiver: str  # scheme, host and port
+    origin: str  # scheme, host and port of its URL
     pending: int  # deliveries
     result: str | None  # of the last try
     result_time: float | None  # unix seconds
@@ -751,7 +736,7 @@ class Delivery(NamedTuple):
     """A change of a pair that a hook is to tell of: the oldest that has not arrived."""
 
     hook_id: int
-    receiver: str  # scheme, host and port of the URL, which is secret itself
+    origin: str  # scheme, host and port of the URL, which itself is secret
     url: str
     number: int  # of the hook's
     handled: int  # number of the last one before it that has arrived or been given up; those between had to make room
@@ -1051,8 +1036,7 @@ class Store:
 
     def all_pairs(self, first: str = "", last: str = LAST_NAME) -> Iterator[UserPair]:
         """Give all pairs of the users with names from first to last, sorted by name and key."""
-        for row in self._execute(SELECT_ALL_PAIRS, first, last, time.time()):
-            yield UserPair(*row)
+        return self._execute(SELECT_ALL_PAIRS, first, last, time.time())
 
     def import_all(
         self, accounts: Mapping[str, User], pairs: Iterable[UserPair], merge: bool = False
@@ -1206,7 +1190,9 @@ class Store:
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time(), limit)
         rows = self._read(SELECT_PAIRS, 4 * VALUE_SHOWN_CHARACTERS_MAX + 4, *page)  # a character has 4 bytes at most
         # Of an empty value, substr makes NULL.
-        return [PairSummary(key, (value or b"").decode("utf-8", "ignore"), *times) for key, value, *times in rows]
+        return [
+            (key, (value or b"").decode("utf-8", "ignore"), updated, expires) for key, value, updated, expires in rows
+        ]
 
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
         """Store a value under a key, until expires in unix seconds; raise NoSuchUser when the user has been deleted."""
@@ -1223,17 +1209,17 @@ class Store:
         """Tell whether there are pairs that have expired and are still on the disk."""
         return bool(self._read(SELECT_EXPIRED, time.time()))
 
-    def remove_expired(self) -> bool:
+    def delete_expired(self) -> bool:
         """Remove pairs that have expired, the longest ago first, EXPIRED_PAIRS_MAX at most; tell if any may be left."""
         removed = self._remove(lambda: self._execute(DELETE_EXPIRED, time.time(), EXPIRED_PAIRS_MAX).rowcount)
         if removed:
             self.changed_pairs = None  # which ones they were is not known
         return removed == EXPIRED_PAIRS_MAX
 
-    def add_hook(self, name: str, pattern: str, url: str, receiver: str, value: str | None, label: str) -> int:
+    def add_hook(self, name: str, pattern: str, url: str, origin: str, value: str | None, label: str) -> int:
         """Add a hook of a user, within a transaction, and return its id; raise NoSuchUser."""
         self._execute(DELETE_EXPIRED, time.time(), -1)  # what expired before there was the hook is not told to it
-        cursor = self._execute(INSERT_HOOK, pattern, url, receiver, value, label, name)
+        cursor = self._execute(INSERT_HOOK, pattern, url, origin, value, label, name)
         if not cursor.rowcount or not cursor.lastrowid:
             raise NoSuchUser(name)
         for statement in (*DROP_TRIGGERS, *CREATE_TRIGGERS):  # the bounds in an older one may be others
@@ -3227,12 +3213,12 @@ def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -
 def make_states(pairs: Sequence[PairSummary], are_own: bool) -> Markup:
     """Return the table of a user's pairs, which have links if they are one's own."""
     rows = []
-    for pair in pairs[:PAGE_ROWS_MAX]:
-        key, value = make_visible(pair.key), cut_off(make_visible(pair.value), VALUE_SHOWN_CHARACTERS_MAX)
-        cell = tag("a", key, href=url_to("state", key=pair.key)) if are_own else key
-        changed = [make_time(pair.updated)]
-        if pair.expires:
-            changed.append(tag("small", "expires ", make_time(pair.expires)))
+    for key, value, updated, expires in pairs[:PAGE_ROWS_MAX]:
+        shown_key, value = make_visible(key), cut_off(make_visible(value), VALUE_SHOWN_CHARACTERS_MAX)
+        cell = tag("a", shown_key, href=url_to("state", key=key)) if are_own else shown_key
+        changed = [make_time(updated)]
+        if expires:
+            changed.append(tag("small", "expires ", make_time(expires)))
         rows.append((cell, value or tag("small", "empty"), changed))
     return make_table(("Key", "Value", "Changed"), rows, "states")
 
@@ -3256,7 +3242,7 @@ def make_hooks(hooks: Sequence[Hook]) -> Markup:
         if hook.value is not None:
             key.append(tag("small", f"only when it becomes {make_visible(hook.short_value())}"))
         result = [hook.result, tag("small", make_time(hook.result_time))] if hook.result else ["never tried"]
-        rows.append((user, key, hook.receiver, [*result, tag("small", f"pending: {hook.pending}")]))
+        rows.append((user, key, hook.origin, [*result, tag("small", f"pending: {hook.pending}")]))
     return make_table(("User", "Key", "Receiver", "Last result"), rows, "hooks")
 
 
@@ -3364,7 +3350,7 @@ def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> 
         make_tokens(store.tokens(user.name), whose, page),
         tag("h2", "States"),
         make_states(pairs, are_own=False),
-        make_turns("user", [pair.key for pair in pairs], after, username=user.name),
+        make_turns("user", [key for key, *_ in pairs], after, username=user.name),
         user=request.user,
         problem=problem,
     )
@@ -3402,7 +3388,7 @@ def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -
         tag("form", make_field(search, {"prefix": prefix}), tag("button", "Search"), class_="search", role="search"),
         *([tag("p", tag("a", "All states", href="./"))] if prefix else []),
         make_states(pairs, are_own=True),
-        make_turns("./", [pair.key for pair in pairs], after, **({"prefix": prefix} if prefix else {})),
+        make_turns("./", [key for key, *_ in pairs], after, **({"prefix": prefix} if prefix else {})),
         tag("h2", "Add a state", id="add"),
         make_form(
             "set",
@@ -4213,7 +4199,7 @@ class Outbox:
     async def _store_result(self, delivery: Delivery, answer: Answer, pause: float, failures: int) -> None:
         result, handled = answer.text, delivery.number - 1 if pause else delivery.number
         if pause and failures == 1:
-            problem = f"hook {delivery.hook_id} to {delivery.receiver}: {result}; trying again until it is a day old"
+            problem = f"hook {delivery.hook_id} to {delivery.origin}: {result}; trying again until it is a day old"
             self._errors.write(problem, DROPPED_SECONDS)
         if not pause and not answer.is_success():
             self._drop(delivery, 1, result if answer.is_refusal() else f"a day old, {result}")
@@ -4222,7 +4208,7 @@ class Outbox:
 
     def _drop(self, delivery: Delivery, count: int, reason: str) -> None:
         self._metrics.dropped_deliveries += count
-        self._dropped[f"hook {delivery.hook_id} to {delivery.receiver}", reason] += count
+        self._dropped[f"hook {delivery.hook_id} to {delivery.origin}", reason] += count
         self._log_dropped()
 
     def _log_dropped(self) -> None:
@@ -4506,7 +4492,7 @@ class Server(http.server.ThreadingHTTPServer):
         The loop waits for a quick disk. A slow disk is left to a thread, and so is a transaction that may take long:
         reads go on, and changes gather for the next transaction.
         """
-        removals: list[Callable[[Store], Any]] = [Store.remove_expired] if self._has_expired else []  # they make room
+        removals: list[Callable[[Store], Any]] = [Store.delete_expired] if self._has_expired else []  # they make room
         operations = [*removals, *(change.operation for change in changes)]
         state_before, self.writer.may_exceed = self.reader.state(), self.outbox.has_hooks
         is_short = sum(change.size for change in changes) < QUICK_CHANGES_BYTES_MAX
@@ -4811,13 +4797,8 @@ def parse_pair(line: bytes) -> UserPair:
     check_user_name(name)
     check_value(value)
     updated, expires = members.get("updated"), members.get("expires")
-    return UserPair(
-        name,
-        require_key(key),
-        value,
-        time.time() if updated is None else parse_time(updated),
-        None if expires is None else parse_time(expires),
-    )
+    updated_seconds = time.time() if updated is None else parse_time(updated)
+    return name, require_key(key), value, updated_seconds, None if expires is None else parse_time(expires)
 
 
 def read_export(file: BinaryIO) -> Iterator[UserPair]:
@@ -4885,7 +4866,7 @@ class ForeignDatabase:
     def pairs(self) -> Iterator[UserPair]:
         """Give the pairs, as if they were stored now."""
         now = time.time()
-        return (UserPair(name, key, value, now, None) for (name, key), value in self.values.items())
+        return ((name, key, value, now, None) for (name, key), value in self.values.items())
 
     def _take_account(self, name: str | None, password_hash: str | None, is_admin: bool) -> None:
         """Note an account, or why it cannot be one here."""
@@ -5086,7 +5067,7 @@ def list_hooks(arguments: argparse.Namespace) -> None:
         key = escape_unprintable(cut_off(hook.pattern, TEXT_SHOWN_CHARACTERS_MAX))
         value = "any" if hook.value is None else escape_unprintable(hook.short_value())
         result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result and hook.result_time else "never tried"
-        texts = (hook.user_name, key, value, hook.label or "-", hook.receiver, str(hook.pending), result)
+        texts = (hook.user_name, key, value, hook.label or "-", hook.origin, str(hook.pending), result)
         rows.append((str(hook.id), *texts))
     print_table(rows)
 
@@ -5126,8 +5107,8 @@ def export_pairs(arguments: argparse.Namespace) -> None:
         raise CommandError("standard output is closed")
     names = ("", LAST_NAME) if arguments.name is None else (arguments.name, arguments.name)
     with existing_store(arguments) as store:
-        for pair in store.all_pairs(*names):
-            texts = (*pair[:3], format_time(pair.updated), format_time(pair.expires))
+        for name, key, value, updated, expires in store.all_pairs(*names):
+            texts = (name, key, value, format_time(updated), format_time(expires))
             line = json.dumps(dict(zip(PAIR_FIELDS, texts)), ensure_ascii=False)
             sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
         sys.stdout.flush()

@@ -2547,7 +2547,7 @@ class States(ServerCase):
             self.store.set_value(1, "b", "x", time.time() - 1)
             wait_until(lambda: self.server._has_expired)
             self.ask("/set?key=a&value=2")
-        first = [call.args[0][0] is kvserver.Store.remove_expired for call in commit.call_args_list]
+        first = [call.args[0][0] is kvserver.Store.delete_expired for call in commit.call_args_list]
         self.assertEqual(
             [False, True], first, "they are removed before anything is written, and only when there are any"
         )
@@ -3597,10 +3597,10 @@ class Hooks(HookCase):
         self.ask("/del?key=door")
         self.request("POST", "/me/", "action=set&key=door&value=x", "application/x-www-form-urlencoded")
         self.request("POST", "/me/", "action=del&key=door", "application/x-www-form-urlencoded")
-        pairs = [kvserver.UserPair("alice", "door", "imported", 1.0, None), kvserver.UserPair("bob", "b", "1", 1, None)]
+        pairs: list[kvserver.UserPair] = [("alice", "door", "imported", 1.0, None), ("bob", "b", "1", 1.0, None)]
         self.store.import_all({}, pairs)
         with contextlib.closing(kvserver.open_store(self.database)) as store:
-            pairs = [kvserver.UserPair("alice", "door", "again", 1.0, None)]
+            pairs = [("alice", "door", "again", 1.0, None)]
             store.import_all({}, pairs)
         self.assert_told(
             ("door", "open", None),
@@ -7201,15 +7201,15 @@ class Exports(CommandCase):
             (0, "imported values: 4, left out because they have expired: 1\n", ""), self.run_program("import", "lines")
         )
         with contextlib.closing(kvserver.open_store(self.database)) as store:
-            pairs = {(pair.name, pair.key): pair for pair in store.all_pairs()}
+            pairs = {(pair[0], pair[1]): pair[2:] for pair in store.all_pairs()}
         self.assertEqual(
             {"both": "1", "here": "here", "expired": "here", "new": "2", "short": "3", "twice": "5"},
-            {key: pair.value for (_, key), pair in pairs.items()},
+            {key: value for (_, key), (value, _, _) in pairs.items()},
         )
-        self.assertEqual((1577934245.5, None), pairs["alice", "both"][3:])
-        self.assertEqual(16725223800.25, pairs["alice", "new"].expires)
-        self.assertLessEqual(before, pairs["alice", "new"].updated)
-        self.assertEqual((1609459200.0, None), pairs["bob", "twice"][3:])
+        self.assertEqual((1577934245.5, None), pairs["alice", "both"][1:])
+        self.assertEqual(16725223800.25, pairs["alice", "new"][2])
+        self.assertLessEqual(before, pairs["alice", "new"][1])
+        self.assertEqual((1609459200.0, None), pairs["bob", "twice"][1:])
 
     def test_an_import_counts_at_once_while_the_server_runs(self) -> None:
         self.write('{"user": "alice", "key": "door", "value": "open"}')
@@ -7395,7 +7395,7 @@ class MovingIn(CommandCase):
             self.assertTrue(line.startswith(begin), (line, begin))
         self.assertEqual("nobody is an admin; make one with: python kvserver.py adduser NAME --admin", lines[-1])
         with contextlib.closing(kvserver.open_store(self.database)) as store:
-            self.assertEqual({"twice": "kept", "number": "5"}, {pair.key: pair.value for pair in store.all_pairs()})
+            self.assertEqual({"twice": "kept", "number": "5"}, {key: value for _, key, value, *_ in store.all_pairs()})
 
     def test_a_column_that_is_missing_is_named(self) -> None:
         self.make([("bob", self.scrypt)], without="isAdmin")
@@ -7446,7 +7446,7 @@ class MovingIn(CommandCase):
         with contextlib.closing(kvserver.open_store(self.database)) as store:
             self.assertEqual(
                 {("alice", "door"): "there", ("alice", "only"): "here", ("bob", "b"): "2"},
-                {(pair.name, pair.key): pair.value for pair in store.all_pairs()},
+                {(name, key): value for name, key, value, *_ in store.all_pairs()},
             )
 
 
