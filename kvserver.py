@@ -115,7 +115,6 @@ HEADER_FIELDS_MAX = 100
 BODY_BYTES_MAX = VALUE_BYTES_MAX + 64 * 1024  # the longest value, and room for the form or the JSON around it
 
 PASSWORD_CHARACTERS_MIN = 8
-PASSWORD_BYTES_MAX = 4096  # in base64, together with a name, it has to fit on one header line
 FIRST_PASSWORD_BYTES = 15  # random bytes in the password that the first start makes: 120 bits, 20 characters
 
 # n=2^14, r=8, p=5 is one of the scrypt settings that OWASP's password storage cheat sheet calls equally strong: the one
@@ -123,12 +122,6 @@ FIRST_PASSWORD_BYTES = 15  # random bytes in the password that the first start m
 SCRYPT_COST_LOG2 = 14
 SCRYPT_BLOCK_SIZE = 8
 SCRYPT_PARALLELISM = 5
-# Bounds for hashes that another program made.
-SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024
-SCRYPT_PARALLELISM_MAX = 16
-PBKDF2_ITERATIONS_MAX = 10_000_000
-SALT_BYTES = 16
-DIGEST_BYTES = 32
 CREDENTIALS_MAX = 1024  # verified credentials that are remembered
 CHECKS_MAX = 64  # passwords that wait to be checked
 CHECK_SECONDS = 10  # how long a request waits for that
@@ -181,8 +174,6 @@ STOP_POLL_SECONDS = 0.01
 STOP_REQUEST_SECONDS = 3  # a request that is still incomplete this long after the stop is dropped
 STOP_SECONDS = 4  # then all connections are closed
 EXIT_SECONDS = 4.5  # then the process ends, whatever it is doing
-ERROR_SECONDS = 1  # until the same error is logged again
-ERRORS_MAX = 64  # different ones that are remembered for that
 
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 WAIT_SECONDS_MAX = 60
@@ -193,7 +184,6 @@ TEXT_SHOWN_CHARACTERS_MAX = 80  # of each name and key
 LIST_TIMES_BYTES = 150  # what the times of a pair and the JSON around them take, about
 EXPIRED_PAIRS_MAX = 100  # that one transaction removes in passing: if they are long, others wait for that
 ENTITY_TAG_BYTES = 16
-TOKEN_BYTES = 32
 TOKENS_MAX = 100  # of a user
 LABEL_CHARACTERS_MAX = 64
 DAY_SECONDS = 24 * 3600
@@ -227,73 +217,78 @@ STATE_FOLDER = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or os.pat
 DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
-# What the person who runs the server gets to read, on standard error: one line an event, no secrets in it.
+# One line per event on standard error, without secrets. Importing the logging module would take a tenth of the start.
 
 TOKEN_PREFIX = "kv_"
 TOKEN_IN_TEXT = re.compile(TOKEN_PREFIX + "[A-Za-z0-9_-]{8,}")
 
 
 def escape_unprintable(text: str) -> str:
-    """Return a text as one line that cannot pass for two, nor turn the terminal red."""
+    """Escape everything in a text that could break its line or control a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def cut_off(text: str, characters: int) -> str:
-    """Return a text, or the beginning of a long one with a sign that more follows."""
+    """Shorten a long text, and mark the cut."""
     return text if len(text) <= characters else text[:characters] + "…"
 
 
 def log(level: str, message: str) -> None:
-    """Write a line to standard error: the time, how grave it is, and the message, in which tokens are masked."""
-    # The logging module, with all that it imports, would take a tenth of the time that a start takes.
+    """Write the time, the level and the message to standard error, as one line. Tokens are masked."""
     line = escape_unprintable(TOKEN_IN_TEXT.sub(TOKEN_PREFIX + "...", message))
-    with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # nobody to read it, or a signal
+    with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # closed, or busy in a signal handler
         sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {line}\n")
         sys.stderr.flush()
 
 
 class ErrorLog:
-    """Logs errors, each at most once in ERROR_SECONDS: what fails may fail with every request."""
+    """Logs errors, and repeats a message only after a pause, because an error may come with every request."""
 
     def __init__(self) -> None:
-        self._logged: dict[str, float] = {}  # monotonic seconds by message
+        self._paused: dict[str, float] = {}  # messages, and when they may be repeated, in monotonic seconds
 
-    def write(self, message: str, pause_seconds: float = ERROR_SECONDS) -> None:
-        """Log an error, unless that was done within the pause."""
+    def write(self, message: str, pause_seconds: float = 1) -> None:
+        """Log an error, unless its pause lasts."""
         now = time.monotonic()
-        if now - self._logged.get(message, -math.inf) < pause_seconds:
-            return
-        if len(self._logged) >= ERRORS_MAX:
-            self._logged.clear()
-        self._logged[message] = now
-        log("ERROR", message)
+        self._paused = {paused: until for paused, until in self._paused.items() if until > now}
+        if message not in self._paused:
+            self._paused[message] = now + pause_seconds
+            log("ERROR", message)
 
 
 # ---- Names, passwords and tokens -------------------------------------------------------------------------------------
-# What a user name and a password may be, and how a password is stored: as a string that says itself how it was made, so
-# that the parameters above can change without a stored password becoming void. A token is what a device logs in with in
-# place of its user.
+# Pure functions: which names and passwords are allowed, and how passwords and tokens are stored. A stored hash contains
+# its own parameters, so it stays valid when the settings above change.
+
+PASSWORD_BYTES_MAX = 4096  # with a user name, in base64, this fits in one header line
+SALT_BYTES = 16
+DIGEST_BYTES = 32
+# Limits for hashes that another program made.
+SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024
+SCRYPT_PARALLELISM_MAX = 16
+PBKDF2_ITERATIONS_MAX = 10_000_000
 
 USER_NAME = re.compile(r"[ -9;-~]{1,64}")
 PASSWORD_TOO_LONG = f"a password has at most {PASSWORD_BYTES_MAX} bytes in UTF-8"
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
-SCRYPT_HASH = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
+BASE64 = "((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2,4})"  # without padding
+SCRYPT_HASH = re.compile(rf"\$scrypt\$ln=(\d{{1,2}}),r=(\d{{1,2}}),p=(\d{{1,2}})\${BASE64}\${BASE64}")
 WERKZEUG_SCRYPT = re.compile(r"scrypt:([0-9]{1,8}):([0-9]{1,4}):([0-9]{1,4})\$([^$]+)\$([0-9a-f]{128})")
 WERKZEUG_PBKDF2 = re.compile(r"pbkdf2:sha256:([0-9]{1,8})\$([^$]+)\$([0-9a-f]{64})")
 
 
 class BadCredential(ValueError):
-    """This cannot be a user's name or password, or a token's label or prefix; the message says what can."""
+    """This name, password, label or prefix is not allowed; the message names the rule."""
 
 
 def check_user_name(name: str) -> None:
-    """Raise BadCredential unless name can be a user's: HTTP Basic ends it at the first colon (RFC 7617 section 2)."""
+    """Raise BadCredential unless a user can have this name. HTTP Basic ends it at a colon (RFC 7617 section 2)."""
     if not USER_NAME.fullmatch(name):
         raise BadCredential("a user name is 1 to 64 printable ASCII characters, without a colon")
 
 
 def check_password(password: str) -> None:
-    """Raise BadCredential unless password can be a user's."""
+    """Raise BadCredential unless a user can have this password."""
     if len(password) < PASSWORD_CHARACTERS_MIN:
         raise BadCredential(f"a password has at least {PASSWORD_CHARACTERS_MIN} characters")
     if len(password.encode("utf-8")) > PASSWORD_BYTES_MAX:
@@ -302,93 +297,77 @@ def check_password(password: str) -> None:
         raise BadCredential("a password has no control characters")
 
 
-def scrypt(
-    secret: bytes, salt: bytes, cost: int, block_size: int, parallelism: int, length: int = DIGEST_BYTES
-) -> bytes:
-    """Return the scrypt digest (RFC 7914) of a secret, as many bytes as length; this takes a good part of a second."""
-    # Beside what is counted as the memory, a little more is needed.
-    memory = SCRYPT_MEMORY_BYTES_MAX + 1024 * 1024
+def check_label_and_prefix(label: str, prefix: str) -> None:
+    """Raise BadCredential unless a token can have this label and this prefix of keys."""
+    if not label.isprintable() or len(label) > LABEL_CHARACTERS_MAX:
+        raise BadCredential(f"a label has at most {LABEL_CHARACTERS_MAX} printable characters")
+    # Arguments that are not in the terminal's encoding have half surrogate pairs.
+    if re.search("[\0\ud800-\udfff]", prefix) or len(prefix.encode("utf-8")) > KEY_BYTES_MAX:
+        raise BadCredential(f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
+
+
+def scrypt(secret: bytes, salt: bytes, cost: int, block_size: int, parallelism: int, length: int) -> bytes:
+    """Return the scrypt digest of a secret (RFC 7914); this takes a good part of a second."""
+    memory = SCRYPT_MEMORY_BYTES_MAX + 1024 * 1024  # OpenSSL needs a little more than the formula gives
     return hashlib.scrypt(secret, salt=salt, n=cost, r=block_size, p=parallelism, maxmem=memory, dklen=length)
 
 
 def hash_parameters() -> str:
-    """Return how a stored hash that is made now begins."""
+    """Return the beginning of the hashes that are made now."""
     return f"$scrypt$ln={SCRYPT_COST_LOG2},r={SCRYPT_BLOCK_SIZE},p={SCRYPT_PARALLELISM}$"
 
 
 def format_hash(salt: bytes, digest: bytes) -> str:
-    """Return salt and digest as the string to store, in PHC format: base64 without padding."""
+    """Return a hash in PHC format, to be stored: base64 without padding."""
     return hash_parameters() + "$".join(base64.b64encode(part).decode().rstrip("=") for part in (salt, digest))
 
 
 def hash_password(password: str) -> str:
-    """Return the string to store for a password: scrypt with a random salt."""
-    salt = secrets.token_bytes(SALT_BYTES)
-    secret, cost = password.encode("utf-8"), 1 << SCRYPT_COST_LOG2
-    return format_hash(salt, scrypt(secret, salt, cost, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM))
-
-
-def parse_werkzeug_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
-    """Return the digest in a hash that Werkzeug made, and what makes that of the right password's UTF-8 bytes.
-
-    Returns None for a hash of another form, or one that would take too much memory or time.
-    """
-    match = WERKZEUG_SCRYPT.fullmatch(stored)
-    if match:
-        cost, block_size, parallelism = map(int, match.group(1, 2, 3))
-        is_power_of_2 = 1 < cost < 1 << 16 * block_size and cost & (cost - 1) == 0  # RFC 7914 section 2
-        is_bounded = (
-            0 < 128 * cost * block_size <= SCRYPT_MEMORY_BYTES_MAX and 0 < parallelism <= SCRYPT_PARALLELISM_MAX
-        )
-        if not is_power_of_2 or not is_bounded:
-            return None
-        digest, salt = bytes.fromhex(match[5]), match[4].encode("utf-8")
-        return digest, lambda secret: scrypt(secret, salt, cost, block_size, parallelism, len(digest))
-    match = WERKZEUG_PBKDF2.fullmatch(stored)
-    if match and 1 <= int(match[1]) <= PBKDF2_ITERATIONS_MAX:
-        digest, salt, iterations = bytes.fromhex(match[3]), match[2].encode("utf-8"), int(match[1])
-        return digest, lambda secret: hashlib.pbkdf2_hmac("sha256", secret, salt, iterations)
-    return None
+    """Return the hash to store for a password, with a random salt."""
+    secret, salt, cost = password.encode("utf-8"), secrets.token_bytes(SALT_BYTES), 1 << SCRYPT_COST_LOG2
+    return format_hash(salt, scrypt(secret, salt, cost, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM, DIGEST_BYTES))
 
 
 def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
-    """Return of a stored hash what parse_werkzeug_hash does: it is our own, or of an account that was taken over."""
-    match = SCRYPT_HASH.fullmatch(stored)
-    if match:
-        cost, block_size, parallelism = 1 << int(match[1]), int(match[2]), int(match[3])
-        try:
-            salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in match.group(4, 5))
-        except ValueError:
-            return None
-        return digest, lambda secret: scrypt(secret, salt, cost, block_size, parallelism)
-    return parse_werkzeug_hash(stored)
+    """Return the digest in a stored hash, and the function that makes it from the right password in UTF-8.
+
+    Returns None for an unknown form, and if the function would take too much memory or time.
+    """
+    ours, pbkdf2 = SCRYPT_HASH.fullmatch(stored), WERKZEUG_PBKDF2.fullmatch(stored)
+    match = ours or pbkdf2 or WERKZEUG_SCRYPT.fullmatch(stored)
+    if not match:
+        return None
+    *numbers, salt_text, digest_text = match.groups()
+    if ours:
+        salt, digest = (base64.b64decode(text + "=" * (-len(text) % 4)) for text in (salt_text, digest_text))
+    else:
+        salt, digest = salt_text.encode("utf-8"), bytes.fromhex(digest_text)
+    if pbkdf2:
+        iterations = int(numbers[0])
+        is_allowed = 1 <= iterations <= PBKDF2_ITERATIONS_MAX
+        return (digest, lambda secret: hashlib.pbkdf2_hmac("sha256", secret, salt, iterations)) if is_allowed else None
+    cost, block_size, parallelism = map(int, numbers)
+    cost = 1 << cost if ours else cost
+    is_power_of_2 = 1 < cost < 1 << 16 * block_size and cost & (cost - 1) == 0  # RFC 7914 section 2
+    is_small = 128 * cost * block_size <= SCRYPT_MEMORY_BYTES_MAX and 0 < parallelism <= SCRYPT_PARALLELISM_MAX
+    if not is_power_of_2 or not is_small:
+        return None
+    return digest, lambda secret: scrypt(secret, salt, cost, block_size, parallelism, len(digest))
 
 
 def verify_password(password: str, stored: str) -> bool:
-    """Tell whether the stored hash was made from password; a hash of unknown form was made from none."""
-    try:
-        parsed = parse_hash(stored)
-        return parsed is not None and secrets.compare_digest(parsed[0], parsed[1](password.encode("utf-8")))
-    except (ValueError, OverflowError, TypeError):  # parameters that scrypt does not take
-        return False
-
-
-def check_label_and_prefix(label: str, prefix: str) -> None:
-    """Raise BadCredential unless these can be what a token is for, and what the keys that it may see begin with."""
-    if not label.isprintable() or len(label) > LABEL_CHARACTERS_MAX:
-        raise BadCredential(f"a label has at most {LABEL_CHARACTERS_MAX} printable characters")
-    # An argument that is not in the terminal's encoding has half surrogate pairs.
-    if re.search("[\ud800-\udfff]", prefix) or "\0" in prefix or len(prefix.encode("utf-8")) > KEY_BYTES_MAX:
-        raise BadCredential(f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
+    """Return whether the stored hash was made from this password."""
+    parsed = parse_hash(stored)
+    return parsed is not None and secrets.compare_digest(parsed[0], parsed[1](password.encode("utf-8")))
 
 
 def make_token() -> str:
-    """Return a new token."""
-    return TOKEN_PREFIX + secrets.token_urlsafe(TOKEN_BYTES)
+    """Return a new random token."""
+    return TOKEN_PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_token(token: str) -> bytes:
-    """Return what is stored of a token: its SHA-256 digest, since nobody can guess 256 random bits, however quickly."""
+    """Return the SHA-256 digest to store for a token. A slow hash isn't needed: nobody can guess 256 random bits."""
     return hashlib.sha256(token.encode("utf-8")).digest()
 
 
@@ -4856,7 +4835,8 @@ class ForeignDatabase:
                     self._take_pair(*map(as_text, row))
         except sqlite3.Error as error:
             raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
-        unknown = [name for name, user in self.accounts.items() if parse_werkzeug_hash(user.password_hash) is None]
+        hashes = {name: user.password_hash for name, user in self.accounts.items()}
+        unknown = [name for name, text in hashes.items() if SCRYPT_HASH.match(text) or parse_hash(text) is None]
         if unknown:
             raise CommandError(
                 f"nothing was imported: the password hash of {join_names(unknown)} is of a kind that is not known here."
