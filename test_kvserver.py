@@ -204,6 +204,12 @@ def held(owner: object, name: str) -> Iterator[tuple[threading.Semaphore, thread
             release.set()
 
 
+def execute(database: str, script: str) -> None:
+    """Run SQL statements as another process might."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.executescript(script)
+
+
 def value(store: kvserver.Store, key: str) -> bytes | None:
     """Return the value of a key of the first user, or None."""
     pair = store.pair(1, key)
@@ -2218,7 +2224,7 @@ class Throttled(ServerCase):
 
     def login(self, password: str, address: str = "192.0.2.1", name: str = "alice") -> int:
         """Log in from an address, and return the status."""
-        return self.fetch("/list", user=None, Authorization=basic(name, password), X_Forwarded_For=address)[0]
+        return self.fetch("/list", user=basic(name, password), X_Forwarded_For=address)[0]
 
     def login_at_once(self, passwords: Sequence[str], address: str = "192.0.2.1") -> list[int]:
         """Try passwords at the same time; return the statuses."""
@@ -2261,13 +2267,13 @@ class Throttled(ServerCase):
     def test_only_guesses_are_charged(self) -> None:
         for _ in range(2 * kvserver.FAILURES_MAX):
             self.assertEqual(401, self.fetch("/list", user=None)[0])
-            self.assertEqual(401, self.fetch("/list", user=None, Authorization="Digest x")[0])
+            self.assertEqual(401, self.fetch("/list", user="Digest x")[0])
         with mock.patch.object(kvserver, "scrypt") as scrypt:
             for status in [401] * kvserver.FAILURES_MAX + [429]:
-                self.assertEqual(status, self.fetch("/list", user=None, Authorization="Basic !!!!")[0])
+                self.assertEqual(status, self.fetch("/list", user="Basic !!!!")[0])
             scrypt.assert_not_called()
         self.assertEqual(401, self.fetch("/list", user=None)[0])
-        self.assertEqual(401, self.fetch("/list", user=None, Authorization="Digest x")[0])
+        self.assertEqual(401, self.fetch("/list", user="Digest x")[0])
 
     def test_parallel_guesses_stay_within_the_limit(self) -> None:
         expected = [401] * kvserver.FAILURES_MAX + [429] * (40 - kvserver.FAILURES_MAX)
@@ -2387,31 +2393,29 @@ class Sites(ServerCase):
             self.assertEqual([status], re.findall(rb"HTTP/1.1 (\d+)", self.exchange(self.raw(*lines))))
 
 
-class States(ServerCase):
-    """What the server decides, so that two who ask at once cannot both be first."""
+class Values(ServerCase):
+    """Operations that the server decides, so that two clients cannot both be first."""
 
-    def ask(self, target: str, method: str = "GET", user: str = "alice") -> tuple[int, str]:
-        """Return status and text of an answer."""
-        answer = self.request(method, target, user=user)
-        return answer.status, answer.body.decode()
+    def expire(self) -> None:
+        """Let all pairs with a time to live expire now."""
+        execute(self.database, "UPDATE pair SET expires = 1 WHERE expires IS NOT NULL")
 
-    def expire(self, key: str) -> None:
-        """Make the time at which a pair expires come now."""
-        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
-            connection.execute("UPDATE pair SET expires = ? WHERE key = ?", (time.time() - 1, key))
+    def members(self, key: str = "a") -> dict[str, Any]:
+        """Return the JSON object for a key."""
+        return cast("dict[str, Any]", json.loads(self.fetch(f"/get?key={key}&format=json")[1]))
 
     def test_get_has_a_default(self) -> None:
-        self.assertEqual((200, "off"), self.ask("/get?key=a&default=off"))
-        self.assertEqual((200, ""), self.ask("/get?key=a&default="))
-        self.ask("/set?key=a&value=on")
-        self.assertEqual((200, "on"), self.ask("/get?key=a&default=off"))
-        self.assertNotIn("etag", self.request("GET", "/get?key=b&default=on").headers)
-        self.assertEqual(400, self.ask("/get?key=a&default=off&format=json")[0])
+        self.assertEqual((200, "off"), self.fetch("/get?key=a&default=off"))
+        self.assertEqual((200, ""), self.fetch("/get?key=a&default="))
+        self.assertNotIn("etag", self.request("GET", "/get?key=a&default=on").headers)
+        self.assertEqual(400, self.fetch("/get?key=a&default=off&format=json")[0])
+        self.fetch("/set?key=a&value=on")
+        self.assertEqual((200, "on"), self.fetch("/get?key=a&default=off"))
 
-    def test_del_may_find_nothing(self) -> None:
-        self.assertEqual((200, "Successfully removed state"), self.ask("/del?key=a&missing=ok"))
-        self.assertEqual(400, self.ask("/del?key=a&missing=1")[0])
-        self.assertEqual(404, self.ask("/del?key=a")[0])
+    def test_del_of_a_missing_key_can_succeed(self) -> None:
+        self.assertEqual((200, "Successfully removed state"), self.fetch("/del?key=a&missing=ok"))
+        self.assertEqual(400, self.fetch("/del?key=a&missing=1")[0])
+        self.assertEqual(404, self.fetch("/del?key=a")[0])
 
     def test_incr_counts_exactly(self) -> None:
         nines, zeros = "9" * 100, "0" * 98
@@ -2430,171 +2434,154 @@ class States(ServerCase):
             ("0." + zeros + "1", "1", "1." + zeros + "1"),
         ):
             with self.subTest(stored=stored, by=by):
-                self.ask("/del?key=a&missing=ok")
-                if stored:
-                    self.ask(f"/set?key=a&value={stored}")
-                self.assertEqual((200, number), self.ask("/incr?key=a" + (f"&by={by}" if by else "")))
-                self.assertEqual((200, number), self.ask("/get?key=a"))
+                self.fetch(f"/set?key=a&value={stored}" if stored else "/del?key=a&missing=ok")
+                self.assertEqual((200, number), self.fetch("/incr?key=a" + (f"&by={by}" if by else "")))
+                self.assertEqual((200, number), self.fetch("/get?key=a"))
 
-    def test_incr_of_what_is_no_number_changes_nothing(self) -> None:
+    def test_incr_refuses_other_text_and_long_numbers(self) -> None:
         for stored in ("", "x", "1e3", "+1", " 1", "1.", ".5", "١", "9" * 100, "1" * 101, "0x1", "NaN", "1\n"):
-            with self.subTest(stored):
-                self.ask("/set?" + urllib.parse.urlencode({"key": "a", "value": stored}))
-                self.assertEqual(409, self.ask("/incr?key=a")[0])
-                self.assertEqual((200, stored), self.ask("/get?key=a"))
-        self.ask("/set?key=a&value=1" + "0" * 99)
-        self.assertEqual(409, self.ask("/incr?key=a&by=0.1")[0])
+            self.store.set_value(1, "a", stored)
+            self.assertEqual(409, self.fetch("/incr?key=a")[0], stored)
+            self.assertEqual((200, stored), self.fetch("/get?key=a"))
+        self.store.set_value(1, "a", "1" + "0" * 99)
+        self.assertEqual(409, self.fetch("/incr?key=a&by=0.1")[0])
         for by in ("", "x", "1e3", "%2B1", "1" * 101, "1.", "%D9%A1"):
-            self.assertEqual(400, self.ask(f"/incr?key=b&by={by}")[0], by)
-        self.assertEqual(404, self.ask("/get?key=b")[0])
+            self.assertEqual(400, self.fetch(f"/incr?key=b&by={by}")[0], by)
+        self.assertIsNone(self.get("b"))
 
     def test_toggle_has_two_words(self) -> None:
-        self.assertEqual(["on", "off", "on"], [self.ask("/toggle?key=a")[1] for _ in range(3)])
-        self.assertEqual(["auf", "zu", "auf"], [self.ask("/toggle?key=a&values=auf,zu")[1] for _ in range(3)])
-        self.assertEqual((200, "auf"), self.ask("/get?key=a"))
+        self.assertEqual(["on", "off", "on"], [self.fetch("/toggle?key=a")[1] for _ in range(3)])
+        self.assertEqual(["auf", "zu", "auf"], [self.fetch("/toggle?key=a&values=auf,zu")[1] for _ in range(3)])
+        self.assertEqual((200, "auf"), self.fetch("/get?key=a"))
         for words in ("on", "on,on", "on,", ",on", "a,b,c", ""):
-            self.assertEqual(400, self.ask(f"/toggle?key=a&values={words}")[0], words)
+            self.assertEqual(400, self.fetch(f"/toggle?key=a&values={words}")[0], words)
 
     def test_a_word_may_be_as_long_as_a_value(self) -> None:
         for extra, status in ((0, 200), (1, 413)):
             form = f"key={extra}&values={'x' * (kvserver.VALUE_BYTES_MAX + extra)},b"
-            self.assertEqual(status, self.request("POST", "/toggle", form, kvserver.FORM).status)
+            self.assertEqual(status, self.fetch("/toggle", "POST", form, Content_Type=kvserver.FORM)[0])
         self.assertIsNone(self.get("1"))
 
     def test_only_a_value_can_be_an_array_or_an_object(self) -> None:
         for member in ('["a", "b"]', '{"a": 1}'):
-            answer = self.request("POST", "/toggle", f'{{"key": "a", "values": {member}}}', kvserver.JSON)
-            self.assertEqual(400, answer.status)
-            self.assertIn(b"values in the JSON body", answer.body)
-            answer = self.request("POST", "/set", f'{{"key": "a", "value": {member}}}', kvserver.JSON)
-            self.assertEqual((200, {"a": member}), (answer.status, self.pairs()))
-            answer = self.request("POST", "/set", f'{{"key": "a", "value": 1, "old": {member}}}', kvserver.JSON)
-            self.assertEqual((200, {"a": "1"}), (answer.status, self.pairs()))
+            self.store.set_value(1, "a", "0")
+            for path, members, expected, stored in (
+                ("/toggle", f'"values": {member}', (400, "values in the JSON body"), "0"),
+                ("/set", f'"value": {member}', (200, "Success"), member),
+                ("/set", f'"value": 1, "old": {member}', (200, "Success"), "1"),
+            ):
+                status, text = self.fetch(path, "POST", f'{{"key": "a", {members}}}', Content_Type=kvserver.JSON)
+                self.assertEqual(expected, (status, text[: len(expected[1])]), members)
+                self.assertEqual({"a": stored}, self.pairs())
 
     def test_incr_and_toggle_take_form_and_json(self) -> None:
-        for body, content_type in (("key=a&by=2", kvserver.FORM), ('{"key": "a", "by": 2}', kvserver.JSON)):
-            self.assertEqual(200, self.request("POST", "/incr", body, content_type).status)
-        self.assertEqual((200, "4"), self.ask("/get?key=a"))
-        self.assertEqual(405, self.ask("/incr?key=a", "PUT")[0])
-        self.assertEqual(b"b", self.request("POST", "/toggle", '{"key": "t", "values": "b,c"}', kvserver.JSON).body)
+        for path, body, content_type, expected in (
+            ("/incr", "key=a&by=2", kvserver.FORM, "2"),
+            ("/incr", '{"key": "a", "by": 2}', kvserver.JSON, "4"),
+            ("/toggle", "key=t&values=b,c", kvserver.FORM, "b"),
+            ("/toggle", '{"key": "t", "values": "b,c"}', kvserver.JSON, "c"),
+        ):
+            self.assertEqual((200, expected), self.fetch(path, "POST", body, Content_Type=content_type))
+        self.assertEqual(405, self.fetch("/incr?key=a", "PUT")[0])
 
     def test_nx_and_old_guard_a_value(self) -> None:
-        self.assertEqual((409, "Value differs"), self.ask("/set?key=a&value=1&old="))
-        self.assertEqual((200, "Success"), self.ask("/set?key=a&value=1&nx=1"))
-        self.assertEqual((409, "Key exists"), self.ask("/set?key=a&value=2&nx=1"))
-        self.assertEqual((409, "Value differs"), self.ask("/set?key=a&value=2&old=2"))
-        self.assertEqual((200, "1"), self.ask("/get?key=a"))
-        self.assertEqual((200, "Success"), self.ask("/set?key=a&value=2&old=1"))
-        self.assertEqual(400, self.ask("/set?key=a&value=3&old=2&nx=1")[0])
-        self.assertEqual(400, self.ask("/set?key=a&value=3&nx=yes")[0])
-        self.assertEqual((200, "2"), self.ask("/get?key=a"))
+        for query, status, text, stored in (
+            ("value=1&old=", 409, "Value differs", None),
+            ("value=1&nx=1", 200, "Success", b"1"),
+            ("value=2&nx=1", 409, "Key exists", b"1"),
+            ("value=2&old=2", 409, "Value differs", b"1"),
+            ("value=2&old=1", 200, "Success", b"2"),
+            ("value=3&old=2&nx=1", 400, "", b"2"),
+            ("value=3&nx=yes", 400, "", b"2"),
+        ):
+            answer = self.fetch("/set?key=a&" + query)
+            self.assertEqual((status, text), (answer[0], answer[1][: len(text)]), query)
+            self.assertEqual(stored, self.get("a"), query)
 
     def test_ttl_ends_a_pair(self) -> None:
         for target in ("/set?key=a&value=1&ttl=", "/incr?key=a&ttl=", "/toggle?key=a&ttl="):
             for ttl in ("0", "-1", "x", "", "1e3", "0.0", "315360000.1", "99999999999999999999999"):
-                self.assertEqual(400, self.ask(target + ttl)[0], ttl)
-            self.assertEqual(200, self.ask(target + "315360000")[0])
-            self.ask("/get?key=a")
-            self.expire("a")
-            self.assertEqual(404, self.ask("/get?key=a")[0])
-            self.assertEqual(404, self.ask("/del?key=a")[0])
-            self.assertEqual(404, self.ask("/kv/a", "DELETE")[0])
+                self.assertEqual(400, self.fetch(target + ttl)[0], ttl)
+            self.assertEqual(200, self.fetch(target + "315360000")[0])
+            self.assertIsNotNone(self.get("a"))
+            self.expire()
+            self.assertEqual([404] * 2, [self.fetch(f"/{path}?key=a")[0] for path in ("get", "del")])
+            self.assertEqual(404, self.fetch("/kv/a", "DELETE")[0])
             self.assertEqual({}, self.pairs())
             self.assertEqual([0, 0], [user.pairs for user in self.store.users()])
-        self.ask("/set?key=a&value=5&ttl=100")
-        self.expire("a")
-        self.assertEqual((200, "1"), self.ask("/incr?key=a"))
-        self.assertEqual((200, "Success"), self.ask("/set?key=b&value=5&ttl=0.001"))
-        wait_until(lambda: self.ask("/get?key=b")[0] == 404)
-        self.assertEqual((200, "Success"), self.ask("/set?key=b&value=6&nx=1"))
+        for target, expected in (("/incr?key=a", (200, "1")), ("/set?key=a&value=6&nx=1", (200, "Success"))):
+            self.fetch("/set?key=a&value=5&ttl=100")
+            self.expire()
+            self.assertEqual(expected, self.fetch(target))
 
-    def test_a_remembered_row_expires(self) -> None:
-        reader = self.server.reader
-        self.store.set_value(1, "a", "1", time.time() + 1000)
-        self.assertEqual(b"1", value(reader, "a"))
+    def test_ttl_ends_a_pair_that_was_just_read(self) -> None:
+        self.fetch("/set?key=a&value=1&ttl=1000")
+        self.assertEqual((200, "1"), self.fetch("/get?key=a"))
         with mock.patch("time.time", return_value=time.time() + 1001):
-            self.assertIsNone(reader.pair(1, "a"))
+            self.assertEqual(404, self.fetch("/get?key=a")[0])
 
     def test_set_clears_the_ttl_and_incr_and_toggle_keep_it(self) -> None:
-        def expires() -> Any:
-            return json.loads(self.ask("/get?key=a&format=json")[1])["expires"]
+        self.fetch("/set?key=a&value=1&ttl=1000")
+        expires = self.members()["expires"]
+        self.assertRegex(expires, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")
+        for path in ("/incr", "/toggle"):
+            self.fetch(f"{path}?key=a")
+            self.assertEqual(expires, self.members()["expires"])
+            self.fetch(f"{path}?key=a&ttl=2000")
+            self.assertGreater(self.members()["expires"], expires)
+            self.fetch("/set?key=a&value=1")
+            self.assertIsNone(self.members()["expires"])
+            self.fetch("/set?key=a&value=1&ttl=1000")
+            expires = self.members()["expires"]
 
-        self.ask("/set?key=a&value=1&ttl=1000")
-        expected = expires()
-        self.assertRegex(expected, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")
-        self.ask("/incr?key=a")
-        self.ask("/toggle?key=a")
-        self.assertEqual(expected, expires())
-        self.ask("/toggle?key=a&ttl=2000")
-        self.assertGreater(expires(), expected)
-        self.ask("/set?key=a&value=1")
-        self.assertIsNone(expires())
-
-    def test_expired_pairs_leave_the_disk_with_the_next_write(self) -> None:
+    def test_expired_pairs_leave_the_disk_with_later_writes(self) -> None:
         for number in range(5):
             self.store.set_value(1, str(number), "x", time.time() - 1)
-        wait_until(lambda: self.server._has_expired)
-        self.ask("/set?key=a&value=1", user="bob")
         with contextlib.closing(sqlite3.connect(self.database)) as connection:
-            self.assertEqual([("a",)], connection.execute("SELECT key FROM pair").fetchall())
-            plan = connection.execute("EXPLAIN QUERY PLAN " + kvserver.DELETE_EXPIRED, (0, 1)).fetchall()
-        self.assertIn("pair_expires", str(plan))
-        self.assertNotIn("SCAN pair", str(plan).replace("SCAN pair USING", ""))
 
-    def test_expired_pairs_make_room_in_a_full_database(self) -> None:
-        with mock.patch.object(self.server.writer, "commit", wraps=self.server.writer.commit) as commit:
-            self.ask("/set?key=a&value=1")
-            self.store.set_value(1, "b", "x", time.time() - 1)
-            wait_until(lambda: self.server._has_expired)
-            self.ask("/set?key=a&value=2")
-        first = [call.args[0][0] is kvserver.Store.delete_expired for call in commit.call_args_list]
-        self.assertEqual(
-            [False, True], first, "they are removed before anything is written, and only when there are any"
-        )
+            def are_gone() -> bool:
+                self.fetch("/set?key=a&value=1", user="bob")
+                return connection.execute("SELECT key FROM pair").fetchall() == [("a",)]
+
+            wait_until(are_gone)
+            plan = str(connection.execute("EXPLAIN QUERY PLAN " + kvserver.DELETE_EXPIRED, (0, 1)).fetchall())
+        self.assertIn("pair_expires", plan)
+        self.assertNotIn("SCAN pair", plan.replace("SCAN pair USING", ""))
 
     def test_format_json_and_age(self) -> None:
         before = time.time()
-        self.request("POST", "/set?key=a%22", 'é\0"', "text/plain")
-        members = json.loads(self.ask("/get?key=a%22&format=json")[1])
+        self.fetch("/set?key=a%22", "POST", 'é\0"', Content_Type="text/plain")
+        members = self.members("a%22")
         self.assertEqual(["key", "value", "updated", "age", "expires"], list(members))
         self.assertEqual(('a"', 'é\0"', 0, None), tuple(members[name] for name in ("key", "value", "age", "expires")))
-        updated = datetime.datetime.strptime(members["updated"], "%Y-%m-%dT%H:%M:%S.%f%z").timestamp()
+        updated = datetime.datetime.fromisoformat(members["updated"]).timestamp()
         self.assertTrue(before - 0.01 <= updated <= time.time() + 0.01)
-        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
-            connection.execute("UPDATE pair SET updated = updated - 90.5")
-        self.assertEqual((200, "90"), self.ask("/get?key=a%22&format=age"))
-        self.assertEqual(90, json.loads(self.ask("/list?format=json")[1])['a"']["age"])
+        execute(self.database, "UPDATE pair SET updated = updated - 90.5")
+        self.assertEqual((200, "90"), self.fetch("/get?key=a%22&format=age"))
+        self.assertEqual(90, json.loads(self.fetch("/list?format=json")[1])['a"']["age"])
+        etag = self.request("GET", "/get?key=a%22").headers["etag"]
         for form in ("age", "json"):
             self.assertNotIn("etag", self.request("GET", f"/get?key=a%22&format={form}").headers)
-            self.assertEqual(404, self.ask(f"/get?key=b&format={form}")[0])
-            # The value may be the one that is known, but its age is another.
-            etag = self.request("GET", "/get?key=a%22").headers["etag"]
+            self.assertEqual(404, self.fetch(f"/get?key=b&format={form}")[0])
+            # The client may know the value, but not its age.
             for wait in ("", "&wait=0.01"):
-                target = f"/get?key=a%22&format={form}{wait}"
-                self.assertEqual(200, self.request("GET", target, headers={"If-None-Match": etag}).status)
-        self.assertEqual(400, self.ask("/get?key=a%22&format=xml")[0])
-
-    def test_the_same_value_again_is_an_update(self) -> None:
-        self.ask("/set?key=a&value=1")
-        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
-            connection.execute("UPDATE pair SET updated = updated - 100")
-        self.ask("/set?key=a&value=1")
-        self.assertEqual((200, "0"), self.ask("/get?key=a&format=age"))
+                self.assertEqual(200, self.fetch(f"/get?key=a%22&format={form}{wait}", If_None_Match=etag)[0])
+        self.assertEqual(400, self.fetch("/get?key=a%22&format=xml")[0])
+        self.fetch("/set?key=a%22", "POST", 'é\0"', Content_Type="text/plain")
+        self.assertEqual((200, "0"), self.fetch("/get?key=a%22&format=age"), "the same value again is an update")
 
     def test_unknown_parameters_are_400_everywhere(self) -> None:
         for route in kvserver.ROUTES:
-            if route.parameters == kvserver.ANYTHING:  # what is asked for goes along to where it is known
+            if route.parameters == kvserver.ANYTHING:  # another path, which checks them, follows
                 continue
             path = "/iotpersistenceapi" + route.path.replace("KEY", "k")
             for method in route.methods:
                 known = "key=x&" if route.parameters[:1] == ("key",) else ""
-                answer = self.request(method, f"{path}?{known}tll=5", headers={"Accept": "text/html"})
-                self.assertEqual(400, answer.status, (method, path))
-                if method != "HEAD":
-                    self.assertIn(b"tll is unknown", answer.body)
+                status, text = self.fetch(f"{path}?{known}tll=5", method, Accept="text/html")
+                self.assertEqual((400, method != "HEAD"), (status, "tll is unknown" in text), (method, path))
         for body, content_type in (("key=a&value=1&tll=1", kvserver.FORM), ('{"key": "a", "tll": 1}', kvserver.JSON)):
-            self.assertIn(b"tll is unknown", self.request("POST", "/set", body, content_type).body)
-        self.assertEqual((200, "Success"), self.ask("/set?key=a&value=1&_=123&_=124"))
+            self.assertIn("tll is unknown", self.fetch("/set", "POST", body, Content_Type=content_type)[1])
+        self.assertEqual((200, "Success"), self.fetch("/set?key=a&value=1&_=123&_=124"))
         self.assertEqual({"a": "1"}, self.pairs())
 
     def test_lists_have_pages(self) -> None:
@@ -2603,277 +2590,251 @@ class States(ServerCase):
             self.store.set_value(1, key, key + "!")
         self.store.set_value(2, "b/3", "bob's")
         self.store.set_value(1, "b/9", "x", time.time() - 1)
-        for prefix in ("", "b/", "b", "x", "b/\U0010ffff"):
-            for limit in (1, 2, 3, 7, 8, 10_000):
-                expected = [key for key in keys if key.startswith(prefix)]
-                target = "/iotpersistenceapi/list?" + urllib.parse.urlencode({"prefix": prefix, "limit": limit})
-                found: list[str] = []
-                for page in itertools.count(1):
-                    answer = self.request("GET", target)
-                    pairs = json.loads(answer.body)
-                    self.assertEqual([key + "!" for key in pairs], list(pairs.values()))
-                    found += pairs
-                    if "link" not in answer.headers:
-                        break
-                    match = re.fullmatch(r'<(\?[!-~]*)>; rel="next"', answer.headers["link"])
-                    assert match
-                    target = "/list" + match[1]
-                self.assertEqual(expected, found, (prefix, limit))
-                self.assertEqual(max(1, math.ceil(len(expected) / limit)), page)
-        self.assertEqual(["b/10"], list(json.loads(self.ask("/list?after=b/1&limit=1&prefix=b/1")[1])))
+        for prefix, limit in itertools.product(("", "b/", "b", "x", "b/\U0010ffff"), (1, 2, 3, 7, 8, 10_000)):
+            expected = [key for key in keys if key.startswith(prefix)]
+            found, pages = list[str](), 0
+            target = "?" + urllib.parse.urlencode({"prefix": prefix, "limit": limit})
+            while target:
+                answer = self.request("GET", "/iotpersistenceapi/list" + target)
+                pairs = json.loads(answer.body)
+                self.assertEqual([key + "!" for key in pairs], list(pairs.values()))
+                found, pages = [*found, *pairs], pages + 1
+                link = re.fullmatch(r'<(\?[!-~]*)>; rel="next"', answer.headers.get("link", '<?>; rel="next"'))
+                target = link[1].removesuffix("?") if link else self.fail(answer.headers["link"])
+            self.assertEqual((expected, max(1, math.ceil(len(expected) / limit))), (found, pages), (prefix, limit))
+        self.assertEqual('{"b/10":"b/10!"}', self.fetch("/list?after=b/1&limit=1&prefix=b/1")[1])
         for wrong in ("0", "-1", "x", "", "10001", "1.5"):
-            self.assertEqual(400, self.ask(f"/list?limit={wrong}")[0], wrong)
+            self.assertEqual(400, self.fetch(f"/list?limit={wrong}")[0], wrong)
 
     def test_a_list_of_objects(self) -> None:
         self.store.set_value(1, "a", "[1]", time.time() + 100)
-        listed = json.loads(self.ask("/list?format=json&limit=5")[1])
-        self.assertEqual(json.loads(self.ask("/get?key=a&format=json")[1]), listed["a"])
-        self.assertEqual("[1]", listed["a"]["value"])
+        listed = json.loads(self.fetch("/list?format=json&limit=5")[1])
+        self.assertEqual((self.members(), "[1]"), (listed["a"], listed["a"]["value"]))
 
 
 class Waiting(ServerCase):
     """Long polls."""
 
-    def ask(self, target: str, *lines: str) -> socket.socket:
+    def wait(self, query: str = "key=a&wait=60&unless=1", *lines: str) -> socket.socket:
         """Send a request on a connection of its own, and return when it waits."""
-        connection, count = self.connect(), len(self.server.polls)
-        connection.sendall(self.raw(f"GET {target} HTTP/1.1", *lines))
+        count = len(self.server.polls)
+        connection = self.connect(self.raw(f"GET /get?{query} HTTP/1.1", *lines))
         wait_until(lambda: len(self.server.polls) == count + 1)
         return connection
 
-    def answer(self, connection: socket.socket) -> tuple[int, str]:
-        """Return status and body of what comes."""
-        status, _, body = connection.recv(65536).decode().partition("\r\n\r\n")
-        return int(status.split()[1]), body
+    def assert_answers(self, expected: tuple[int, str], *connections: socket.socket) -> None:
+        """Check status and body of each response."""
+        for connection in connections:
+            status, _, body = connection.recv(65536).decode().partition("\r\n\r\n")
+            self.assertEqual(expected, (int(status.split()[1]), body))
 
-    def test_it_is_answered_at_once_when_the_value_differs(self) -> None:
-        self.request("GET", "/set?key=a&value=1")
-        answer = self.request("GET", "/get?key=a&wait=60&unless=0")
-        self.assertEqual((200, b"1"), (answer.status, answer.body))
-        answer = self.request("GET", "/get?key=a&wait=60", headers={"If-None-Match": '"x"'})
-        self.assertEqual((200, b"1"), (answer.status, answer.body))
+    def test_a_value_that_differs_is_sent_at_once(self) -> None:
+        self.fetch("/set?key=a&value=1")
+        self.assertEqual((200, "1"), self.fetch("/get?key=a&wait=60&unless=0"))
+        self.assertEqual((200, "1"), self.fetch("/get?key=a&wait=60", If_None_Match='"x"'))
 
-    def test_a_change_is_answered_at_once(self) -> None:
-        self.request("GET", "/set?key=a&value=1")
+    def test_a_change_ends_the_wait(self) -> None:
+        self.fetch("/set?key=a&value=1")
         tag = self.request("GET", "/get?key=a").headers["etag"]
         waiting = [
-            self.ask("/get?key=a&wait=60&unless=1"),
-            self.ask("/get?key=a&wait=60", f"If-None-Match: W/{tag}"),
-            self.ask("/get?key=a&wait=60&unless=1&default=x"),
+            self.wait(),
+            self.wait("key=a&wait=60", f"If-None-Match: W/{tag}"),
+            self.wait("key=a&wait=60&unless=1&default=x"),
         ]
-        self.request("GET", "/set?key=b&value=2")
-        self.request("GET", "/set?key=a&value=1")
-        wait_until(lambda: len(self.server.polls) == 3)  # they are looked at, and wait again
-        self.request("GET", "/set?key=a&value=2")
-        self.assertEqual([(200, "2")] * 3, [self.answer(connection) for connection in waiting])
+        age = self.wait("key=a&wait=60&unless=1&format=age")
+        self.fetch("/set?key=b&value=2")
+        self.fetch("/set?key=a&value=1")
+        wait_until(lambda: len(self.server.polls) == 4)  # the server has looked at them, and they wait again
+        self.fetch("/set?key=a&value=2")
+        self.assert_answers((200, "2"), *waiting)
+        self.assert_answers((200, "0"), age)
         self.assertEqual({}, self.server.polls)
 
-    def test_json_and_age_can_be_waited_for(self) -> None:
-        waiting = self.ask("/get?key=a&wait=60&unless=1&format=age")
-        self.request("GET", "/set?key=a&value=2")
-        self.assertEqual((200, "0"), self.answer(waiting))
+    def test_a_missing_key_is_waited_for(self) -> None:
+        waiting = self.wait()
+        self.fetch("/kv/a", "PUT", "2")
+        self.assert_answers((200, "2"), waiting)
 
-    def test_a_key_that_is_not_there_is_waited_for(self) -> None:
-        waiting = self.ask("/get?key=a&wait=60&unless=1")
-        self.request("PUT", "/kv/a", "2")
-        self.assertEqual((200, "2"), self.answer(waiting))
+    def test_a_change_by_another_process_ends_the_wait(self) -> None:
+        waiting = self.wait()
+        self.store.set_value(1, "a", "2")
+        self.assert_answers((200, "2"), waiting)
 
-    def test_a_deletion_or_an_expiry_is_an_answer(self) -> None:
+    def test_a_deletion_or_an_expiry_ends_the_wait(self) -> None:
         for default, expected in (("", (404, kvserver.UNKNOWN_KEY)), ("&default=x", (200, "x"))):
-            self.request("GET", "/set?key=a&value=1")
-            waiting = self.ask("/get?key=a&wait=60&unless=1" + default)
-            self.request("GET", "/del?key=a")
-            self.assertEqual(expected, self.answer(waiting))
-            self.request("GET", "/set?key=a&value=1&ttl=0.2")
-            self.assertEqual(expected, self.answer(self.ask("/get?key=a&wait=60&unless=1" + default)))
+            self.fetch("/set?key=a&value=1")
+            waiting = self.wait("key=a&wait=60&unless=1" + default)
+            self.fetch("/del?key=a")
+            self.assert_answers(expected, waiting)
+            self.fetch("/set?key=a&value=1&ttl=0.1")
+            raw = self.raw(f"GET /get?key=a&wait=60&unless=1{default} HTTP/1.1")
+            self.assert_answers(expected, self.connect(raw))
 
     def test_the_time_is_kept(self) -> None:
-        with mock.patch.object(kvserver, "POLL_SECONDS", 5):
-            self.request("GET", "/set?key=a&value=1")
-            tag = self.request("GET", "/get?key=a").headers["etag"]
-            for target, lines, expected in (
-                ("key=a&unless=1", (), (200, "1")),
-                ("key=a", (f"If-None-Match: {tag}",), (304, "")),
-                ("key=b&unless=1", (), (404, kvserver.UNKNOWN_KEY)),
-                ("key=b&unless=1&default=x", (), (200, "x")),
-            ):
-                begun = time.monotonic()
-                self.assertEqual(expected, self.answer(self.ask(f"/get?{target}&wait=0.3", *lines)))
-                self.assertTrue(0.3 <= time.monotonic() - begun < 2)
-            answer = self.request("GET", "/get?key=a&wait=0&unless=1")
-            self.assertEqual((200, b"1"), (answer.status, answer.body))
+        self.fetch("/set?key=a&value=1")
+        tag = self.request("GET", "/get?key=a").headers["etag"]
+        for query, lines, expected in (
+            ("key=a&unless=1", (), (200, "1")),
+            ("key=a", (f"If-None-Match: {tag}",), (304, "")),
+            ("key=b&unless=1", (), (404, kvserver.UNKNOWN_KEY)),
+            ("key=b&unless=1&default=x", (), (200, "x")),
+        ):
+            begun = time.monotonic()
+            raw = self.raw(f"GET /get?{query}&wait=0.05 HTTP/1.1", *lines)
+            self.assert_answers(expected, self.connect(raw))
+            self.assertGreaterEqual(time.monotonic() - begun, 0.05)
+        self.assertEqual((200, "1"), self.fetch("/get?key=a&wait=0&unless=1"))
 
     def test_wait_and_unless_need_each_other(self) -> None:
-        for query in (
-            "wait=1",
-            "unless=1",
-            "wait=61&unless=1",
-            "wait=-1&unless=1",
-            "wait=x&unless=1",
-            "wait=&unless=1",
-        ):
-            self.assertEqual(400, self.request("GET", f"/get?key=a&{query}").status, query)
+        for query in ("wait=1", "unless=1", *(f"wait={wait}&unless=1" for wait in ("61", "-1", "x", ""))):
+            self.assertEqual(400, self.fetch(f"/get?key=a&{query}")[0], query)
 
-    def test_a_change_by_another_process_is_seen(self) -> None:
-        waiting = self.ask("/get?key=a&wait=60&unless=1")
-        self.store.set_value(1, "a", "2")
-        self.assertEqual((200, "2"), self.answer(waiting))
-
-    def test_who_waits_is_not_looked_at_for_the_sake_of_other_keys(self) -> None:
-        with mock.patch.object(kvserver, "QUICK_COMMIT_SECONDS", 1000):  # the loop commits
-            self.request("GET", "/set?key=b&value=0")
-            with mock.patch.object(self.server.reader, "pair", wraps=self.server.reader.pair) as pair:
-                waiting = self.ask("/get?key=a&wait=60&unless=1")
-                wait_until(lambda: pair.call_count == 2)  # at first, and when the server looks for others' changes
-                pair.reset_mock()
-                for number in range(5):
-                    self.request("GET", f"/set?key=b&value={number}")
-                    wait_until(lambda: self.server._polls_state == self.server.reader.state())
-                pair.assert_not_called()
-                self.request("GET", "/set?key=a&value=2")
-                self.assertEqual((200, "2"), self.answer(waiting))
-                pair.assert_called_once_with(1, "a")
+    def test_changes_of_other_keys_cost_nothing(self) -> None:
+        self.enter(mock.patch.object(kvserver, "QUICK_COMMIT_SECONDS", 1000))  # the loop commits
+        self.fetch("/set?key=b&value=0")
+        with mock.patch.object(self.server.reader, "pair", wraps=self.server.reader.pair) as pair:
+            waiting = self.wait()
+            wait_until(lambda: pair.call_count == 2)  # at first, and when the server looks for changes of others
+            pair.reset_mock()
+            for number in range(5):
+                self.fetch(f"/set?key=b&value={number}")
+                wait_until(lambda: self.server._polls_state == self.server.reader.state())
+            pair.assert_not_called()
+            self.fetch("/set?key=a&value=2")
+            self.assert_answers((200, "2"), waiting)
+            pair.assert_called_once_with(1, "a")
 
     def test_half_of_the_connections_may_wait(self) -> None:
-        with mock.patch.object(self.server, "max_connections", 4):
-            waiting = [self.ask("/get?key=a&wait=60&unless=1") for _ in range(2)]
-            answer = self.request("GET", "/get?key=a&wait=60&unless=1")
-            self.assertEqual((503, True), (answer.status, "retry-after" in answer.headers))
-            for _ in range(6):
-                self.connect()
-            self.request("GET", "/set?key=a&value=2")
-            self.assertEqual([(200, "2")] * 2, [self.answer(connection) for connection in waiting])
+        self.server.max_connections = 4
+        waiting = [self.wait() for _ in range(2)]
+        answer = self.request("GET", "/get?key=a&wait=60&unless=1")
+        self.assertEqual((503, True), (answer.status, "retry-after" in answer.headers))
+        for _ in range(6):
+            self.connect()
+        self.fetch("/set?key=a&value=2")
+        self.assert_answers((200, "2"), *waiting)
 
-    def test_who_goes_away_makes_room(self) -> None:
-        self.ask("/get?key=a&wait=60&unless=1").close()
+    def test_a_client_that_goes_away_makes_room(self) -> None:
+        self.wait().close()
         wait_until(lambda: not self.server.polls and not self.server.connections)
 
-    def test_what_is_sent_while_waiting_is_answered_afterwards(self) -> None:
-        waiting = self.ask("/get?key=a&wait=60&unless=1")
+    def test_a_request_sent_while_waiting_comes_next(self) -> None:
+        waiting = self.wait()
         waiting.sendall(self.raw("GET /health HTTP/1.1", "Connection: close"))
-        self.request("GET", "/set?key=a&value=2")
+        self.fetch("/set?key=a&value=2")
         answers = b"".join(iter(lambda: waiting.recv(65536), b""))
         self.assertTrue(answers.endswith(b"\r\n\r\nok"))
         self.assertIn(b"\r\n\r\n2HTTP/1.1 200", answers)
 
-    def test_a_stop_answers_at_once(self) -> None:
-        self.request("GET", "/set?key=a&value=1")
-        waiting = [self.ask("/get?key=a&wait=60&unless=1"), self.ask("/get?key=b&wait=60&unless=1")]
+    def test_a_stop_ends_the_wait(self) -> None:
+        self.fetch("/set?key=a&value=1")
+        waiting, without_value = self.wait(), self.wait("key=b&wait=60&unless=1")
         begun = time.monotonic()
         self.stop()
-        self.assertEqual([(200, "1"), (404, kvserver.UNKNOWN_KEY)], [self.answer(one) for one in waiting])
-        self.assertLess(time.monotonic() - begun, 2)
+        self.assert_answers((200, "1"), waiting)
+        self.assert_answers((404, kvserver.UNKNOWN_KEY), without_value)
+        self.assertLess(time.monotonic() - begun, kvserver.STOP_REQUEST_SECONDS)
 
-    def test_who_loses_the_login_gets_no_value(self) -> None:
-        waiting = self.ask("/get?key=a&wait=60&unless=1")
-        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
-            connection.execute("BEGIN")
-            connection.execute("UPDATE user SET password_hash = 'x' WHERE id = 1")
-            connection.execute("INSERT INTO pair VALUES (1, 'a', '2', 0, NULL)")
-            connection.execute("COMMIT")
-        self.assertEqual(401, self.answer(waiting)[0])
+    def test_a_user_whose_password_changes_gets_no_value(self) -> None:
+        waiting = self.wait()
+        change = "UPDATE user SET password_hash = 'x' WHERE id = 1; INSERT INTO pair VALUES (1, 'a', 's3cr3t', 0, NULL)"
+        execute(self.database, f"BEGIN; {change}; COMMIT")
+        response = waiting.recv(65536)
+        self.assertEqual((b"401", False), (response[9:12], b"s3cr3t" in response))
 
 
 class Resources(ServerCase):
-    """The pairs as resources below /kv/."""
-
-    def send(self, method: str, path: str, body: str | None = None, **headers: str) -> tuple[int, bytes]:
-        """Return status and body of an answer; underscores in names of headers stand for hyphens."""
-        answer = self.request(
-            method, path, body, headers={name.replace("_", "-"): text for name, text in headers.items()}
-        )
-        return answer.status, answer.body
+    """Values as resources below /kv/."""
 
     def test_put_get_and_delete(self) -> None:
         for prefix in ("", "/iotpersistenceapi"):
-            path = prefix + "/kv/a%2Fb/c%20d+%25é".replace("é", "%C3%A9")
-            self.assertEqual((201, b"Success"), self.send("PUT", path, "é & ☃"))
-            self.assertEqual({"a/b/c d+%é": "é & ☃"}, self.pairs())
-            self.assertEqual((200, "é & ☃".encode()), self.send("GET", path))
-            self.assertEqual((200, b""), self.send("HEAD", path))
-            self.assertEqual((200, b"Success"), self.send("PUT", path))
-            self.assertEqual((200, b""), self.send("GET", path))
-            self.assertEqual((200, b"Successfully removed state"), self.send("DELETE", path))
-            self.assertEqual(404, self.send("DELETE", path)[0])
-            self.assertEqual(404, self.send("GET", path)[0])
+            path = prefix + "/kv/a%2Fb/c%20d+%25%C3%A9"
+            for method, body, expected in (
+                ("PUT", "é & ☃", (201, "Success")),
+                ("GET", None, (200, "é & ☃")),
+                ("HEAD", None, (200, "")),
+                ("PUT", None, (200, "Success")),
+                ("GET", None, (200, "")),
+                ("DELETE", None, (200, "Successfully removed state")),
+                ("DELETE", None, (404, kvserver.UNKNOWN_KEY)),
+                ("GET", None, (404, kvserver.UNKNOWN_KEY)),
+            ):
+                self.assertEqual(expected, self.fetch(path, method, body), method)
+                if body:
+                    self.assertEqual({"a/b/c d+%é": body}, self.pairs())
 
     def test_the_body_is_the_value_whatever_its_type(self) -> None:
         for content_type in (kvserver.FORM, kvserver.JSON, "text/plain"):
-            self.request("PUT", "/kv/a", "value=1", content_type)
-            self.assertEqual(b"value=1", self.get("a"))
-
-    def test_the_value_stands_in_the_body_only(self) -> None:
-        for body in (None, "1"):
-            status, message = self.send("PUT", "/kv/a?value=2", body)
-            self.assertEqual((400, b"the parameter value is unknown; /kv/KEY takes: ttl"), (status, message))
-        self.assertEqual({}, self.pairs())
+            self.fetch("/kv/a", "PUT", "value=" + content_type, Content_Type=content_type)
+            self.assertEqual({"a": "value=" + content_type}, self.pairs())
 
     def test_paths_without_a_key_are_404(self) -> None:
         for path in ("/kv", "/kv/", "/iotpersistenceapi/kv/"):
             for method in ("GET", "PUT", "DELETE"):
-                self.assertEqual(404, self.send(method, path)[0], (method, path))
-        self.assertEqual((201, b"Success"), self.send("PUT", "/kv/KEY", "1"))
+                self.assertEqual(404, self.fetch(path, method)[0], (method, path))
+        self.assertEqual((201, "Success"), self.fetch("/kv/KEY", "PUT", "1"))
         self.assertEqual({"KEY": "1"}, self.pairs())
         for path in ("/kv/%00", "/kv/" + "x" * 513, "/kv/%FF"):
-            self.assertEqual(400, self.send("PUT", path, "1")[0], path)
-        self.assertEqual(405, self.send("POST", "/kv/a", "1")[0])
-        allow = self.request("OPTIONS", "/kv/a").headers["allow"]
-        self.assertEqual("GET, HEAD, PUT, DELETE, OPTIONS", allow)
+            self.assertEqual(400, self.fetch(path, "PUT", "1")[0], path)
+        self.assertEqual(405, self.fetch("/kv/a", "POST", "1")[0])
+        self.assertEqual("GET, HEAD, PUT, DELETE, OPTIONS", self.request("OPTIONS", "/kv/a").headers["allow"])
 
     def test_put_has_a_ttl_and_no_other_parameter(self) -> None:
-        self.send("PUT", "/kv/a?ttl=100", "1")
-        self.assertIsNotNone(json.loads(self.send("GET", "/get?key=a&format=json")[1])["expires"])
-        for query in ("key=b", "value=1", "nx=1", "ttl=0"):
-            self.assertEqual(400, self.send("PUT", "/kv/a?" + query, "2")[0], query)
-        self.assertEqual(400, self.send("PUT", "/kv/a", "2", Content_Range="bytes 0-0/2")[0])
-        self.assertEqual(b"1", self.get("a"))
+        self.fetch("/kv/a?ttl=100", "PUT", "1")
+        self.assertIsNotNone(json.loads(self.fetch("/get?key=a&format=json")[1])["expires"])
+        for query in ("key=b", "value=2", "nx=1", "ttl=0"):
+            for body in (None, "2"):
+                self.assertEqual(400, self.fetch("/kv/a?" + query, "PUT", body)[0], query)
+        message = "the parameter value is unknown; /kv/KEY takes: ttl"
+        self.assertEqual((400, message), self.fetch("/kv/a?value=2", "PUT"))
+        self.assertEqual(400, self.fetch("/kv/a", "PUT", "2", Content_Range="bytes 0-0/2")[0])
+        self.assertEqual({"a": "1"}, self.pairs())
 
     def test_entity_tags(self) -> None:
         put = self.request("PUT", "/kv/a", "1")
         answers = [self.request(method, path) for path in ("/kv/a", "/get?key=a") for method in ("GET", "HEAD")]
-        (tag,) = {answer.headers["etag"] for answer in (put, *answers)}
-        self.assertRegex(tag, '\\A"[^"]+"\\Z')
-        self.send("PUT", "/kv/b", "1")
-        self.assertEqual(tag, self.request("GET", "/kv/b").headers["etag"])
-        self.send("PUT", "/kv/b", "2")
+        self.fetch("/kv/b", "PUT", "1")
+        (tag,) = {answer.headers["etag"] for answer in (put, *answers, self.request("GET", "/kv/b"))}
+        self.assertRegex(tag, r'\A"[^"]+"\Z')
+        self.fetch("/kv/b", "PUT", "2")
         self.assertNotEqual(tag, self.request("GET", "/kv/b").headers["etag"])
         for path in ("/kv/a", "/get?key=a"):
             for condition, status in ((tag, 304), ("*", 304), (f'"x", W/{tag}', 304), ('"x"', 200)):
                 answer = self.request("GET", path, headers={"If-None-Match": condition})
-                self.assertEqual(status, answer.status, condition)
+                self.assertEqual((status, tag), (answer.status, answer.headers["etag"]), condition)
                 if status == 304:
-                    self.assertEqual((b"", tag), (answer.body, answer.headers["etag"]))
+                    self.assertEqual(b"", answer.body)
                     self.assertFalse({"content-length", "content-type"} & answer.headers.keys())
             for condition in ("x", '"', tag + "x", "", '"a" "b"', "W/*"):
-                self.assertEqual(400, self.send("GET", path, If_None_Match=condition)[0], condition)
+                self.assertEqual(400, self.fetch(path, If_None_Match=condition)[0], condition)
 
     def test_preconditions_guard_changes(self) -> None:
-        self.assertEqual(412, self.send("PUT", "/kv/a", "1", If_Match="*")[0])
-        self.assertEqual(201, self.send("PUT", "/kv/a", "1", If_None_Match="*")[0])
+        self.assertEqual(412, self.fetch("/kv/a", "PUT", "1", If_Match="*")[0])
+        self.assertEqual(201, self.fetch("/kv/a", "PUT", "1", If_None_Match="*")[0])
         tag = self.request("GET", "/kv/a").headers["etag"]
         for headers in ({"If_None_Match": "*"}, {"If_None_Match": tag}, {"If_Match": '"x"'}, {"If_Match": "W/" + tag}):
-            for method in ("PUT", "DELETE"):
-                self.assertEqual(412, self.send(method, "/kv/a", "2" if method == "PUT" else None, **headers)[0])
-        self.assertEqual(400, self.send("PUT", "/kv/a", "2", If_Match="x")[0])
+            for method, body in (("PUT", "2"), ("DELETE", None)):
+                self.assertEqual(412, self.fetch("/kv/a", method, body, **headers)[0])
+        self.assertEqual(400, self.fetch("/kv/a", "PUT", "2", If_Match="x")[0])
         self.assertEqual({"a": "1"}, self.pairs())
-        self.assertEqual(200, self.send("PUT", "/kv/a", "2", If_Match=f'"x", {tag}')[0])
-        self.assertEqual(412, self.send("DELETE", "/kv/a", If_Match=tag)[0])
-        self.assertEqual(404, self.send("DELETE", "/kv/b", If_Match=tag)[0])
-        self.assertEqual(200, self.send("DELETE", "/kv/a", If_None_Match=tag)[0])
+        self.assertEqual(200, self.fetch("/kv/a", "PUT", "2", If_Match=f'"x", {tag}')[0])
+        self.assertEqual(412, self.fetch("/kv/a", "DELETE", If_Match=tag)[0])
+        self.assertEqual(404, self.fetch("/kv/b", "DELETE", If_Match=tag)[0])
+        self.assertEqual(200, self.fetch("/kv/a", "DELETE", If_None_Match=tag)[0])
 
 
 class Tokens(ServerCase):
     """Logins with a token."""
 
-    def add_token(self, name: str = "alice", is_read_only: bool = False, prefix: str = "") -> str:
-        """Return a new token."""
+    def add_token(self, is_read_only: bool = False, prefix: str = "") -> str:
+        """Return a new token of alice."""
         token = kvserver.make_token()
-        self.store.add_token(name, kvserver.hash_token(token), "", is_read_only, prefix)
+        self.store.add_token("alice", kvserver.hash_token(token), "", is_read_only, prefix)
         return token
 
-    def status(self, target: str, authorization: str, method: str = "GET", body: str | None = None) -> int:
-        """Return the status of an answer."""
-        return self.request(method, target, body, user=None, headers={"Authorization": authorization}).status
+    def status(self, target: str, authorization: str, method: str = "GET") -> int:
+        """Return the status of a response."""
+        return self.fetch(target, method, user=authorization)[0]
 
     def test_a_token_is_a_login_and_costs_no_scrypt(self) -> None:
         token = self.add_token()
@@ -2891,12 +2852,10 @@ class Tokens(ServerCase):
             self.assertNotIn(token.encode(), file.read() + wal.read())
 
     def test_the_log_masks_tokens(self) -> None:
-        error = io.StringIO()
-        with mock.patch.object(kvserver, "log", REAL_LOG), mock.patch("sys.stderr", error):
-            token = self.add_token()
-            for name in (token, "x" + token, token[:30]):
-                self.assertEqual(401, self.status("/list", basic(name, "")))
-                self.assertEqual(401, self.status("/list", basic(name, "x")))
+        token = self.add_token()
+        with mock.patch.object(kvserver, "log", REAL_LOG), mock.patch("sys.stderr", io.StringIO()) as error:
+            for name, password in itertools.product((token, "x" + token, token[:30]), ("", "x")):
+                self.assertEqual(401, self.status("/list", basic(name, password)))
         self.assertEqual(6, error.getvalue().count("kv_..."))
         self.assertNotIn(token[3:12], error.getvalue())
 
@@ -2906,12 +2865,10 @@ class Tokens(ServerCase):
 
     def test_a_deleted_token_is_out_at_once(self) -> None:
         token, other = self.add_token(), self.add_token()
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)) as connection:
-            for expected in (200, 401):
-                connection.request("GET", "/list", headers={"Authorization": f"Bearer {token}"})
-                self.assertEqual(expected, read_answer(connection.getresponse()).status)
-                if expected == 200:
-                    self.store.delete_token("alice", self.store.tokens("alice")[0].id)
+        connection = self.new_connection()
+        self.check(200, "GET", "/list", user=f"Bearer {token}", connection=connection)
+        self.store.delete_token("alice", 1)
+        self.check(401, "GET", "/list", user=f"Bearer {token}", connection=connection)
         self.store.set_password_hash("alice", kvserver.hash_password("another password"))
         self.assertEqual(200, self.status("/list", f"Bearer {other}"))
         self.store.delete_user("alice", even_last_admin=True)
@@ -2921,35 +2878,24 @@ class Tokens(ServerCase):
         token = "Bearer " + self.add_token(is_read_only=True)
         self.store.set_value(1, "a", "1")
         for route in kvserver.ROUTES:
-            if route.who == kvserver.USER:
-                for method in route.methods:
-                    target = route.path.replace("KEY", "a") + ("?key=a" if "key" in route.parameters else "")
-                    expected = 403 if route.where == kvserver.COMMIT else 200
-                    self.assertEqual(expected, self.status(target, token, method), (method, target))
+            for method in route.methods if route.who == kvserver.USER else ():
+                target = route.path.replace("KEY", "a") + ("?key=a" if "key" in route.parameters else "")
+                expected = 403 if route.where == kvserver.COMMIT else 200
+                self.assertEqual(expected, self.status(target, token, method), (method, target))
         self.assertEqual({"a": "1"}, self.pairs())
 
-    def test_a_prefix_is_all_that_a_token_sees(self) -> None:
+    def test_a_token_sees_only_its_prefix(self) -> None:
         token = "Bearer " + self.add_token(prefix="p/")
         for key in ("p/1", "p/2", "q"):
             self.store.set_value(1, key, "1")
-        for key in ("q", "none", "p"):
-            for target, method in (
-                (f"/get?key={key}", "GET"),
-                (f"/get?key={key}&wait=x", "GET"),
-                (f"/get?key={key}&tll=1", "GET"),
-                (f"/set?key={key}", "GET"),
-                (f"/del?key={key}", "GET"),
-                (f"/incr?key={key}&by=x", "GET"),
-                (f"/toggle?key={key}", "GET"),
-                (f"/kv/{key}", "GET"),
-                (f"/kv/{key}", "PUT"),
-                (f"/kv/{key}?x=1", "DELETE"),
-            ):
-                self.assertEqual(403, self.status(target, token, method), (method, target))
-        self.assertEqual(400, self.status("/get?key=%00", token))
-        self.assertEqual(400, self.status("/get", token))
-        self.assertEqual(200, self.status("/set?key=p/3&value=1", token))
-        self.assertEqual(200, self.status("/del?key=p/3", token))
+        for key in ("q", "none", "p"):  # nobody learns which keys exist, also not by mistakes in other parameters
+            for target in ("get", "get&wait=x", "get&tll=1", "set", "del", "incr&by=x", "toggle"):
+                path, _, more = target.partition("&")
+                self.assertEqual(403, self.status(f"/{path}?key={key}&{more}".rstrip("&"), token), target)
+            for method, query in (("GET", ""), ("PUT", ""), ("DELETE", "?x=1")):
+                self.assertEqual(403, self.status(f"/kv/{key}{query}", token, method), method)
+        for target, status in (("get?key=%00", 400), ("get", 400), ("set?key=p/3&value=1", 200), ("del?key=p/3", 200)):
+            self.assertEqual(status, self.status("/" + target, token), target)
         for query, keys in (
             ("", ["p/1", "p/2"]),
             ("?prefix=p", ["p/1", "p/2"]),
@@ -2959,16 +2905,15 @@ class Tokens(ServerCase):
             ("?after=a", ["p/1", "p/2"]),
             ("?after=q", []),
         ):
-            answer = self.request("GET", "/list" + query, user=None, headers={"Authorization": token})
-            self.assertEqual(keys, list(json.loads(answer.body)), query)
+            self.assertEqual(keys, list(json.loads(self.fetch("/list" + query, user=token)[1])))
 
-    def test_the_day_of_the_last_use_is_noted_once(self) -> None:
+    def test_the_day_of_the_last_use_is_stored_once(self) -> None:
         token = "Bearer " + self.add_token()
         for _ in range(3):
             self.status("/get?key=a", token)
         today = int(time.time() // 86400)
         wait_until(lambda: self.store.tokens("alice")[0].last_used_day in (today, today + 1))
-        self.request("GET", "/set?key=a&value=1")  # its commit comes after theirs
+        self.fetch("/set?key=a&value=1")  # its commit comes after theirs
         self.assertEqual(2, self.server.metrics.writes)
 
 
