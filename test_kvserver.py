@@ -2857,110 +2857,92 @@ class Tokens(ServerCase):
 class Overload(ServerCase):
     """More clients than the server serves."""
 
-    def open(self, data: bytes = b"") -> socket.socket:
-        """Return a further connection that the server has taken and whose bytes it has seen."""
+    REQUEST = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    def open(self, data: bytes) -> socket.socket:
+        """Return a connection whose bytes the server has received."""
         before = set(self.server.connections.values())
-        connection = self.connect()
-        connection.sendall(data)
+        connection = self.connect(data)
         wait_until(lambda: any(h.received == data for h in set(self.server.connections.values()) - before))
         return connection
 
-    def ask(self) -> socket.socket:
-        """Return a further connection that has been answered."""
-        connection = self.connect()
-        connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+    def ask(self, request: bytes = REQUEST) -> socket.socket:
+        """Return a connection that has got a response."""
+        connection = self.connect(request)
         self.assertIn(b" 404 ", connection.recv(65536))
         return connection
 
-    def test_the_longest_incomplete_request_gives_way_then_the_longest_idle_connection(self) -> None:
+    def test_the_oldest_incomplete_request_gives_way_then_the_oldest_idle_connection(self) -> None:
         self.server.max_connections = 4
-        first_idle = self.ask()
-        silent = self.open()
-        half = self.open(b"GET / HTTP/1.1\r\n")
-        second_idle = self.ask()
+        first_idle, silent, half, second_idle = self.ask(), self.open(b""), self.open(b"GET / HTTP/1.1\r\n"), self.ask()
         for closed in (silent, half, first_idle, second_idle):
             self.ask()
             self.assertEqual(b"", closed.recv(65536))
         self.assertEqual(4, len(self.server.connections))
 
-    def test_who_waits_for_an_answer_never_gives_way(self) -> None:
+    def test_a_client_that_waits_for_a_response_never_gives_way(self) -> None:
         self.server.max_connections = 2
-        self.assertEqual(200, self.request("GET", "/list").status)
+        self.check(200, "GET", "/list")
         with locked(self.database):
-            waiting = [self.connect() for _ in range(2)]
-            for number, connection in enumerate(waiting):
-                connection.sendall(self.raw(f"GET /set?key={number}&value=1 HTTP/1.1"))
+            waiting = [self.connect(self.raw(f"GET /set?key={number}&value=1 HTTP/1.1")) for number in range(2)]
             wait_until(lambda: len(self.server.changes) == 2)
-            late = self.connect()
-            late.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+            late = self.connect(self.REQUEST)
             selector = self.server.loop._selector
             with mock.patch.object(selector, "select", wraps=selector.select) as select:
-                wait_until(lambda: select.call_count > 10)  # the server has seen that somebody wants to connect
+                wait_until(lambda: select.call_count > 10)  # the server has seen the new connection
             self.assertEqual(2, len(self.server.connections))
         for connection in waiting:
             self.assertIn(b" 200 ", connection.recv(65536))
         self.assertIn(b" 404 ", late.recv(65536))
 
-    def test_strangers_who_always_ask_give_way_before_those_who_have_logged_in(self) -> None:
+    def test_busy_strangers_give_way_before_clients_that_have_logged_in(self) -> None:
         self.server.max_connections = 4
-        known = self.connect()
-        known.sendall(self.raw("GET /get?key=a HTTP/1.1"))
-        self.assertIn(b" 404 ", known.recv(65536))
-        request = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
-        go_on = threading.Event()
-        self.addCleanup(go_on.set)
+        request, go_on = self.raw("GET /get?key=a HTTP/1.1"), threading.Event()
+        known, strangers = self.ask(request), [self.ask() for _ in range(3)]
 
         def ask_again_and_again(connection: socket.socket) -> None:
             with contextlib.suppress(OSError):
                 while not go_on.is_set():
-                    connection.sendall(request * 20)
+                    connection.sendall(self.REQUEST * 20)
                     connection.recv(65536)
 
-        strangers = [self.ask() for _ in range(3)]
-        threads = [threading.Thread(target=ask_again_and_again, args=(stranger,)) for stranger in strangers]
-        for thread in threads:
-            thread.start()
-        for _ in range(20):
-            self.assertEqual(404, self.request("GET", "/get?key=a").status)
-            known.sendall(self.raw("GET /get?key=a HTTP/1.1"))
-            self.assertIn(b" 404 ", known.recv(65536))
-        go_on.set()
-        for stranger in strangers:
-            stranger.close()
-        for thread in threads:
-            thread.join()
+        threads = in_threads(ask_again_and_again, [(stranger,) for stranger in strangers])
+        try:
+            for _ in range(20):
+                self.ask(request).close()
+                known.sendall(request)
+                self.assertIn(b" 404 ", known.recv(65536))
+        finally:
+            go_on.set()
+            for stranger in strangers:
+                stranger.close()
+            join(threads)
 
     def test_long_lists_of_one_user_take_half_of_the_threads(self) -> None:
-        go_on = threading.Event()
+        go_on, started, real = threading.Event(), list[int](), kvserver.Store.page_as_json
         self.addCleanup(go_on.set)
-        real = kvserver.Store.page_as_json
-        started: list[int] = []
 
         def page_slowly(store: kvserver.Store, user_id: int, *arguments: Any) -> Any:
             started.append(user_id)
             self.assertTrue(user_id == 2 or go_on.wait(WAIT_SECONDS))
             return real(store, user_id, *arguments)
 
-        self.assertEqual(200, self.request("GET", "/list").status)
-        with mock.patch.object(kvserver.Store, "page_as_json", page_slowly):
-            connections = [self.connect() for _ in range(2 * kvserver.WORKERS_MAX)]
-            for connection in connections:
-                connection.sendall(self.raw("GET /list HTTP/1.1"))
-            handlers = self.server.connections
-            wait_until(
-                lambda: [each.state for each in list(handlers.values())].count(kvserver.WORKING) == len(connections)
-            )
-            wait_until(lambda: len(started) == kvserver.WORKERS_MAX // 2)
-            self.assertEqual({}, self.pairs("bob"))
-            self.assertEqual([1] * (kvserver.WORKERS_MAX // 2) + [2], started)
-            go_on.set()
-            for connection in connections:
-                self.assertIn(b" 200 ", connection.recv(65536))
+        self.check(200, "GET", "/list")
+        self.enterContext(mock.patch.object(kvserver.Store, "page_as_json", page_slowly))
+        lists = [self.connect(self.raw("GET /list HTTP/1.1")) for _ in range(2 * kvserver.WORKERS_MAX)]
+        handlers = self.server.connections
+        wait_until(lambda: [each.state for each in list(handlers.values())].count(kvserver.WORKING) == len(lists))
+        wait_until(lambda: len(started) == kvserver.WORKERS_MAX // 2)
+        self.assertEqual({}, self.pairs("bob"))
+        self.assertEqual([1] * (kvserver.WORKERS_MAX // 2) + [2], started)
+        go_on.set()
+        for connection in lists:
+            self.assertIn(b" 200 ", connection.recv(65536))
 
     def test_slow_clients_do_not_keep_others_out(self) -> None:
         slow = [self.connect() for _ in range(300)]
-        seconds: list[float] = []
-        for _ in range(10):
+        answered = 0
+        for _ in range(5):
             for number, connection in enumerate(slow):
                 try:
                     connection.sendall(b"x" if number % 2 else b"GET /x HTTP/1.1\r\nX: ")
@@ -2968,72 +2950,23 @@ class Overload(ServerCase):
                     connection.close()
                     slow[number] = self.connect()
             for _ in range(20):
-                begun = time.monotonic()
                 with contextlib.suppress(OSError, http.client.HTTPException):
-                    self.assertEqual(404, self.request("GET", "/get?key=a").status)
-                    seconds.append(time.monotonic() - begun)
-        self.assertGreaterEqual(len([each for each in seconds if each < 1]), 190)
-
-    def test_who_gives_up_in_line_costs_its_owner_no_turn(self) -> None:
-        loop, order, may_go_on = kvserver.Loop(self.fail), list[str](), threading.Event()
-        self.addCleanup(loop.close)
-        self.addCleanup(may_go_on.set)
-        threads = kvserver.Threads(loop, 2)  # one of them for each owner
-
-        def start(name: str, owner: str, function: Callable[[], object] = lambda: None) -> kvserver.Task:
-            def run() -> None:
-                order.append(name)
-                function()
-
-            return loop.start(threads.run(run, owner))
-
-        def run_until(names: list[str]) -> None:
-            deadline = time.monotonic() + WAIT_SECONDS
-            while order != names:
-                self.assertLess(time.monotonic(), deadline, order)
-                loop.run_once()
-
-        loop.start(kvserver.sleep(WAIT_SECONDS))  # so that the test cannot wait for ever
-        start("first", "a", lambda: may_go_on.wait(WAIT_SECONDS))
-        dead = [start("dead", "a") for _ in range(3)]
-        start("second", "a")
-        start("other", "b")
-        for task in dead:
-            loop.throw(task, kvserver.Cancelled())
-        run_until(["first", "other"])
-        may_go_on.set()
-        run_until(["first", "other", "second"])
-
-    def test_who_gives_up_when_the_turn_has_come_leaves_it_to_the_next(self) -> None:
-        loop, passed = kvserver.Loop(self.fail), list[str]()
-        self.addCleanup(loop.close)
-        gate = kvserver.Gate(loop)
-
-        async def enter(name: str) -> None:
-            await gate.enter({"owner": 1})
-            passed.append(name)
-
-        loop.start(enter("first"))
-        second = loop.start(enter("second"))
-        loop.start(enter("third"))
-        gate.leave({"owner": 1})  # the second is let in
-        loop.throw(second, kvserver.Cancelled())  # and gives up before it goes on
-        loop.run_once(may_wait=False)
-        self.assertEqual(["first", "third"], passed)
+                    self.check(404, "GET", "/get?key=a")
+                    answered += 1
+        self.assertGreaterEqual(answered, 95)
 
     def test_a_thread_that_cannot_start_is_503_and_no_mistake(self) -> None:
-        real_start = threading.Thread.start
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertEqual(503, self.request("GET", "/list").status)
-            self.assertEqual(503, self.request("GET", "/health", user=None).status)
-        self.assertIs(real_start, threading.Thread.start)
-        self.assertEqual(200, self.request("GET", "/list").status)
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertEqual(200, self.request("GET", "/list").status, "one worker is enough")
+        no_thread = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
+        with no_thread:
+            self.check(503, "GET", "/list")
+            self.check(503, "GET", "/health", user=None)
+        self.check(200, "GET", "/list")
+        with no_thread:
+            self.check(200, "GET", "/list")  # one worker is enough
         self.assertNotIn("internal error", self.log.text())
 
-    def test_an_answer_that_cannot_be_made_closes_the_connection(self) -> None:
-        self.assertEqual(200, self.request("GET", "/list").status)
+    def test_without_memory_for_a_response_the_connection_closes(self) -> None:
+        self.check(200, "GET", "/list")
         with mock.patch.object(kvserver, "encode_response", side_effect=MemoryError):
             for target in ("/get?key=a", "/set?key=a&value=1", "/list", "/nowhere"):
                 self.assertEqual(b"", self.exchange(self.raw(f"GET {target} HTTP/1.1")))
@@ -3041,90 +2974,66 @@ class Overload(ServerCase):
         self.assertIn("internal error: MemoryError", self.log.text())
 
     def test_an_abandoned_check_is_not_made(self) -> None:
-        release, checked = threading.Event(), []
+        release, checked = threading.Event(), list[str]()
         self.addCleanup(release.set)
 
         def wait_and_verify(password: str, stored: str) -> bool:
             checked.append(password)
             return release.wait(WAIT_SECONDS) and False
 
-        self.enter(mock.patch.object(kvserver, "verify_password", wait_and_verify))
-        self.enter(mock.patch.object(kvserver, "CHECK_SECONDS", 0.05))
-        for number in range(5):
-            headers = {"Authorization": basic("alice", f"wrong password {number}")}
-            self.assertEqual(503, self.request("GET", "/list", user=None, headers=headers).status)
+        self.patch("verify_password", wait_and_verify)
+        with mock.patch.object(kvserver, "CHECK_SECONDS", 0.01):
+            for number in range(5):
+                self.check(503, "GET", "/list", user=basic("alice", f"wrong password {number}"))
         release.set()
-        with mock.patch.object(kvserver, "CHECK_SECONDS", WAIT_SECONDS):
-            headers = {"Authorization": basic("alice", "the last one")}
-            self.assertEqual(401, self.request("GET", "/list", user=None, headers=headers).status)
+        self.check(401, "GET", "/list", user=basic("alice", "the last one"))
         self.assertEqual(["wrong password 0", "the last one"], checked)
         self.assertEqual({}, self.server.authenticator._waiting)
 
     def test_the_same_error_is_logged_once_a_second(self) -> None:
-        with mock.patch.object(kvserver.Store, "pair", side_effect=sqlite3.OperationalError("disk I/O error")):
-            for _ in range(20):
-                self.assertEqual(503, self.request("GET", "/get?key=a").status)
-        self.assertLess(self.log.text().count("disk I/O error"), 5)
-
-    def test_errors_are_forgotten_after_their_pause(self) -> None:
         errors = kvserver.ErrorLog()
-        for number in range(1000):
-            errors.write(f"error {number}", pause_seconds=0)
-        self.assertEqual(1000, len(self.log.lines))
-        self.assertEqual(1, len(errors._paused))
+        with mock.patch("time.monotonic") as now:
+            for seconds in (5.0, 5.0, 5.9, 6.0, 6.9):
+                now.return_value = seconds
+                errors.write("disk I/O error")
+                errors.write(f"another one at {seconds}")
+        self.assertEqual(2, self.log.lines.count("disk I/O error"))
+        self.assertLessEqual(len(errors._paused), 2 + 1, "old ones are forgotten")
 
 
 class Failures(ServerCase):
-    """Errors below, and what clients and the log learn of them."""
+    """Errors below, and how clients and the log learn of them."""
 
-    def test_a_mistake_is_500_and_logged_without_what_the_client_sent(self) -> None:
+    def test_a_mistake_is_500_and_logged_without_the_clients_text(self) -> None:
         with mock.patch.object(kvserver.Store, "set_value", side_effect=RuntimeError("value was s3cr3t")):
-            answer = self.request("GET", "/set?key=a&value=s3cr3t")
-        self.assertEqual(500, answer.status)
-        self.assertNotIn(b"s3cr3t", answer.body)
+            answer = self.check(500, "GET", "/set?key=a&value=s3cr3t")
+        self.assertNotIn("s3cr3t", answer.body.decode() + self.log.text())
         self.assertIn("internal error: RuntimeError in ", self.log.text())
-        self.assertNotIn("s3cr3t", self.log.text())
 
     def test_a_failing_disk_is_503(self) -> None:
         with mock.patch.object(kvserver.Store, "pair", side_effect=sqlite3.OperationalError("disk I/O error")):
-            self.assertEqual(503, self.request("GET", "/get?key=a").status)
+            self.check(503, "GET", "/get?key=a")
         self.assertIn("the database failed: disk I/O error", self.log.text())
 
-    def test_a_database_locked_for_long_is_503_and_then_works_again(self) -> None:
-        self.enter(mock.patch.object(kvserver, "DATABASE_LOCK_SECONDS", 0.2))
-        self.request("GET", "/set?key=a&value=1")
-        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            answer = self.request("GET", "/set?key=a&value=2")
-            self.assertEqual((503, "5"), (answer.status, answer.headers["retry-after"]))
-            self.assertEqual(b"1", self.get("a"))
-            other.execute("ROLLBACK")
-        self.assertEqual(200, self.request("GET", "/set?key=a&value=2").status)
-        self.assertEqual(b"2", self.get("a"))
-
-    def test_a_write_waits_for_another_process(self) -> None:
-        other = sqlite3.connect(self.database, isolation_level=None, check_same_thread=False)
-        self.addCleanup(other.close)
-        other.execute("BEGIN IMMEDIATE")
-        timer = threading.Timer(0.3, other.execute, ["ROLLBACK"])
-        timer.start()
-        self.assertEqual(200, self.request("GET", "/set?key=a&value=1").status)
-        timer.join()
+    def test_a_write_waits_for_another_process_but_not_for_long(self) -> None:
+        self.check(200, "GET", "/set?key=a&value=1")
+        with locked(self.database):
+            waiting = self.connect(self.raw("GET /set?key=a&value=2 HTTP/1.1"))
+            wait_until(lambda: len(self.server.changes) == 1)
+        self.assertIn(b" 200 ", waiting.recv(65536))
+        with mock.patch.object(kvserver, "DATABASE_LOCK_SECONDS", 0.05), locked(self.database):
+            self.assertEqual("5", self.check(503, "GET", "/set?key=a&value=3").headers["retry-after"])
+            self.assertEqual({"a": "2"}, self.pairs())
+        self.check(200, "GET", "/set?key=a&value=4")
+        self.assertEqual({"a": "4"}, self.pairs())
 
     def test_a_write_that_fails_does_not_fail_its_neighbours(self) -> None:
-        def write(value: str) -> Callable[[kvserver.Store], str]:
-            def operation(store: kvserver.Store) -> str:
-                store.set_value(1, value, value)
-                return value
-
-            return operation
+        def fail_early(store: kvserver.Store) -> None:
+            raise RuntimeError("before a change")
 
         def fail_late(store: kvserver.Store) -> None:
             store.set_value(1, "undone", "")
             raise RuntimeError("after a change")
-
-        def fail_early(store: kvserver.Store) -> None:
-            raise RuntimeError("before a change")
 
         def unknown_user(store: kvserver.Store) -> None:
             store.set_value(3, "undone", "")
@@ -3133,24 +3042,26 @@ class Failures(ServerCase):
             store._execute("ROLLBACK")
             raise sqlite3.OperationalError("database or disk is full")
 
-        for number, fail in enumerate((fail_early, fail_late, unknown_user, lose_the_transaction)):
-            with self.subTest(fail.__name__):
-                self.store.begin()
-                first, failed, last = self.store.commit([write(f"first{number}"), fail, write(f"last{number}")])
-                self.assertEqual((f"first{number}", f"last{number}"), (first, last))
-                self.assertIsInstance(failed, Exception)
-        written = {f"{which}{number}": f"{which}{number}" for which in ("first", "last") for number in range(4)}
-        self.assertEqual(written, self.pairs())
+        def write(value: str) -> Callable[[kvserver.Store], None]:
+            return lambda store: store.set_value(1, value, value)
 
-    def test_a_disk_that_refuses_even_the_rollback_is_503_until_it_is_well(self) -> None:
+        expected: dict[str, str] = {}
+        for fail in (fail_early, fail_late, unknown_user, lose_the_transaction):
+            first, last = f"before {fail.__name__}", f"after {fail.__name__}"
+            self.store.begin()
+            results = self.store.commit([write(first), fail, write(last)])
+            self.assertEqual([False, True, False], [isinstance(result, Exception) for result in results], fail)
+            expected |= {first: first, last: last}
+            self.assertEqual(expected, self.pairs())
+
+    def test_a_disk_that_refuses_even_the_rollback_is_503_until_it_recovers(self) -> None:
         writer = self.server.writer
-        connection = writer._connection
-        broken = mock.Mock(in_transaction=True)
+        connection, broken = writer._connection, mock.Mock(in_transaction=True)
         broken.execute.side_effect = sqlite3.OperationalError("disk I/O error")
         with mock.patch.object(writer, "_connection", broken):
-            self.assertEqual(503, self.request("GET", "/set?key=a&value=1").status)
-        connection.execute("BEGIN IMMEDIATE")  # what a failed rollback leaves
-        self.assertEqual(200, self.request("GET", "/set?key=a&value=2").status)
+            self.check(503, "GET", "/set?key=a&value=1")
+        connection.execute("BEGIN IMMEDIATE")  # a failed rollback leaves this
+        self.check(200, "GET", "/set?key=a&value=2")
         self.assertEqual({"a": "2"}, self.pairs())
 
     def test_every_commit_is_synced(self) -> None:
@@ -3164,138 +3075,112 @@ class RequestLog(ServerCase):
 
     log_requests = True
 
-    def test_line_names_the_key_and_no_value(self) -> None:
+    def test_a_line_names_the_key_and_no_value(self) -> None:
         self.request("GET", "/set?key=the+door&value=s3cr3t")
         self.request("POST", "/set", '{"key": "a\\nb", "value": "s3cr3t"}', kvserver.JSON)
         self.request("POST", "/set?key=raw", "s3cr3t")
         self.request("GET", "/get?s3cr3t", user=None)
         self.request("GET", "/health", user=None)
         self.stop()
-        seconds = r"milliseconds=\d+\.\d"
-        for line, expected in zip(
-            self.log.lines,
-            (
-                rf"request: method=GET path='/set' key='the door' status=200 {seconds} user='alice' address=127.0.0.1",
-                rf"request: method=POST path='/set' key='a\\nb' status=200 {seconds} user='alice' address=127.0.0.1",
-                rf"request: method=POST path='/set' key='raw' status=200 {seconds} user='alice' address=127.0.0.1",
-                rf"request: method=GET path='/get' key='' status=401 {seconds} user='' address=127.0.0.1",
-                rf"request: method=GET path='/health' key='' status=200 {seconds} user='' address=127.0.0.1",
-            ),
-        ):
-            self.assertRegex(line, rf"\A{expected}\Z")
-        self.assertEqual(5, len(self.log.lines))
-        self.assertNotIn("s3cr3t", self.log.text())
+        expected = [
+            "request: method=GET path='/set' key='the door' status=200 user='alice' address=127.0.0.1",
+            "request: method=POST path='/set' key='a\\nb' status=200 user='alice' address=127.0.0.1",
+            "request: method=POST path='/set' key='raw' status=200 user='alice' address=127.0.0.1",
+            "request: method=GET path='/get' key='' status=401 user='' address=127.0.0.1",
+            "request: method=GET path='/health' key='' status=200 user='' address=127.0.0.1",
+        ]
+        self.assertEqual(expected, [re.sub(r" milliseconds=\d+\.\d ", " ", line) for line in self.log.lines])
 
-    def test_nothing_that_may_be_a_value_is_in_it(self) -> None:
-        for target in (
-            "/set?key=a&value=s3cr3t1&old=s3cr3t2",
-            "/get?key=b&default=s3cr3t3",
-            "/get?key=b&wait=0&unless=s3cr3t4",
-            "/toggle?key=a&values=s3cr3t5,s3cr3t6",
-            "/set&key=a&value=s3cr3t7",
-            "/set%3Fkey=a&value=s3cr3t8",
-            "/a/s3cr3t9",
-            "/set?key=a&value=s3cr3t10&what=s3cr3t11",
-            "/set?key=a&s3cr3t12",
-            "/list?after=s3cr3t13&limit=s3cr3t14",
-        ):
-            self.request("GET", target)
-        self.request("PUT", "/kv/the/door?ttl=s3cr3t15", "s3cr3t16")
-        self.request("PUT", "/kv/the/door", "s3cr3t17")
-        self.request("s3cr3t18", "/list")
-        self.assertEqual(405, self.request("DELETE", "/iotpersistenceapi/set?key=a&value=s3cr3t21").status)
-        self.exchange(b"GET /set?key=a&value=s3cr3t19 s3cr3t20 HTTP/1.1\r\n\r\n")
+    def test_no_part_of_a_request_that_may_be_a_value_is_logged(self) -> None:
+        requests = (
+            ("GET", "/set?key=a&value=s3cr3t1&old=s3cr3t2", None, "method=GET path='/set' key='a' status=409 "),
+            ("GET", "/get?key=b&default=s3cr3t3", None, "method=GET path='/get' key='b' status=200 "),
+            ("GET", "/get?key=b&wait=0&unless=s3cr3t4", None, "method=GET path='/get' key='b' status=404 "),
+            ("GET", "/toggle?key=a&values=s3cr3t5,s3cr3t6", None, "method=GET path='/toggle' key='a' status=200 "),
+            ("GET", "/set&key=a&value=s3cr3t7", None, "method=GET path='' key='' status=404 "),
+            ("GET", "/set%3Fkey=a&value=s3cr3t8", None, "method=GET path='' key='' status=404 "),
+            ("GET", "/a/s3cr3t9", None, "method=GET path='' key='' status=404 "),
+            ("GET", "/set?key=a&value=s3cr3t10&what=s3cr3t11", None, "status=400 "),
+            ("GET", "/set?key=a&s3cr3t12", None, "status=400 "),
+            ("GET", "/list?after=s3cr3t13&limit=s3cr3t14", None, "method=GET path='/list' key='' status=400 "),
+            ("PUT", "/kv/the/door?ttl=s3cr3t15", "s3cr3t16", "method=PUT path='/kv/' key='the/door' status=400 "),
+            ("PUT", "/kv/the/door", "s3cr3t17", "method=PUT path='/kv/' key='the/door' status=201 "),
+            ("s3cr3t18", "/list", None, "method= path='/list' key='' status=501 "),
+            ("DELETE", "/iotpersistenceapi/set?key=a&value=s3cr3t21", None, "path='/iotpersistenceapi/set' key='' "),
+        )
+        for method, target, body, _ in requests:
+            self.request(method, target, body)
+        self.exchange(b"GET /set?key=a&value=s3cr3t19 s3cr3t20 HTTP/1.1\r\n\r\n", end=True)
         self.stop()
+        self.assertEqual(len(requests) + 1, len(self.log.lines))
+        for line, (*_, shown) in zip(self.log.lines, requests):
+            self.assertIn(shown, line)
+        self.assertRegex(self.log.lines[-1], "method= path='' key='' status=400 .* user='' address=127.0.0.1")
         self.assertNotIn("s3cr3t", self.log.text())
-        self.assertEqual(15, len(self.log.lines))
-        self.assertIn("method=DELETE path='/iotpersistenceapi/set' key='' status=405 ", self.log.lines[13])
-        self.assertIn("method=PUT path='/kv/' key='the/door' status=201 ", self.log.lines[11])
-        self.assertIn("method=GET path='' key='' status=404 ", self.log.lines[4])
-        self.assertIn("method= path='/list' key='' status=501 ", self.log.lines[12])
-        self.assertRegex(self.log.lines[14], "method= path='' key='' status=400 .* user='' address=127.0.0.1")
 
 
 class Observed(ServerCase):
-    """What the server tells of itself."""
+    """The server's metrics."""
 
-    def metrics(self, **headers: str) -> dict[str, float]:
-        """Return what is counted, by name with labels, after a look at the format."""
-        answer = self.request("GET", "/metrics", headers=headers)
-        self.assertEqual(
-            (200, "text/plain; version=0.0.4; charset=utf-8"), (answer.status, answer.headers["content-type"])
-        )
-        text = answer.body.decode()
-        self.assertTrue(text.endswith("\n"))
-        described: set[str] = set()
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers, by name with labels, after a check of the format."""
+        answer = self.check(200, "GET", "/metrics")
+        self.assertEqual("text/plain; version=0.0.4; charset=utf-8", answer.headers["content-type"])
         numbers: dict[str, float] = {}
-        name = kind = ""
-        for line in text.splitlines():
-            if line.startswith("# HELP "):
-                name = line.split()[2]
-                self.assertNotIn(name, described)
-                described.add(name)
-            elif line.startswith("# TYPE "):
-                _, _, typed, kind = line.split()
-                self.assertEqual(name, typed)
-            else:
+        family = r"# HELP (\w+) [^\n]+\n# TYPE \1 (counter|gauge|histogram)\n((?:\1[^\n]* [^ \n]+\n)*)"
+        self.assertEqual("", re.sub(family, "", answer.body.decode()), "nothing else")
+        families = re.findall(family, answer.body.decode())
+        self.assertEqual(len(families), len({name for name, _, _ in families}))
+        for name, kind, samples in families:
+            suffix = "(?:_bucket|_sum|_count)" if kind == "histogram" else ""
+            for line in samples.splitlines():
                 sample, _, number = line.rpartition(" ")
-                suffix = "(?:_bucket|_sum|_count)" if kind == "histogram" else ""
                 self.assertRegex(sample, rf'\A{name}{suffix}(?:\{{[a-z]+="[^"\\]*"(?:,[a-z]+="[^"\\]*")*\}})?\Z')
                 self.assertNotIn(sample, numbers)
                 numbers[sample] = float(number)
         return numbers
 
     def test_requests_are_counted_by_endpoint_and_status(self) -> None:
-        for target in (
-            "/set?key=door&value=open",
-            "/iotpersistenceapi/set?key=a&value=1",
-            "/get?key=door",
-            "/get?key=b",
-        ):
+        for target in ("/set?key=a&value=1", "/iotpersistenceapi/set?key=b&value=1", "/get?key=a", "/get?key=c", "/x?y"):
             self.request("GET", target)
-        self.request("PUT", "/kv/door", "shut")
-        self.request("GET", "/what?key=door")
+        self.request("PUT", "/kv/a", "2")
         self.request("PATCH", "/set")
-        self.exchange(b"nonsense\r\n\r\n")
+        self.exchange(b"nonsense\r\n\r\n", end=True)
         counted = {name: count for name, count in self.metrics().items() if "requests_total" in name}
-        self.assertEqual(
-            {
-                'kvserver_requests_total{endpoint="/set",status="200"}': 2,
-                'kvserver_requests_total{endpoint="/get",status="200"}': 1,
-                'kvserver_requests_total{endpoint="/get",status="404"}': 1,
-                'kvserver_requests_total{endpoint="/kv/KEY",status="200"}': 1,
-                'kvserver_requests_total{endpoint="other",status="404"}': 1,
-                'kvserver_requests_total{endpoint="/set",status="405"}': 1,
-                'kvserver_requests_total{endpoint="other",status="400"}': 1,
-            },
-            counted,
-        )
-        self.assertEqual(1, self.metrics()['kvserver_requests_total{endpoint="/metrics",status="200"}'])
+        expected = {
+            ("/set", 200): 2,
+            ("/get", 200): 1,
+            ("/get", 404): 1,
+            ("/kv/KEY", 200): 1,
+            ("other", 404): 1,
+            ("/set", 405): 1,
+            ("other", 400): 1,
+        }
+        name = 'kvserver_requests_total{{endpoint="{}",status="{}"}}'
+        self.assertEqual({name.format(*labels): count for labels, count in expected.items()}, counted)
+        self.assertEqual(1, self.metrics()[name.format("/metrics", 200)])
 
     def test_durations_are_a_histogram(self) -> None:
-        for _ in range(3):
-            self.request("GET", "/get?key=a")
-        self.request("GET", "/get?key=a&wait=0.3&unless=x")
+        for query in ("", "&wait=0.1&unless=x", "&wait=0.1&unless=x"):
+            self.request("GET", "/get?key=a" + query)
         numbers = self.metrics()
-        bounds = [str(bound) for bound in kvserver.DURATION_SECONDS] + ["+Inf"]
-        counts = [numbers[f'kvserver_request_seconds_bucket{{endpoint="/get",le="{bound}"}}'] for bound in bounds]
+        bounds = ("0.0005", "0.001", "0.0025", "0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5")
+        name = 'kvserver_request_seconds_bucket{{endpoint="/get",le="{}"}}'
+        counts = [numbers[name.format(bound)] for bound in (*bounds, "1", "2.5", "5", "10", "60", "+Inf")]
         self.assertEqual(sorted(counts), counts)
-        self.assertEqual((4, 4), (counts[-1], numbers['kvserver_request_seconds_count{endpoint="/get"}']))
-        self.assertLessEqual(counts[bounds.index("0.25")], 3)
-        self.assertGreaterEqual(numbers['kvserver_request_seconds_sum{endpoint="/get"}'], 0.3)
+        self.assertEqual((3, 3), (counts[-1], numbers['kvserver_request_seconds_count{endpoint="/get"}']))
+        self.assertLessEqual(counts[bounds.index("0.1")], 1)
+        self.assertGreaterEqual(numbers['kvserver_request_seconds_sum{endpoint="/get"}'], 0.2)
 
-    def test_what_there_is_is_told(self) -> None:
+    def test_sizes_and_changes_are_told(self) -> None:
         before = self.metrics()
         self.assertEqual((2, 0), (before["kvserver_users"], before["kvserver_pairs"]))
-        self.request("GET", "/set?key=a&value=1")
-        self.request("GET", "/set?key=b&value=1&ttl=0.001")
-        self.request("GET", "/set?key=a&value=2&nx=1")
-        waiting = self.connect()
-        waiting.sendall(self.raw("GET /get?key=a&wait=60&unless=1 HTTP/1.1"))
+        for query in ("key=a&value=1", "key=b&value=1&ttl=0.001", "key=a&value=2&nx=1"):
+            self.request("GET", "/set?" + query)
+        self.connect(self.raw("GET /get?key=a&wait=60&unless=1 HTTP/1.1"))
         wait_until(lambda: bool(self.server.polls))
         numbers = self.metrics()
-        self.assertEqual(1, numbers["kvserver_pairs"])
-        self.assertEqual((1, 2), (numbers["kvserver_polls"], numbers["kvserver_connections"]))
+        self.assertEqual((1, 1, 2), tuple(numbers[f"kvserver_{name}"] for name in ("pairs", "polls", "connections")))
         self.assertEqual(2, numbers["kvserver_writes_total"] - before["kvserver_writes_total"])
         self.assertIn(numbers["kvserver_commits_total"] - before["kvserver_commits_total"], (2, 3))
         self.assertEqual(os.path.getsize(self.database), numbers["kvserver_database_bytes"])
@@ -3303,42 +3188,30 @@ class Observed(ServerCase):
         self.assertGreater(numbers["kvserver_uptime_seconds"], before["kvserver_uptime_seconds"])
 
     def test_failed_logins_are_counted(self) -> None:
-        self.request("GET", "/list", user=None)  # who has not tried has not failed
-        for authorization in (basic("alice", "wrong"), basic("", "x"), "Bearer kv_unknown"):
-            self.request("GET", "/list", user=None, headers={"Authorization": authorization})
-        self.assertEqual(3, self.metrics()["kvserver_failed_logins_total"])
+        for authorization in (None, basic("alice", "wrong"), basic("", "x"), "Bearer kv_unknown"):
+            self.check(401, "GET", "/list", user=authorization)
+        self.assertEqual(3, self.metrics()["kvserver_failed_logins_total"], "the first one has not tried")
 
-    def test_they_are_for_admins_by_password_or_a_token_that_may_do_all(self) -> None:
-        tokens = {}
-        for name, user, is_read_only, prefix in (
-            ("full", "alice", False, ""),
-            ("read-only", "alice", True, ""),
-            ("prefix", "alice", False, "a"),
-            ("bob's", "bob", False, ""),
+    def test_they_are_for_admins_by_password_or_a_token_without_limits(self) -> None:
+        for user, is_read_only, prefix, status in (
+            ("alice", False, "", 200),
+            ("alice", True, "", 403),
+            ("alice", False, "a", 403),
+            ("bob", False, "", 403),
         ):
-            tokens[name] = kvserver.make_token()
-            self.store.add_token(user, kvserver.hash_token(tokens[name]), name, is_read_only, prefix)
-        statuses = {
-            name: self.request("GET", "/metrics", user=None, headers={"Authorization": f"Bearer {token}"}).status
-            for name, token in tokens.items()
-        }
-        self.assertEqual({"full": 200, "read-only": 403, "prefix": 403, "bob's": 403}, statuses)
-        self.assertEqual(403, self.request("GET", "/metrics", user="bob").status)
-        self.assertEqual(200, self.request("HEAD", "/metrics").status)
-        self.assertEqual(200, self.request("GET", "/iotpersistenceapi/metrics").status)
-        answer = self.request("GET", "/metrics", user=None)
-        self.assertEqual(
-            (401, 'Basic realm="kvserver", charset="UTF-8"'), (answer.status, answer.headers["www-authenticate"])
-        )
+            token = kvserver.make_token()
+            self.store.add_token(user, kvserver.hash_token(token), "", is_read_only, prefix)
+            self.check(status, "GET", "/metrics", user=f"Bearer {token}")
+        self.check(403, "GET", "/metrics", user="bob")
+        self.check(200, "HEAD", "/metrics")
+        self.check(200, "GET", "/iotpersistenceapi/metrics")
+        answer = self.check(401, "GET", "/metrics", user=None)
+        self.assertEqual('Basic realm="kvserver", charset="UTF-8"', answer.headers["www-authenticate"])
 
     def test_they_name_no_user_and_no_key(self) -> None:
-        self.request("GET", "/set?key=s3cr3t&value=s3cr3t")
-        self.request("GET", "/kv/s3cr3t")
-        self.request("GET", "/s3cr3t")
-        self.request("GET", "/me/state?key=s3cr3t")
-        body = self.request("GET", "/metrics").body
-        self.assertNotIn(b"s3cr3t", body)
-        self.assertNotIn(b"alice", body)
+        for target in ("/set?key=s3cr3t&value=s3cr3t", "/kv/s3cr3t", "/s3cr3t", "/me/state?key=s3cr3t"):
+            self.request("GET", target)
+        self.assertNotRegex(self.request("GET", "/metrics").body, b"s3cr3t|alice")
 
 
 ARRIVED = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
