@@ -3141,7 +3141,13 @@ class Observed(ServerCase):
         return numbers
 
     def test_requests_are_counted_by_endpoint_and_status(self) -> None:
-        for target in ("/set?key=a&value=1", "/iotpersistenceapi/set?key=b&value=1", "/get?key=a", "/get?key=c", "/x?y"):
+        for target in (
+            "/set?key=a&value=1",
+            "/iotpersistenceapi/set?key=b&value=1",
+            "/get?key=a",
+            "/get?key=c",
+            "/x?y",
+        ):
             self.request("GET", target)
         self.request("PUT", "/kv/a", "2")
         self.request("PATCH", "/set")
