@@ -1007,245 +1007,182 @@ class Checks(ServerCase):
 
 
 class Commits(ServerCase):
-    """Writes that share a commit, reads that go on meanwhile, and what is remembered of the database."""
+    """Writes that share a commit, reads meanwhile, and rows that are remembered."""
 
-    def count_commits(self) -> list[int]:
-        """Return a list to which each further commit adds how many changes it was of."""
-        sizes: list[int] = []
+    def setUp(self) -> None:
+        super().setUp()
+        for user in PASSWORDS:
+            self.pairs(user)  # now the passwords are known
+        self.sizes: list[int] = []  # how many changes each commit had
+        self.after_commit: Callable[[], object] = int
+        self.also: list[Callable[[kvserver.Store], Any]] = []  # further operations for the next commit
         commit = self.server.writer.commit
 
-        def count_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
-            sizes.append(len(operations))
-            return commit(operations)
+        def note_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
+            self.sizes.append(len(operations))
+            also, self.also = self.also, []
+            results = commit([*operations, *also])
+            self.after_commit()
+            return results[: len(operations)]
 
-        self.enter(mock.patch.object(self.server.writer, "commit", count_and_commit))
-        return sizes
+        self.enterContext(mock.patch.object(self.server.writer, "commit", note_and_commit))
 
-    def test_writes_that_wait_share_one_commit(self) -> None:
-        self.get("a")  # the password is known from here on
-        sizes = self.count_commits()
-        with locked(self.database):
-            connections = [self.connect() for _ in range(20)]
-            for number, connection in enumerate(connections):
-                connection.sendall(self.raw(f"GET /set?key={number}&value={number} HTTP/1.1"))
-            wait_until(lambda: len(self.server.changes) == 20)
-        for connection in connections:
-            self.assertTrue(connection.recv(65536).endswith(b"Success"))
-        self.assertEqual([20], sizes)
-        self.assertEqual({str(number): str(number) for number in range(20)}, self.pairs())
+    def begin_set(self, key: str, user: str = "alice") -> socket.socket:
+        """Send a write of 1, and return its connection."""
+        return self.begin(f"GET /set?key={key}&value=1 HTTP/1.1", user=user)
 
-    def test_while_others_ask_writes_wait_for_each_other_but_not_for_long(self) -> None:
-        self.get("a")
-        run_once = kvserver.Loop.run_once
-        always_busy = mock.patch.object(kvserver.Loop, "run_once", lambda loop, may_wait: run_once(loop, False) or True)
-        with always_busy, mock.patch.object(kvserver, "GATHER_SECONDS_MAX", 0.5):
-            connections = [self.connect() for _ in range(3)]  # one of which sends nothing
-            wait_until(lambda: len(self.server.connections) >= 3)
-            sizes = self.count_commits()
-            self.server.writer.commit_seconds = 60
-            begun = time.monotonic()
-            for number, connection in enumerate(connections[:2]):
-                connection.sendall(self.raw(f"GET /set?key={number}&value=1 HTTP/1.1"))
-                time.sleep(0.1)
-            for connection in connections[:2]:
-                self.assertTrue(connection.recv(65536).endswith(b"Success"))
-            self.assertTrue(0.5 <= time.monotonic() - begun < 2)
-        self.assertEqual([2], sizes)
-
-    def test_a_write_that_fails_does_not_fail_its_neighbours(self) -> None:
-        self.get("a")
-        self.get("a", user="bob")
-        bob = self.raw("GET /set?key=b&value=1 HTTP/1.1").replace(
-            basic("alice", PASSWORDS["alice"]).encode(), basic("bob", PASSWORDS["bob"]).encode()
-        )
-        sizes = self.count_commits()
+    def test_waiting_writes_share_one_commit_and_each_fails_alone(self) -> None:
         with locked(self.database) as other:
-            connections = [self.connect() for _ in range(4)]
-            for connection, data in zip(
-                connections,
-                (
-                    self.raw("GET /set?key=a&value=1 HTTP/1.1"),
-                    bob,
-                    self.raw("GET /set?key=d HTTP/1.1"),
-                    self.raw("GET /set?key=c&value=1 HTTP/1.1"),
-                ),
-            ):
-                connection.sendall(data)
-            wait_until(lambda: len(self.server.changes) == 4)
+            connections = [self.begin_set(str(number)) for number in range(20)]
+            connections += [self.begin("GET /set?key=a HTTP/1.1"), self.begin_set("b", "bob")]
+            wait_until(lambda: len(self.server.changes) == 22)
             other.execute("DELETE FROM user WHERE name = 'bob'")
-        statuses = [re.findall(rb"HTTP/1.1 (\d+)", connection.recv(65536)) for connection in connections]
-        self.assertEqual([[b"200"], [b"401"], [b"400"], [b"200"]], statuses)
-        self.assertEqual([4], sizes)
-        self.assertEqual({"a": "1", "c": "1"}, self.pairs())
+        answers = [statuses(connection.recv(65536)) for connection in connections]
+        self.assertEqual([*[[200]] * 20, [400], [401]], answers)
+        self.assertEqual([22], self.sizes)
+        self.assertEqual({str(number): "1" for number in range(20)}, self.pairs())
 
-    @contextlib.contextmanager
-    def held_up_commit(self) -> Iterator[tuple[socket.socket, threading.Event]]:
-        """Have a write of 2 to the key a wait for a slow disk; give its connection and the event that ends the wait."""
-        self.request("GET", "/set?key=a&value=1")
-        committing, release = threading.Event(), threading.Event()
-        commit = self.server.writer.commit
-
-        def wait_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
-            committing.set()
-            self.assertTrue(release.wait(WAIT_SECONDS))
-            return commit(operations)
-
-        self.server.writer.commit_seconds = 1
-        with mock.patch.object(self.server.writer, "commit", wait_and_commit):
-            try:
-                connection = self.connect()
-                connection.sendall(self.raw("GET /set?key=a&value=2 HTTP/1.1"))
-                self.assertTrue(committing.wait(WAIT_SECONDS))
-                yield connection, release
-            finally:
-                release.set()
+    def test_writes_wait_for_each_other_while_others_ask_but_not_for_long(self) -> None:
+        run_once = kvserver.Loop.run_once
+        self.enterContext(
+            mock.patch.object(kvserver.Loop, "run_once", lambda loop, may_wait: run_once(loop, False) or True)
+        )
+        self.patch("GATHER_SECONDS_MAX", 60)
+        idle = self.connect()
+        wait_until(lambda: len(self.server.connections) == 1)
+        self.server.writer.commit_seconds = 120
+        connections = [self.begin_set("a"), self.begin_set("b")]
+        wait_until(lambda: len(self.server.changes) == 2)
+        self.assertEqual([], self.sizes)
+        idle.sendall(self.raw("GET /set?key=c&value=1 HTTP/1.1"))
+        for connection in (*connections, idle):
+            self.assertEqual([200], statuses(connection.recv(65536)))
+        self.patch("GATHER_SECONDS_MAX", 0.05)
+        self.assertEqual([200], statuses(self.begin_set("d").recv(65536)))
+        self.assertEqual([3, 1], self.sizes)
 
     def test_reads_do_not_wait_for_a_slow_disk(self) -> None:
-        with self.held_up_commit() as (first, release):
-            second = self.connect()
-            second.sendall(self.raw("GET /set?key=b&value=2 HTTP/1.1"))
+        self.server.writer.commit_seconds = 1
+        with held(self.server.writer, "commit") as (committing, release):
+            first = self.begin_set("a")
+            self.assertTrue(committing.acquire(timeout=WAIT_SECONDS))
+            second = self.begin_set("b")
             wait_until(lambda: len(self.server.changes) == 1)
-            self.assertEqual((b"1", None), (self.get("a"), self.get("b")))
+            self.assertEqual({}, self.pairs())
+            self.assertIsNone(self.get("a"))
             release.set()
             for connection in (first, second):
-                self.assertTrue(connection.recv(65536).endswith(b"Success"))
-            self.assertEqual((b"2", b"2"), (self.get("a"), self.get("b")))
+                self.assertEqual([200], statuses(connection.recv(65536)))
+        self.assertEqual({"a": "1", "b": "1"}, self.pairs())
 
-    def test_a_write_that_waits_behind_a_slow_commit_is_503_after_a_while(self) -> None:
-        self.enter(mock.patch.object(kvserver, "DATABASE_LOCK_SECONDS", 0.05))
-        with self.held_up_commit() as (first, release):
-            answer = self.request("GET", "/set?key=b&value=2")
-            self.assertEqual((503, "5"), (answer.status, answer.headers["retry-after"]))
+    def test_a_write_behind_a_slow_commit_is_503_after_a_while(self) -> None:
+        self.patch("DATABASE_LOCK_SECONDS", 0.05)
+        self.server.writer.commit_seconds = 1
+        with held(self.server.writer, "commit") as (committing, release):
+            first = self.begin_set("a")
+            self.assertTrue(committing.acquire(timeout=WAIT_SECONDS))
+            self.assertEqual("5", self.check(503, "GET", "/set?key=b&value=2").headers["retry-after"])
             release.set()
             # Nobody can know whether a commit under way will succeed, so its write is answered only when it ends.
-            self.assertTrue(first.recv(65536).endswith(b"Success"))
-            self.assertEqual({"a": "2"}, self.pairs())
+            self.assertEqual([200], statuses(first.recv(65536)))
+        self.assertEqual({"a": "1"}, self.pairs())
 
-    def test_writes_in_one_piece_are_committed_one_by_one_without_a_pause(self) -> None:
-        self.get("a")
-        with mock.patch.object(kvserver, "POLL_SECONDS", 1):
+    def test_pipelined_writes_are_committed_one_by_one_without_a_pause(self) -> None:
+        with mock.patch.object(kvserver, "POLL_SECONDS", 0.2):
             begun = time.monotonic()
             answers = self.exchange(self.raw("GET /set?key=a&value=1 HTTP/1.1") * 10, end=True)
             self.assertLess(time.monotonic() - begun, 1)
-        self.assertEqual(10, answers.count(b"HTTP/1.1 200 "))
+        self.assertEqual(([200] * 10, [1] * 10), (statuses(answers), self.sizes))
 
     def test_one_thread_at_a_time_commits_and_no_write_is_lost(self) -> None:
-        inside: list[int] = []
-        problems: list[str] = []
+        inside, problems, rates = [0], list[object](), random.Random(1)
         commit = self.server.writer.commit
-        rates = random.Random(1)
 
-        def watch_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
-            inside.append(threading.get_ident())
-            outcomes = commit(operations)
-            if len(inside) != 1:
-                problems.append("two commits at once")
-            inside.clear()
-            self.server.writer.commit_seconds = rates.choice((0, 1))  # a disk that is quick at times and slow at times
-            return outcomes
+        def watch_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
+            inside[0] += 1
+            results = commit(operations)
+            problems.extend(["two commits at once"] if inside[0] != 1 else [])
+            inside[0] -= 1
+            self.server.writer.commit_seconds = rates.choice((0, 1))  # now a quick disk, now a slow one
+            return results
 
         def write(name: str) -> None:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
-            headers = {"Authorization": basic("alice", PASSWORDS["alice"])}
-            with contextlib.closing(connection):
-                for number in range(100):
-                    connection.request("GET", f"/set?key={name}&value={number}", headers=headers)
-                    if (answer := read_answer(connection.getresponse())).body != b"Success":
-                        problems.append(f"{name} {number}: {answer}")
-                    connection.request("GET", f"/get?key={name}", headers=headers)
-                    if (answer := read_answer(connection.getresponse())).body != str(number).encode():
-                        problems.append(f"{name} {number}: {answer}")
+            connection = self.new_connection()
+            for number in range(30):
+                answer = self.request("GET", f"/set?key={name}&value={number}", connection=connection)
+                problems.extend([answer] if answer.body != b"Success" else [])
+                answer = self.request("GET", f"/get?key={name}", connection=connection)
+                problems.extend([answer] if answer.body != str(number).encode() else [])
 
-        with mock.patch.object(self.server.writer, "commit", watch_commit):
-            writers = [threading.Thread(target=write, args=(f"writer{number}",)) for number in range(8)]
-            for writer in writers:
-                writer.start()
-            for writer in writers:
-                writer.join()
+        with mock.patch.object(self.server.writer, "commit", watch_and_commit):
+            join(in_threads(write, [(f"writer{number}",) for number in range(8)]))
         self.assertEqual([], problems)
-        self.assertEqual({f"writer{number}": "99" for number in range(8)}, self.pairs())
+        self.assertEqual({f"writer{number}": "29" for number in range(8)}, self.pairs())
+
+    def read_pairs(self, **expected: str) -> int:
+        """Check the values of some keys; return how many of them SQLite was asked for."""
+        statements: list[str] = []
+        self.server.reader._connection.set_trace_callback(statements.append)
+        for key, value in expected.items():
+            self.assertEqual(value.encode(), self.get(key))
+        self.server.reader._connection.set_trace_callback(None)
+        return sum("AS BLOB), updated, expires FROM pair" in statement for statement in statements)
+
+    def test_sqlite_is_asked_only_for_rows_that_may_have_changed(self) -> None:
+        for key in "ab":
+            self.check(200, "GET", f"/set?key={key}&value=1")
+        self.assertEqual(2, self.read_pairs(a="1", b="1"))
+        self.assertEqual(0, self.read_pairs(a="1", b="1"))
+        self.check(200, "GET", "/set?key=a&value=2")
+        self.assertEqual(1, self.read_pairs(a="2", b="1"))
+        self.store.set_value(1, "b", "2")  # as another process does
+        self.assertEqual(2, self.read_pairs(a="2", b="2"))
+        self.after_commit = lambda: self.store.set_value(1, "b", "3")
+        self.check(200, "GET", "/set?key=a&value=3")
+        self.assertEqual(2, self.read_pairs(a="3", b="3"))
+        self.after_commit = int
+        self.also.append(lambda store: store.set_password_hash("bob", "changed"))
+        self.check(200, "GET", "/set?key=a&value=4")
+        self.assertEqual(2, self.read_pairs(a="4", b="3"))
 
     def test_a_commit_that_fails_leaves_no_stale_row(self) -> None:
-        self.request("GET", "/set?key=a&value=old")
-        reader = kvserver.CachingStore(self.database)
-        self.addCleanup(reader.close)
-        self.assertEqual(b"old", value(reader, "a"))
+        self.check(200, "GET", "/set?key=a&value=old")
+        self.assertEqual(b"old", self.get("a"))
 
         def fail(store: kvserver.Store) -> None:
             store._execute("ROLLBACK")  # as SQLite does when the disk is full
             raise sqlite3.OperationalError("database or disk is full")
 
+        self.also.append(fail)
+        self.check(200, "GET", "/set?key=a&value=new")
+        self.assertEqual(b"new", self.get("a"))
+
+    def test_changes_by_other_processes_are_read_at_once(self) -> None:
+        for number in map(str, range(30)):
+            self.store.set_value(1, "a", number)
+            self.assertEqual(number.encode(), self.get("a"))
+            self.store.set_value(1, "b", number)
+            self.check(200, "GET", "/set?key=c&value=" + number)
+            self.assertEqual({"a": number, "b": number, "c": number}, self.pairs())
+            self.assertEqual(number.encode(), self.get("b"))
+
+    def test_remembered_rows_are_bounded(self) -> None:
+        reader = kvserver.CachingStore(self.database)
+        self.addCleanup(reader.close)
         self.store.begin()
-        state = reader.state()
-        outcomes = self.store.commit([lambda store: store.set_value(1, "a", "new"), fail])
-        reader.keep_rows(state, reader.state(), self.store.changed_pairs)
-        self.assertIsNone(outcomes[0])
-        self.assertEqual(b"new", value(reader, "a"))
-
-    def test_what_another_process_writes_is_read_at_once(self) -> None:
-        for number in range(100):
-            self.store.set_value(1, "a", str(number))
-            self.assertEqual(str(number).encode(), self.get("a"))
-            self.store.set_value(1, "b", str(number))
-            self.request("GET", "/set?key=c&value=" + str(number))
-            self.assertEqual((str(number).encode(),) * 3, (self.get("a"), self.get("b"), self.get("c")))
-
-    def test_rows_are_remembered_until_somebody_commits(self) -> None:
-        reader = kvserver.CachingStore(self.database)
-        self.addCleanup(reader.close)
-        self.store.set_value(1, "a", "1")
-        with mock.patch.object(reader, "_read", wraps=reader._read) as read:
-            for expected, count in (("1", 2), ("1", 2), ("2", 4), ("2", 4)):
-                if value(reader, "a") != expected.encode():
-                    self.store.set_value(1, "a", expected)
-                self.assertEqual(expected.encode(), value(reader, "a"))
-                self.assertEqual("alice", getattr(reader.user("alice"), "name", None))
-                self.assertEqual(count, read.call_count)
-
-    def test_rows_are_kept_over_a_commit_of_ones_own_only(self) -> None:
-        reader = kvserver.CachingStore(self.database)
-        self.addCleanup(reader.close)
-        other = kvserver.Store(self.database)
-        self.addCleanup(other.close)
-        for is_alone, changed in ((True, "a"), (False, "a"), (True, None)):
-            with self.subTest(is_alone=is_alone, changed=changed):
-                for key in ("a", "b"):
-                    self.store.set_value(1, key, "before")
-                self.assertEqual([b"before"] * 2, [value(reader, key) for key in ("a", "b")])
-                self.store.begin()
-                state = reader.state()
-                self.store.set_value(1, "a", "after")
-                if changed is None:
-                    self.store.set_password_hash("bob", "changed")
-                self.assertEqual([None], self.store.commit([lambda store: None]))
-                if not is_alone:
-                    other.set_value(1, "b", "after")
-                reader.keep_rows(state, reader.state(), self.store.changed_pairs)
-                with mock.patch.object(reader, "_read", wraps=reader._read) as read:
-                    self.assertEqual(b"before" if is_alone else b"after", value(reader, "b"))
-                    self.assertEqual(b"after", value(reader, "a"))
-                    self.assertEqual(1 if is_alone and changed else 2, read.call_count)
-
-    def test_what_is_remembered_is_bounded(self) -> None:
-        reader = kvserver.CachingStore(self.database)
-        self.addCleanup(reader.close)
         for number in range(3 * kvserver.CACHED_ROWS_MAX):
             self.store.set_value(1, str(number), "x")
+        self.store.commit([])
         for number in range(3 * kvserver.CACHED_ROWS_MAX):
             self.assertEqual(b"x", value(reader, str(number)))
             self.assertLessEqual(len(reader._rows), kvserver.CACHED_ROWS_MAX)
-        half = kvserver.CACHED_BYTES_MAX // 2
-        with mock.patch.object(kvserver, "VALUE_BYTES_MAX", half):
-            for key, size in (("a", half), ("b", half - 1), ("c", 2), ("d", 1)):
-                self.store.set_value(1, key, "x" * size)
-        for key, size in (("a", half), ("b", half - 1), ("c", 2), ("d", 1)):
-            self.assertEqual(size, len(value(reader, key) or b""))
-        self.assertEqual([(1, "a"), (1, "b"), (1, "d")], list(reader._rows))
-        before = reader.state()
-        self.store.set_value(1, "a", "x")
-        reader.keep_rows(before, reader.state(), {(1, "a")})
-        self.assertEqual(2, len(value(reader, "c") or b""))
-        self.assertEqual([(1, "b"), (1, "d"), (1, "c")], list(reader._rows))
+        longest = "x" * kvserver.VALUE_BYTES_MAX
+        for key in "aaaaaaaabcdefgh":
+            state = reader.state()
+            self.store.set_value(1, key, longest)
+            reader.keep_rows(state, reader.state(), {(1, key)})
+            self.assertEqual(longest.encode(), value(reader, key))
+        self.assertEqual([(1, key) for key in "abcd"], list(reader._rows))
 
 
 class Hashes(unittest.TestCase):
