@@ -108,10 +108,6 @@ PARAMETERS_MAX = 100
 JSON_DIGITS_MAX = 4300  # of an integer; newer Pythons have this bound, older ones take 20 s for a million digits
 JSON_DEPTH_MAX = 100  # CPython 3.13 itself follows nesting until a small thread stack overflows, and the process dies
 
-REQUEST_LINE_BYTES_MAX = 16 * 1024
-HEADER_LINE_BYTES_MAX = 8 * 1024
-HEADERS_BYTES_MAX = 32 * 1024
-HEADER_FIELDS_MAX = 100
 BODY_BYTES_MAX = VALUE_BYTES_MAX + 64 * 1024  # the longest value, and room for the form or the JSON around it
 
 PASSWORD_CHARACTERS_MIN = 8
@@ -167,7 +163,6 @@ TURN_ANSWERS = 4  # to changes, between two looks for other requests
 GATHER_SECONDS_MAX = 0.001  # that changes wait for others of the same commit
 QUICK_COMMIT_SECONDS = 0.002  # the loop waits for a disk that took no longer for the last commit
 QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions are left to a thread as well
-RETRY_AFTER_SECONDS = 5
 POLL_SECONDS = 0.25  # how often the server looks for whatever nobody asks for
 FULL_POLL_SECONDS = 0.02  # how often it looks for room when there are too many connections
 STOP_POLL_SECONDS = 0.01
@@ -198,7 +193,6 @@ HOOK_GIVE_UP_SECONDS = 24 * 3600  # after the change, at the earliest
 HOOK_GRACE_SECONDS = 300  # after a start nothing is too old: after a power cut, the network may be late
 HOOK_PENDING_MAX = 10_000  # deliveries of a hook
 HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
-HOOK_URL_BYTES_MAX = 4096
 IDEMPOTENCY_KEY_BYTES = 16
 EXCHANGES_MAX = 64  # at once
 RECEIVER_EXCHANGES_MAX = 8  # of them, with one host and port
@@ -1387,47 +1381,50 @@ def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = 
 
 
 # ---- HTTP messages ---------------------------------------------------------------------------------------------------
-# Bytes to a Request, a Response to bytes, after RFC 9110 and RFC 9112. What is malformed is refused, not repaired: a
-# proxy before us might repair it in another way and then see other requests than we do.
+# Bytes to a Request, a Response to bytes (RFC 9110 and RFC 9112). Malformed requests are refused, not repaired: a proxy
+# in front of us might repair them differently, and then see other requests than we do.
+
+REQUEST_LINE_BYTES_MAX = 16 * 1024
+HEADERS_BYTES_MAX = 32 * 1024
+HEADER_FIELDS_MAX = 100
+HOOK_URL_BYTES_MAX = 4096
 
 TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
-PROBLEM = "application/problem+json"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-CHUNKED = -1  # stands for the length of a body that comes in chunks, each with its own
+CHUNKED = -1  # the length of a body in chunks
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 
-HTTP_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-REQUEST_LINE = re.compile(rf"({HTTP_TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
-ABSOLUTE_TARGET = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+FIELD = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
+# Part of the first line, or the first line, whole fields and a part of one.
+HEAD_SO_FAR = re.compile(
+    rf"(?:\r\n)?(?:[ -~\x80-\xff]*\r?|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)".encode("iso-8859-1")
+)
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
-LENGTH = re.compile(r"[0-9]{1,18}")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?")
-NOT_HTTP = re.compile(rb"[^!-~\r]|[^\n]*\r[^\n]")  # what waits in vain for the end of a line, such as TLS
-NOT_IN_FIELD = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-# A second one of these would change whom we believe or where a request ends. Others are joined with a comma.
+ABSOLUTE_TARGET = re.compile(rf"https?://(?=[^/?])({HOST.pattern})(|[/?].*)", re.IGNORECASE)
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+ENTITY_TAGS = re.compile(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+')
+ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
+# Sent twice, these could change whose request it is or where it ends. Other repeated headers are joined with a comma.
 SINGLE_FIELDS = frozenset(("authorization", "content-length", "content-type", "host", "transfer-encoding"))
 
 ADDRESS_TOO_LONG = f"the address is longer than {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body"
-HEADERS_TOO_LARGE = (
-    f"the headers are over {HEADER_FIELDS_MAX} lines of {HEADER_LINE_BYTES_MAX} bytes, or {HEADERS_BYTES_MAX} in all"
-)
+HEADERS_TOO_LARGE = f"the headers are over {HEADER_FIELDS_MAX} lines or {HEADERS_BYTES_MAX} bytes; send fewer"
 BODY_TOO_LARGE = (
     f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; send a value alone, or parts"
 )
 
-ENTITY_TAGS = re.compile(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+')
-ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
-
 Headers = tuple[tuple[str, str], ...]
-RETRY_AFTER = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
+RETRY_AFTER = (("Retry-After", "5"),)
 
 
 class Response(NamedTuple):
-    """An answer. Its length, its date and the headers that every answer has are added when it is sent.
+    """A response without its length, its date and the headers that every response has.
 
-    With wait_until it is none yet: until then, in monotonic seconds, the request waits for a change of its pair.
+    With wait_until, in monotonic seconds, the request waits for a change of its pair instead.
     """
 
     body: bytes = b""
@@ -1438,9 +1435,9 @@ class Response(NamedTuple):
 
 
 class HTTPError(Exception):
-    """A request is refused: raised anywhere, made an answer in one place.
+    """The request is refused. Raise it anywhere; one place makes it a response.
 
-    The message is one line that tells the client what to do. It never contains a value or a credential.
+    The message is one line that tells the client what to do, and never contains a value or a credential.
     """
 
     def __init__(self, status: int, message: str, headers: Headers = ()) -> None:
@@ -1448,15 +1445,15 @@ class HTTPError(Exception):
         self.status, self.message, self.headers = status, message, headers
 
     def response(self, accept: str) -> Response:
-        """Return the answer: a line of text, or a problem (RFC 9457) if the Accept header names a kind of JSON."""
+        """Return a line of text, or a problem (RFC 9457) if the Accept header names a kind of JSON."""
         if JSON not in accept.lower() and "+json" not in accept.lower():
             return Response(self.message.encode(), self.status, TEXT, self.headers)
         problem = {"title": http.HTTPStatus(self.status).phrase, "status": self.status, "detail": self.message}
-        return Response(json.dumps(problem).encode(), self.status, PROBLEM, self.headers)
+        return Response(json.dumps(problem).encode(), self.status, "application/problem+json", self.headers)
 
 
 def as_refusal(error: Exception) -> HTTPError | None:
-    """Return the answer to an error that is the client's, or that a second try may mend; None for any other."""
+    """Return the HTTPError for an error that the client or a second try can correct, or None."""
     if isinstance(error, HTTPError):
         return error
     if isinstance(error, BadCredential):
@@ -1472,49 +1469,18 @@ def as_refusal(error: Exception) -> HTTPError | None:
     return None
 
 
-def parse_target(method: str, target: str) -> tuple[str, str, str]:
-    """Return host, path and query of a request target, the host empty unless it stands there (RFC 9112 section 3.2).
-
-    Bytes above 127 are taken if they are UTF-8: many a shell script sends such, and they can mean only one thing.
-    """
-    host = ""
-    absolute = None if target.startswith("/") else ABSOLUTE_TARGET.fullmatch(target)
-    if absolute:
-        host, target = absolute[1], absolute[2]
-        if not HOST.fullmatch(host):
-            raise HTTPError(400, "the host in the address is malformed")
-        target = target if target.startswith("/") else "/" + target
-    if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
-        raise HTTPError(400, "the path is malformed; it begins with a slash")
-    if "#" in target:
-        raise HTTPError(400, "the address contains a #; write it as %23")
-    if not target.isascii():
-        try:
-            target = target.encode("iso-8859-1").decode("utf-8")
-        except UnicodeDecodeError:
-            raise HTTPError(400, "the address is not UTF-8") from None
-    path, _, query = target.partition("?")
-    return host, path, query
-
-
-def parse_body_length(headers: Mapping[str, str], is_http_1_0: bool) -> int:
-    """Return how many bytes the body has, or CHUNKED (RFC 9112 section 6); with neither header there is none."""
-    length = headers.get("content-length", "0")
-    if "transfer-encoding" in headers:
-        if "content-length" in headers or is_http_1_0:
-            raise HTTPError(400, "Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
-        if headers["transfer-encoding"].lower() != "chunked":
-            raise HTTPError(501, "this transfer coding is not supported; send Content-Length, or chunked")
-        return CHUNKED
-    if not LENGTH.fullmatch(length):
-        raise HTTPError(400, "the header Content-Length is malformed; it is the number of bytes in the body")
-    return int(length)
+def decode_utf8(data: bytes, name: str) -> str:
+    """Decode UTF-8; raise HTTPError, whose message contains the name of the data."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise HTTPError(400, f"{name} is not UTF-8; encode the text as UTF-8, and send that") from None
 
 
 class Fields(NamedTuple):
-    """What the header fields of a request say, and their text. Names are in lower case."""
+    """The header fields of a request. Names are in lower case."""
 
-    text: str
+    text: str  # as received
     headers: dict[str, str]
     is_http_1_0: bool
     keep_alive: bool
@@ -1525,7 +1491,7 @@ NOT_PARSED: dict[str, str] = {}
 
 
 class Request:
-    """A request. The query is still encoded; the attributes below are set when they are known."""
+    """A request. The query is still encoded; the attributes below are set later, as soon as they are known."""
 
     user = NOBODY
     body = b""
@@ -1533,51 +1499,46 @@ class Request:
     key_in_path = ""  # still encoded
     may_wait = True  # for a change
     was_there = False  # the pair, when the request began to wait
-    metrics: Metrics | None = None  # for an endpoint that runs in a thread
+    metrics: Metrics | None = None  # for endpoints that run in a thread
     password_hash = ""  # of the parameter password
 
     def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
-        """Take the parts of the head."""
         self.method, self.path, self.query, self.fields = method, path, query, fields
         self.begun = time.monotonic()
 
     def again(self) -> Request:
-        """Return the request that the same head begins once more, if it has no body."""
+        """Return a new request with the same head, without a body."""
         request = Request(self.method, self.path, self.query, self.fields)
         request.key_in_path, request.parameters = self.key_in_path, self.parameters
         return request
 
     def wants_html(self) -> bool:
-        """Return whether a browser sends the request to show the answer."""
+        """Return whether a browser sends this request to show the response."""
         return "text/html" in self.fields.headers.get("accept", "").lower()
 
     def names_etag(self, header: str, etag: str) -> bool:
-        """Tell whether If-Match or If-None-Match, as header says, names an entity tag; raise HTTPError.
+        """Return whether the header if-match or if-none-match names an entity tag, "" for a missing pair.
 
-        An empty tag is that of what does not exist. If-Match compares strongly, so that weak tags name nothing, and
-        If-None-Match weakly (RFC 9110 sections 8.8.3.2, 13.1.1 and 13.1.2).
+        Weak tags match in If-None-Match only (RFC 9110 sections 8.8.3.2, 13.1.1 and 13.1.2). Raises HTTPError.
         """
         condition = self.fields.headers.get(header)
-        if condition is None:
-            return False
-        if condition == "*":
-            return etag != ""
+        if condition is None or condition == "*":
+            return condition == "*" and etag != ""
         if not ENTITY_TAGS.fullmatch(condition):
-            raise HTTPError(400, f'the header {header} is malformed; it is * or the ETag of an answer, as in "0a1b"')
-        return any(
-            match[2] == etag and (header != "if-match" or not match[1]) for match in ENTITY_TAG.finditer(condition)
-        )
+            raise HTTPError(400, f'the header {header} is malformed; send * or the ETag of a response, as in "0a1b"')
+        tags = ENTITY_TAG.findall(condition)
+        return any(tag == etag and (header != "if-match" or not weak) for weak, tag in tags)
 
 
-# What a body is: parameters; the value; or the value if the query has a key and no value, and else parameters.
+# A body contains parameters, or it is the value. EITHER: it is the value if the query has a key and no value.
 PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
-ANYTHING = ("*",)  # the parameters of a route that takes all there are
+ANYTHING = ("*",)  # the parameters of a route that takes any
 
 
 class Route(NamedTuple):
-    """A row of the table of all routes. A path that ends in KEY stands for all that have a key in this place.
+    """A row of the table of routes. A path that ends in KEY matches every key there.
 
-    A route whose first parameter is key needs a key.
+    Requests need a key if it is the route's first parameter.
     """
 
     path: str
@@ -1589,119 +1550,125 @@ class Route(NamedTuple):
     body: str = PARAMETERS
 
 
-def parse_request_line(line: str) -> tuple[str, str, bool]:
-    """Return method, target and whether it is HTTP/1.0; raise HTTPError.
+def parse_target(method: str, target: str) -> tuple[str, str, str]:
+    """Return the host, or "", the path and the query of a request target (RFC 9112 section 3.2); raise HTTPError.
 
-    A minor version that we do not know is served like 1.1 (RFC 9110 section 2.5).
+    Bytes above 127 are allowed if they are UTF-8. Many shell scripts send them, and their meaning is clear.
     """
-    if len(line) > REQUEST_LINE_BYTES_MAX:
-        raise HTTPError(414, ADDRESS_TOO_LONG)
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise HTTPError(400, "the request line is malformed; it is METHOD TARGET HTTP/1.1, with one space between")
-    method, target, major, minor = match.groups()
-    if major != "1":
-        raise HTTPError(505, "this version of HTTP is not supported; use HTTP/1.1")
-    return method, target, minor == "0"
+    host = ""
+    if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+        absolute = ABSOLUTE_TARGET.fullmatch(target)
+        if not absolute:
+            raise HTTPError(400, "the address is malformed; its path begins with a slash")
+        host, target = absolute[1], "/" + absolute[2].removeprefix("/")
+    if "#" in target:
+        raise HTTPError(400, "the address contains a #; write it as %23")
+    if not target.isascii():
+        target = decode_utf8(target.encode("iso-8859-1"), "the address")
+    path, _, query = target.partition("?")
+    return host, path, query
 
 
 def parse_lines(text: str) -> dict[str, str]:
-    """Return the header fields of a text by lower-case name (RFC 9112 section 5); raise HTTPError."""
+    """Return header fields by lower-case name (RFC 9112 section 5); raise HTTPError."""
     lines = text.split("\r\n") if text else ()
     if len(lines) > HEADER_FIELDS_MAX or len(text) + 2 > HEADERS_BYTES_MAX:
         raise HTTPError(431, HEADERS_TOO_LARGE)
     headers: dict[str, str] = {}
     for line in lines:
-        name, colon, value = line.partition(":")
-        if len(line) > HEADER_LINE_BYTES_MAX:
-            raise HTTPError(431, HEADERS_TOO_LARGE)
-        if not colon or not HTTP_TOKEN.fullmatch(name) or NOT_IN_FIELD.search(value):
-            raise HTTPError(400, "a header is malformed; it is NAME: VALUE on one line, with no space before the colon")
-        name, value = name.lower(), value.strip(" \t")
+        match = FIELD.fullmatch(line)
+        if not match:
+            raise HTTPError(400, "a header is malformed; send NAME: VALUE on one line, with no space before the colon")
+        name, value = match[1].lower(), match[2].strip(" \t")
         if name in headers:
             if name in SINGLE_FIELDS:
-                raise HTTPError(400, f"the header {name} stands twice; send it once")
+                raise HTTPError(400, f"the header {name} is repeated; send it once")
             value = f"{headers[name]}, {value}"
         headers[name] = value
     return headers
 
 
 def parse_fields(text: str, is_http_1_0: bool) -> Fields:
-    """Return what the header fields of a request say; raise HTTPError."""
+    """Return the header fields of a request, with the length of its body (RFC 9112 section 6); raise HTTPError."""
     headers = parse_lines(text)
     if not HOST.fullmatch(headers.get("host", "" if is_http_1_0 else " ")):
-        raise HTTPError(400, "the header Host is missing or malformed; it is a name or an address, and a port perhaps")
+        raise HTTPError(400, "the header Host is missing or malformed; send a name or an address, perhaps with a port")
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise HTTPError(417, "this expectation is not supported; only 100-continue is")
     options = [option.strip() for option in headers.get("connection", "").lower().split(",")]
     keep_alive = "close" not in options and (not is_http_1_0 or "keep-alive" in options)
-    return Fields(text, headers, is_http_1_0, keep_alive, parse_body_length(headers, is_http_1_0))
+    length, coding = headers.get("content-length", "0"), headers.get("transfer-encoding")
+    if coding is not None and ("content-length" in headers or is_http_1_0):
+        raise HTTPError(400, "send Transfer-Encoding without Content-Length, and not with HTTP/1.0")
+    if coding is not None and coding.lower() != "chunked":
+        raise HTTPError(501, "this transfer coding is not supported; send Content-Length, or chunked")
+    if not (length.isascii() and length.isdigit()) or len(length) > 18:
+        raise HTTPError(400, "the header Content-Length is malformed; send the number of bytes in the body")
+    return Fields(text, headers, is_http_1_0, keep_alive, int(length) if coding is None else CHUNKED)
 
 
 def parse_head(head: bytes, known: Fields | None = None) -> Request:
-    """Return the request that a head, without the empty line at its end, begins; raise HTTPError.
+    """Return the request that begins with a head, without the empty line at its end; raise HTTPError.
 
-    Most clients send the same fields with all requests of a connection: the known ones of the last are not parsed anew.
+    Most clients repeat their header fields. If they equal the known ones, they aren't parsed again.
     """
-    # ISO 8859-1 loses no byte. An empty line before a request is to be ignored (RFC 9112 section 2.2).
+    # ISO 8859-1 loses no byte. An empty line before a request is ignored (RFC 9112 section 2.2).
     line, _, text = head.decode("iso-8859-1").removeprefix("\r\n").partition("\r\n")
-    method, target, is_http_1_0 = parse_request_line(line)
+    if len(line) > REQUEST_LINE_BYTES_MAX:
+        raise HTTPError(414, ADDRESS_TOO_LONG)
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise HTTPError(400, "the request line is malformed; send METHOD TARGET HTTP/1.1, with single spaces")
+    method, target, major, minor = match.groups()
+    if major != "1":  # later minor versions are served like 1.1 (RFC 9110 section 2.5)
+        raise HTTPError(505, "this version of HTTP is not supported; use HTTP/1.1")
     host, path, query = parse_target(method, target)
-    if known is None or text != known.text or is_http_1_0 != known.is_http_1_0:
-        known = parse_fields(text, is_http_1_0)
-    if host:  # RFC 9112 section 3.2.2: the target has the last word
+    if known is None or text != known.text or (minor == "0") != known.is_http_1_0:
+        known = parse_fields(text, minor == "0")
+    if host:  # it overrides the header Host (RFC 9112 section 3.2.2)
         known = known._replace(text="\r\n", headers={**known.headers, "host": host})
     return Request(method, path, query, known)
 
 
 def check_incomplete_head(received: bytearray, checked: int) -> int:
-    """Raise HTTPError when bytes cannot become a head: there is no need to wait for more.
+    """Raise HTTPError if bytes cannot become a head, instead of waiting for more.
 
-    Returns how many of them are whole lines. They are checked again, with all others, only when another one has come.
+    Returns the length of the whole lines, to be passed as checked next time. They are checked again after a new line.
     """
-    if NOT_HTTP.match(received):
-        raise HTTPError(400, "this is not HTTP/1.1; if it is TLS, use http:// instead of https://")
     end = received.rfind(b"\n") + 1
-    is_in_first_line = end <= 2  # an empty one before it is ignored
-    if end > checked and not is_in_first_line:
-        if not received.endswith(b"\r\n", 0, end):
-            raise HTTPError(400, "a line does not end in CR LF")
-        line, _, text = received[: end - 2].decode("iso-8859-1").removeprefix("\r\n").partition("\r\n")
-        parse_request_line(line)
-        parse_lines(text)
-    if len(received) - end > (REQUEST_LINE_BYTES_MAX if is_in_first_line else HEADER_LINE_BYTES_MAX) + 1:
-        raise HTTPError(414, ADDRESS_TOO_LONG) if is_in_first_line else HTTPError(431, HEADERS_TOO_LARGE)
+    is_first_line = end <= 2  # perhaps after an empty one
+    if (is_first_line or end > checked) and not HEAD_SO_FAR.fullmatch(received):
+        raise HTTPError(400, "this is not HTTP/1.1, or a header is malformed; if it is TLS, use http:// instead")
+    if is_first_line and len(received) > REQUEST_LINE_BYTES_MAX + 2:
+        raise HTTPError(414, ADDRESS_TOO_LONG)
+    if len(received) > REQUEST_LINE_BYTES_MAX + HEADERS_BYTES_MAX:
+        raise HTTPError(431, HEADERS_TOO_LARGE)
     return end
 
 
 def take_chunks(received: bytearray, body: bytearray) -> bool:
-    """Move the chunks that have come in full from received to body (RFC 9112 section 7.1); raise HTTPError.
+    """Move whole chunks from received to body (RFC 9112 section 7.1); raise HTTPError.
 
-    Tells whether that was the last one. Trailers are checked and thrown away.
+    Returns whether that was the last chunk. Trailers are checked and discarded.
     """
-    while True:
-        end = received.find(b"\r\n", 0, HEADER_LINE_BYTES_MAX)
-        match = CHUNK_SIZE.fullmatch(received, 0, end) if end >= 0 else None
-        if not match:
-            break
-        size = int(match[1], 16)
+    while match := CHUNK_SIZE.match(received):
+        begin, size = match.end(), int(match[1], 16)
+        end = begin + size
         if size == 0:
-            trailers, is_complete, rest = received[end:].partition(b"\r\n\r\n")
-            if len(trailers) > HEADERS_BYTES_MAX:
-                raise HTTPError(431, HEADERS_TOO_LARGE)
-            if is_complete:
+            trailers, is_complete, rest = received[begin - 2 :].partition(b"\r\n\r\n")
+            if is_complete or len(trailers) > HEADERS_BYTES_MAX:
                 parse_lines(trailers[2:].decode("iso-8859-1"))
                 received[:] = rest
             return bool(is_complete)
         if len(body) + size > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
-        if len(received) < end + 2 + size + 2:
+        if len(received) < end + 2:
             return False
-        if not received.startswith(b"\r\n", end + 2 + size):
+        if not received.startswith(b"\r\n", end):
             break
-        body += received[end + 2 : end + 2 + size]
-        del received[: end + 2 + size + 2]
-    if end >= 0 or len(received) >= HEADER_LINE_BYTES_MAX or b"\n" in received:
+        body += received[begin:end]
+        del received[: end + 2]
+    if b"\n" in received or len(received) > HEADERS_BYTES_MAX:
         raise HTTPError(400, "the chunked body is malformed")
     return False
 
@@ -1710,10 +1677,10 @@ format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 def encode_response(response: Response, date: str, connection: str, with_body: bool) -> bytes:
-    """Return an answer as one string of bytes: a second write would wait for the first one's acknowledgement.
+    """Return a response as bytes, to be sent at once: a second write would wait for the first one's acknowledgement.
 
-    date and connection are those headers' values, an empty connection for none. Without the body, the head is the one
-    that would stand before it (RFC 9110 section 9.3.2).
+    date and connection are header values; an empty connection adds no header. Without its body, a response still has
+    the same head (RFC 9110 section 9.3.2).
     """
     body, status, content_type, headers, _ = response
     entity = "" if status in (204, 304) else f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
@@ -1726,10 +1693,10 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
     return head.encode("iso-8859-1") + body if with_body else head.encode("iso-8859-1")
 
 
-# The other direction: a delivery is a request that we send, and its answer is parsed while it comes.
+# The other direction: a delivery is a request that we send to a hook's URL.
 
 HOOK_PORTS = {"http": 80, "https": 443}
-# Interim answers (1xx) are skipped; then come a status line, the header lines so far, and their end.
+# Interim responses (1xx) are skipped; then come the status line, the header lines so far, and their end.
 HEAD = re.compile(
     rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"
     rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)(\r?\n)?"
@@ -1738,7 +1705,7 @@ RETRY_AFTER_FIELD = re.compile(rb"^retry-after:[ \t]*([0-9]+)[ \t]*\r?$", re.IGN
 
 
 class BadHook(ValueError):
-    """A hook cannot be like this; the message says how."""
+    """A hook cannot be like this; the message names the rule."""
 
 
 def authority(parts: urllib.parse.SplitResult) -> str:
@@ -1749,9 +1716,7 @@ def authority(parts: urllib.parse.SplitResult) -> str:
 def parse_hook_url(url: str) -> urllib.parse.SplitResult:
     """Return the parts of a hook's URL; raise BadHook, whose message does not quote it."""
     if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
-        raise BadHook(
-            f"a URL has at most {HOOK_URL_BYTES_MAX} characters, all ASCII and no space: percent-encode what is another"
-        )
+        raise BadHook(f"a URL has at most {HOOK_URL_BYTES_MAX} ASCII characters; percent-encode spaces and others")
     with contextlib.suppress(ValueError):  # no port can be that
         parts = urllib.parse.urlsplit(url)
         is_complete = parts.hostname and parts.port != 0 and not parts.netloc.endswith(":")
@@ -1763,7 +1728,7 @@ def parse_hook_url(url: str) -> urllib.parse.SplitResult:
 def encode_delivery(url: urllib.parse.SplitResult, idempotency_key: str, members: Mapping[str, object]) -> bytes:
     """Return the request that posts the members of a JSON object, all ASCII."""
     body, login = json.dumps(members).encode(), urllib.parse.unquote(url.netloc.rpartition("@")[0])
-    login += "" if ":" in login else ":"  # a lone name has an empty password (RFC 7617 section 2)
+    login += "" if ":" in login else ":"  # a name alone has an empty password (RFC 7617 section 2)
     basic = f"Authorization: Basic {base64.b64encode(login.encode('utf-8')).decode()}\r\n" if login != ":" else ""
     head = (
         f"POST {url.path or '/'}{'?' if url.query else ''}{url.query} HTTP/1.1\r\nHost: {authority(url)}\r\n"
@@ -1774,23 +1739,23 @@ def encode_delivery(url: urllib.parse.SplitResult, idempotency_key: str, members
 
 
 class Answer(NamedTuple):
-    """The answer to a delivery, or why there is none; its text does not quote the URL."""
+    """The response to a delivery, or the failure; the text does not quote the URL."""
 
-    status: int  # 0 when no whole status line has come
+    status: int  # 0 without a whole status line
     text: str  # the status, or the failure
-    retry_after: float | None = None  # seconds, if it says so
+    retry_after: float | None = None  # seconds
 
     def is_success(self) -> bool:
         """Return whether the delivery has arrived."""
         return 200 <= self.status < 300
 
     def is_refusal(self) -> bool:
-        """Return whether it is no use to try again; redirections are not followed."""
+        """Return whether another try is useless. We don't follow redirections."""
         return 300 <= self.status < 500 and self.status not in (408, 429)
 
 
 def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
-    """Return an answer, None before its status line is whole, and whether its head is whole as far as it matters."""
+    """Return the answer, or None before its status line is whole, and whether the rest does not matter."""
     head = HEAD.match(received)
     if not head:
         return None, False
