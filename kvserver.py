@@ -105,8 +105,6 @@ __version__ = "0.1.0"
 KEY_BYTES_MAX = 512
 VALUE_BYTES_MAX = 1024 * 1024
 PARAMETERS_MAX = 100
-JSON_DIGITS_MAX = 4300  # of an integer; newer Pythons have this bound, older ones take 20 s for a million digits
-JSON_DEPTH_MAX = 100  # CPython 3.13 itself follows nesting until a small thread stack overflows, and the process dies
 
 BODY_BYTES_MAX = VALUE_BYTES_MAX + 64 * 1024  # the longest value, and room for the form or the JSON around it
 
@@ -1474,7 +1472,12 @@ def decode_utf8(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise HTTPError(400, f"{name} is not UTF-8; encode the text as UTF-8, and send that") from None
+        raise HTTPError(400, f"{name} is not UTF-8; send text in UTF-8") from None
+
+
+def decode_percent(text: str, name: str) -> str:
+    """Decode percent-encoded UTF-8; raise HTTPError."""
+    return decode_utf8(urllib.parse.unquote_to_bytes(text), name)
 
 
 class Fields(NamedTuple):
@@ -1768,138 +1771,107 @@ def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
-# A request's parameters, from its query and its body. Everything is text, and one name has one value: what is not
-# UTF-8, or is said twice, is refused rather than guessed at.
+# A request's parameters, from its path, query and body. Everything is text, and each name has one value. Text that is
+# not UTF-8 and repeated names are refused, because a guess could store the wrong value.
 
 FORM = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
-FORM_WITH_VALUE = re.compile(rb"(?:^|&)value=")
+FORM_WITH_VALUE = re.compile("(?:^|&)value=")
 SECONDS = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?")
 JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
-TOO_MANY_PARAMETERS = f"there are more than {PARAMETERS_MAX} parameters"
+JSON_DEPTH_MAX = 100
 
 
 def shorten(name: str) -> str:
-    """Return a name that came from outside so that it fits into a message of one line."""
+    """Return a client's text so that it fits in a message of one line."""
     return ascii(name if len(name) <= 40 else name[:40] + "...")[1:-1]
 
 
-def decode_text(body: bytes) -> str:
-    """Return a body as text; raise HTTPError when it is not UTF-8."""
-    try:
-        return body.decode("utf-8")
-    except UnicodeDecodeError:
-        raise HTTPError(400, "the body is not UTF-8") from None
-
-
 def parse_form(text: str) -> list[tuple[str, str]]:
-    """Return names and values of a query or a form body; raise HTTPError.
+    """Return the names and values of a query or a form body; raise HTTPError.
 
-    The encoding is that of HTML forms (WHATWG URL standard, application/x-www-form-urlencoded): "+" is a space, and a
-    "%" without two hexadecimal digits stands for itself. A name without "=" is refused, since it may be a typing error
-    and must not store an empty value.
+    As in HTML forms (WHATWG URL standard), "+" is a space, and a "%" without two hexadecimal digits is a "%". A name
+    without "=" is refused: a typing error must not store an empty value.
     """
     if text.count("&") >= PARAMETERS_MAX:
-        raise HTTPError(400, TOO_MANY_PARAMETERS)
+        raise HTTPError(400, f"there are more than {PARAMETERS_MAX} parameters; send fewer")
     pairs = []
     for field in text.split("&"):
         name, equals, value = field.partition("=")
         if equals:
-            try:
-                if "%" in field or "+" in field:
-                    name = urllib.parse.unquote_plus(name, errors="strict")
-                    value = urllib.parse.unquote_plus(value, errors="strict")
-                pairs.append((name, value))
-            except UnicodeDecodeError:
-                raise HTTPError(400, "a parameter is not UTF-8; percent-encode the bytes of its UTF-8 form") from None
+            if "%" in field or "+" in field:
+                name = decode_percent(name.replace("+", " "), "a parameter")
+                value = decode_percent(value.replace("+", " "), "a parameter")
+            pairs.append((name, value))
         elif field:
             raise HTTPError(400, f"the parameter {shorten(name)} has no value; write {shorten(name)}=VALUE")
     return pairs
 
 
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return values by name; raise HTTPError when a name stands twice, unless it is the one that is thrown away."""
-    by_name = dict(pairs)
-    if len(by_name) != len(pairs):
-        for repeated, count in collections.Counter(name for name, _ in pairs if name != "_").most_common(1):
-            if count > 1:
-                raise HTTPError(400, f"the name {shorten(repeated)} stands twice; send it once")
+def unique_names(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return values by name; raise HTTPError for a repeated name, except "_", which is ignored anyway."""
+    by_name: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in by_name and name != "_":
+            raise HTTPError(400, f"the name {shorten(name)} is repeated; send it once")
+        by_name[name] = value
     return by_name
 
 
-def check_json_depth(text: str) -> None:
-    """Raise ValueError when arrays and objects are nested more than JSON_DEPTH_MAX deep."""
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; raise ValueError, or HTTPError for repeated names.
+
+    CPython 3.12 and 3.13 follow deep nesting until the small stack of a thread overflows, and the process dies.
+    """
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
         brackets = re.sub(r"[^][{}]", "", JSON_STRING.sub("", text))
         depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
         if max(depths, default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
-
-
-def parse_integer(digits: str) -> int:
-    """Return a JSON integer; raise ValueError when it is longer than JSON_DIGITS_MAX."""
-    if len(digits) > JSON_DIGITS_MAX:
-        raise ValueError("too many digits")
-    return int(digits)
+    # A byte order mark is not JSON, but may be ignored (RFC 8259 section 8.1). PowerShell sends one.
+    return json.loads(text.lstrip("\ufeff"), object_pairs_hook=unique_names)
 
 
 def parse_json_object(text: str) -> list[tuple[str, str]]:
-    """Return names and values of a JSON object, a value that is no string as its JSON text; raise HTTPError."""
+    """Return the names and values of a JSON object, values that aren't strings as JSON; raise HTTPError."""
     try:
-        check_json_depth(text)
-        # A byte order mark is no JSON, but a parser may ignore one (RFC 8259 section 8.1), and PowerShell sends it.
-        text = text.lstrip("\ufeff")
-        members = json.loads(text, object_pairs_hook=unique_names, parse_int=parse_integer)
+        members = parse_json(text)
         if not isinstance(members, dict) or not isinstance(members.get("key", ""), str):
             raise HTTPError(400, "the JSON body is not an object, or its key is not a string")
-        if len(members) > PARAMETERS_MAX:
-            raise HTTPError(400, TOO_MANY_PARAMETERS)
         for name, member in members.items():
             if isinstance(member, (dict, list)) and name not in ("value", "old", "unless", "default"):
                 raise HTTPError(400, f"{shorten(name)} in the JSON body cannot be an array or an object; send a string")
-        texts = [
-            (name, member if isinstance(member, str) else json.dumps(member, ensure_ascii=False, allow_nan=False))
-            for name, member in members.items()
-        ]
-        "".join(text for _, text in texts).encode("utf-8")
-        return texts
+            if not isinstance(member, str):  # raises ValueError for NaN, Infinity and numbers like 1e999
+                members[name] = json.dumps(member, ensure_ascii=False, allow_nan=False)
+        "".join(members.values()).encode("utf-8")
     except UnicodeEncodeError:
         raise HTTPError(400, "the JSON body has half of a surrogate pair, which is no character") from None
     except ValueError:
-        # Also for NaN and Infinity, which are no JSON but come out of Python's parser, and of a number like 1e999.
         raise HTTPError(400, "the JSON body is malformed, nested too deeply, or has a number too large") from None
+    return list(members.items())
 
 
 def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> list[tuple[str, str]]:
-    """Return the parameters that a body has, or the value that it is; raise HTTPError.
+    """Return the parameters in a body, or the value that it is; raise HTTPError.
 
-    If it may be EITHER, its declared type does not make it parameters: programs label what they send carelessly. Only a
-    form that has a field "value" is a form even then.
+    Programs label bodies carelessly. So where EITHER is possible, only a form with a field "value" is a form.
     """
     content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type == MULTIPART:  # stored as a value, it would be the value and what separates it from nothing
+    if content_type == MULTIPART:
         raise HTTPError(415, f"a body of the type {MULTIPART} is not supported; send {FORM}, or the value alone")
-    if body == EITHER and "key" in in_query and "value" not in in_query:
-        body = PARAMETERS if content_type == FORM and FORM_WITH_VALUE.search(request.body) else VALUE
-    if body == VALUE:
-        return [("value", decode_text(request.body))]
-    if content_type == FORM:
-        return parse_form(decode_text(request.body))
+    is_form, text = content_type == FORM, decode_utf8(request.body, "the body")
+    may_be_value = body == EITHER and "key" in in_query and "value" not in in_query
+    if may_be_value and not (is_form and FORM_WITH_VALUE.search(text)):
+        return [("value", text)]
+    if is_form:
+        return parse_form(text)
     if content_type == JSON:
-        return parse_json_object(decode_text(request.body))
+        return parse_json_object(text)
     raise HTTPError(400, f"send parameters in the query, or in a body of the type {FORM} or {JSON}")
 
 
-def parse_key_in_path(encoded: str) -> str:
-    """Return a key that stands in a path, in which "+" is a plus; raise HTTPError."""
-    try:
-        return urllib.parse.unquote(encoded, errors="strict")
-    except UnicodeDecodeError:
-        raise HTTPError(400, "the key is not UTF-8; percent-encode the bytes of its UTF-8 form") from None
-
-
 def require_key(key: str | None, token: Token | None = None) -> str:
-    """Return a key; raise HTTPError when it is missing, cannot be one, or is none that the token may see."""
+    """Return a key; raise HTTPError if it is missing or not allowed, or if the token may not see it."""
     if key is None:
         raise HTTPError(400, "the parameter key is missing; send it as in ?key=door")
     if not 1 <= len(key.encode("utf-8")) <= KEY_BYTES_MAX or "\0" in key:
@@ -1910,55 +1882,51 @@ def require_key(key: str | None, token: Token | None = None) -> str:
 
 
 def parse_parameters(request: Request, route: Route) -> dict[str, str]:
-    """Return the parameters from path, query and body, those of the route and no others, the key checked.
+    """Return the parameters of a request, checked against its route, with a checked key; raise HTTPError.
 
-    One named "_" is thrown away: it is what browsers' programs send to get past caches. Raises HTTPError.
+    One named "_" is discarded: scripts in browsers send it to bypass caches.
     """
-    in_query = parse_form(request.query) if request.query else []
-    parameters = unique_names(in_query)
+    parameters = unique_names(parse_form(request.query)) if request.query else {}
     if request.body and route.body != VALUE:
-        parameters = unique_names([*in_query, *parse_body(request, parameters, route.body)])
+        parameters = unique_names([*parameters.items(), *parse_body(request, parameters, route.body)])
     parameters.pop("_", None)
-    unknown = [name for name in parameters if name not in route.parameters and route.parameters is not ANYTHING]
-    if request.key_in_path:
-        parameters["key"] = require_key(parse_key_in_path(request.key_in_path), request.user.token)
-    elif "key" in route.parameters[:1]:
-        require_key(parameters.get("key"), request.user.token)
-    if unknown:
-        names = ", ".join(route.parameters) or "none"
-        raise HTTPError(400, f"the parameter {shorten(unknown[0])} is unknown; {route.path} takes: {names}")
+    key = decode_percent(request.key_in_path, "the key") if request.key_in_path else parameters.get("key")
+    if request.key_in_path or "key" in route.parameters[:1]:
+        require_key(key, request.user.token)
+    for name in parameters if route.parameters is not ANYTHING else ():
+        if name not in route.parameters:
+            names = ", ".join(route.parameters) or "none"
+            raise HTTPError(400, f"the parameter {shorten(name)} is unknown; {route.path} takes: {names}")
+    if key is not None:
+        parameters["key"] = key
     if route.body == VALUE:
-        parameters["value"] = decode_text(request.body)
+        parameters["value"] = decode_utf8(request.body, "the body")
     return parameters
 
 
+def required(request: Request, name: str, hint: str = "") -> str:
+    """Return a parameter; raise HTTPError if it is missing."""
+    text = request.parameters.get(name)
+    if text is None:
+        raise HTTPError(400, f"the parameter {name} is missing{hint}")
+    return text
+
+
 def check_value(value: str) -> None:
-    """Raise HTTPError when a text is too long to be a value."""
+    """Raise HTTPError if a text is too long for a value."""
     if len(value.encode("utf-8")) > VALUE_BYTES_MAX:
         raise HTTPError(413, f"the value is too large; the limit is {VALUE_BYTES_MAX} bytes")
 
 
 def require_value(request: Request) -> str:
-    """Return the parameter value; raise HTTPError when it is missing or cannot be a value."""
-    value = request.parameters.get("value")
-    if value is None:
-        raise HTTPError(
-            400, "the parameter value is missing; send it as in ?key=door&value=open, or as the body; value= is empty"
-        )
+    """Return the parameter value; raise HTTPError if it is missing or too long."""
+    value = required(request, "value", "; send it as in ?key=door&value=open, or as the body; value= is empty")
     check_value(value)
     return value
 
 
-def required(request: Request, name: str) -> str:
-    """Return a parameter; raise HTTPError when it is missing."""
-    text = request.parameters.get(name)
-    if text is None:
-        raise HTTPError(400, f"the parameter {name} is missing")
-    return text
-
-
 def take_choice(request: Request, name: str, choices: Sequence[str]) -> str | None:
-    """Return a parameter that can only be one of a few words, None if it is not there; raise HTTPError."""
+    """Return a parameter that is one of a few words, or None if it is missing; raise HTTPError."""
     text = request.parameters.get(name)
     if text is not None and text not in choices:
         raise HTTPError(400, f"the parameter {name} can be: {', '.join(choices)}")
@@ -1966,7 +1934,7 @@ def take_choice(request: Request, name: str, choices: Sequence[str]) -> str | No
 
 
 def take_seconds(request: Request, name: str, least: float, most: float) -> float | None:
-    """Return a parameter that is a number of seconds, None if it is not there; raise HTTPError."""
+    """Return a parameter that is a number of seconds, or None if it is missing; raise HTTPError."""
     text = request.parameters.get(name)
     if text is None:
         return None
@@ -4581,8 +4549,8 @@ def read_config(path: str | None) -> dict[str, str]:
         return {}
     try:
         with open(path, encoding="utf-8-sig") as file:
-            members = json.load(file, object_pairs_hook=unique_names)
-    except (OSError, ValueError, RecursionError, HTTPError) as error:
+            members = parse_json(file.read())
+    except (OSError, ValueError, HTTPError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CommandError(f"cannot read the configuration file {path}: {reason}") from None
     if not isinstance(members, dict):
@@ -4728,10 +4696,9 @@ def parse_time(text: object) -> float:
 
 
 def parse_pair(line: bytes) -> UserPair:
-    """Return the pair that a line of an export has; raise ValueError, RecursionError or HTTPError."""
+    """Return the pair that a line of an export has; raise ValueError or HTTPError."""
     text = line.decode("utf-8-sig")
-    check_json_depth(text)
-    members = json.loads(text, object_pairs_hook=unique_names, parse_int=parse_integer)
+    members = parse_json(text)
     if not isinstance(members, dict) or not set(PAIR_FIELDS[:3]) <= set(members) <= set(PAIR_FIELDS):
         raise ValueError("a line is a JSON object with: " + ", ".join(PAIR_FIELDS))
     name, key, value = texts = [members[field] for field in PAIR_FIELDS[:3]]
@@ -4757,9 +4724,9 @@ def read_export(file: BinaryIO) -> Iterator[UserPair]:
             if len(line) > LINE_BYTES_MAX:
                 raise ValueError(f"a line has at most {LINE_BYTES_MAX} bytes")
             yield parse_pair(line)
-        except (ValueError, RecursionError, HTTPError) as error:
+        except (ValueError, HTTPError) as error:
             # The decoder's messages may quote what stands there.
-            is_json = not isinstance(error, (json.JSONDecodeError, UnicodeError, RecursionError))
+            is_json = not isinstance(error, (json.JSONDecodeError, UnicodeError))
             reason = str(error) if is_json else "each line is one JSON object in UTF-8, and this is none"
             raise CommandError(f"line {number}: {reason}; nothing was imported") from None
 
