@@ -6845,7 +6845,10 @@ class Exports(CommandCase):
             ('{"user": "alice", "key": "a", "value": "s3cr3t", "value": "2"}', "the name value is repeated"),
             ({"value": 1}, "user, key and value are strings"),
             ({"user": "x" * 65}, "a user name is 1 to 64 printable"),
-            ('{"user": "alice", "key": "a", "value": "1", "updated": %s}' % ("1" * 5000), "Exceeds the limit (4300 digits)"),
+            (
+                '{"user": "alice", "key": "a", "value": "1", "updated": %s}' % ("1" * 5000),
+                "Exceeds the limit (4300 digits)",
+            ),
             ({"key": ""}, "a key is 1 to 512 bytes"),
             ({"key": "\0"}, "a key is 1 to 512 bytes"),
             ({"value": "x" * 1024 * 1025}, "the value is too large"),
