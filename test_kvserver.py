@@ -1435,269 +1435,207 @@ class Loops(unittest.TestCase):
 
 
 class Connections(ServerCase):
-    """What happens on a connection, byte by byte."""
+    """The bytes on a connection."""
+
+    def fill(self, count: int, user_id: int = 1) -> None:
+        """Store values of the longest size."""
+        for number in range(count):
+            self.store.set_value(user_id, str(number), "x" * kvserver.VALUE_BYTES_MAX)
 
     def test_connection_is_kept_for_further_requests(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
-        with contextlib.closing(connection):
-            headers = {"Authorization": basic("alice", PASSWORDS["alice"])}
-            local_ports = set()
-            for target, status in (
-                ("/set?key=a&value=1", 200),
-                ("/get?key=b", 404),
-                ("/get", 400),
-                ("/x", 404),
-                ("/list", 200),
-            ):
-                connection.request("POST" if target.startswith("/set") else "GET", target, headers=headers)
-                local_ports.add(connection.sock.getsockname()[1])
-                self.assertEqual(status, read_answer(connection.getresponse()).status)
-            self.assertEqual(1, len(local_ports))
+        connection, sockets = self.new_connection(), set()
+        for status, method, target in (
+            *((200, "POST", "/set?key=a&value=1"), (404, "GET", "/get?key=b"), (400, "GET", "/get")),
+            *((404, "GET", "/x"), (200, "GET", "/list")),
+        ):
+            self.check(status, method, target, connection=connection)
+            sockets.add(connection.sock)
+        self.assertEqual(1, len(sockets))
 
-    def test_http_1_0_is_served_and_closed(self) -> None:
+    def test_connection_is_closed_when_asked_for_and_after_http_1_0(self) -> None:
         answer = self.exchange(b"GET /health HTTP/1.0\r\n\r\n")
         self.assertTrue(answer.startswith(b"HTTP/1.1 200 OK\r\n"))
         self.assertTrue(answer.endswith(b"\r\nConnection: close\r\n\r\nok"))
-
-    def test_http_1_0_is_kept_when_asked_for(self) -> None:
-        data = b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\nGET /health HTTP/1.0\r\n\r\n"
-        answers = self.exchange(data)
-        self.assertEqual(2, answers.count(b"HTTP/1.1 200 OK\r\n"))
-        self.assertEqual(1, answers.count(b"Connection: keep-alive\r\n"))
-
-    def test_connection_is_closed_when_asked_for(self) -> None:
-        self.assertIn(
-            b"Connection: close\r\n", self.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: x, CLOSE\r\n\r\n")
-        )
+        answer = self.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: x, CLOSE\r\n\r\n")
+        self.assertIn(b"Connection: close\r\n", answer)
+        first = b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"
+        answers = self.exchange(first + b"GET /health HTTP/1.0\r\n\r\n")
+        self.assertEqual(([200, 200], 1), (statuses(answers), answers.count(b"Connection: keep-alive\r\n")))
 
     def test_pipelined_requests_are_answered_in_order(self) -> None:
         data = self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 1", body=b"1")
         data += self.raw("GET /get?key=a HTTP/1.1") + b"\r\n" + self.raw("GET /nowhere HTTP/1.1", "Connection: close")
-        self.assertEqual([b"200", b"200", b"404"], re.findall(rb"HTTP/1.1 (\d+)", self.exchange(data)))
+        self.assertEqual([200, 200, 404], statuses(self.exchange(data)))
 
     def test_request_may_come_in_small_pieces(self) -> None:
         connection = self.connect()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        for byte in self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 3", "Connection: close", body=b"abc"):
+        for byte in self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 3", body=b"abc"):
             connection.sendall(bytes([byte]))
-        self.assertIn(b" 200 OK", connection.recv(65536))
+        self.assertEqual([200], statuses(connection.recv(65536)))
         self.assertEqual({"a": "abc"}, self.pairs())
 
     def test_malformed_requests_are_refused_and_closed(self) -> None:
-        login = ("Authorization: " + basic("alice", PASSWORDS["alice"])).encode()
-        good = b"GET /set?key=a&value=1 HTTP/1.1\r\nHost: x\r\n" + login + b"\r\n"
-        cases: list[tuple[bytes, int]] = [
-            (b"GET / HTTP/1.1\r\n\r\n", 400),
-            (b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
-            (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
-            (b"GET / HTTP/1.1\r\nHost: user@x\r\n\r\n", 400),
-            (b"GET / HTTP/2.0\r\n\r\n", 505),
-            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-            (b"GET / HTTP/0.9\r\n\r\n", 505),
-            (b"GET / HTTP/1.10\r\nHost: x\r\n\r\n", 400),
-            (b"GET / http/1.1\r\nHost: x\r\n\r\n", 400),
-            (b"GET /\r\n", 400),
-            (b"GET\r\n\r\n", 400),
-            (b"G(T / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-            (b"GET get HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-            (b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-            (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-            (b"GET /a#b HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-            (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-            (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-            (b"GET\t/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-            (b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
-            (b"GET / HTTP/1.1\nHost: x\n\n", 400),
-            (b"GET / HTTP/1.1\rHost: x\r\r", 400),
-            (b"GET / HTTP/1.1\r\nHost: x\n\r\n", 400),
-            (b"GET http://a@b/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
-            (b"\x00", 400),
-            (good + b"X: a\rb\r\n\r\n", 400),
-            (good + b"X: a\0b\r\n\r\n", 400),
-            (good + b"X: a\x7fb\r\n\r\n", 400),
-            (good + b"X : a\r\n\r\n", 400),
-            (good + b" X: a\r\n\r\n", 400),
-            (good + b"X: a\r\n b\r\n\r\n", 400),
-            (good + b": a\r\n\r\n", 400),
-            (good + b"no colon\r\n\r\n", 400),
-            (good + login + b"\r\n\r\n", 400),
-            (good + b"Expect: everything\r\n\r\n", 417),
-            (good + b"Transfer-Encoding: gzip\r\n\r\n", 501),
-            (good + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
-            (good + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n", 400),
-            (good.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-            (good + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx", 400),
-        ]
-        for length in (b"+5", b"-1", b"1_0", b"5, 5", b"5 5", b"0x5", b"", b"\xb2", b"9" * 30):
-            cases.append((good + b"Content-Length: " + length + b"\r\n\r\nhello", 400))
-        for chunks in (
-            b"1 \r\nx\r\n0\r\n\r\n",
-            b"x\r\n",
-            b"-1\r\n",
-            b"0x1\r\na\r\n",
-            b"1\r\nab\r\n",
-            b"1\na\n0\n\n",
-            b"fffffffff\r\n",
-            b" 1\r\na\r\n",
-        ):
-            cases.append((good + b"Transfer-Encoding: chunked\r\n\r\n" + chunks, 400))
-        for data, status in cases:
-            with self.subTest(data):
-                # A second request follows, which must not be answered: its bytes belong to the refused one.
-                answer = self.exchange(data + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", end=True)
-                self.assertEqual([str(status).encode()], re.findall(rb"HTTP/1.1 (\d+)", answer), answer)
-                self.assertIn(b"\r\nConnection: close\r\n", answer)
-                self.assertIn(b"\r\nContent-Type: text/plain; charset=utf-8\r\n", answer)
-        self.assertEqual({}, self.pairs())
-        self.assertNotIn("internal error", self.log.text())
-
-    def test_what_cannot_become_a_request_is_refused_without_waiting_for_more(self) -> None:
-        self.enter(mock.patch.object(kvserver, "REQUEST_SECONDS", 10 * WAIT_SECONDS))
+        cases = [(505, f"GET / HTTP/{version}\r\n\r\n") for version in ("2.0", "0.9")]
+        cases += [(505, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")]
         for data in (
-            b"\x16\x03\x01\x02\x00",
-            b"\0",
-            b"GET / HTTP/1.1\rHost: x\r\r",
-            b"GET / HTTP/1.1\n",
-            b"GET /\r\n",
+            *(
+                "GET / HTTP/1.1\r\n\r\n",
+                "GET /\r\n",
+                "GET\r\n\r\n",
+                "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+                "\0",
+            ),
+            *("GET / HTTP/1.1\nHost: x\n\n", "GET / HTTP/1.1\rHost: x\r\r", "GET / HTTP/1.1\r\nHost: x\n\r\n"),
+            *(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n" for host in ("x\r\nHost: x", "a b", "user@x")),
+            *(f"{method} HTTP/1.1\r\nHost: x\r\n\r\n" for method in ("G(T /", "GET get", "GET *", "CONNECT x:80")),
+            *(
+                f"GET{target} HTTP/1.1\r\nHost: x\r\n\r\n"
+                for target in (" /a#b", " /\xff", "  /", "\t/", " http://a@b/")
+            ),
+            *(f"GET / {version}\r\nHost: x\r\n\r\n" for version in ("HTTP/1.10", "http/1.1", "HTTP/1.1 ")),
+        ):
+            cases.append((400, data))
+        login = "Authorization: " + basic("alice", PASSWORDS["alice"])
+        lines = ["X: a\rb", "X: a\0b", "X: a\x7fb", "X : a", " X: a", "X: a\r\n b", ": a", "no colon", login]
+        lines += ["Content-Length: 1\r\nContent-Length: 1", "Transfer-Encoding: chunked\r\nContent-Length: 3"]
+        for length in ("+5", "-1", "1_0", "5, 5", "5 5", "0x5", "", "\xb2", "9" * 30):
+            lines.append("Content-Length: " + length)
+        good = f"GET /set?key=a&value=1 HTTP/1.1\r\nHost: x\r\n{login}\r\n"
+        cases += [(400, good + line + "\r\n\r\nhello") for line in lines]
+        cases += [(417, good + "Expect: everything\r\n\r\n")]
+        cases += [(501, good + f"Transfer-Encoding: {coding}\r\n\r\n") for coding in ("gzip", "gzip, chunked")]
+        cases += [(400, good.replace("1.1", "1.0") + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")]
+        for chunks in (
+            *("1 \r\nx\r\n0\r\n\r\n", "x\r\n", "-1\r\n", "0x1\r\na\r\n", "1\r\nab\r\n", "1\na\n0\n\n", "fffffffff\r\n"),
+            " 1\r\na\r\n",
+        ):
+            cases.append((400, good + "Transfer-Encoding: chunked\r\n\r\n" + chunks))
+        for status, text in cases:
+            # A second request follows. It must get no response, because its bytes belong to the refused one.
+            answer = self.exchange(text.encode("latin-1") + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", end=True)
+            self.assertEqual([status], statuses(answer), text)
+            self.assertIn(b"\r\nConnection: close\r\n", answer)
+            self.assertIn(b"\r\nContent-Type: text/plain; charset=utf-8\r\n", answer)
+        self.assertEqual(({}, ""), (self.pairs(), self.log.text()))
+
+    def test_hopeless_bytes_are_refused_without_waiting_for_more(self) -> None:
+        self.patch("REQUEST_SECONDS", 10 * WAIT_SECONDS)
+        for data in (
+            *(b"\x16\x03\x01\x02\x00", b"\0", b"GET / HTTP/1.1\rHost: x\r\r", b"GET / HTTP/1.1\n", b"GET /\r\n"),
             b"GET / HTTP/1.1\r\nHost : x\r\n",
         ):
-            with self.subTest(data):
-                self.assertTrue(self.exchange(data).startswith(b"HTTP/1.1 400 "))
+            self.assertEqual([400], statuses(self.exchange(data)), data)
 
     def test_sizes_have_limits(self) -> None:
-        def target(size: int) -> bytes:
-            return b"GET /health?_=" + b"x" * (size - len("GET /health?_= HTTP/1.1")) + b" HTTP/1.1\r\nHost: x\r\n\r\n"
-
-        def headers(*lines: bytes) -> bytes:
+        def head(*lines: bytes) -> bytes:
             return b"GET /health HTTP/1.1\r\nConnection: close\r\nHost: x\r\n" + b"".join(lines) + b"\r\n"
+
+        def target(size: int) -> bytes:
+            return head().replace(b" /health", b" /health?_=" + b"x" * (size - len("GET /health?_= HTTP/1.1")))
 
         def line(size: int) -> bytes:
             return b"X: " + b"x" * (size - 3) + b"\r\n"
 
-        left = kvserver.HEADERS_BYTES_MAX - len("Connection: close\r\nHost: x\r\n") - len("\r\n")
-        for data, status in (
-            (target(kvserver.REQUEST_LINE_BYTES_MAX).replace(b"Host", b"Connection: close\r\nHost"), 200),
-            (target(kvserver.REQUEST_LINE_BYTES_MAX + 1), 414),
-            (b"G" * 100_000, 414),
-            (headers(b"x" * 100_000), 431),
-            (headers(line(left)), 200),
-            (headers(line(left + 1)), 431),
-            (headers(*[b"X: 1\r\n"] * (kvserver.HEADER_FIELDS_MAX - 2)), 200),
-            (headers(*[b"X: 1\r\n"] * (kvserver.HEADER_FIELDS_MAX - 1)), 431),
+        left = kvserver.HEADERS_BYTES_MAX - len(b"Connection: close\r\nHost: x\r\n") - 2
+        fields = kvserver.HEADER_FIELDS_MAX - 2
+        for most, too_much, status in (
+            (target(kvserver.REQUEST_LINE_BYTES_MAX), target(kvserver.REQUEST_LINE_BYTES_MAX + 1), 414),
+            (head(), b"G" * 100_000, 414),
+            (head(), head(b"x" * 100_000), 431),
+            (head(line(left)), head(line(left + 1)), 431),
+            (head(*[b"X: 1\r\n"] * fields), head(*[b"X: 1\r\n"] * (fields + 1)), 431),
         ):
-            with self.subTest(data[:60] + b"... " + str(len(data)).encode()):
-                self.assertEqual(
-                    [str(status).encode()], re.findall(rb"HTTP/1.1 (\d+)", self.exchange(data, end=status != 200))
-                )
+            self.assertEqual([200], statuses(self.exchange(most)), most[:60])
+            self.assertEqual([status], statuses(self.exchange(too_much, end=True)), too_much[:60])
 
     def test_body_has_a_limit(self) -> None:
         limit = kvserver.BODY_BYTES_MAX
-        value = "x" * (kvserver.VALUE_BYTES_MAX - 3)
-        padding = "y" * (limit - len(json.dumps({"key": "a", "value": value, "_": ""})))
-        longest = json.dumps({"key": "a", "value": value, "_": padding})
-        self.assertEqual(limit, len(longest))
-        self.assertEqual(200, self.request("POST", "/set", longest, kvserver.JSON).status)
-        self.assertEqual(413, self.request("POST", "/set", longest + " ", kvserver.JSON).status)
+        members = {"key": "a", "value": "x" * (kvserver.VALUE_BYTES_MAX - 3), "_": ""}
+        members["_"] = "y" * (limit - len(json.dumps(members)))
+        self.check(200, "POST", "/set", json.dumps(members), kvserver.JSON)
+        self.check(413, "POST", "/set", json.dumps(members) + " ", kvserver.JSON)
         for chunks in (b"%x\r\n" % (limit + 1), b"%x\r\n" % limit + b"x" * limit + b"\r\n1\r\nx\r\n0\r\n\r\n"):
-            answer = self.exchange(
-                self.raw("POST /set?key=a HTTP/1.1", "Transfer-Encoding: chunked", body=chunks), end=True
-            )
-            self.assertIn(b"HTTP/1.1 413 ", answer)
+            data = self.raw("POST /set?key=a HTTP/1.1", "Transfer-Encoding: chunked", body=chunks)
+            self.assertEqual([413], statuses(self.exchange(data, end=True)))
 
-    def test_client_that_sends_a_refused_body_reads_the_answer(self) -> None:
+    def test_client_that_sends_a_refused_body_reads_the_response(self) -> None:
         for user, target, status in (
             (None, "/set?key=a", 401),
             ("alice", "/set?key=a", 413),
             ("alice", "/nowhere", 404),
         ):
-            answer = self.request("POST", target, b"x" * 3_000_000, user=user)
-            self.assertEqual((status, "close"), (answer.status, answer.headers["connection"]))
+            answer = self.check(status, "POST", target, b"x" * 3_000_000, user=user)
+            self.assertEqual("close", answer.headers["connection"])
 
     def test_an_empty_line_behind_a_request_begins_no_other_one(self) -> None:
-        connection = self.connect()
-        connection.sendall(self.raw("GET /get?key=a HTTP/1.1") + b"\r\n")
-        self.assertIn(b" 404 ", connection.recv(65536))
-        wait_until(lambda: all(not handler.received for handler in self.server.connections.values()))
-        self.assertEqual([kvserver.IDLE], [handler.state for handler in self.server.connections.values()])
+        connection = self.connect(self.raw("GET /get?key=a HTTP/1.1") + b"\r\n")
+        self.assertEqual([404], statuses(connection.recv(65536)))
+        (handler,) = self.server.connections.values()
+        wait_until(lambda: not handler.received and handler.state == kvserver.IDLE)
         connection.sendall(b"\r\n" + self.raw("GET /get?key=a HTTP/1.1"))
-        self.assertIn(b" 404 ", connection.recv(65536))
+        self.assertEqual([404], statuses(connection.recv(65536)))
 
     def test_100_continue_comes_only_before_a_body_that_will_be_read(self) -> None:
-        def begin(*lines: str, login: bool = True) -> tuple[socket.socket, bytes]:
-            data = self.raw("POST /set?key=a HTTP/1.1", "Expect: 100-Continue", *lines)
-            connection = self.connect()
-            connection.sendall(data if login else re.sub(rb"Authorization: [^\r]*\r\n", b"", data))
-            return connection, connection.recv(65536)
-
-        connection, answer = begin("Content-Length: 1")
-        self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", answer)
+        post = ("POST /set?key=a HTTP/1.1", "Expect: 100-Continue")
+        connection = self.begin(*post, "Content-Length: 1")
+        self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", connection.recv(65536))
         connection.sendall(b"1")
-        self.assertIn(b"HTTP/1.1 200 OK\r\n", connection.recv(65536))
-        self.assertIn(b"HTTP/1.1 413 ", begin(f"Content-Length: {kvserver.BODY_BYTES_MAX + 1}")[1])
-        self.assertIn(b"HTTP/1.1 401 ", begin("Content-Length: 1", login=False)[1])
-        self.assertIn(b"HTTP/1.1 400 ", begin()[1])
+        self.assertEqual([200], statuses(connection.recv(65536)))
+        too_long, too_short = self.begin(*post, f"Content-Length: {kvserver.BODY_BYTES_MAX + 1}"), self.begin(*post)
+        login = basic("alice", PASSWORDS["alice"]).encode()
+        stranger = self.connect(self.raw(*post, "Content-Length: 1").replace(login, b"Basic !"))
+        for status, connection in ((413, too_long), (400, too_short), (401, stranger)):
+            self.assertEqual([status], statuses(connection.recv(65536)))
 
     def test_absolute_target_is_served(self) -> None:
-        for target, status in (("http://x:80/health", b"200"), ("HTTPS://x/health?_=1", b"200"), ("http://x", b"404")):
+        for target, status in (("http://x:80/health", 200), ("HTTPS://x/health?_=1", 200), ("http://x", 404)):
             answer = self.exchange(f"GET {target} HTTP/1.1\r\nHost: y\r\nConnection: close\r\n\r\n".encode())
-            self.assertEqual([status], re.findall(rb"HTTP/1.1 (\d+)", answer))
+            self.assertEqual([status], statuses(answer), target)
 
     def test_slow_clients_are_closed(self) -> None:
-        with mock.patch.object(kvserver, "FIRST_BYTE_SECONDS", 0.05):
-            self.assertEqual(b"", self.exchange(b""))
-        with mock.patch.object(kvserver, "REQUEST_SECONDS", 0.05):
-            for data in (
-                b"GET /health HTTP/1.1\r\nHos",
-                self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 9", body=b"1"),
-            ):
-                self.assertTrue(self.exchange(data).startswith(b"HTTP/1.1 408 "))
-        with mock.patch.object(kvserver, "IDLE_SECONDS", 0.05):
-            self.assertIn(b"HTTP/1.1 200 OK", self.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
+        half = self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 9", body=b"1")
+        for name, data, expected in (
+            ("FIRST_BYTE_SECONDS", b"", []),
+            ("REQUEST_SECONDS", b"GET /health HTTP/1.1\r\nHos", [408]),
+            ("REQUEST_SECONDS", half, [408]),
+            ("IDLE_SECONDS", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", [200]),
+        ):
+            with mock.patch.object(kvserver, name, 0.05):
+                self.assertEqual(expected, statuses(self.exchange(data)), name)
         self.assertEqual({}, self.pairs())
 
-    def test_client_that_takes_no_answer_is_closed(self) -> None:
-        self.enter(mock.patch.object(kvserver, "SEND_SECONDS", 0.05))
-        for number in range(20):
-            self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
-        closed = threading.Event()
-        close = self.server.shutdown_request
+    def test_client_that_takes_no_response_is_closed(self) -> None:
+        self.patch("SEND_SECONDS", 0.05)
+        self.fill(12)
+        with self.connect_with_small_buffer() as connection:
+            connection.sendall(self.raw("GET /list HTTP/1.1"))
+            wait_until(lambda: self.server.connections)
+            wait_until(lambda: not self.server.connections)
 
-        def close_and_tell(request: object) -> None:
-            close(request)
-            closed.set()
-
-        self.enter(mock.patch.object(self.server, "shutdown_request", close_and_tell))
-        connection = self.connect()
-        connection.sendall(self.raw("GET /list HTTP/1.1"))
-        self.assertTrue(closed.wait(WAIT_SECONDS))
-
-    def test_answers_that_clients_are_slow_to_take_are_bounded(self) -> None:
-        for number in range(8):
-            self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
-            self.store.set_value(2, str(number), "x" * kvserver.VALUE_BYTES_MAX)
-        self.enter(mock.patch.object(kvserver, "UNSENT_BYTES_MAX", 20 * 1024 * 1024))
-        clients = [self.connect() for _ in range(3)]
-        for client, user in zip(clients, ("bob", "alice", "alice")):
-            login = "Authorization: " + basic(user, PASSWORDS[user])
-            client.sendall(f"GET /list HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{login}\r\n\r\n".encode())
-            client.recv(1)
-        wait_until(lambda: len(self.server.connections) < len(clients))
-        sizes = []
-        for client in clients:
-            sizes.append(0)
-            with contextlib.suppress(ConnectionError):
-                while data := client.recv(1 << 20):
-                    sizes[-1] += len(data)
-        whole = [size > 8 * kvserver.VALUE_BYTES_MAX for size in sizes]
-        self.assertTrue(whole[0] and sum(whole) == 2, sizes)
-
-    def test_slow_client_that_goes_on_reading_gets_the_whole_answer(self) -> None:
-        for number in range(12):
-            self.store.set_value(1, str(number), "x" * kvserver.VALUE_BYTES_MAX)
-        self.enter(mock.patch.object(kvserver, "SEND_SECONDS", 0.3))
+    def test_slow_client_that_goes_on_reading_gets_the_whole_response(self) -> None:
+        self.fill(12)
+        self.patch("SEND_SECONDS", 0.3)
         with self.connect_with_small_buffer() as connection:
             self.read_slowly(connection, 12 * kvserver.VALUE_BYTES_MAX)
+
+    def test_responses_that_wait_for_slow_clients_are_bounded(self) -> None:
+        for user_id in (1, 2):
+            self.fill(8, user_id)
+        self.patch("UNSENT_BYTES_MAX", 20 * 1024 * 1024)
+        clients = [
+            self.begin("GET /list HTTP/1.1", "Connection: close", user=user) for user in ("bob", "alice", "alice")
+        ]
+        for client in clients:
+            client.recv(1)
+        wait_until(lambda: len(self.server.connections) < len(clients))
+        sizes = [0, 0, 0]
+        for number, client in enumerate(clients):
+            with contextlib.suppress(ConnectionError):
+                while data := client.recv(1 << 20):
+                    sizes[number] += len(data)
+        whole = [size > 8 * kvserver.VALUE_BYTES_MAX for size in sizes]
+        self.assertTrue(whole[0] and sum(whole) == 2, sizes)
 
     def test_client_that_goes_away_leaves_no_trace(self) -> None:
         for _ in range(20):
@@ -1705,28 +1643,23 @@ class Connections(ServerCase):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close resets
             connection.sendall(self.raw("GET /list HTTP/1.1") * 10)
             connection.close()
-        self.assertEqual(200, self.request("GET", "/list").status)
+        self.check(200, "GET", "/list")
         self.stop()
         self.assertEqual("", self.log.text())
 
     def test_requests_that_came_before_the_end_are_answered(self) -> None:
         for target in ("/list", "/set?key=a&value=1", "/get?key=a"):
-            answers = self.exchange(self.raw(f"GET {target} HTTP/1.1") * 3, end=True)
-            self.assertEqual(3, answers.count(b"HTTP/1.1 200 "), target)
+            self.assertEqual(
+                [200] * 3, statuses(self.exchange(self.raw(f"GET {target} HTTP/1.1") * 3, end=True)), target
+            )
 
-    def test_answers_do_not_wait_for_acknowledgements(self) -> None:
-        connection = self.connect()
-        connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
-        self.assertIn(b" 404 ", connection.recv(65536))
+    def test_responses_do_not_wait_for_acknowledgements(self) -> None:
+        self.assertEqual([404], statuses(self.begin("GET /nowhere HTTP/1.1").recv(65536)))
         (accepted,) = self.server.connections
-        assert isinstance(accepted, socket.socket)
         self.assertTrue(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
-    def test_who_sends_many_requests_at_once_gets_one_answer_a_round(self) -> None:
-        self.stop()
-        server = kvserver.Server(self.database, "127.0.0.1", 0)
-        answered: list[str] = []
-        waiting_bytes: list[int] = []
+    def test_a_pipelining_client_gets_one_response_a_round(self) -> None:
+        answered, waiting_bytes = list[str](), list[int]()
         respond = kvserver.RequestHandler.respond
 
         async def note_and_respond(handler: kvserver.RequestHandler, request: kvserver.Request) -> kvserver.Response:
@@ -1734,39 +1667,29 @@ class Connections(ServerCase):
             waiting_bytes.append(len(handler.received))
             return await respond(handler, request)
 
-        self.enter(mock.patch.object(kvserver.RequestHandler, "respond", note_and_respond))
-        clients = [socket.create_connection(("127.0.0.1", server.server_port), WAIT_SECONDS) for _ in range(2)]
-        for client, path, count in zip(clients, ("many", "one"), (5_000, 1)):
-            self.addCleanup(client.close)
-            client.sendall(f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * count)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            self.assertIn(b" 404 ", clients[1].recv(65536))
-            reader = threading.Thread(target=lambda: all(iter(lambda: clients[0].recv(65536), b"")))
-            reader.start()
-            wait_until(lambda: answered.count("/many") == 5_000)
-        finally:
-            server.stop()
-            thread.join(WAIT_SECONDS)
-        reader.join(WAIT_SECONDS)
+        self.enterContext(mock.patch.object(kvserver.RequestHandler, "respond", note_and_respond))
+        with mock.patch.object(self.server, "get_request", side_effect=BlockingIOError):
+            many = self.connect(self.raw("GET /many HTTP/1.1") * 2_000)
+            one = self.begin("GET /one HTTP/1.1")
+        reader = in_threads(read_all, [(many,)])
+        self.assertEqual([404], statuses(one.recv(65536)))
+        wait_until(lambda: answered.count("/many") == 2_000)
         self.assertLess(answered.index("/one"), 10)
         self.assertLess(max(waiting_bytes), 2 * kvserver.RECEIVE_BYTES)
+        self.stop()
+        join(reader)
 
-    def test_what_comes_while_a_request_waits_is_answered_after_it(self) -> None:
+    def test_requests_behind_a_waiting_one_are_answered_after_it(self) -> None:
         with locked(self.database):
-            connection = self.connect()
-            connection.sendall(self.raw("GET /set?key=a&value=1 HTTP/1.1"))
-            for _ in range(3):
-                connection.sendall(self.raw("GET /get?key=a HTTP/1.1"))
+            connection = self.begin("GET /set?key=a&value=1 HTTP/1.1")
+            connection.sendall(self.raw("GET /get?key=a HTTP/1.1") * 3)
             self.assertIsNone(self.get("a"))
         connection.sendall(self.raw("GET /nowhere HTTP/1.1", "Connection: close"))
-        answers = b"".join(iter(lambda: connection.recv(65536), b""))
-        self.assertEqual([b"200", b"200", b"200", b"200", b"404"], re.findall(rb"HTTP/1.1 (\d+)", answers))
-        self.assertEqual(3, answers.count(b"\r\n\r\n1"))
+        answers = read_all(connection)
+        self.assertEqual(([200, 200, 200, 200, 404], 3), (statuses(answers), answers.count(b"\r\n\r\n1")))
 
-    def test_a_write_whose_client_has_gone_is_made_all_the_same(self) -> None:
-        self.get("a")  # the password is known from here on
+    def test_a_write_is_made_even_if_its_client_has_gone(self) -> None:
+        self.get("a")  # now the password is known
         looked_at: list[kvserver.Task | None] = []
         select = self.server.loop._selector.select
 
@@ -1775,10 +1698,9 @@ class Connections(ServerCase):
             looked_at.extend(key.data for key, _ in found)
             return found
 
-        self.enter(mock.patch.object(self.server.loop._selector, "select", select_and_note))
-        connection = self.connect()
-        connection.sendall(self.raw("GET /get?key=a HTTP/1.1"))
-        self.assertIn(b" 404 ", connection.recv(65536))
+        self.enterContext(mock.patch.object(self.server.loop._selector, "select", select_and_note))
+        connection = self.begin("GET /get?key=a HTTP/1.1")
+        self.assertEqual([404], statuses(connection.recv(65536)))
         with locked(self.database):
             connection.sendall(self.raw("GET /set?key=a&value=1 HTTP/1.1"))
             wait_until(lambda: len(self.server.changes) == 1)
@@ -1792,11 +1714,8 @@ class Connections(ServerCase):
         wait_until(lambda: not self.server.connections)
 
     def test_many_connections_at_once_are_served(self) -> None:
-        connections = [self.connect() for _ in range(100)]
-        for connection in connections:
-            connection.sendall(self.raw("GET /list HTTP/1.1"))
-        for connection in connections:
-            self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n"))
+        for connection in [self.begin("GET /list HTTP/1.1") for _ in range(100)]:
+            self.assertEqual([200], statuses(connection.recv(65536)))
 
 
 def trust(certificate: str) -> ssl.SSLContext:
