@@ -116,57 +116,24 @@ FIRST_PASSWORD_BYTES = 15  # random bytes in the password that the first start m
 SCRYPT_COST_LOG2 = 14
 SCRYPT_BLOCK_SIZE = 8
 SCRYPT_PARALLELISM = 5
-CREDENTIALS_MAX = 1024  # verified credentials that are remembered
-CHECKS_MAX = 64  # passwords that wait to be checked
-CHECK_SECONDS = 10  # how long a request waits for that
-NEW_PASSWORDS_MAX = 4  # that wait to be hashed; whoever sets one is logged in already
 FAILURES_MAX = 10  # failed logins that a client address may have at once
 FAILURE_SECONDS = 30  # after which it may have one more
-IPV6_CLIENT_BITS = 64  # of an address; who has one has all that begin like it
-THROTTLED_ADDRESSES_MAX = 10_000
 
 CACHED_ROWS_MAX = 256
 CACHED_BYTES_MAX = 4 * 1024 * 1024  # of values
 LIST_BYTES_MAX = 32 * 1024 * 1024
 JSON_GROWTH_MAX = 6  # a control character becomes six
-TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, but for the last one
-WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log is begun anew, even if readers have to be waited for
 CHECKPOINT_SECONDS = 2  # how long they are waited for
-CHECKPOINT_RETRY_SECONDS = 10  # twice as many after each further time that some reader did not end
-CHECKPOINT_RETRY_SECONDS_MAX = 600
 
-RECEIVE_BYTES = 64 * 1024
 THREAD_STACK_BYTES = 512 * 1024  # the usual 8 MiB a thread are much for a machine with 512
-QUICK_BODY_BYTES_MAX = 16 * 1024  # to parse a longer body may take up to a second, during which others are served
 WORKERS_MAX = 4  # threads for requests that may take long
-LISTEN_BACKLOG = 128
 HANDSHAKE_SECONDS = 10
 FIRST_BYTE_SECONDS = 10
 REQUEST_SECONDS = 10
 IDLE_SECONDS = 30
 SEND_SECONDS = 10  # without any progress of an answer
-TLS_SEND_BYTES = 64 * 1024  # at a time: within that, TLS does not tell of progress
-TLS_RECEIVE_BYTES = (
-    4 * 1024
-)  # at a time: to work through records that carry nothing takes a millisecond for each 1.4 KB
-TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # of such records together; the longest one that carries something has 16 KiB
-TLS_OVERHEAD_MAX = 64  # bytes for each one that is carried
-TLS_REPLIES_BYTES_MAX = 1024  # that TLS has for the client by itself, and that wait for the next answer
-UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all answers that clients are slow to take
-LINGER_SECONDS = 2
 DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
 LOCK_POLL_SECONDS = 0.02
-TURN_CONNECTIONS = 8  # that are accepted between two looks for requests
-TURN_ANSWERS = 4  # to changes, between two looks for other requests
-GATHER_SECONDS_MAX = 0.001  # that changes wait for others of the same commit
-QUICK_COMMIT_SECONDS = 0.002  # the loop waits for a disk that took no longer for the last commit
-QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions are left to a thread as well
-POLL_SECONDS = 0.25  # how often the server looks for whatever nobody asks for
-FULL_POLL_SECONDS = 0.02  # how often it looks for room when there are too many connections
-STOP_POLL_SECONDS = 0.01
-STOP_REQUEST_SECONDS = 3  # a request that is still incomplete this long after the stop is dropped
-STOP_SECONDS = 4  # then all connections are closed
-EXIT_SECONDS = 4.5  # then the process ends, whatever it is doing
 
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 WAIT_SECONDS_MAX = 60
@@ -184,21 +151,12 @@ PAGE_ROWS_MAX = 100
 VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
 FORM_FIELDS_BYTES = 4 * 1024  # what a form has beside a value, at most
 HOOK_SECONDS = 10  # for the whole exchange
-HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that who sends it sees no error
-HOOK_ANSWER_BYTES_MAX = 4 * 1024
-HOOK_RETRY_SECONDS_MAX = 3600
 HOOK_GIVE_UP_SECONDS = 24 * 3600  # after the change, at the earliest
-HOOK_GRACE_SECONDS = 300  # after a start nothing is too old: after a power cut, the network may be late
 HOOK_PENDING_MAX = 10_000  # deliveries of a hook
 HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
 IDEMPOTENCY_KEY_BYTES = 16
 EXCHANGES_MAX = 64  # at once
 RECEIVER_EXCHANGES_MAX = 8  # of them, with one host and port
-LONG_EXCHANGES_MAX = 2  # beside them, for long values: JSON takes six times as much memory
-LONG_DELIVERY_BYTES = 64 * 1024
-DROPPED_SECONDS = 10  # until it is logged again that deliveries were dropped
-# Bounds of a histogram's buckets.
-DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
 DEFAULT_PORT = 8080
 DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
@@ -1946,19 +1904,16 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 
 # ---- Loop ------------------------------------------------------------------------------------------------------------
 # Runs coroutines in one thread. A coroutine reads like a blocking program: where it would block, it awaits, and the
-# loop runs others. Nothing else runs between two awaits, so no lock is needed. Nothing here knows of HTTP or SQL.
+# loop runs the others. Nothing else runs between two awaits, so we need no locks. This room ignores HTTP and SQL.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER = math.inf  # as a deadline
 DEADLINE_STEP_SECONDS = 0.01  # between two checks of all deadlines, at least
+RECEIVE_BYTES = 64 * 1024  # at a time
 
 
 class Cancelled(BaseException):
-    """Ends the task into which it is thrown."""
-
-
-class NoThread(Exception):
-    """No thread can be started: the machine is short of memory."""
+    """Ends the task that it is thrown into."""
 
 
 class Task:
@@ -1992,9 +1947,9 @@ class Wakeup:
 
 @types.coroutine
 def ready(events: int, deadline: float = NEVER) -> Generator[tuple[int, float], Any, Any]:
-    """Wait for events on the task's connection, and for its Wakeup; raise TimeoutError at the deadline.
+    """Wait for events on the task's connection or for its Wakeup; raise TimeoutError at the deadline.
 
-    The result of the Wakeup is returned, or raised if it is an exception.
+    Returns the result of the Wakeup, or raises it if it is an exception.
     """
     result = yield events, deadline
     try:
@@ -2002,7 +1957,7 @@ def ready(events: int, deadline: float = NEVER) -> Generator[tuple[int, float], 
             raise result
         return result
     finally:
-        del result  # its traceback leads here: together they would keep all that the task holds
+        del result  # its traceback leads here: together they would keep all memory of the task
 
 
 async def sleep(seconds: float) -> None:
@@ -2012,7 +1967,7 @@ async def sleep(seconds: float) -> None:
 
 
 async def receive(connection: Any, size: int, deadline: float) -> bytes:
-    """Return the bytes that come next on the task's connection, none at its end; raise OSError or TimeoutError."""
+    """Return the next bytes on the task's connection, none at its end; raise ConnectionError or TimeoutError."""
     while True:
         await ready(READABLE, deadline)
         try:
@@ -2024,14 +1979,12 @@ async def receive(connection: Any, size: int, deadline: float) -> bytes:
 
 
 class Loop:
-    """Resumes tasks when their connection is ready, when their Wakeup is called, and at their deadline.
-
-    An exception that ends a task is passed to report.
-    """
+    """Resumes tasks when their connection is ready, when their Wakeup is called, and at their deadline."""
 
     def __init__(self, report: Callable[[Exception], object]) -> None:
+        """Pass each exception that ends a task to report."""
         self._report, self._tasks, self._selector = report, set[Task](), selectors.DefaultSelector()
-        self.current = Task(cast(Any, None))  # a stand-in while no task runs
+        self.current = Task(cast(Any, None))  # while no task runs
         self.soon: collections.deque[tuple[Wakeup, Any]] = collections.deque()
         self._next_check = NEVER  # monotonic seconds; no deadline is earlier
         self._woken, self._waker = socket.socketpair()
@@ -2058,7 +2011,7 @@ class Loop:
             self._resume(task, error=error)
 
     def use(self, connection: socket.socket | None) -> None:
-        """Make a connection the one on which the current task waits, in place of the one before."""
+        """Set the connection on which the current task waits."""
         if self.current.watched:
             self._selector.unregister(self.current.connection)
         self.current.connection, self.current.watched = cast(socket.socket, connection), 0
@@ -2075,7 +2028,7 @@ class Loop:
             self._waker.send(b"\0")
 
     def run_once(self, may_wait: bool = True) -> bool:
-        """Resume every task that can go on, and return whether there was one. With may_wait, wait until one can."""
+        """Resume every task that can go on, and return whether any could. With may_wait, wait until one can."""
         resumed = len(self.soon)  # tasks that these add have their turn the next time
         for _ in range(resumed):
             wakeup, result = self.soon.popleft()
@@ -2121,7 +2074,7 @@ class Loop:
             if not isinstance(end, (StopIteration, Cancelled)):
                 self._report(end)
         if error:
-            error.__traceback__ = None  # it leads here: together they would keep all that the task held
+            error.__traceback__ = None  # it leads here: together they would keep all memory of the task
         self.current = previous
 
 
@@ -2157,11 +2110,11 @@ class Gate:
         """Give keys back, and let in the tasks that can pass now."""
         self._taken -= collections.Counter(bounds.keys())
         line, self._line = self._line, []
-        for keys, wakeup in line:
-            if self._take(keys):
-                wakeup()
+        for place in line:
+            if self._take(place[0]):
+                place[1]()
             else:
-                self._line.append((keys, wakeup))
+                self._line.append(place)
 
 
 class Threads:
@@ -2173,9 +2126,9 @@ class Threads:
         self._started = self._unfinished = 0  # threads and jobs
 
     async def run(self, function: Callable[[], Any], owner: Hashable = None, deadline: float = NEVER) -> Any:
-        """Run a function in a thread, and return or raise its result; raise TimeoutError or NoThread.
+        """Run a function in a thread, and return or raise its result; raise TimeoutError at the deadline.
 
-        One owner gets at most half of the threads, so that others get through.
+        One owner gets at most half of the threads. If the machine can't start any thread, the loop runs the function.
         """
         bounds = {} if owner is None else {owner: max(1, self._most // 2)}
         await self._gate.enter(bounds, deadline)
@@ -2186,13 +2139,12 @@ class Threads:
         self._unfinished += 1
         try:
             if self._started < min(self._unfinished, self._most):
-                with contextlib.suppress(RuntimeError):  # there is no memory for one more
+                with contextlib.suppress(RuntimeError):  # the machine is short of memory
                     threading.Thread(target=self._work, daemon=True).start()
                     self._started += 1
-            if not self._started:
-                raise NoThread
-            self._jobs.put((function, Wakeup(self._loop)))
-            done(await ready(0))
+            if self._started:
+                self._jobs.put((function, Wakeup(self._loop)))
+            done(await ready(0) if self._started else function())
         except Exception as error:  # noqa: BLE001 - the task raises it
             done(error)
         finally:
@@ -2213,12 +2165,17 @@ class Threads:
 # ---- TLS -------------------------------------------------------------------------------------------------------------
 # A connection that encrypts, in either direction, and the server's certificate, which can be replaced while it runs.
 
+TLS_SEND_BYTES = 64 * 1024  # at a time: within that, TLS reports no progress
+TLS_RECEIVE_BYTES = 4 * 1024  # at a time: records without data take a millisecond for each 1.4 KB
+TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # of such records together; the longest record with data has 16 KiB
+TLS_OVERHEAD_MAX = 64  # bytes for each byte of data
+TLS_REPLIES_BYTES_MAX = 1024  # that TLS itself has for the client, until we next send
+
 
 class SecureSocket:
     """A connection with TLS, used like the socket below it; neither blocks.
 
-    TLS works in memory: the work of one call is bounded by the bytes that it receives, however many records these are,
-    and a thread can compute the handshake.
+    TLS works in memory. So the received bytes bound the work of one call, and a thread can compute the handshake.
     """
 
     def __init__(self, connection: socket.socket, context: ssl.SSLContext, host: str | None = None) -> None:
@@ -2252,14 +2209,14 @@ class SecureSocket:
             self._flush()  # never while the thread may still write: nothing guards the memory that they share
 
     def _flush(self) -> bool:
-        """Send encrypted bytes as far as the other side takes them; return whether none is left."""
+        """Send encrypted bytes; return whether none is left."""
         self._encrypted += self._outgoing.read()
         with contextlib.suppress(BlockingIOError):
             self._encrypted = self._encrypted[self._connection.send(self._encrypted) :] if self._encrypted else b""
         return not self._encrypted
 
     def recv(self, size: int) -> bytes:
-        """Return the bytes that have come, none at the end; raise BlockingIOError when none has come."""
+        """Return the bytes that have come, none at the end; raise BlockingIOError if none has come yet."""
         data, parts, is_at_end = b"", list[bytes](), False
         with contextlib.suppress(BlockingIOError):  # some may have come together with the handshake
             data = self._connection.recv(TLS_RECEIVE_BYTES)
@@ -2283,10 +2240,7 @@ class SecureSocket:
         return decrypted
 
     def send(self, data: bytes | memoryview) -> int:
-        """Send the first bytes of data, and return how many; raise BlockingIOError when they cannot be sent now.
-
-        The next call must have the same data then.
-        """
+        """Send the first bytes of data, and return how many; raise BlockingIOError to be called again with the same."""
         if not self._in_flight:
             self._in_flight = self._tls.write(memoryview(data)[:TLS_SEND_BYTES])
         if not self._flush():
@@ -2315,7 +2269,7 @@ class BadCertificate(Exception):
 
 
 class Certificate:
-    """The server's TLS certificate and key, in PEM format. The files can be replaced while the server runs."""
+    """The server's TLS certificate and key, in PEM format. renew loads the files again."""
 
     def __init__(self, path: str, key_path: str) -> None:
         """Load the certificate chain and the key; raise BadCertificate."""
@@ -2337,21 +2291,19 @@ class Certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION
-        for path in (self._path, self._key_path):  # the error of the next step does not name the file
-            try:
-                open(path, "rb").close()
-            except (OSError, ValueError) as error:  # ValueError is for a path with NUL
-                raise BadCertificate(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
         try:
+            for path in (self._path, self._key_path):  # errors of the next step do not name the file
+                open(path, "rb").close()
             context.load_cert_chain(self._path, self._key_path, refuse_password)
         except ssl.SSLError as error:
+            reason = f"{self._path} has no certificate in PEM format, or {self._key_path} no key"
             if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
                 reason = f"{self._key_path} is not the key of the certificate {self._path}"
             elif error.reason:
                 reason = f"cannot use the certificate {self._path}: {error.reason.lower().replace('_', ' ')}"
-            else:
-                reason = f"{self._path} has no certificate in PEM format, or {self._key_path} no key"
             raise BadCertificate(reason) from None
+        except (OSError, ValueError) as error:  # ValueError is for a path with NUL
+            raise BadCertificate(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
         return context
 
 
@@ -2360,23 +2312,24 @@ class Certificate:
 
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # the text format of Prometheus
 NO_ENDPOINT = "other"  # for unknown paths and malformed requests
+DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)  # of buckets
 
 
 class Metrics:
     """Counts the server's work since its start. The loop counts; any thread may ask for the text."""
 
     def __init__(self, connections: Sized, polls: Sized) -> None:
-        """Start at zero; the lengths of connections and polls are reported too."""
+        """Start at zero. The text also reports the lengths of connections and polls."""
         self._connections, self._polls = connections, polls
         self._started = time.monotonic()
-        # By endpoint and status: how many answers took up to each of DURATION_SECONDS but longer than the one before,
+        # By endpoint and status: how many responses took up to each of DURATION_SECONDS but longer than the one before,
         # how many took longer than all, and the seconds of all together.
         self._answers: dict[tuple[str, int], list[float]] = {}
         self.failed_logins = self.commits = self.writes = 0
         self.deliveries = self.failed_deliveries = self.dropped_deliveries = 0
 
     def note_answer(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count an answer, and its time since the first byte of the request."""
+        """Count a response, and its time since the first byte of the request."""
         numbers = self._answers.get((endpoint, status))
         if numbers is None:
             numbers = self._answers[endpoint, status] = [0] * (len(DURATION_SECONDS) + 2)
@@ -2386,22 +2339,19 @@ class Metrics:
     def text(self, store: Store) -> str:
         """Return all counters and the sizes of a store in the text format of Prometheus."""
         (users, pairs), (database_bytes, log_bytes) = store.counts(), store.file_bytes()
-        requests, durations = list[tuple[str, float]](), list[tuple[str, float]]()
-        by_endpoint: dict[str, list[float]] = {}
+        requests, durations, by_endpoint = list[str](), list[str](), dict[str, list[float]]()
         for (endpoint, status), numbers in list(self._answers.items()):  # a copy: the loop goes on counting
-            *counts, seconds = numbers
-            requests.append((f'{{endpoint="{endpoint}",status="{status}"}}', sum(counts)))
-            total = by_endpoint.get(endpoint, itertools.repeat(0))
-            by_endpoint[endpoint] = [sum(both) for both in zip((*counts, seconds), total)]
+            requests.append(f'{{endpoint="{endpoint}",status="{status}"}} {sum(numbers[:-1])}')
+            by_endpoint[endpoint] = [sum(both) for both in zip(numbers, by_endpoint.get(endpoint, itertools.repeat(0)))]
         for endpoint, (*counts, seconds) in by_endpoint.items():
             for bound, count in zip((*DURATION_SECONDS, "+Inf"), itertools.accumulate(counts)):
-                durations.append((f'_bucket{{endpoint="{endpoint}",le="{bound}"}}', count))
-            durations.append((f'_sum{{endpoint="{endpoint}"}}', seconds))
-            durations.append((f'_count{{endpoint="{endpoint}"}}', sum(counts)))
+                durations.append(f'_bucket{{endpoint="{endpoint}",le="{bound}"}} {count}')
+            durations.append(f'_sum{{endpoint="{endpoint}"}} {seconds}')
+            durations.append(f'_count{{endpoint="{endpoint}"}} {sum(counts)}')
         lines = []
         for name, kind, meaning, samples in (
-            ("requests_total", "counter", "Answers by endpoint and status.", requests),
-            ("request_seconds", "histogram", "Time from a request's first byte to its answer.", durations),
+            ("requests_total", "counter", "Responses by endpoint and status.", requests),
+            ("request_seconds", "histogram", "Time from a request's first byte to its response.", durations),
             ("failed_logins_total", "counter", "Logins with a wrong name, password or token.", self.failed_logins),
             ("commits_total", "counter", "Committed transactions.", self.commits),
             ("writes_total", "counter", "Changes in these transactions, without the refused ones.", self.writes),
@@ -2417,9 +2367,8 @@ class Metrics:
             ("pairs", "gauge", "Pairs.", pairs),
             ("uptime_seconds", "gauge", "Time since the start.", time.monotonic() - self._started),
         ):
-            labelled = samples if isinstance(samples, list) else [("", samples)]
             lines += [f"# HELP kvserver_{name} {meaning}", f"# TYPE kvserver_{name} {kind}"]
-            lines += [f"kvserver_{name}{labels} {number}" for labels, number in labelled]
+            lines += [f"kvserver_{name}{s}" for s in (samples if isinstance(samples, list) else [f" {samples}"])]
         return "\n".join(lines) + "\n"
 
 
@@ -2427,6 +2376,10 @@ class Metrics:
 # Credentials in, a User or an HTTPError out. scrypt makes guessing slow, but would slow every request too. So we
 # remember verified credentials, under a keyed hash, never as they came.
 
+CREDENTIALS_MAX = 1024  # verified credentials that are remembered
+CHECKS_MAX = 64  # passwords that wait to be checked
+CHECK_SECONDS = 10  # that a request waits for that
+THROTTLED_ADDRESSES_MAX = 10_000
 USUAL_PORTS = {"http": ":80", "https": ":443"}
 ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
 FOREIGN = (
@@ -2438,8 +2391,8 @@ LOG_IN = "log in with a user name and a password by HTTP Basic authentication, o
 # an admin's program, with a password or a token without restrictions.
 ANYONE, BROWSER, USER, PERSON, ADMIN, OPERATOR = "anyone", "browser", "user", "person", "admin", "operator"
 NO_LOGIN, PAGE_VISITORS = (ANYONE, BROWSER), (PERSON, ADMIN)
-# With a realm of their own, below their own paths, the pages get credentials that browsers keep from the API (RFC 7617
-# section 2.2).
+# The pages have their own realm and paths. So browsers keep the credentials for them from the API (RFC 7617 section
+# 2.2).
 REALMS = {USER: "kvserver", OPERATOR: "kvserver", PERSON: "kvserver pages", ADMIN: "kvserver pages"}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -2469,8 +2422,9 @@ def check_visitor(user: User, who: str) -> None:
     if who in PAGE_VISITORS and user.token:
         raise HTTPError(401, "a token does not open pages; log in with your password")
     if who in (ADMIN, OPERATOR) and not user.is_admin:
-        what = "manage accounts" if who == ADMIN else "see the metrics"
-        raise HTTPError(403, f"only admins may {what}; ask one of them")
+        raise HTTPError(
+            403, f"only admins may {'manage users' if who == ADMIN else 'see the metrics'}; ask one of them"
+        )
     if who == OPERATOR and user.token and (user.token.is_read_only or user.token.prefix):
         raise HTTPError(403, "this token is restricted; use one that was made without --read-only and --prefix")
 
@@ -2487,8 +2441,8 @@ def parse_address(text: str) -> Address | None:
 def client_address(peer: str, forwarded_for: str, proxies: Networks) -> Address | None:
     """Return the sender's address: the peer, or if that is a trusted proxy the address that X-Forwarded-For names.
 
-    Every proxy appends the address from which it got the request. Read from the end, the first address that is no
-    trusted proxy's is the last one that a trusted program wrote; those before it may be made up.
+    Every proxy appends its client's address. So read from the end, and stop at the first address that is not a trusted
+    proxy's. The sender may have made up those before it.
     """
     address = parse_address(peer)
     for hop in map(parse_address, reversed(forwarded_for.split(","))):
@@ -2500,7 +2454,7 @@ def client_address(peer: str, forwarded_for: str, proxies: Networks) -> Address 
 
 def client_of(address: Address | None) -> Hashable:
     """Return the throttle's key of an address. All of an IPv6 /64 share one, since one person can use them all."""
-    return int(address) >> (128 - IPV6_CLIENT_BITS) if isinstance(address, ipaddress.IPv6Address) else address
+    return int(address) >> 64 if isinstance(address, ipaddress.IPv6Address) else address
 
 
 class Throttle:
@@ -2532,10 +2486,10 @@ class Throttle:
 
 
 def decode_credentials(authorization: str) -> tuple[str | None, str]:
-    """Return user name and password of an Authorization header, or None and a token; raise HTTPError.
+    """Return user name and password of an Authorization header, or None and a Bearer token; raise HTTPError.
 
-    The former come by Basic (RFC 7617, in UTF-8), and are both empty when they are malformed. Control characters make
-    them so: scrypt pads with zeros, so "password" and "password\\0" would be one. A token alone comes by Bearer.
+    Name and password come by Basic (RFC 7617, in UTF-8). Malformed ones become empty. So do those with control
+    characters: scrypt pads with zeros, and would take "password" and "password\\0" for one.
     """
     scheme, _, credentials = authorization.partition(" ")
     if scheme.lower() == "bearer":
@@ -2559,16 +2513,15 @@ class Authenticator:
         self._store, self._loop, self._threads, self._commit, self._metrics = store, loop, threads, commit, metrics
         # One thread, because the allocator keeps 16 MiB for each thread that has ever run scrypt.
         self.scrypt = Threads(loop, 1)
-        # Unknown names are checked against this hash, which no password matches: they take as long as a wrong password,
+        # We check unknown names against this hash, which no password matches. They take as long as a wrong password,
         # and so do not tell which names exist. (Only the first login with another program's hash takes another time.)
         self._unknown_user_hash = format_hash(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES))
-        # From the keyed hash of an Authorization header to the user's name and the stored hashes that it matches.
-        self._verified: dict[bytes, tuple[str, tuple[str, ...]]] = {}
+        # From the keyed hash of an Authorization header to the user's name and the stored hash that it matches.
+        self._verified: dict[bytes, tuple[str, str]] = {}
         self._secret = secrets.token_bytes(32)
         # The requests that wait for a check, by the keyed hash of their header and the row that it is checked against.
         self._waiting: dict[tuple[bytes, User | None], list[Wakeup]] = {}
         self._throttle = Throttle()
-        self._new_passwords = 0  # that wait to be hashed
 
     def _digest(self, authorization: str) -> bytes:
         scheme, _, credentials = authorization.partition(" ")
@@ -2586,12 +2539,12 @@ class Authenticator:
         return user
 
     def _known_user(self, authorization: str) -> User | None:
-        # The row is read for every request, and verified credentials count only while it has a hash that they matched:
-        # so a new password or a deletion counts at once, whichever process made it.
-        name, hashes = self._verified.get(self._digest(authorization), ("", ()))
+        # Every request reads the row, and verified credentials count only while it has the hash that they matched. So a
+        # new password or a deletion counts at once, whichever process made it.
+        name, password_hash = self._verified.get(self._digest(authorization), ("", ""))
         if name:
             user = self._store.user(name)
-            return user if user and user.password_hash in hashes else None
+            return user if user and user.password_hash == password_hash else None
         owner, token = decode_credentials(authorization)
         user = self._store.token_user(hash_token(token)) if token.startswith(TOKEN_PREFIX) else None
         return user if user and owner in (None, user.name) else None
@@ -2599,7 +2552,7 @@ class Authenticator:
     async def _check(self, authorization: str, address: Address | None) -> None:
         """Check a password, and remember it if it is right; raise HTTPError if it is wrong.
 
-        Requests with equal headers share a check. A failure is charged beforehand: otherwise all guesses that come
+        Requests with equal headers share a check. We charge a failure beforehand: otherwise all guesses that come
         before the first one has failed would be free.
         """
         name, password = decode_credentials(authorization)
@@ -2629,7 +2582,6 @@ class Authenticator:
         """Run a check, and pass its result to all requests that wait for it: None if none waited in the end."""
         digest, user = check
         stored = user.password_hash if user else self._unknown_user_hash
-        hashes: tuple[str, ...] = (stored,)
         result: bool | Exception | None
 
         def verify() -> bool | None:
@@ -2638,23 +2590,27 @@ class Authenticator:
 
         try:
             result = await (self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads).run(verify, "checks")
-            if result and not stored.startswith(hash_parameters()):
-                hashes += (await self.scrypt.run(lambda: hash_password(password)),)
+            if result and user:
+                self._verified[digest] = (user.name, await self._renew_hash(user, password))
         except Exception as error:  # noqa: BLE001 - the requests raise it
             result = error
+        if len(self._verified) > CREDENTIALS_MAX:
+            del self._verified[next(iter(self._verified))]
         if result is not False:
             self._throttle.refund(address)
-        if result is True and user:
-            if len(self._verified) >= CREDENTIALS_MAX:
-                del self._verified[next(iter(self._verified))]
-            self._verified[digest] = (user.name, hashes)
         for wakeup in self._waiting.pop(check):
             wakeup(result)
-        if user and len(hashes) > 1:
+
+    async def _renew_hash(self, user: User, password: str) -> str:
+        """Return the stored hash, or our own in place of one by another program or with other parameters."""
+        if not user.password_hash.startswith(hash_parameters()):
             try:
-                await self._commit(lambda store: store.renew_password_hash(user, hashes[1]))
+                password_hash = await self.hash_password(password, "checks")
+                await self._commit(lambda store: store.renew_password_hash(user, password_hash))
+                return password_hash
             except (StoreError, sqlite3.Error) as error:  # the old hash is good too
                 log("WARNING", f"cannot store a new password hash: user={user.name!r} error={error}")
+        return user.password_hash
 
     def _failure(self, name: str | None, address: Address | None) -> HTTPError:
         self._metrics.failed_logins += 1
@@ -2662,15 +2618,9 @@ class Authenticator:
         log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
         return HTTPError(401, "the token is unknown" if name is None else "the user name or the password is wrong")
 
-    async def hash_password(self, password: str, is_admin: bool) -> str:
-        """Hash a new password; raise HTTPError when too many wait. Half of the places are for admins, who can help."""
-        if self._new_passwords >= (NEW_PASSWORDS_MAX if is_admin else NEW_PASSWORDS_MAX // 2):
-            raise HTTPError(503, "the server is busy with other passwords; try again", RETRY_AFTER)
-        self._new_passwords += 1
-        try:
-            return cast(str, await self.scrypt.run(lambda: hash_password(password)))
-        finally:
-            self._new_passwords -= 1
+    async def hash_password(self, password: str, owner: Hashable) -> str:
+        """Hash a new password. Each owner has one hashed at a time, so that others get through."""
+        return cast(str, await self.scrypt.run(lambda: hash_password(password), owner))
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
@@ -3587,35 +3537,28 @@ def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Resp
     return Response(status=204, headers=allow)
 
 
-def describe_mistake(error: Exception) -> str:
-    """Return where an exception was raised, without its message, which may quote the request."""
-    place, places = error.__traceback__, []
-    while place:
-        places.append(f"{place.tb_frame.f_code.co_name}:{place.tb_lineno}")
-        place = place.tb_next
-    return f"internal error: {type(error).__name__} in {' > '.join(places)}"
-
-
 def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
-    """Return the answer to an exception; log it if it is the server's fault."""
-    answer = as_refusal(error)
-    if answer:
-        return answer
+    """Return the HTTPError for an exception; log it if it is the server's fault."""
+    refusal = as_refusal(error)
+    if refusal:
+        return refusal
     if isinstance(error, TimeoutError):
         return HTTPError(408, "the request has not come in time")
-    if isinstance(error, NoThread):
-        return HTTPError(503, "the server is short of memory; try again", RETRY_AFTER)
     if isinstance(error, (StoreError, sqlite3.Error)):
         errors.write(f"the database failed: {error}")
         if isinstance(error, StoreFull):
             return HTTPError(507, str(error))
         return HTTPError(503, "the database cannot be used; the server's log says why", RETRY_AFTER)
-    errors.write(describe_mistake(error))
+    place, places = error.__traceback__, []  # without the message, which may quote the request
+    while place:
+        places.append(f"{place.tb_frame.f_code.co_name}:{place.tb_lineno}")
+        place = place.tb_next
+    errors.write(f"internal error: {type(error).__name__} in {' > '.join(places)}")
     return HTTPError(500, "the server made a mistake; its log says where")
 
 
 def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> Response:
-    """Return the answer to a refused request: HTML for pages, and a challenge with 401."""
+    """Return the response to a refused request: HTML for pages, and a challenge with 401."""
     if route and route.who in PAGE_VISITORS and request.wants_html():
         # Somebody with a stolen token is not told whose it is.
         response = error_page(error, request.user if error.status != 401 else None, route)
@@ -3628,10 +3571,11 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> 
 
 
 # ---- Connections -----------------------------------------------------------------------------------------------------
-# The story of one connection: it receives a request, finds its user, runs its endpoint, and sends the answer.
+# The story of one connection: it receives a request, finds its user, runs its endpoint, and sends the response.
 
-LONG = math.inf  # as the size of a change: it may take long
-NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # stands for one that cannot be parsed
+LINGER_SECONDS = 2
+QUICK_BODY_BYTES_MAX = 16 * 1024  # to parse a longer body may take up to a second, during which others are served
+NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # for one that cannot be parsed
 # What a connection does while its task waits. When there are too many, this decides which ones give way.
 IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
 
@@ -3646,17 +3590,17 @@ class RequestHandler:
         self.state, self.started = IDLE, time.monotonic()  # the connection, and later the request
         self.deadline = self.started + FIRST_BYTE_SECONDS  # for the next bytes
         self.body_pending = True  # whether bytes of the request may still be on their way
-        self.unsent_bytes = 0  # length of an answer that the client is slow to take
+        self.unsent_bytes = 0  # length of a response that the client is slow to take
         self.route: Route | None = None  # of the request
         self.fields: Fields | None = None  # of the last request
         self.last: tuple[bytes, Request | None] = (b"", None)  # the last request, if it had no body, and its head
-        self.login: tuple[Fields | None, User] = (None, NOBODY)  # fields that were found to be those of a user
+        self.login: tuple[Fields | None, User] = (None, NOBODY)  # the last user, and the fields that they sent
 
     def rank(self) -> tuple[float, float]:
         """Return a sort key: the lowest connection is closed first when there are too many. NEVER protects it."""
         if self.state == RECEIVING or (self.state == IDLE and self.fields is None):
             return 0, self.started
-        # Strangers get only short answers. A slow or busy stranger can connect again.
+        # Strangers get only short responses. A slow or busy stranger can connect again.
         if self.login[1] is NOBODY and (self.state != WORKING or (self.route and self.route.who in NO_LOGIN)):
             return 1, self.deadline
         return (2 if self.state == IDLE and not self.received else NEVER), self.deadline
@@ -3684,7 +3628,7 @@ class RequestHandler:
             response = await self.respond(request)
         except ConnectionError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever happens, the client gets an answer
+        except Exception as error:  # noqa: BLE001 - whatever happens, the client gets a response
             response = answer_to_error(as_http_error(error, self.server.errors), self.route, request)
         keep_alive = request.fields.keep_alive and not self.body_pending and not self.server.stopping
         connection = "close" if not keep_alive else "keep-alive" if request.fields.is_http_1_0 else ""
@@ -3708,11 +3652,9 @@ class RequestHandler:
         while not self.received or self.received == b"\r\n":  # some clients send an empty line behind a body
             self.received.clear()
             try:
-                self.received += await receive(self.connection, RECEIVE_BYTES, self.deadline)
-            except TimeoutError as error:
+                await self._receive_more()
+            except (TimeoutError, HTTPError) as error:
                 raise ConnectionAbortedError from error
-            if not self.received:
-                raise ConnectionAbortedError
         self.state, self.started = RECEIVING, time.monotonic()
         self.deadline, checked = self.started + REQUEST_SECONDS, 0
         end = self.received.find(b"\r\n\r\n")
@@ -3747,7 +3689,7 @@ class RequestHandler:
         self.received += data
 
     async def respond(self, request: Request) -> Response:
-        """Return the answer to a request, or raise the reason to refuse it."""
+        """Return the response to a request, or raise the reason to refuse it."""
         methods, request.key_in_path = self.server.find_routes(request.path)
         route = self.route = methods.get(request.method)
         if route is None or (route.who == BROWSER and not request.wants_html()):
@@ -3812,10 +3754,10 @@ class RequestHandler:
         endpoint = route.endpoint
         if route.where == COMMIT:
             if "password" in request.parameters:  # its hash would take too long within the transaction
-                password, is_admin = request.parameters["password"], request.user.is_admin
-                request.password_hash = await self.server.authenticator.hash_password(password, is_admin)
+                hash_password = self.server.authenticator.hash_password
+                request.password_hash = await hash_password(request.parameters["password"], request.user.id)
                 await self._authorize(route, request)
-            size = LONG if route.who == ADMIN else len(request.query) + len(request.body)
+            size = math.inf if route.who == ADMIN else len(request.query) + len(request.body)  # admins' may take long
             try:
                 return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
             except RefusedForm as refused:
@@ -3859,9 +3801,9 @@ class RequestHandler:
         self.unsent_bytes = 0
 
     async def _linger(self) -> None:
-        """Discard the rest of a request until the client has read the answer and closes.
+        """Discard the rest of a request until the client has read the response and closes.
 
-        To close a connection with unread bytes is to reset it, which takes the answer with it (RFC 9112 section 9.6).
+        To close a connection with unread bytes is to reset it, which takes the response with it (RFC 9112 section 9.6).
         """
         self.state, deadline = RECEIVING, time.monotonic() + (0 if self.server.stopping else LINGER_SECONDS)
         with contextlib.suppress(OSError):
@@ -3870,12 +3812,11 @@ class RequestHandler:
                 pass
 
     def _note_answer(self, request: Request, status: int) -> None:
-        """Count an answer, and log it if that is wanted: its key, but neither its value nor its query."""
+        """Count a response, and log it if that is wanted: its key, but neither its value nor its query."""
         route, seconds = self.route, time.monotonic() - self.started
         if route is None:  # another method of the path counts
             route = next(iter(self.server.find_routes(request.path)[0].values()), None)
-        endpoint = route.path or "/" if route else NO_ENDPOINT
-        self.server.metrics.note_answer(endpoint, status, seconds)
+        self.server.metrics.note_answer((route.path or "/") if route else NO_ENDPOINT, status, seconds)
         if self.server.log_requests:
             method = request.method if request.method in METHODS else ""
             path = request.path.removesuffix(request.key_in_path) if route else ""  # an unknown one may be a value
@@ -3888,6 +3829,14 @@ class RequestHandler:
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
 # Sends changes to URLs. Each hook with pending deliveries is one task. Only a shell on the machine can add hooks;
 # otherwise users could make the server call hosts in its own network.
+
+HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that its sender sees no error
+HOOK_ANSWER_BYTES_MAX = 4 * 1024
+HOOK_RETRY_SECONDS_MAX = 3600
+HOOK_GRACE_SECONDS = 300  # after a start nothing is too old: after a power cut, the network may be late
+LONG_EXCHANGES_MAX = 2  # beside EXCHANGES_MAX, for long values: JSON takes six times as much memory
+LONG_DELIVERY_BYTES = 64 * 1024
+DROPPED_SECONDS = 10  # until we log again that deliveries were dropped
 
 client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # it verifies; to make one takes long
 
@@ -3987,10 +3936,10 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> An
     return answers[0]
 
 
-def exchange_bounds(receiver: str, is_long: bool, is_doubtful: bool) -> dict[Hashable, int]:
+def exchange_bounds(origin: str, is_long: bool, is_doubtful: bool) -> dict[Hashable, int]:
     """Return how many exchanges of a kind may run at once: half of each if the hook's last attempt failed."""
     most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
-    bounds: dict[Hashable, int] = {is_long: most, (is_long, receiver): RECEIVER_EXCHANGES_MAX}
+    bounds: dict[Hashable, int] = {is_long: most, (is_long, origin): RECEIVER_EXCHANGES_MAX}
     return bounds | ({("doubtful", key): max(1, most // 2) for key, most in bounds.items()} if is_doubtful else {})
 
 
@@ -4003,7 +3952,7 @@ class Outbox:
         self._gate = Gate(loop)
         self.has_hooks = self._is_sender = self._is_stopped = False
         self.busy: set[int] = set()  # hooks with an exchange under way, or its result not yet stored
-        self._started: set[int] = set()  # hooks with a task
+        self._running: set[int] = set()  # hooks with a task
         self._newest = 0  # id of the newest delivery that has been seen
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
         self._dropped_logged = -NEVER  # monotonic seconds
@@ -4048,52 +3997,45 @@ class Outbox:
         if self.has_hooks and not self._is_stopped and self._may_send():
             rows = self._store.new_deliveries(self._newest)
             self._newest = max((newest for *_, newest in rows), default=self._newest)
-            for hook_id, receiver, is_proven, _ in rows:
-                if hook_id not in self._started:
-                    self._loop.start(self._run_hook(hook_id, receiver, bool(is_proven)))
+            for hook_id, origin, is_proven, _ in rows:
+                if hook_id not in self._running:
+                    self._loop.start(self._run_hook(hook_id, origin, bool(is_proven)))
 
-    async def _run_hook(self, hook_id: int, receiver: str, is_proven: bool) -> None:
-        self._started.add(hook_id)
-        begun, failures, next_pause, unstored, last = time.monotonic(), 0, 1.0, 0, 0
+    async def _run_hook(self, hook_id: int, origin: str, is_proven: bool) -> None:
+        self._running.add(hook_id)
+        begun, next_pause, last = time.monotonic(), 1.0, 0
         try:
             while True:
                 next_one = self._store.next_delivery_size(hook_id)
                 if not next_one or self._is_stopped:
                     return
-                is_doubtful = failures > 0 or not is_proven
-                bounds = exchange_bounds(receiver, next_one[1] > LONG_DELIVERY_BYTES, is_doubtful)
+                bounds = exchange_bounds(origin, next_one[1] > LONG_DELIVERY_BYTES, not is_proven)
                 await self._gate.enter(bounds)
                 self.busy.add(hook_id)
                 try:
                     delivery = self._store.next_delivery(hook_id)
                     if delivery is None or delivery.number != next_one[0] or self._is_stopped:
                         continue  # while it waited, that one has been deleted, or the server stopped
-                    answer = await self._send(delivery, last, "doubtful" if is_doubtful else None)
-                    last, pause = delivery.number - 1, 0.0
-                    if answer.is_success() or answer.is_refusal():
-                        failures, next_pause, is_proven = 0, 1.0, True
-                    else:
-                        failures, age, since = failures + 1, time.time() - delivery.created, time.monotonic() - begun
+                    answer = await self._send(delivery, last, None if is_proven else "doubtful")
+                    last, is_proven, pause = delivery.number - 1, answer.is_success() or answer.is_refusal(), 0.0
+                    if not is_proven:
+                        age, since = time.time() - delivery.created, time.monotonic() - begun
                         seconds_left = max(HOOK_GIVE_UP_SECONDS - age, HOOK_GRACE_SECONDS - since)
                         pause = max(0, min(answer.retry_after or next_pause, HOOK_RETRY_SECONDS_MAX, seconds_left))
-                        next_pause = min(2 * next_pause, HOOK_RETRY_SECONDS_MAX) if pause else 1.0
-                    try:
-                        await self._store_result(delivery, answer, pause, failures)
-                        unstored = 0
-                    except (StoreError, sqlite3.Error):
-                        unstored = min(unstored + 1, 6)
-                        pause = max(pause, 2.0**unstored)  # it is sent again, but not all the time
+                    if not await self._store_result(delivery, answer, pause, is_first=next_pause == 1):
+                        pause = max(pause, min(next_pause, 60))  # it is sent again, but not all the time
                 finally:
                     self.busy.discard(hook_id)
                     self._gate.leave(bounds)
                 delivery = None  # its values may be long
+                next_pause = min(2 * next_pause, HOOK_RETRY_SECONDS_MAX) if pause else 1.0
                 if pause:
                     await sleep(pause)
         except Exception:
             self._newest = 0  # the next look begins again
             raise
         finally:
-            self._started.discard(hook_id)
+            self._running.discard(hook_id)
 
     async def _send(self, delivery: Delivery, last: int, owner: Hashable) -> Answer:
         """Send a delivery, and return the answer. Those after the last handled one, or after last, had to make room."""
@@ -4108,15 +4050,19 @@ class Outbox:
         self._metrics.failed_deliveries += not answer.is_success()
         return answer
 
-    async def _store_result(self, delivery: Delivery, answer: Answer, pause: float, failures: int) -> None:
+    async def _store_result(self, delivery: Delivery, answer: Answer, pause: float, is_first: bool) -> bool:
         result, handled = answer.text, delivery.number - 1 if pause else delivery.number
-        if pause and failures == 1:
+        if pause and is_first:
             problem = f"hook {delivery.hook_id} to {delivery.origin}: {result}; trying again until it is a day old"
             self._errors.write(problem, DROPPED_SECONDS)
         if not pause and not answer.is_success():
             self._drop(delivery, 1, result if answer.is_refusal() else f"a day old, {result}")
             result += ", dropped"
-        await self._commit(lambda store: store.note_try(delivery.hook_id, result, handled))
+        try:
+            await self._commit(lambda store: store.note_try(delivery.hook_id, result, handled))
+        except (StoreError, sqlite3.Error):
+            return False
+        return True
 
     def _drop(self, delivery: Delivery, count: int, reason: str) -> None:
         self._metrics.dropped_deliveries += count
@@ -4134,13 +4080,22 @@ class Outbox:
 # ---- Server ----------------------------------------------------------------------------------------------------------
 # Accepts connections, and makes the changes that come in together in one transaction.
 
+TURN_CONNECTIONS = 8  # that are accepted between two looks for requests
+TURN_ANSWERS = 4  # to changes, between two looks for other requests
+GATHER_SECONDS_MAX = 0.001  # that changes wait for others of the same commit
+QUICK_COMMIT_SECONDS = 0.002  # the loop waits for a disk that took no longer for the last commit
+QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; a thread makes longer transactions as well
+TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, but for the last one
+WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log begins again, even if it has to wait for readers
+CHECKPOINT_RETRY_SECONDS, CHECKPOINT_RETRY_SECONDS_MAX = 10, 600  # doubles after each failed checkpoint
+UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
+POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
+SHORT_POLL_SECONDS = 0.02  # between two looks for room for a connection, or for the end of the last request
+STOP_REQUEST_SECONDS = 3  # after the stop, incomplete requests are dropped
+STOP_SECONDS = 4  # then all connections are closed
+EXIT_SECONDS = 4.5  # then the process ends, whatever it is doing
 
-class Change(NamedTuple):
-    """An operation for the next transaction, and the Wakeup of the task that waits for its result."""
-
-    operation: Callable[[Store], Any]
-    wakeup: Wakeup
-    size: float  # bytes of the request, about
+Change = tuple[Callable[[Store], Any], Wakeup, float]  # an operation, its task's Wakeup, bytes of its request or so
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -4149,7 +4104,7 @@ class Server(http.server.ThreadingHTTPServer):
     One thread runs the loop, which reads from the database; threads compute scrypt and do whatever takes long.
     """
 
-    request_queue_size = LISTEN_BACKLOG
+    request_queue_size = 128
     allow_reuse_port = False  # a second server on the port must fail, not take half of the connections
 
     def __init__(
@@ -4164,10 +4119,7 @@ class Server(http.server.ThreadingHTTPServer):
         trusted_proxy: Networks = (),
         certificate: Certificate | None = None,
     ) -> None:
-        """Use the database at path, bind host and port and listen; raise OSError when that is not possible.
-
-        With a certificate all connections are by TLS.
-        """
+        """Use the database at path, bind host and port and listen, by TLS with a certificate; raise OSError."""
         # An empty host is all interfaces: the IPv6 wildcard serves IPv4 as well, where the machine can do that.
         host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         passive = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -4187,11 +4139,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.outbox = Outbox(self.reader, self.loop, self.commit, self.metrics, self.errors)
         self.changes: collections.deque[Change] = collections.deque()  # for the next transaction
         self.stopping = self._is_finished = self._is_committing = False
-        self._has_expired = False  # whether there are pairs to be removed in passing
+        self._has_expired = False  # whether there are pairs to be deleted in passing
         self._days_noted: dict[int, int] = {}  # by a token's id, on which day its use was last noted
         self._polls_state = b""  # of the database, when all polls were last looked at
-        self._next_checkpoint = 0.0  # monotonic seconds
-        self._checkpoint_retry_seconds = CHECKPOINT_RETRY_SECONDS
+        self._next_checkpoint, self._checkpoint_pause = 0.0, 0.0  # monotonic seconds, and seconds
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
 
@@ -4199,7 +4150,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind the socket. HTTPServer's own method would ask the DNS for our name, which can take seconds."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
-        # Every connection inherits this: an answer must not wait until the client has acknowledged the one before.
+        # Every connection inherits this: a response must not wait until the client has acknowledged the one before.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
@@ -4244,14 +4195,14 @@ class Server(http.server.ThreadingHTTPServer):
             if self._may_commit():
                 now = time.monotonic()
                 gathering_since = gathering_since or now
-                # While other requests come in, so do changes; what shares a commit takes hardly longer than one.
+                # While other requests come in, so do changes. Those that share a commit take hardly longer than one.
                 is_late = now - gathering_since >= min(self.writer.commit_seconds / 2, GATHER_SECONDS_MAX)
                 if is_late or not is_busy or len(self.changes) >= len(self.connections):
                     gathering_since = 0.0
                     self.loop.start(self._commit_round())
 
     async def _keep_house(self, accepting: Task) -> None:
-        """Look for other processes' changes, expired pairs and new deliveries. After the stop, end all connections."""
+        """Look for other processes' changes, expired pairs and new deliveries until the stop; then end the server."""
         while not self.stopping:
             try:
                 state = self.reader.state()
@@ -4266,8 +4217,13 @@ class Server(http.server.ThreadingHTTPServer):
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
                 as_http_error(error, self.errors)
             await sleep(POLL_SECONDS)
-        begun = time.monotonic()
         self.loop.throw(accepting, Cancelled())
+        await self._end_connections()
+        self._is_finished = True
+
+    async def _end_connections(self) -> None:
+        """Close idle connections, let requests under way end, and drop those that take too long."""
+        begun = time.monotonic()
         self.socket.close()
         self.outbox.stop()
         self._wake_polls(None)
@@ -4276,11 +4232,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self.loop.throw(handler.task, Cancelled())
         for seconds in (STOP_REQUEST_SECONDS, STOP_SECONDS):
             while (self.connections or self.outbox.busy) and time.monotonic() < begun + seconds:
-                await sleep(STOP_POLL_SECONDS)
+                await sleep(SHORT_POLL_SECONDS)
             late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
-            for task in (*late, *(change.wakeup.task for change in self.changes)):
+            for task in (*late, *(wakeup.task for _, wakeup, _ in self.changes)):
                 self.loop.throw(task, TimeoutError())
-        self._is_finished = True
 
     async def _accept(self) -> None:
         self.loop.use(self.socket)
@@ -4294,14 +4249,14 @@ class Server(http.server.ThreadingHTTPServer):
                         self.process_request(*self.get_request())
                     if len(self.connections) >= self.max_connections:  # first see whether somebody has gone
                         break
-            except (BlockingIOError, ConnectionError):  # there is none left, or the client did not wait
+            except (BlockingIOError, ConnectionError):  # none is left, or the client did not wait
                 continue
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
                 reason = error.strerror if isinstance(error, OSError) else type(error).__name__
                 self.errors.write(f"cannot accept a connection: {reason}")
                 has_room = isinstance(error, OSError) and error.errno == errno.EMFILE and self._make_room()
-            if not has_room:  # further connections are left to the listen queue
-                await sleep(FULL_POLL_SECONDS)
+            if not has_room:  # further connections wait in the listen queue
+                await sleep(SHORT_POLL_SECONDS)
 
     def _make_room(self) -> bool:
         first = min(self.connections.values(), key=RequestHandler.rank, default=None)
@@ -4322,7 +4277,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.close_request(request)
 
     def find_routes(self, path: str) -> tuple[dict[str, Route], str]:
-        """Return the routes of a path by method, and the key that stands in it, still encoded, if one does."""
+        """Return the routes of a path by method, and its key, still encoded, if it has one."""
         for beginning in self.beginnings:
             if path.startswith(beginning) and path != beginning:
                 return self.routes[beginning + "KEY"], path[len(beginning) :]
@@ -4360,7 +4315,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     async def commit(self, operation: Callable[[Store], Any], size: float = 0) -> Any:
         """Run an operation in the next transaction, and return or raise its result after the commit."""
-        change = Change(operation, Wakeup(self.loop), size)
+        change = operation, Wakeup(self.loop), size
         self.changes.append(change)
         try:
             return await ready(0, time.monotonic() + DATABASE_LOCK_SECONDS)
@@ -4369,7 +4324,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise StoreBusy("the server is too busy") from None
 
     def _may_commit(self) -> bool:
-        # Expired pairs wait for changes, unless there are hooks to be told of them.
+        # Expired pairs wait for changes, unless hooks must hear of them.
         return not self._is_committing and bool(self.changes or (self._has_expired and self.outbox.has_hooks))
 
     def _take_changes(self) -> list[Change]:
@@ -4377,59 +4332,55 @@ class Server(http.server.ThreadingHTTPServer):
         taken, size = list[Change](), 0.0
         while self.changes and size < TRANSACTION_BYTES_MAX:
             taken.append(self.changes.popleft())
-            taken[-1].wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
-            size += taken[-1].size
+            _, wakeup, change_size = taken[-1]
+            wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
+            size += change_size
         return taken
 
     async def _commit_round(self) -> None:
-        """Make the changes that wait in one transaction, and tell their tasks."""
-        self._is_committing = True
+        """Make the waiting changes in one transaction, resume their tasks, and restart a long write-ahead log."""
+        self._is_committing, changes = True, list[Change]()
         try:
             self.writer.begin()
+            changes = self._take_changes()
+            await self._commit(changes)
+            await self._restart_long_log()
         except StoreBusy:  # another process is writing, and the changes wait
             await sleep(LOCK_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
             self._has_expired = False  # until the next look
-            for change in self._take_changes():
-                change.wakeup(error)
-        else:
-            await self._commit(self._take_changes())
-            await self._restart_long_log()
+            for _, wakeup, _ in changes or self._take_changes():
+                wakeup(error)
         finally:
             self._is_committing = False
 
     async def _commit(self, changes: list[Change]) -> None:
         """Make changes in the transaction that has begun, and resume their tasks.
 
-        The loop waits for a quick disk. A slow disk is left to a thread, and so is a transaction that may take long:
-        reads go on, and changes gather for the next transaction.
+        The loop waits for a quick disk. A thread waits for a slow one, and runs transactions that may take long: reads
+        go on, and changes gather for the next transaction.
         """
-        removals: list[Callable[[Store], Any]] = [Store.delete_expired] if self._has_expired else []  # they make room
-        operations = [*removals, *(change.operation for change in changes)]
+        deletions: list[Callable[[Store], Any]] = [Store.delete_expired] if self._has_expired else []  # they make room
+        operations = [*deletions, *(operation for operation, _, _ in changes)]
         state_before, self.writer.may_exceed = self.reader.state(), self.outbox.has_hooks
-        is_short = sum(change.size for change in changes) < QUICK_CHANGES_BYTES_MAX
+        is_short = sum(size for _, _, size in changes) < QUICK_CHANGES_BYTES_MAX
         is_quick = is_short and self.writer.commit_seconds < QUICK_COMMIT_SECONDS
         commit = functools.partial(self.writer.commit, operations)
-        try:
-            results = commit() if is_quick else await self.disk.run(commit)
-        except NoThread:
-            results = commit()
-        except Exception as error:  # noqa: BLE001 - the tasks raise it
-            results = [error] * len(operations)
-        if removals:
-            removed = results.pop(0)
-            self._has_expired = removed is True
-            if isinstance(removed, Exception):
-                self.errors.write(f"expired pairs cannot be removed: {removed}")
-        for number, (change, result) in enumerate(zip(changes, results)):
-            if not is_quick and number % TURN_ANSWERS == TURN_ANSWERS - 1:  # reads do not wait for many answers
+        results = commit() if is_quick else await self.disk.run(commit)
+        if deletions:
+            deleted = results.pop(0)
+            self._has_expired = deleted is True
+            if isinstance(deleted, Exception):
+                self.errors.write(f"expired pairs cannot be deleted: {deleted}")
+        for number, ((_, wakeup, _), result) in enumerate(zip(changes, results)):
+            if not is_quick and number % TURN_ANSWERS == TURN_ANSWERS - 1:  # reads do not wait for many responses
                 await self.loop.turn()
-            change.wakeup(result)
+            wakeup(result)
         self.metrics.commits = self.writer.commits
         self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
         pairs, state = self.writer.changed_pairs, self.reader.state()
         self.reader.keep_rows(state_before, state, pairs)
-        if pairs is None or (self._polls_state == state_before and self.reader.is_one_commit(state_before, state)):
+        if self._polls_state == state_before and self.reader.is_one_commit(state_before, state):
             self._polls_state = state  # nothing else has changed since
         self._wake_polls(pairs)
         if self.outbox.has_hooks:
@@ -4446,12 +4397,12 @@ class Server(http.server.ThreadingHTTPServer):
         except (StoreError, sqlite3.Error) as error:
             self.errors.write(f"the write-ahead log cannot be emptied: {error}")
         # All writers wait for each attempt, and a program that copies the database may well read for ever.
-        self._next_checkpoint = 0.0 if is_done else now + self._checkpoint_retry_seconds
-        retry_seconds = min(2 * self._checkpoint_retry_seconds, CHECKPOINT_RETRY_SECONDS_MAX)
-        self._checkpoint_retry_seconds = CHECKPOINT_RETRY_SECONDS if is_done else retry_seconds
+        pause = min(2 * self._checkpoint_pause or CHECKPOINT_RETRY_SECONDS, CHECKPOINT_RETRY_SECONDS_MAX)
+        self._checkpoint_pause = 0 if is_done else pause
+        self._next_checkpoint = now + self._checkpoint_pause
 
     def _bound_unsent(self) -> None:
-        """Close connections of the user with the longest unsent answers, while all of these are too long together."""
+        """Close connections of the user with the longest unsent responses while all of these are too long together."""
         while sum(handler.unsent_bytes for handler in self.connections.values()) > UNSENT_BYTES_MAX:
             unsent: collections.Counter[int] = collections.Counter()
             for handler in self.connections.values():
