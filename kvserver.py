@@ -1,48 +1,45 @@
 #!/usr/bin/env python3
-"""kvserver keeps state for things that cannot keep it themselves, in one file with no dependencies.
+"""kvserver stores values for things that cannot store them themselves, in one file without dependencies.
 
-Applets, home automations, shortcuts, chips and shell scripts store a value under a key with one web request and read it
-back with another. Every user has keys of their own, every request carries a password (HTTP Basic) or a token, and a
-write is answered only after it is on the disk.
+Applets, home automations, shortcuts, chips and shell scripts store a value under a key with one web request, and read
+it back with another. Each user has their own keys. Each request carries a password (HTTP Basic) or a token. The server
+confirms a write only after it is on the disk.
 
     python kvserver.py serve            run the server; the first start adds the user admin and prints its password
-    python kvserver.py adduser NAME     add a user; passwd USER sets a password, deluser USER deletes, users lists all
-    python kvserver.py addtoken USER    add a token for a device; tokens USER lists them, deltoken USER ID deletes one
+    python kvserver.py adduser NAME     add a user; see also passwd, deluser, users
+    python kvserver.py addtoken USER    add a token for a device; see also tokens, deltoken
     python kvserver.py addhook USER KEY URL
-                                    have a URL called when a pair changes; hooks lists, delhook ID deletes, testhook ID
-                                    sends a test
+                                        call a URL when a value changes; see also hooks, delhook, testhook
     python kvserver.py backup FILE      copy the database to a file
-    python kvserver.py export [USER]    print pairs as lines of JSON; import FILE stores such lines, or moves in
+    python kvserver.py export [USER]    print values as lines of JSON; import FILE stores them
 
-    request                      answer
-    GET /set?key=K&value=V       200 Success; ttl=SECONDS; nx=1 (409 if the key exists); old=V (409 unless it is stored)
-    GET /get?key=K               200 and the value as text, byte for byte; 404 when the key is unknown, or default=D
-                                 format=json or age; wait=SECONDS&unless=V answers when the value is another one
-    GET /del?key=K               200 Successfully removed state; 404 when the key is unknown, or missing=ok
-    GET /incr?key=K              200 and the number that is stored, plus 1, or plus by=N
-    GET /toggle?key=K            200 and off if on was stored, else on, or other words with values=A,B
-    GET /list                    200 and a JSON object of all keys and values; prefix=P, limit=N, after=K, format=json
-    GET PUT DELETE /kv/KEY       the same pairs as resources, the body being the value
-    GET /health                  200 ok, without a login; 503 when the database cannot be read
-    GET /metrics                 what the server has counted, for admins, in Prometheus' text format
-    GET /me/                     a page in the browser: one's own states, tokens and password
-    GET /admin/                  a page for admins: accounts
+    request                      response
+    GET /set?key=K&value=V       200 Success; ttl=SECONDS; nx=1 (409 if the key exists); old=V (409 if it differs)
+    GET /get?key=K               200 and the value; 404 for an unknown key, or default=D; format=json or age;
+                                 wait=SECONDS&unless=V waits for another value
+    GET /del?key=K               200 Successfully removed state; 404 for an unknown key, or missing=ok
+    GET /incr?key=K              200 and the stored number plus 1, or by=N
+    GET /toggle?key=K            200 and off if on was stored, else on; other words with values=A,B
+    GET /list                    200 and a JSON object of keys and values; prefix=P, limit=N, after=K, format=json
+    GET PUT DELETE /kv/KEY       the same values as resources
+    GET /health                  200 ok, without a login; 503 if the database cannot be read
+    GET /metrics                 counters for admins, in Prometheus' text format
+    GET /me/, /admin/            pages for browsers: a user's values, tokens and password; users, for admins
 
-/set and /del take POST and PUT too, /incr and /toggle POST; /get, /list, /kv/KEY, /health and /metrics take HEAD.
-Parameters may stand in the query, in a form or in a JSON object; the body of /set?key=K may be the value itself. All
-paths also exist below /iotpersistenceapi, or the prefix that --base-path names. An error is one line of text that says
-what to do.
+/set, /del, /incr and /toggle also take POST; /set and /del PUT; the others HEAD. Parameters may be in the query, in a
+form or in a JSON object. The body of /set?key=K may be the value. All paths also exist below /iotpersistenceapi, or the
+prefix that --base-path sets. An error is one line of text that says what to do.
 
-The file is built from the ground up, each section using only what stands above it: Limits and defaults, Log, Names,
-passwords and tokens, Storage, HTTP messages, Parameters, Loop, TLS, Metrics, Authentication, API, Pages, Routes,
-Connections, Hooks, Server, Settings, Backup, export and import, Command line.
+The file has rooms, and each uses only the rooms above it: Limits and defaults; Log; Names, passwords and tokens;
+Storage; HTTP messages; Parameters; Loop; TLS; Metrics; Authentication; API; Pages; Routes; Connections; Hooks; Server;
+Settings; Backup, export and import; Command line.
 """
 
 from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 - older ones can parse this file, and then see what they need
+if sys.version_info < (3, 11):  # noqa: UP036 - older versions can parse this file, and then say what they need
     version = ".".join(map(str, sys.version_info[:3]))
     sys.exit(
         f"kvserver needs Python 3.11 or newer; this is {version}. On Raspberry Pi OS, upgrade to Bookworm or newer."
@@ -82,18 +79,7 @@ import threading
 import time
 import types
 import urllib.parse
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Hashable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-    Sized,
-)
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
 __version__ = "0.1.0"
@@ -1766,7 +1752,7 @@ def parse_form(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def unique_names(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return values by name; raise HTTPError for a repeated name, except "_", which is ignored anyway."""
     by_name: dict[str, Any] = {}
     for name, value in pairs:
@@ -2318,7 +2304,7 @@ DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 class Metrics:
     """Counts the server's work since its start. The loop counts; any thread may ask for the text."""
 
-    def __init__(self, connections: Sized, polls: Sized) -> None:
+    def __init__(self, connections: Mapping[Any, Any], polls: Mapping[Any, Any]) -> None:
         """Start at zero. The text also reports the lengths of connections and polls."""
         self._connections, self._polls = connections, polls
         self._started = time.monotonic()

@@ -3854,7 +3854,7 @@ class Schedules(unittest.TestCase):
         self.addCleanup(lambda: self.assertEqual([], self.mistakes))
         self.loop = kvserver.Loop(self.mistakes.append)
         self.addCleanup(self.loop.close)
-        metrics = kvserver.Metrics((), ())
+        metrics = kvserver.Metrics({}, {})
         self.outbox = kvserver.Outbox(self.store, self.loop, self.commit, metrics, kvserver.ErrorLog())
         self.addCleanup(self.outbox.close)
 
