@@ -1598,7 +1598,8 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
 
     Returns whether that was the last chunk. Trailers are checked and discarded.
     """
-    while match := CHUNK_SIZE.match(received):
+    match = CHUNK_SIZE.match(received)
+    while match:
         begin, size = match.end(), int(match[1], 16)
         end = begin + size
         if size == 0:
@@ -1615,6 +1616,7 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
             break
         body += received[begin:end]
         del received[: end + 2]
+        match = CHUNK_SIZE.match(received)
     if b"\n" in received or len(received) > HEADERS_BYTES_MAX:
         raise HTTPError(400, "the chunked body is malformed")
     return False
