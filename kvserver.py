@@ -105,11 +105,7 @@ SCRYPT_PARALLELISM = 5
 FAILURES_MAX = 10  # failed logins that a client address may have at once
 FAILURE_SECONDS = 30  # after which it may have one more
 
-CACHED_ROWS_MAX = 256
-CACHED_BYTES_MAX = 4 * 1024 * 1024  # of values
 LIST_BYTES_MAX = 32 * 1024 * 1024
-JSON_GROWTH_MAX = 6  # a control character becomes six
-CHECKPOINT_SECONDS = 2  # how long they are waited for
 
 THREAD_STACK_BYTES = 512 * 1024  # the usual 8 MiB a thread are much for a machine with 512
 WORKERS_MAX = 4  # threads for requests that may take long
@@ -118,29 +114,20 @@ FIRST_BYTE_SECONDS = 10
 REQUEST_SECONDS = 10
 IDLE_SECONDS = 30
 SEND_SECONDS = 10  # without any progress of an answer
-DATABASE_LOCK_SECONDS = 5  # how long a write may wait for its turn
-LOCK_POLL_SECONDS = 0.02
 
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 WAIT_SECONDS_MAX = 60
 LIST_LIMIT_MAX = 10_000
 LINE_BYTES_MAX = 8 * 1024 * 1024  # of a file that is imported: a value in which all is escaped, and what is around it
-NAMES_SHOWN_MAX = 20  # in a message
 TEXT_SHOWN_CHARACTERS_MAX = 80  # of each name and key
-LIST_TIMES_BYTES = 150  # what the times of a pair and the JSON around them take, about
-EXPIRED_PAIRS_MAX = 100  # that one transaction removes in passing: if they are long, others wait for that
-ENTITY_TAG_BYTES = 16
 TOKENS_MAX = 100  # of a user
 LABEL_CHARACTERS_MAX = 64
-DAY_SECONDS = 24 * 3600
 PAGE_ROWS_MAX = 100
-VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
 FORM_FIELDS_BYTES = 4 * 1024  # what a form has beside a value, at most
 HOOK_SECONDS = 10  # for the whole exchange
 HOOK_GIVE_UP_SECONDS = 24 * 3600  # after the change, at the earliest
 HOOK_PENDING_MAX = 10_000  # deliveries of a hook
 HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
-IDEMPOTENCY_KEY_BYTES = 16
 EXCHANGES_MAX = 64  # at once
 RECEIVER_EXCHANGES_MAX = 8  # of them, with one host and port
 
@@ -308,125 +295,108 @@ def hash_token(token: str) -> bytes:
 
 
 # ---- Storage ---------------------------------------------------------------------------------------------------------
-# The database: its schema, its statements, and one class that runs them. A method that changes something returns after
-# its commit is on the disk. Nothing here knows of HTTP.
+# The database: its schema, and the class that reads and changes it. A method that changes something returns after its
+# commit has reached the disk. Nothing here knows of HTTP.
 
-# One entry a schema version: the statements that lead to it from the version before. PRAGMA user_version holds a file's
-# version. What has been released is never edited; a change of the schema is a further entry.
-# A user's id is never given out again (AUTOINCREMENT): a request still under way while its user is deleted must not
-# write into the account of the next user. Without a rowid, a pair is found in one search instead of two.
+DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
+LOCK_POLL_SECONDS = 0.02
+CHECKPOINT_SECONDS = 2  # that a checkpoint waits for readers
+CACHED_ROWS_MAX = 256
+CACHED_BYTES_MAX = 4 * 1024 * 1024  # and one more value
+EXPIRED_PAIRS_MAX = 100  # that one transaction deletes: long values take time
+DAY_SECONDS = 24 * 3600
+IDEMPOTENCY_KEY_BYTES = 16
+VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
+LAST_NAME = "\x7f"  # sorts after every user name
+NEXT_KEY = "\0"  # key + NEXT_KEY is the next possible key, because keys contain no NUL
+LAST_KEY = "\U0010ffff" * (KEY_BYTES_MAX // 4)  # prefix + LAST_KEY sorts after every key with the same prefix
+
+# One entry per schema version: the statements that lead to it from the version before. PRAGMA user_version holds the
+# version of a file. Never change an entry after its release; add another one. AUTOINCREMENT never reuses an id: a
+# request of a deleted user must not write as the next user. WITHOUT ROWID finds a pair in one search instead of two.
 MIGRATIONS = (
     (
-        """CREATE TABLE user (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
-            name TEXT NOT NULL UNIQUE,
-            password_hash TEXT NOT NULL,
-            is_admin INTEGER NOT NULL)""",
-        """CREATE TABLE pair (
-            user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
-            key TEXT NOT NULL,
-            value TEXT NOT NULL,
+        """CREATE TABLE user (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
+            password_hash TEXT NOT NULL, is_admin INTEGER NOT NULL)""",
+        """CREATE TABLE pair (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
+            key TEXT NOT NULL, value TEXT NOT NULL,
             updated REAL NOT NULL, -- unix seconds
             PRIMARY KEY (user_id, key)) WITHOUT ROWID""",
     ),
     (
         "ALTER TABLE pair ADD COLUMN expires REAL",  # unix seconds; NULL for never
         "CREATE INDEX pair_expires ON pair (expires) WHERE expires IS NOT NULL",
-        """CREATE TABLE token (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
+        """CREATE TABLE token (id INTEGER PRIMARY KEY AUTOINCREMENT,
             user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
             digest BLOB NOT NULL UNIQUE, -- of hash_token
-            label TEXT NOT NULL,
-            is_read_only INTEGER NOT NULL,
+            label TEXT NOT NULL, is_read_only INTEGER NOT NULL,
             prefix TEXT NOT NULL, -- of the keys that it may see
             created REAL NOT NULL, -- unix seconds
             last_used_day INTEGER) -- days since 1970; NULL for never""",
         "CREATE INDEX token_user_id ON token (user_id)",
     ),
     (
-        """CREATE TABLE hook (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
+        """CREATE TABLE hook (id INTEGER PRIMARY KEY AUTOINCREMENT,
             user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
             pattern TEXT NOT NULL, -- a key, or the beginning of keys and a star
-            value TEXT, -- to which a pair has to change; NULL for any
-            receiver TEXT NOT NULL, -- scheme, host and port of the URL, which is secret itself
-            url TEXT NOT NULL,
-            label TEXT NOT NULL,
+            value TEXT, -- only changes to this value count; NULL for any
+            receiver TEXT NOT NULL, -- scheme, host and port of the URL, which itself is secret
+            url TEXT NOT NULL, label TEXT NOT NULL,
             queued INTEGER NOT NULL DEFAULT 0, -- number of the newest delivery
             queued_bytes INTEGER NOT NULL DEFAULT 0, -- of all deliveries up to that one
-            handled INTEGER NOT NULL DEFAULT 0, -- number of the last one that has arrived or been given up
+            handled INTEGER NOT NULL DEFAULT 0, -- number of the last delivery that arrived or was given up
             result TEXT, -- of the last try; NULL for none
             result_time REAL) -- unix seconds""",
         "CREATE INDEX hook_pattern ON hook (user_id, pattern)",
-        """CREATE TABLE delivery (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
+        """CREATE TABLE delivery (id INTEGER PRIMARY KEY AUTOINCREMENT,
             hook_id INTEGER NOT NULL REFERENCES hook (id) ON DELETE CASCADE,
-            number INTEGER NOT NULL, -- of the hook's
-            bytes_before INTEGER NOT NULL, -- of the hook's
-            key TEXT NOT NULL,
-            value TEXT, -- NULL for none
-            old TEXT, -- the value before; NULL for none
+            number INTEGER NOT NULL, -- counts the hook's deliveries
+            bytes_before INTEGER NOT NULL, -- of the hook's earlier deliveries
+            key TEXT NOT NULL, value TEXT, old TEXT, -- NULL for no value
             created REAL NOT NULL, -- unix seconds
-            idempotency_key TEXT NOT NULL,
-            UNIQUE (hook_id, number))""",
-        # How long the beginning of a key may be, to join with. (A trigger has no WITH.)
+            idempotency_key TEXT NOT NULL, UNIQUE (hook_id, number))""",
+        # Lengths of key prefixes, to join with. (A trigger has no WITH.)
         "CREATE TABLE prefix_length (length INTEGER PRIMARY KEY)",
         """WITH RECURSIVE counter (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM counter WHERE n < 512)
             INSERT INTO prefix_length SELECT n FROM counter""",
     ),
 )
-ANY_PAGE_COUNT = 2**30 - 1  # is SQLite's own limit
-APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id tells our files from those of other programs
-
-# Every connection runs these first. WAL mode is a property of the file instead.
+APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id marks our files
+# Every connection runs these first. (WAL mode is a property of the file.)
 PRAGMAS = (
-    "PRAGMA synchronous = FULL",  # in WAL mode only FULL syncs at each commit: an answered write survives a power cut
-    "PRAGMA fullfsync = ON",  # on macOS fsync alone leaves data in the drive's cache; elsewhere this does nothing
+    "PRAGMA synchronous = FULL",  # in WAL mode only FULL syncs each commit, so that it survives a power cut
+    "PRAGMA fullfsync = ON",  # on macOS, fsync alone leaves data in the drive's cache
     "PRAGMA foreign_keys = ON",  # off by default; without it a deleted user's pairs would stay
-    # Some builds of SQLite overwrite all that is deleted: a mebibyte in the log for one that is deleted.
-    "PRAGMA secure_delete = FAST",
+    "PRAGMA secure_delete = FAST",  # some builds overwrite deleted values, which doubles the log
 )
 
-# Deliveries are made by triggers, so that they are in the same transaction as the change, whatever makes that. The
-# triggers are there while there are hooks. (A migration that changes their tables has to drop them first.)
-NOW = "((julianday('now') - 2440587.5) * 86400 + 0.001)"  # unix seconds; SQLite cuts off what is below a millisecond
+# Triggers write deliveries in the transaction of the change. They exist only while hooks exist.
+NOW = "((julianday('now') - 2440587.5) * 86400 + 0.001)"  # unix seconds; SQLite cuts off below a millisecond
+HAD_EXPIRED = f"(OLD.expires IS NOT NULL AND OLD.expires <= {NOW})"
 
 
 def queue_deliveries(row: str, value: str, old: str, condition: str = "TRUE") -> str:
-    """Return the statement of a trigger that makes the deliveries for a change of a row's value from old."""
-    return (
-        "INSERT INTO delivery (hook_id, number, bytes_before, key, value, old, created, idempotency_key)"
-        f" SELECT id, queued + 1, queued_bytes, {row}.key, {value}, {old}, {NOW},"
-        f" lower(hex(randomblob({IDEMPOTENCY_KEY_BYTES}))) FROM hook"
-        f" WHERE {condition} AND user_id = {row}.user_id AND (value IS NULL OR value = {value}) AND pattern IN"
-        f" (SELECT {row}.key UNION ALL SELECT substr({row}.key, 1, length) || '*' FROM prefix_length"
-        f" WHERE length <= length({row}.key));"
-    )
+    """Return the SQL that adds a delivery for each hook that matches a row of pair, which is NEW or OLD."""
+    return f"""INSERT INTO delivery (hook_id, number, bytes_before, key, value, old, created, idempotency_key)
+        SELECT id, queued + 1, queued_bytes, {row}.key, {value}, {old}, {NOW},
+            lower(hex(randomblob({IDEMPOTENCY_KEY_BYTES}))) FROM hook
+        WHERE {condition} AND user_id = {row}.user_id AND (value IS NULL OR value = {value}) AND pattern IN
+            (SELECT {row}.key UNION ALL SELECT substr({row}.key, 1, length) || '*' FROM prefix_length
+            WHERE length <= length({row}.key));"""
 
 
-def hook_trigger(name: str, event: str, row: str, condition: str, *statements: str) -> str:
-    """Return the statement that makes a trigger for changes of pairs of users who have hooks."""
-    return (
-        f"CREATE TRIGGER {name} AFTER {event} ON pair WHEN ({condition})"
-        f" AND EXISTS (SELECT 1 FROM hook WHERE user_id = {row}.user_id) BEGIN {' '.join(statements)} END"
-    )
-
-
-HAD_EXPIRED = f"(OLD.expires IS NOT NULL AND OLD.expires <= {NOW})"
-CREATE_TRIGGERS = (
-    hook_trigger("pair_added", "INSERT", "NEW", "TRUE", queue_deliveries("NEW", "NEW.value", "NULL")),
-    hook_trigger("pair_removed", "DELETE", "OLD", "TRUE", queue_deliveries("OLD", "NULL", "OLD.value")),
-    # What had expired, if only just now, was gone before it got another value.
-    hook_trigger(
-        "pair_changed",
-        "UPDATE",
-        "NEW",
-        f"NEW.value <> OLD.value OR {HAD_EXPIRED}",
-        queue_deliveries("OLD", "NULL", "OLD.value", HAD_EXPIRED),
-        queue_deliveries("NEW", "NEW.value", f"CASE WHEN {HAD_EXPIRED} THEN NULL ELSE OLD.value END"),
-    ),
-    # The oldest make room, so that what is pending stays within the bounds.
-    f"""CREATE TRIGGER delivery_added AFTER INSERT ON delivery BEGIN
+TRIGGERS = {
+    "pair_added": f"""AFTER INSERT ON pair WHEN EXISTS (SELECT 1 FROM hook WHERE user_id = NEW.user_id)
+        BEGIN {queue_deliveries("NEW", "NEW.value", "NULL")} END""",
+    "pair_removed": f"""AFTER DELETE ON pair WHEN EXISTS (SELECT 1 FROM hook WHERE user_id = OLD.user_id)
+        BEGIN {queue_deliveries("OLD", "NULL", "OLD.value")} END""",
+    # An expired pair ended before the new value came.
+    "pair_changed": f"""AFTER UPDATE ON pair WHEN (NEW.value <> OLD.value OR {HAD_EXPIRED})
+        AND EXISTS (SELECT 1 FROM hook WHERE user_id = NEW.user_id)
+        BEGIN {queue_deliveries("OLD", "NULL", "OLD.value", HAD_EXPIRED)}
+        {queue_deliveries("NEW", "NEW.value", f"CASE WHEN {HAD_EXPIRED} THEN NULL ELSE OLD.value END")} END""",
+    # The oldest deliveries make room.
+    "delivery_added": f"""AFTER INSERT ON delivery BEGIN
         UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before + length(CAST(NEW.key AS BLOB))
             + ifnull(length(CAST(NEW.value AS BLOB)), 0) + ifnull(length(CAST(NEW.old AS BLOB)), 0)
             WHERE id = NEW.hook_id;
@@ -434,132 +404,26 @@ CREATE_TRIGGERS = (
             SELECT number FROM delivery WHERE hook_id = NEW.hook_id AND number > NEW.number - {HOOK_PENDING_MAX}
             AND (number = NEW.number OR bytes_before >=
                 (SELECT queued_bytes FROM hook WHERE id = NEW.hook_id) - {HOOK_PENDING_BYTES_MAX})
-            ORDER BY number LIMIT 1);
-        END""",
-)
-DROP_TRIGGERS = tuple(
-    f"DROP TRIGGER IF EXISTS {name}" for name in ("pair_added", "pair_removed", "pair_changed", "delivery_added")
-)
+            ORDER BY number LIMIT 1); END""",
+}
 
-SELECT_USER = "SELECT id, name, password_hash, is_admin FROM user WHERE name = ?"
-SELECT_USERS = "SELECT id, name, is_admin FROM user WHERE name BETWEEN ? AND ? ORDER BY name LIMIT ?"
-SELECT_NEWEST = "SELECT count(*), max(updated) FROM pair WHERE user_id = ? AND (expires IS NULL OR expires > ?)"
-INSERT_USER = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?)"
-UPDATE_PASSWORD = "UPDATE user SET password_hash = ? WHERE name = ?"
-RENEW_PASSWORD_HASH = "UPDATE user SET password_hash = ? WHERE name = ? AND password_hash = ?"
-NO_LAST_ADMIN = "(? OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admin AND name <> ?))"
-DELETE_USER = f"DELETE FROM user WHERE name = ? AND {NO_LAST_ADMIN}"
-UPDATE_ADMIN = f"UPDATE user SET is_admin = ? WHERE name = ? AND {NO_LAST_ADMIN}"
-
-SELECT_TOKENS = (
-    "SELECT token.id, digest, label, is_read_only, prefix, created, last_used_day"
-    " FROM token JOIN user ON user.id = user_id WHERE name = ? ORDER BY token.id"
-)
-SELECT_TOKEN_USER = (
-    "SELECT user.id, name, password_hash, is_admin, token.id, digest, label, is_read_only, prefix, created,"
-    " last_used_day FROM token JOIN user ON user.id = user_id WHERE digest = ?"
-)
-INSERT_TOKEN = (
-    "INSERT INTO token (user_id, digest, label, is_read_only, prefix, created)"
-    " SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"
-    " AND (SELECT count(*) FROM token WHERE user_id = user.id) < ?"
-)
-UPDATE_TOKEN_USE = "UPDATE token SET last_used_day = ? WHERE id = ?"
-DELETE_TOKEN = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
-
-INSERT_HOOK = (
-    "INSERT INTO hook (user_id, pattern, url, receiver, value, label) SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"
-)
-DELETE_HOOK = "DELETE FROM hook WHERE id = ?"
-SELECT_ANY_HOOK = "SELECT 1 FROM hook LIMIT 1"
-SELECT_HOOK_URL = "SELECT pattern, url FROM hook WHERE id = ?"
-SELECT_HOOKS = (
-    "SELECT hook.id, name, pattern, substr(value, 1, ?), label, receiver,"
-    " (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time"
-    " FROM hook JOIN user ON user.id = user_id WHERE name BETWEEN ? AND ? ORDER BY hook.id LIMIT ?"
-)
-SELECT_PENDING_COUNT = "SELECT count(*) FROM delivery"
-# Of its own accord, SQLite would group by going through all that is pending.
-SELECT_NEW_DELIVERIES = (
-    "SELECT hook_id, receiver, ifnull(result GLOB '2*', FALSE), max(delivery.id) FROM delivery NOT INDEXED"
-    " JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"
-)
-SELECT_NEXT_SIZE = (
-    "SELECT number, ifnull(length(CAST(value AS BLOB)), 0) + ifnull(length(CAST(old AS BLOB)), 0) FROM delivery"
-    " WHERE hook_id = ? ORDER BY number LIMIT 1"
-)
-SELECT_NEXT_DELIVERY = (
-    "SELECT hook_id, receiver, url, number, handled, key, delivery.value, old, created, idempotency_key"
-    " FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ? ORDER BY number LIMIT 1"
-)
-DELETE_HANDLED = "DELETE FROM delivery WHERE hook_id = ? AND number <= ?"
-UPDATE_HOOK = "UPDATE hook SET handled = ?, result = ?, result_time = ? WHERE id = ?"
-
-# The cast hands over the UTF-8 bytes that are on the disk: they are what is sent, so that nothing need be decoded.
-SELECT_PAIR = (
-    "SELECT CAST(value AS BLOB), updated, expires FROM pair"
-    " WHERE user_id = ? AND key = ? AND (expires IS NULL OR expires > ?)"
-)
-# Times are RFC 3339 in UTC, with milliseconds; the age is in seconds at the time that is the parameter.
-PAIR_AS_JSON = (
-    "json_object('key', key, 'value', value, 'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'),"
-    " 'age', max(0, CAST(? - updated AS INTEGER)), 'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"
-)
-SELECT_AS_JSON = (
-    f"SELECT CAST({PAIR_AS_JSON} AS BLOB) FROM (SELECT ? AS key, CAST(? AS TEXT) AS value, ? AS updated, ? AS expires)"
-)
-FROM_PAGE = (
-    "FROM (SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ?"
-    " AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT ?)"
-)
-SELECT_PAIRS = f"SELECT key, substr(CAST(value AS BLOB), 1, ?), updated, expires {FROM_PAGE}"
-# What JSON escapes is up to JSON_GROWTH_MAX times as long in it. The parameters are how many bytes stand beside each
-# pair, and how often its key stands there.
-SELECT_PAGE_BYTES = (
-    f"SELECT total(? + ? * length(CAST(json_quote(key) AS BLOB)) + length(CAST(json_quote(value) AS BLOB))) {FROM_PAGE}"
-)
-SELECT_LAST_AND_NEXT = f"SELECT key {FROM_PAGE} LIMIT 2 OFFSET ?"
-SELECT_DATABASE_BYTES = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-SELECT_PAGE = f"SELECT CAST(json_group_object(key, value) AS BLOB) {FROM_PAGE}"
-SELECT_PAGE_WITH_TIMES = f"SELECT CAST(json_group_object(key, {PAIR_AS_JSON}) AS BLOB) {FROM_PAGE}"
-# No OR REPLACE: SQLite would run the trigger of an insert, where the value before is missing.
-ON_PAIR_CONFLICT = (
-    "ON CONFLICT (user_id, key)"
-    " DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"
-)
-UPSERT_PAIR = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {ON_PAIR_CONFLICT}"
-DELETE_PAIR = "DELETE FROM pair WHERE user_id = ? AND key = ? AND (expires IS NULL OR expires > ?)"
+# Pieces that several statements share. Their parameters are the time now, and a page's user, first and last key.
+NOT_EXPIRED = "(expires IS NULL OR expires > ?)"
+PAGE = f"""(SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ? AND {NOT_EXPIRED}
+    ORDER BY key LIMIT ?)"""
+PAIR_AS_JSON = """json_object('key', key, 'value', value, 'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'),
+    'age', max(0, CAST(? - updated AS INTEGER)), 'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"""
+# Not OR REPLACE: it would run the insert trigger, which doesn't know the old value.
+REPLACE = """ON CONFLICT (user_id, key)
+    DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
+SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
 DELETE_EXPIRED = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
-SELECT_EXPIRED = "SELECT 1 FROM pair WHERE expires <= ? LIMIT 1"
-# A cross join keeps the order: users by name, and of each the pairs by key, as both are on the disk.
-SELECT_ALL_PAIRS = (
-    "SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id"
-    " WHERE name BETWEEN ? AND ? AND (expires IS NULL OR expires > ?) ORDER BY name, key"
-)
-# What is imported waits in a table of the connection, so that the lock for the database need not be held meanwhile.
-CREATE_IMPORTED = (
-    "CREATE TEMP TABLE imported (name TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, updated REAL NOT NULL,"
-    " expires REAL, PRIMARY KEY (name, key)) WITHOUT ROWID"
-)
-INSERT_IMPORTED = "INSERT OR REPLACE INTO imported (name, key, value, updated, expires) VALUES (?, ?, ?, ?, ?)"
-SELECT_UNKNOWN_NAMES = "SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)"
-SELECT_IMPORTED_COUNT = "SELECT count(*) FROM imported"
-IMPORT_PAIRS = (
-    "INSERT INTO pair (user_id, key, value, updated, expires)"
-    " SELECT user.id, key, value, updated, expires FROM imported JOIN user USING (name)"
-    f" WHERE expires IS NULL OR expires > ? {ON_PAIR_CONFLICT}"
-)
-SELECT_COUNTS = (
-    "SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair) - (SELECT count(*) FROM pair WHERE expires <= ?)"
-)
-SELECT_ANY_ROWS = "SELECT (SELECT id FROM user LIMIT 1), (SELECT key FROM pair LIMIT 1)"
+USER_ROW = "user.id, name, password_hash, is_admin"
+TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
+KEEPS_AN_ADMIN = "(? OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admin AND name <> ?))"
 
-# No key that begins like another one comes after that one with this behind it: it is as long as a key can be, of the
-# last character that there is. Without NUL in it, no key lies between another one and that one with NUL behind it, nor
-# before NUL alone.
-LAST_KEY = "\U0010ffff" * (KEY_BYTES_MAX // 4)
-NEXT_KEY = "\0"
-LAST_NAME = "\x7f"  # comes after all names of users
+UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
+PairSummary = tuple[str, str, float, float | None]  # key, beginning of the value, updated, expires (unix seconds)
 
 
 def utc_day(seconds: float) -> str:
@@ -572,37 +436,33 @@ def utc_second(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 
 
-UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
-PairSummary = tuple[str, str, float, float | None]  # key, beginning of the value, updated, expires
-
-
 class Token(NamedTuple):
-    """A token's row; digest is what hash_token returned, prefix that of the keys that it may see."""
+    """A token's row."""
 
     id: int
-    digest: bytes
+    digest: bytes  # of hash_token
     label: str
     is_read_only: bool
-    prefix: str
+    prefix: str  # of the keys that it may see
     created: float  # unix seconds
     last_used_day: int | None  # days since 1970, in UTC
 
     def rights(self) -> str:
-        """Return in words what it may do."""
+        """Return the rights in words."""
         prefix = f" {escape_unprintable(self.prefix)}*" if self.prefix else ""
         return ("read" if self.is_read_only else "read and write") + prefix
 
     def last_used(self) -> str:
-        """Return the day of its last use in words."""
+        """Return the day of the last use in words."""
         return "never" if self.last_used_day is None else utc_day(self.last_used_day * DAY_SECONDS)
 
 
 class User(NamedTuple):
-    """A user's row; password_hash is what hash_password returned. Who logged in with a token has that one's rights."""
+    """A user's row, and the token if the user logged in with one."""
 
     id: int
     name: str
-    password_hash: str
+    password_hash: str  # of hash_password
     is_admin: bool
     token: Token | None = None
 
@@ -611,17 +471,17 @@ NOBODY = User(0, "", "", False)  # SQLite's ids begin with 1
 
 
 class UserSummary(NamedTuple):
-    """What a list of users shows of one: how many pairs they have, and when the newest of them was set."""
+    """A user in a list."""
 
     id: int
     name: str
     is_admin: bool
     pairs: int
-    newest: float | None  # unix seconds
+    newest: float | None  # unix seconds when the newest pair was set
 
 
 class Pair(NamedTuple):
-    """What is stored under a key."""
+    """A stored value."""
 
     value: bytes  # UTF-8
     updated: float  # unix seconds, when it was last set
@@ -630,12 +490,12 @@ class Pair(NamedTuple):
 
 
 class Hook(NamedTuple):
-    """What may be shown of a hook: not its URL."""
+    """A hook, without its secret URL."""
 
     id: int
     user_name: str
     pattern: str  # a key, or the beginning of keys and a star
-    value: str | None  # the beginning of the one to which a pair has to change; None for any
+    value: str | None  # the beginning of the value that counts; None for any
     label: str
     origin: str  # scheme, host and port of its URL
     pending: int  # deliveries
@@ -648,13 +508,13 @@ class Hook(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """A change of a pair that a hook is to tell of: the oldest that has not arrived."""
+    """The oldest pending delivery of a hook."""
 
     hook_id: int
     origin: str  # scheme, host and port of the URL, which itself is secret
     url: str
-    number: int  # of the hook's
-    handled: int  # number of the last one before it that has arrived or been given up; those between had to make room
+    number: int  # counts the hook's deliveries
+    handled: int  # number of the last one that arrived or was given up; those in between had to make room
     key: str
     value: str | None
     old: str | None
@@ -662,111 +522,84 @@ class Delivery(NamedTuple):
     idempotency_key: str
 
 
-def entity_tag(value: bytes) -> str:
-    """Return the entity tag of a value."""
-    return f'"{hashlib.blake2b(value, digest_size=ENTITY_TAG_BYTES).hexdigest()}"'
-
-
 class StoreError(Exception):
-    """The database refuses or cannot be used; the message is a sentence for people."""
+    """The database refuses or fails; the message is for people."""
 
 
 class StoreBusy(StoreError):
-    """A write had to wait too long for a lock."""
+    """A change waited too long."""
 
 
 class StoreFull(StoreError):
-    """There is no room for what is to be written."""
+    """A change finds no room."""
 
 
 class TooMuch(StoreError):
-    """What is asked for is too much for one answer, or for one user."""
+    """A response or a user would exceed a limit."""
 
 
-def join_names(names: Sequence[str]) -> str:
-    """Return names for a message."""
-    more = f" and {len(names) - NAMES_SHOWN_MAX} more" if len(names) > NAMES_SHOWN_MAX else ""
-    return ", ".join(names[:NAMES_SHOWN_MAX]) + more
+class NoSuchToken(StoreError):
+    """The user has no token with this id, or no longer."""
+
+
+class LastAdmin(StoreError):
+    """The user is the only admin."""
 
 
 class NoSuchUser(StoreError):
-    """There is no user of that name, or no longer."""
+    """No user has this name, or no longer."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"no user {name}; add one with: python kvserver.py adduser NAME")
 
 
 class UserExists(StoreError):
-    """There is a user of that name already."""
+    """The name is taken."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"the user {name} exists; set a password with: python kvserver.py passwd {name}")
 
 
-class NoSuchToken(StoreError):
-    """The user has no token of that id, or no longer."""
-
-    def __init__(self, name: str, token_id: int) -> None:
-        super().__init__(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
+def entity_tag(value: bytes) -> str:
+    """Return the entity tag of a value."""
+    return f'"{hashlib.blake2b(value, digest_size=16).hexdigest()}"'
 
 
-class NoSuchHook(StoreError):
-    """There is no hook of that id, or no longer."""
-
-    def __init__(self, hook_id: int) -> None:
-        super().__init__(f"there is no hook {hook_id}; list them with: python kvserver.py hooks")
-
-
-class LastAdmin(StoreError):
-    """The user is the only admin, and without one nobody could administer."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"the last admin is {name}; make somebody else an admin first")
-
-
-def file_identity(path: str) -> tuple[int, int]:
-    """Return what tells the file at path from any other; raise OSError."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+def join_names(names: Sequence[str]) -> str:
+    """Return names for a message: 20 of them."""
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 class Store:
-    """The users and their pairs, in an SQLite file, through one connection.
+    """Users and their pairs in an SQLite file, through one connection. One thread at a time may use it.
 
-    One thread at a time may use a store. What changes something is on the disk when the method returns, unless a
-    transaction has begun: then it is when commit returns. Any method raises sqlite3.Error when the disk fails, and what
-    writes raises StoreBusy when another process keeps the database locked.
+    A change is on the disk when its method returns, or after begin, when commit returns. Any method raises sqlite3.Error
+    when the disk fails, StoreBusy when another process keeps the database locked, and StoreFull.
     """
 
-    def __init__(self, path: str, lock_seconds: float = DATABASE_LOCK_SECONDS, mb_max: int = 0) -> None:
-        """Open a database that open_store has prepared; wait that long for other processes' locks.
-
-        With mb_max, writes that would make it larger than so many megabytes raise StoreFull.
-        """
-        # SQLite has special names like ":memory:", but no absolute path is one of them. rw without c: SQLite must not
-        # create what is missing.
-        self.path = os.path.abspath(path)
-        uri = f"file://{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"
-        # No isolation level leaves the transactions to us.
+    def __init__(
+        self, path: str, lock_seconds: float = DATABASE_LOCK_SECONDS, mb_max: int = 0, migrate: bool = False
+    ) -> None:
+        """Open an existing file. With mb_max, a change that would make it larger (in megabytes) raises StoreFull."""
+        self.path = os.path.abspath(path)  # no absolute path is a special name like ":memory:"
+        self._file = os.stat(self.path)
+        uri = f"file://{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"  # creates no file
         self._connection = sqlite3.connect(
             uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False
         )
         self._pages_max = 0
-        self.may_exceed = False  # whether what removes pairs may: there are hooks, and what they are told takes room
-        self.commit_seconds = math.inf  # how long the last commit of a transaction took
-        self.commits = 0  # of transactions
-        # By the transaction; None when it changed users as well.
-        self.changed_pairs: set[tuple[int, str]] | None = set()
-        self._lock_milliseconds = int(lock_seconds * 1000)
+        self.may_exceed = False  # Deletes may exceed the page limit, because hooks store the deleted value.
+        self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
+        self.changed_pairs: set[tuple[int, str]] | None = set()  # in the transaction; None if it changed more
         try:
-            self._file = file_identity(self.path)
             for pragma in PRAGMAS:
-                self._connection.execute(pragma)
+                self._execute(pragma)
             if mb_max:
-                page_bytes: int = self._read("PRAGMA page_size")[0][0]
-                self._pages_max = mb_max * 1024 * 1024 // page_bytes
-                self._connection.execute(f"PRAGMA max_page_count = {self._pages_max}")
-        except (OSError, sqlite3.Error):
+                self._pages_max = mb_max * 1024 * 1024 // self._execute("PRAGMA page_size").fetchone()[0]
+                self._execute(f"PRAGMA max_page_count = {self._pages_max}")
+            if migrate:
+                self._migrate()
+        except BaseException:
             self._connection.close()
             raise
 
@@ -774,116 +607,75 @@ class Store:
         """Close the database."""
         self._connection.close()
 
-    def migrate(self) -> None:
-        """Bring the file to the newest schema; raise StoreError when it is not ours, or newer than this program."""
-        self.begin()
+    def _execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
         try:
-            version: int = self._read("PRAGMA user_version")[0][0]
-            is_new = version == 0 and not self._read("SELECT 1 FROM sqlite_master LIMIT 1")
-            if not is_new and self._read("PRAGMA application_id") != [(APPLICATION_ID,)]:
+            return self._connection.execute(statement, parameters)
+        except sqlite3.OperationalError as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_BUSY:
+                raise StoreBusy("another process keeps the database locked") from error
+            if code == sqlite3.SQLITE_FULL:
+                raise StoreFull("the database has reached its limit, or the disk is full; delete something") from error
+            raise
+
+    def _migrate(self) -> None:
+        self.begin()
+        with self._connection:  # commits, or rolls back after an error
+            version: int = self._execute("PRAGMA user_version").fetchone()[0]
+            is_new = version == 0 and not self._execute("SELECT 1 FROM sqlite_master").fetchone()
+            if not is_new and self._execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
                 raise StoreError(f"{self.path} is a database of another program; name another file with --db")
             if version > len(MIGRATIONS):
                 known = f"it has schema version {version}, this program knows up to {len(MIGRATIONS)}"
                 raise StoreError(f"{self.path} was written by a newer kvserver.py ({known}); use that")
-            for statement in (statement for migration in MIGRATIONS[version:] for statement in migration):
+            for statement in itertools.chain(*MIGRATIONS[version:]):
                 self._execute(statement)
             if version < len(MIGRATIONS):
                 self._execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 self._execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-            self._execute("COMMIT")
-        finally:
-            if self._connection.in_transaction:
-                self._roll_back()
         give_up = time.monotonic() + DATABASE_LOCK_SECONDS
         while True:
             try:
                 if self._execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
-                    raise StoreError(
-                        f"cannot use the database {self.path}: SQLite's WAL mode does not work on its disk"
-                    )
+                    raise StoreError(f"SQLite's WAL mode does not work on the disk of the database {self.path}")
                 return
-            except StoreBusy:  # SQLite's own waiting leaves out this statement
+            except StoreBusy:  # SQLite's own timeout ignores this statement
                 if time.monotonic() > give_up:
                     raise
                 time.sleep(LOCK_POLL_SECONDS)
 
-    def _execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
-        """Run a statement; raise StoreBusy when another process keeps the database locked."""
-        try:
-            return self._connection.execute(statement, parameters)
-        except sqlite3.OperationalError as error:
-            # Error codes came with Python 3.11, so the text has to tell.
-            if str(error).startswith("database is locked"):
-                raise StoreBusy("another process keeps the database locked") from error
-            if str(error).startswith("database or disk is full"):
-                raise StoreFull("the database has reached its limit, or the disk is full; delete something") from error
-            raise
-
-    def _change_users(self, statement: str, *parameters: Any) -> int:
-        """Run a statement that changes users and return how many rows it changed."""
-        self.changed_pairs = None
-        return self._execute(statement, *parameters).rowcount
-
-    def _change_pair(self, statement: str, user_id: int, key: str, *parameters: Any) -> int:
-        """Run a statement that changes a pair and return how many rows it changed."""
-        if self.changed_pairs is not None:
-            self.changed_pairs.add((user_id, key))
-        return self._execute(statement, user_id, key, *parameters).rowcount
-
-    def _remove(self, remove: Callable[[], int]) -> int:
-        """Call what removes pairs, and return how many; what hooks are told of it has a bound of its own."""
-        if not (self.may_exceed and self._pages_max):
-            return remove()
-        self._execute(f"PRAGMA max_page_count = {ANY_PAGE_COUNT}")
-        try:
-            return remove()
-        finally:
-            self._execute(f"PRAGMA max_page_count = {self._pages_max}")
-
-    def _read(self, statement: str, *parameters: Any) -> list[Any]:
-        """Return all rows that a statement selects."""
-        return self._connection.execute(statement, parameters).fetchall()
-
-    def _roll_back(self) -> None:
-        """Undo what the transaction has done."""
-        with contextlib.suppress(sqlite3.Error):  # the next begin tries again
-            self._connection.execute("ROLLBACK")
-
     def check_file(self) -> None:
-        """Raise StoreError when the file that is open is no longer the one at the path: what it gets would be lost."""
-        try:
-            if file_identity(self.path) == self._file:
+        """Raise StoreError if somebody deleted or replaced the file: changes would be lost."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.path), self._file):
                 return
-        except OSError:
-            pass
-        raise StoreError(f"{self.path} has been removed or replaced; stop the server before, and start it now")
+        raise StoreError(f"{self.path} has been deleted or replaced; stop the server before, and start it now")
 
     def checkpoint(self) -> bool:
-        """Move all of the write-ahead log into the database, so that the next commit begins it anew; tell if done.
+        """Copy the whole write-ahead log into the database; return whether the next commit restarts the log.
 
-        SQLite tries so by itself after every thousand pages, but does not wait for readers: with readers at all times
-        the log would grow without a bound (SQLite's documentation, "Write-Ahead Logging", section 6).
+        SQLite's own checkpoint, every 1,000 pages, does not wait for readers. If some reader is always active, the log
+        would grow without limit (SQLite's documentation, "Write-Ahead Logging", section 6).
         """
-        self._execute(f"PRAGMA busy_timeout = {CHECKPOINT_SECONDS * 1000}")
-        try:
-            is_busy, _, _ = self._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-            return not is_busy
-        finally:
-            self._execute(f"PRAGMA busy_timeout = {self._lock_milliseconds}")
+        with contextlib.closing(Store(self.path, CHECKPOINT_SECONDS)) as store:
+            return not store._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
+
+    def hold_still(self) -> None:
+        """Begin a transaction in which all reads see the database at one moment."""
+        self._execute("BEGIN")
 
     def begin(self) -> None:
-        """Begin a transaction that writes, with the lock for it: one that begins by reading may be refused it later."""
+        """Begin a transaction that writes, with the lock for it."""
         self.check_file()
-        if self._connection.in_transaction:  # a disk that failed may have refused the last ROLLBACK
-            self._execute("ROLLBACK")
+        self._connection.rollback()  # a failed disk may have refused the last one
         self.changed_pairs = set()
         self._execute("BEGIN IMMEDIATE")
 
     def commit(self, operations: Sequence[Callable[[Store], Any]]) -> list[Any]:
         """Run operations in the transaction that has begun, commit, and return what each returned or raised.
 
-        They share one commit, but no failure: one that raises has changed nothing. When a failure takes more with it,
-        as a full disk does, each operation is run again in a transaction of its own.
+        An operation that raises changes nothing. If a failure also undoes other operations, as a full disk does, each
+        operation runs again in its own transaction.
         """
         outcomes: list[Any] = []
         try:
@@ -891,7 +683,7 @@ class Store:
                 changes_before = self._connection.total_changes
                 try:
                     outcomes.append(operation(self))
-                except Exception as error:  # it is handed to whoever waits for the outcome
+                except Exception as error:  # its caller raises it
                     outcomes.append(error)
                     if self._connection.total_changes != changes_before or not self._connection.in_transaction:
                         raise
@@ -905,322 +697,351 @@ class Store:
                 return [error]
         finally:
             if self._connection.in_transaction:
-                self._roll_back()
-        outcomes = []
+                with contextlib.suppress(sqlite3.Error):  # begin tries again
+                    self._connection.rollback()
+        outcomes.clear()
         for operation in operations:
             try:
-                self.begin()
-                outcomes += self.commit([operation])
-            except (StoreError, sqlite3.Error) as error:
+                outcomes.append(self.transact(operation))
+            except Exception as error:  # noqa: BLE001
                 outcomes.append(error)
-        self.changed_pairs = None  # several commits, of which only the last one's pairs are known
+        self.changed_pairs = None
         return outcomes
 
     def transact(self, operation: Callable[[Store], Any]) -> Any:
-        """Run an operation in a transaction of its own, and return or raise what it does."""
+        """Run an operation in a transaction of its own; return or raise its outcome."""
         self.begin()
         outcome = self.commit([operation])[0]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    def hold_still(self) -> None:
-        """Have all that is read from now on come from one state of the database."""
-        self._execute("BEGIN")
-
-    def check(self) -> None:
-        """Read a row of each table; raise sqlite3.Error when that fails.
-
-        A store that has been open for long may answer from its memory even after the file has become unreadable.
-        """
-        self._read(SELECT_ANY_ROWS)
-
     def back_up(self, path: str) -> None:
-        """Make the empty file at path a copy of the database as it is at one moment, while others go on writing.
-
-        Raises StoreError when the copy is damaged.
-        """
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy_of_all:
-            copy_of_all.execute("PRAGMA journal_mode = OFF")
-            copy_of_all.execute("PRAGMA synchronous = OFF")  # whoever wants the file syncs it when it is complete
-            self._connection.backup(copy_of_all)  # all pages in one step, which is one transaction that reads
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy_of_all:
-            copy_of_all.execute("PRAGMA journal_mode = DELETE")  # all is in one file, which may be read-only
-            if copy_of_all.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
+        """Copy the database at one moment into the empty file at path; raise StoreError if the copy is damaged."""
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
+            self._connection.backup(copy)  # all pages in one step, which is one transaction
+            copy.execute("PRAGMA journal_mode = DELETE")  # one file is the whole copy, and may be read-only
+            if copy.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
                 raise StoreError(f"{self.path} is damaged; no backup was made")
 
     def all_pairs(self, first: str = "", last: str = LAST_NAME) -> Iterator[UserPair]:
-        """Give all pairs of the users with names from first to last, sorted by name and key."""
-        return self._execute(SELECT_ALL_PAIRS, first, last, time.time())
+        """Return the pairs of the users with names from first to last, sorted by name and key."""
+        return self._execute(
+            f"""SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id
+            WHERE name BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key""",
+            *(first, last, time.time()),
+        )
 
-    def import_all(
-        self, accounts: Mapping[str, User], pairs: Iterable[UserPair], merge: bool = False
-    ) -> tuple[int, int]:
-        """Add accounts, by name, and store pairs, or nothing of that; return how many are stored, and have expired.
+    def import_all(self, users: Mapping[str, User], pairs: Iterable[UserPair], merge: bool = False) -> tuple[int, int]:
+        """Add users by name and store pairs, or nothing at all; return how many pairs are stored, and have expired.
 
-        Of pairs with one key the last one is stored, and in the place of what is there. Raises StoreError when pairs are
-        of others than these accounts and the users that there are, or when an account is there already, unless they
-        are to be merged: then it stays as it is, and takes the pairs.
+        Of several pairs with one key, the last counts. Raises StoreError if the user of a pair is missing, or if a user
+        exists already. With merge, existing users keep their password and role, and get the pairs.
         """
-        self._execute(CREATE_IMPORTED)
-        self._execute("BEGIN")
-        self._connection.executemany(INSERT_IMPORTED, pairs)
-        self._execute("COMMIT")
-        self.begin()
-        try:
-            existing = [name for name in accounts if self.user(name)]
+        # A temporary table: to read the pairs may take long, and must not lock the database.
+        self._execute(
+            """CREATE TEMP TABLE imported (name TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
+            updated REAL NOT NULL, expires REAL, PRIMARY KEY (name, key)) WITHOUT ROWID"""
+        )
+        with self._connection:
+            self._execute("BEGIN")
+            self._connection.executemany("INSERT OR REPLACE INTO imported VALUES (?, ?, ?, ?, ?)", pairs)
+
+        def store_all(store: Store) -> tuple[int, int]:
+            existing = [name for name in users if self.user(name)]
             if existing and not merge:
                 raise StoreError(
-                    f"these users exist already: {join_names(existing)}; nothing was imported. With --merge they take"
-                    " the pairs, and keep the password and the role that they have here"
+                    f"these users exist already: {join_names(existing)}; nothing was imported. With --merge they get"
+                    " the values, and keep their password and role"
                 )
-            for account in accounts.values():
-                if account.name not in existing:
-                    self.add_user(account.name, account.password_hash, account.is_admin)
-            unknown = [name for (name,) in self._read(SELECT_UNKNOWN_NAMES)]
-            if unknown:
+            for user in users.values():
+                if user.name not in existing:
+                    self.add_user(user.name, user.password_hash, user.is_admin)
+            unknown = self._execute("SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)")
+            names = [name for (name,) in unknown]
+            if names:
                 raise StoreError(
-                    f"there is no user {join_names(unknown)}; nothing was imported. Add users with: python kvserver.py"
+                    f"there is no user {join_names(names)}; nothing was imported. Add users with: python kvserver.py"
                     " adduser NAME"
                 )
-            stored = self._execute(IMPORT_PAIRS, time.time()).rowcount
-            self._execute("COMMIT")
-            return stored, self._read(SELECT_IMPORTED_COUNT)[0][0] - stored
-        finally:
-            if self._connection.in_transaction:
-                self._roll_back()
+            expired = self._execute("DELETE FROM imported WHERE expires <= ?", time.time()).rowcount
+            stored = self._execute(
+                f"""INSERT INTO pair (user_id, key, value, updated, expires) SELECT id, key, value, updated, expires
+                FROM imported JOIN user USING (name) WHERE TRUE {REPLACE}"""
+            )
+            return stored.rowcount, expired
+
+        return cast("tuple[int, int]", self.transact(store_all))
 
     def counts(self) -> tuple[int, int]:
-        """Return how many users and pairs there are."""
-        users, pairs = self._read(SELECT_COUNTS, time.time())[0]
+        """Return the number of users and of pairs."""
+        select = "SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair WHERE ifnull(expires > ?, TRUE))"
+        users, pairs = self._execute(select, time.time()).fetchone()
         return users, pairs
 
     def file_bytes(self) -> tuple[int, int]:
-        """Return how long the database and its write-ahead log are on the disk."""
+        """Return the sizes of the database and of its write-ahead log."""
         path = os.path.realpath(self.path)
         with contextlib.suppress(FileNotFoundError):
             return os.path.getsize(path), os.path.getsize(path + "-wal")
         return os.path.getsize(path), 0
 
+    def _change_users(self, statement: str, *parameters: Any) -> int:
+        self.changed_pairs = None
+        return self._execute(statement, *parameters).rowcount
+
     def user(self, name: str) -> User | None:
-        """Return the user of that name, if there is one."""
-        rows = self._read(SELECT_USER, name)
-        return User(*rows[0]) if rows else None
+        """Return the user with this name."""
+        row = self._execute(f"SELECT {USER_ROW} FROM user WHERE name = ?", name).fetchone()
+        return User(*row) if row else None
 
     def users(self, first: str = "", last: str = LAST_NAME, limit: int = -1) -> list[UserSummary]:
-        """Return the users with names from first to last, sorted by name: limit of them, or all if that is negative."""
-        return [
-            UserSummary(*row, *self._read(SELECT_NEWEST, row[0], time.time())[0])
-            for row in self._read(SELECT_USERS, first, last, limit)
-        ]
+        """Return the users with names from first to last, sorted by name; a negative limit means all."""
+        select = f"""SELECT user.id, name, is_admin, count(key), max(updated)
+            FROM user LEFT JOIN pair ON user_id = user.id AND {NOT_EXPIRED}
+            WHERE name BETWEEN ? AND ? GROUP BY name ORDER BY name LIMIT ?"""
+        return [UserSummary(*row) for row in self._execute(select, time.time(), first, last, limit)]
 
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
-        """Add a user; raise UserExists when the name is taken."""
+        """Add a user; raise UserExists."""
+        insert = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?)"
         try:
-            self._change_users(INSERT_USER, name, password_hash, is_admin)
+            self._change_users(insert, name, password_hash, is_admin)
         except sqlite3.IntegrityError:
             raise UserExists(name) from None
 
     def set_password_hash(self, name: str, password_hash: str) -> None:
-        """Replace what is stored of a user's password; raise NoSuchUser."""
-        if not self._change_users(UPDATE_PASSWORD, password_hash, name):
+        """Replace the hash of a user's password; raise NoSuchUser."""
+        if not self._change_users("UPDATE user SET password_hash = ? WHERE name = ?", password_hash, name):
             raise NoSuchUser(name)
 
     def renew_password_hash(self, user: User, password_hash: str) -> None:
-        """Replace the hash of the same password, unless the password has been changed meanwhile."""
-        self._change_users(RENEW_PASSWORD_HASH, password_hash, user.name, user.password_hash)
+        """Replace the hash of the same password, unless the password has changed meanwhile."""
+        update = "UPDATE user SET password_hash = ? WHERE id = ? AND password_hash = ?"
+        self._change_users(update, password_hash, user.id, user.password_hash)
 
     def set_admin(self, name: str, is_admin: bool) -> None:
-        """Make a user an admin, or an admin none; raise NoSuchUser or LastAdmin."""
-        if not self._change_users(UPDATE_ADMIN, is_admin, name, is_admin, name):
-            raise LastAdmin(name) if self.user(name) else NoSuchUser(name)
+        """Give a user the admin role, or take it away; raise NoSuchUser or LastAdmin."""
+        update = f"UPDATE user SET is_admin = ? WHERE name = ? AND {KEEPS_AN_ADMIN}"
+        if not self._change_users(update, is_admin, name, is_admin, name):
+            raise self._last_admin(name)
 
     def delete_user(self, name: str, even_last_admin: bool) -> None:
-        """Delete a user and all they have, within a transaction; raise NoSuchUser, or LastAdmin unless it is wanted."""
-        if not self._change_users(DELETE_USER, name, even_last_admin, name):
-            raise LastAdmin(name) if self.user(name) else NoSuchUser(name)
+        """Delete a user and everything of theirs, within a transaction; raise NoSuchUser or LastAdmin."""
+        delete = f"DELETE FROM user WHERE name = ? AND {KEEPS_AN_ADMIN}"
+        if not self._change_users(delete, name, even_last_admin, name):
+            raise self._last_admin(name)
         self._drop_idle_triggers()
+
+    def _last_admin(self, name: str) -> StoreError:
+        if not self.user(name):
+            return NoSuchUser(name)
+        return LastAdmin(f"the last admin is {name}; make somebody else an admin first")
 
     def tokens(self, name: str) -> list[Token]:
         """Return a user's tokens, the oldest first."""
-        return [Token(*row) for row in self._read(SELECT_TOKENS, name)]
+        select = f"SELECT {TOKEN_ROW} FROM token JOIN user ON user.id = user_id WHERE name = ? ORDER BY token.id"
+        return [Token(*row) for row in self._execute(select, name)]
 
     def token_user(self, digest: bytes) -> User | None:
-        """Return the user whose token has that digest, with the token, if there is one."""
-        rows = self._read(SELECT_TOKEN_USER, digest)
-        return User(*rows[0][:4])._replace(token=Token(*rows[0][4:])) if rows else None
+        """Return the user whose token has this digest, with the token."""
+        select = f"SELECT {USER_ROW}, {TOKEN_ROW} FROM token JOIN user ON user.id = user_id WHERE digest = ?"
+        row = self._execute(select, digest).fetchone()
+        return User(*row[:4])._replace(token=Token(*row[4:])) if row else None
 
     def add_token(self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str) -> None:
-        """Add a token of a user; raise NoSuchUser, or TooMuch when they have TOKENS_MAX."""
-        if not self._change_users(INSERT_TOKEN, digest, label, is_read_only, prefix, time.time(), name, TOKENS_MAX):
+        """Add a token of a user; raise NoSuchUser, or TooMuch if they have TOKENS_MAX."""
+        insert = """INSERT INTO token (user_id, digest, label, is_read_only, prefix, created)
+            SELECT id, ?, ?, ?, ?, ? FROM user
+            WHERE name = ? AND (SELECT count(*) FROM token WHERE user_id = user.id) < ?"""
+        if not self._change_users(insert, digest, label, is_read_only, prefix, time.time(), name, TOKENS_MAX):
             too_many = TooMuch(f"a user has at most {TOKENS_MAX} tokens; delete one that is no longer used")
             raise too_many if self.user(name) else NoSuchUser(name)
 
     def note_token_use(self, token_id: int, day: int) -> None:
-        """Note on which day a token was last used, in days since 1970."""
-        self._change_users(UPDATE_TOKEN_USE, day, token_id)
+        """Store the day of a token's last use, in days since 1970."""
+        self._change_users("UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
 
     def delete_token(self, name: str, token_id: int) -> None:
         """Delete a token of a user; raise NoSuchToken."""
-        if not self._change_users(DELETE_TOKEN, token_id, name):
-            raise NoSuchToken(name, token_id)
+        delete = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
+        if not self._change_users(delete, token_id, name):
+            raise NoSuchToken(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
 
     def pair(self, user_id: int, key: str) -> Pair | None:
-        """Return what is stored under a key, or None when the user has no such key."""
-        rows = self._read(SELECT_PAIR, user_id, key, time.time())
-        if not rows:
-            return None
-        value, updated, expires = rows[0]
-        return Pair(value, updated, expires, entity_tag(value))
+        """Return the user's pair with this key."""
+        # The cast returns the UTF-8 bytes on the disk, which the response sends as they are.
+        select = (
+            f"SELECT CAST(value AS BLOB), updated, expires FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
+        )
+        row = self._execute(select, user_id, key, time.time()).fetchone()
+        return Pair(row[0], row[1], row[2], entity_tag(row[0])) if row else None
 
     def as_json(self, key: str, pair: Pair) -> bytes:
         """Return a pair with its times as a JSON object in UTF-8."""
-        json_object: bytes = self._read(SELECT_AS_JSON, time.time(), key, *pair[:3])[0][0]
-        return json_object
+        row = "(SELECT ? AS key, CAST(? AS TEXT) AS value, ? AS updated, ? AS expires)"
+        select = f"SELECT CAST({PAIR_AS_JSON} AS BLOB) FROM {row}"
+        return cast(bytes, self._execute(select, time.time(), key, *pair[:3]).fetchone()[0])
 
     def page_as_json(
         self, user_id: int, prefix: str = "", after: str = "", limit: int = -1, with_times: bool = False
     ) -> tuple[bytes, str | None]:
-        """Return a user's pairs as a JSON object in UTF-8, sorted by the UTF-8 bytes of the keys.
+        """Return a user's pairs as a JSON object in UTF-8, and the last key if more pairs follow.
 
-        They are those whose keys begin with prefix and come after the key after: limit of them, or all if that is
-        negative. With times, each value is an object like that of as_json. Returns the last key too if more follow it,
-        else None. Raises TooMuch when they have more than LIST_BYTES_MAX.
+        Their keys begin with prefix, come after the key after, and are sorted by their UTF-8 bytes. A negative limit
+        means all. With times, each value is an object like that of as_json. Raises TooMuch above LIST_BYTES_MAX.
         """
         now = time.time()
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, now)
-        # What a small database has need not be added up.
-        if with_times or self._read(SELECT_DATABASE_BYTES)[0][0] > LIST_BYTES_MAX / JSON_GROWTH_MAX:
-            beside = (LIST_TIMES_BYTES, 2) if with_times else (0, 1)
-            size = int(self._read(SELECT_PAGE_BYTES, *beside, *page, limit)[0][0])
-            if size > LIST_BYTES_MAX:
-                raise TooMuch(f"the list would have about {size} bytes, and has at most {LIST_BYTES_MAX}; use limit=N")
-        select = (SELECT_PAGE_WITH_TIMES, now) if with_times else (SELECT_PAGE,)
-        json_object: bytes = self._read(*select, *page, limit)[0][0]
-        keys = self._read(SELECT_LAST_AND_NEXT, *page, limit + 1, limit - 1) if limit > 0 else ()
-        return json_object, keys[0][0] if len(keys) == 2 else None
+        value, times = (PAIR_AS_JSON, [now]) if with_times else ("json_quote(value)", [])
+        select = f"SELECT CAST(group_concat(json_quote(key) || ':' || {value}) AS BLOB) FROM {PAGE}"
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LIST_BYTES_MAX)  # a longer result raises DataError
+        try:
+            members = self._execute(select, *times, *page, limit).fetchone()[0] or b""
+        except sqlite3.DataError:
+            raise TooMuch(f"the list would have more than {LIST_BYTES_MAX} bytes; use limit=N") from None
+        last_and_next = f"SELECT key FROM {PAGE} LIMIT 2 OFFSET ?"
+        keys = self._execute(last_and_next, *page, limit + 1, limit - 1).fetchall() if limit > 0 else ()
+        return b"{" + members + b"}", keys[0][0] if len(keys) == 2 else None
 
     def pairs(self, user_id: int, prefix: str, after: str, limit: int) -> list[PairSummary]:
-        """Return limit of a user's pairs whose keys begin with prefix and come after the key after, sorted by key."""
+        """Return up to limit pairs of a user, with keys that begin with prefix and come after the key after."""
+        select = f"SELECT key, ifnull(substr(CAST(value AS BLOB), 1, ?), x''), updated, expires FROM {PAGE}"
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time(), limit)
-        rows = self._read(SELECT_PAIRS, 4 * VALUE_SHOWN_CHARACTERS_MAX + 4, *page)  # a character has 4 bytes at most
-        # Of an empty value, substr makes NULL.
-        return [
-            (key, (value or b"").decode("utf-8", "ignore"), updated, expires) for key, value, updated, expires in rows
-        ]
+        rows = self._execute(select, 4 * (VALUE_SHOWN_CHARACTERS_MAX + 1), *page)  # a character has up to 4 bytes
+        return [(key, start.decode("utf-8", "ignore"), updated, expires) for key, start, updated, expires in rows]
+
+    def _note_change(self, user_id: int, key: str) -> None:
+        if self.changed_pairs is not None:
+            self.changed_pairs.add((user_id, key))
 
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
-        """Store a value under a key, until expires in unix seconds; raise NoSuchUser when the user has been deleted."""
+        """Store a value under a key until expires (unix seconds); raise NoSuchUser if the user was deleted."""
+        self._note_change(user_id, key)
         try:
-            self._change_pair(UPSERT_PAIR, user_id, key, value, time.time(), expires)
+            self._execute(SET_VALUE, user_id, key, value, time.time(), expires)
         except sqlite3.IntegrityError:
             raise NoSuchUser(f"with the id {user_id}") from None
 
+    def _delete(self, statement: str, *parameters: Any) -> int:
+        if not (self.may_exceed and self._pages_max):
+            return self._execute(statement, *parameters).rowcount
+        self._execute(f"PRAGMA max_page_count = {2**30 - 1}")  # SQLite's own limit
+        try:
+            return self._execute(statement, *parameters).rowcount
+        finally:
+            self._execute(f"PRAGMA max_page_count = {self._pages_max}")
+
     def delete_pair(self, user_id: int, key: str) -> bool:
-        """Remove a key and its value; tell whether there was one."""
-        return self._remove(lambda: self._change_pair(DELETE_PAIR, user_id, key, time.time())) == 1
+        """Delete a key and its value; return whether it existed."""
+        self._note_change(user_id, key)
+        delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
+        return self._delete(delete, user_id, key, time.time()) == 1
 
     def has_expired(self) -> bool:
-        """Tell whether there are pairs that have expired and are still on the disk."""
-        return bool(self._read(SELECT_EXPIRED, time.time()))
+        """Return whether expired pairs are still on the disk."""
+        return bool(self._execute("SELECT 1 FROM pair WHERE expires <= ? LIMIT 1", time.time()).fetchone())
 
     def delete_expired(self) -> bool:
-        """Remove pairs that have expired, the longest ago first, EXPIRED_PAIRS_MAX at most; tell if any may be left."""
-        removed = self._remove(lambda: self._execute(DELETE_EXPIRED, time.time(), EXPIRED_PAIRS_MAX).rowcount)
-        if removed:
-            self.changed_pairs = None  # which ones they were is not known
-        return removed == EXPIRED_PAIRS_MAX
+        """Delete up to EXPIRED_PAIRS_MAX expired pairs, the oldest first; return whether others may remain."""
+        deleted = self._delete(DELETE_EXPIRED, time.time(), EXPIRED_PAIRS_MAX)
+        if deleted:
+            self.changed_pairs = None
+        return deleted == EXPIRED_PAIRS_MAX
 
     def add_hook(self, name: str, pattern: str, url: str, origin: str, value: str | None, label: str) -> int:
         """Add a hook of a user, within a transaction, and return its id; raise NoSuchUser."""
-        self._execute(DELETE_EXPIRED, time.time(), -1)  # what expired before there was the hook is not told to it
-        cursor = self._execute(INSERT_HOOK, pattern, url, origin, value, label, name)
+        self._execute(DELETE_EXPIRED, time.time(), -1)  # the hook hears nothing of earlier expiries
+        insert = """INSERT INTO hook (user_id, pattern, url, receiver, value, label)
+            SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"""
+        cursor = self._execute(insert, pattern, url, origin, value, label, name)
         if not cursor.rowcount or not cursor.lastrowid:
             raise NoSuchUser(name)
-        for statement in (*DROP_TRIGGERS, *CREATE_TRIGGERS):  # the bounds in an older one may be others
-            self._execute(statement)
+        for trigger, text in TRIGGERS.items():
+            self._execute(f"DROP TRIGGER IF EXISTS {trigger}")  # an older one may have other limits
+            self._execute(f"CREATE TRIGGER {trigger} {text}")
         return cursor.lastrowid
 
     def delete_hook(self, hook_id: int) -> None:
-        """Delete a hook and what is pending, within a transaction; raise NoSuchHook."""
-        if not self._execute(DELETE_HOOK, hook_id).rowcount:
-            raise NoSuchHook(hook_id)
+        """Delete a hook and its pending deliveries, within a transaction; raise StoreError if it doesn't exist."""
+        self.hook_url(hook_id)
+        self._execute("DELETE FROM hook WHERE id = ?", hook_id)
         self._drop_idle_triggers()
 
     def _drop_idle_triggers(self) -> None:
-        """Drop the triggers that make deliveries if there are no hooks: without them, a change takes less time."""
-        if not self.has_hooks():
-            for statement in DROP_TRIGGERS:
-                self._execute(statement)
+        if not self.has_hooks():  # without triggers, a change takes less time
+            for trigger in TRIGGERS:
+                self._execute(f"DROP TRIGGER IF EXISTS {trigger}")
 
     def has_hooks(self) -> bool:
-        """Tell whether anybody has a hook."""
-        return bool(self._read(SELECT_ANY_HOOK))
+        """Return whether any hook exists."""
+        return bool(self._execute("SELECT 1 FROM hook LIMIT 1").fetchone())
 
     def hooks(self, first: str = "", last: str = LAST_NAME, limit: int = -1) -> list[Hook]:
-        """Return the hooks of the users with names from first to last: limit of them, or all if that is negative."""
-        return [Hook(*row) for row in self._read(SELECT_HOOKS, VALUE_SHOWN_CHARACTERS_MAX + 1, first, last, limit)]
+        """Return the hooks of the users with names from first to last; a negative limit means all."""
+        select = """SELECT hook.id, name, pattern, substr(value, 1, ?), label, receiver,
+            (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time
+            FROM hook JOIN user ON user.id = user_id WHERE name BETWEEN ? AND ? ORDER BY hook.id LIMIT ?"""
+        return [Hook(*row) for row in self._execute(select, VALUE_SHOWN_CHARACTERS_MAX + 1, first, last, limit)]
 
     def hook_url(self, hook_id: int) -> tuple[str, str]:
-        """Return pattern and URL of a hook; raise NoSuchHook."""
-        rows = self._read(SELECT_HOOK_URL, hook_id)
-        if not rows:
-            raise NoSuchHook(hook_id)
-        pattern, url = rows[0]
-        return pattern, url
+        """Return the pattern and the URL of a hook; raise StoreError if it doesn't exist."""
+        for pattern, url in self._execute("SELECT pattern, url FROM hook WHERE id = ?", hook_id):
+            return pattern, url
+        raise StoreError(f"there is no hook {hook_id}; list them with: python kvserver.py hooks")
 
     def pending_count(self) -> int:
-        """Return how many deliveries are pending."""
-        count: int = self._read(SELECT_PENDING_COUNT)[0][0]
-        return count
+        """Return the number of pending deliveries."""
+        return cast(int, self._execute("SELECT count(*) FROM delivery").fetchone()[0])
 
     def new_deliveries(self, newest: int) -> list[tuple[int, str, bool, int]]:
         """Return the hooks that have deliveries with ids above newest.
 
-        Of each, the id, the receiver, whether the last try has arrived, and the newest id of a delivery.
+        Each has its id, its origin, whether its last delivery arrived, and the id of its newest delivery.
         """
-        return self._read(SELECT_NEW_DELIVERIES, newest)
+        # With an index, SQLite would read all pending deliveries.
+        select = """SELECT hook_id, receiver, ifnull(result GLOB '2*', FALSE), max(delivery.id)
+            FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"""
+        return self._execute(select, newest).fetchall()
 
     def next_delivery_size(self, hook_id: int) -> tuple[int, int] | None:
-        """Return number and bytes of the oldest pending delivery of a hook, if there is one."""
-        rows = self._read(SELECT_NEXT_SIZE, hook_id)
-        return rows[0] if rows else None
+        """Return the number and the bytes of the oldest pending delivery of a hook."""
+        select = """SELECT number, ifnull(length(CAST(value AS BLOB)), 0) + ifnull(length(CAST(old AS BLOB)), 0)
+            FROM delivery WHERE hook_id = ? ORDER BY number LIMIT 1"""
+        return cast("tuple[int, int] | None", self._execute(select, hook_id).fetchone())
 
     def next_delivery(self, hook_id: int) -> Delivery | None:
-        """Return the oldest delivery of a hook that is pending, if there is one."""
-        rows = self._read(SELECT_NEXT_DELIVERY, hook_id)
-        return Delivery(*rows[0]) if rows else None
+        """Return the oldest pending delivery of a hook."""
+        select = """SELECT hook_id, receiver, url, number, handled, key, delivery.value, old, created, idempotency_key
+            FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ? ORDER BY number LIMIT 1"""
+        row = self._execute(select, hook_id).fetchone()
+        return Delivery(*row) if row else None
 
     def note_try(self, hook_id: int, result: str, handled: int) -> None:
-        """Note what came of a hook's last try, and up to which number its deliveries have arrived or are given up."""
-        self._execute(DELETE_HANDLED, hook_id, handled)
-        self._execute(UPDATE_HOOK, handled, result, time.time(), hook_id)
-
-
-# Of the file that CachingStore speaks of: the two copies of the header, and two numbers in it.
-WAL_HEADERS_BYTES = 96
-COMMIT_COUNTER = slice(8, 12)
-WAL_PAGES = slice(16, 20)
+        """Store the result of a hook's last try, and the number of the last delivery that arrived or was given up."""
+        self._execute("DELETE FROM delivery WHERE hook_id = ? AND number <= ?", hook_id, handled)
+        update = "UPDATE hook SET handled = ?, result = ?, result_time = ? WHERE id = ?"
+        self._execute(update, handled, result, time.time(), hook_id)
 
 
 class CachingStore(Store):
-    """A store to read from that remembers what it has read until the next commit, whichever process makes that.
+    """A store to read from. It remembers rows until the next commit of any process.
 
-    SQLite keeps the state of the write-ahead log in memory that all processes share, the file ending in -shm. It begins
-    with two copies of a header that every commit changes, after its data is on the disk and before it returns (SQLite's
-    documentation, "WAL-mode File Format", section 2). To compare them takes a fiftieth of what a SELECT takes.
+    All processes share SQLite's state of the write-ahead log, the file ending in -shm. It begins with two copies of a
+    header. Every commit changes them after its data is on the disk and before it returns (SQLite's documentation,
+    "WAL-mode File Format", section 2). Comparing them takes a fiftieth of the time of a SELECT.
     """
 
     def __init__(self, path: str) -> None:
         """Open a database that open_store has prepared."""
         super().__init__(path)
         self._rows: dict[Any, Any] = {}
-        self._rows_state = b""  # the header that _rows belong to
-        self._rows_bytes = 0  # of the values in _rows
-        self.check()  # the first read makes the file
-        # It stays open, because closing any descriptor of a file drops all locks that the process has on it (POSIX).
+        self._rows_state = b""  # the state when _rows were read
+        self._rows_bytes = 0  # of values
+        self.has_hooks()  # the first read creates the file
+        # It stays open: closing any descriptor of a file drops all locks that the process has on it (POSIX).
         self._shared_file = open(os.path.realpath(self.path) + "-shm", "rb")  # noqa: SIM115
-        self._shared = mmap.mmap(self._shared_file.fileno(), WAL_HEADERS_BYTES, access=mmap.ACCESS_READ)
+        self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both copies
 
     def close(self) -> None:
         """Close the database."""
@@ -1233,34 +1054,31 @@ class CachingStore(Store):
         return self._shared[:]
 
     def wal_pages(self) -> int:
-        """Return how many pages the write-ahead log has."""
-        return int.from_bytes(self._shared[WAL_PAGES], sys.byteorder)
-
-    def _current_rows(self) -> dict[Any, Any]:
-        """Return what has been read since the last commit."""
-        state = self.state()
-        if state != self._rows_state or len(self._rows) >= CACHED_ROWS_MAX:
-            # The state is from before the next read: what is committed between the two makes it differ again.
-            self._rows, self._rows_state, self._rows_bytes = {}, state, 0
-        return self._rows
+        """Return the number of pages in the write-ahead log."""
+        return int.from_bytes(self._shared[16:20], sys.byteorder)
 
     def is_one_commit(self, state_before: bytes, state: bytes) -> bool:
-        """Tell whether one commit lies between two states, and no other process's beside it."""
-        before, after = (int.from_bytes(header[COMMIT_COUNTER], sys.byteorder) for header in (state_before, state))
+        """Return whether exactly one commit, of any process, lies between two states."""
+        before, after = (int.from_bytes(header[8:12], sys.byteorder) for header in (state_before, state))
         return after == before + 1
 
     def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> None:
-        """Remember all but these pairs, if they are what has changed between two states, before and after a commit."""
-        if changed_pairs is None or self._rows_state != state_before:
-            return
-        if self.is_one_commit(state_before, state):
-            for changed in changed_pairs:
-                pair = self._rows.pop(changed, None)
-                self._rows_bytes -= len(pair.value) if pair else 0
+        """Keep all rows but the changed pairs, if only our own commit lies between two states."""
+        is_ours = self._rows_state == state_before and self.is_one_commit(state_before, state)
+        if is_ours and changed_pairs is not None:
+            for pair in changed_pairs:
+                self._rows.pop(pair, None)
             self._rows_state = state
 
+    def _current_rows(self) -> dict[Any, Any]:
+        state = self.state()
+        is_full = len(self._rows) >= CACHED_ROWS_MAX or self._rows_bytes >= CACHED_BYTES_MAX
+        if is_full or state != self._rows_state:
+            # The state is older than the next read: a commit between the two makes it differ again.
+            self._rows, self._rows_state, self._rows_bytes = {}, state, 0
+        return self._rows
+
     def _user(self, key: Any, read: Callable[[Any], User | None]) -> User | None:
-        """Return the user that is remembered under a key, or is read by it."""
         rows = self._current_rows()
         user: User | None = rows.get(key) or read(key)
         if user:
@@ -1268,24 +1086,24 @@ class CachingStore(Store):
         return user
 
     def user(self, name: str) -> User | None:
-        """Return the user of that name, if there is one."""
+        """Return the user with this name."""
         return self._user(name, super().user)
 
     def token_user(self, digest: bytes) -> User | None:
-        """Return the user whose token has that digest, with the token, if there is one."""
+        """Return the user whose token has this digest, with the token."""
         return self._user(digest, super().token_user)
 
     def is_current(self, user: User) -> bool:
-        """Tell whether a user that was read here is still what is stored: the very same object then."""
+        """Return whether a user that was read here is still stored unchanged: then it is the same object."""
         return self._current_rows().get(user.token.digest if user.token else user.name) is user
 
     def pair(self, user_id: int, key: str) -> Pair | None:
-        """Return what is stored under a key, or None when the user has no such key."""
+        """Return the user's pair with this key."""
         rows = self._current_rows()
         pair: Pair | None = rows.get((user_id, key))
         if pair is None:
             pair = super().pair(user_id, key)
-            if pair is not None and self._rows_bytes + len(pair.value) <= CACHED_BYTES_MAX:
+            if pair is not None:
                 rows[user_id, key] = pair
                 self._rows_bytes += len(pair.value)
         elif pair.expires is not None and pair.expires <= time.time():
@@ -1294,26 +1112,14 @@ class CachingStore(Store):
 
 
 def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = True) -> Store:
-    """Open the database at path, with the newest schema; raise StoreError when that is not possible.
-
-    Unless create is true, it has to be there already. mb_max is its limit in megabytes, if it is to have one. Without
-    migrate, its schema is not looked at.
-    """
+    """Open the database at path with the newest schema; raise StoreError. Without migrate, its schema stays."""
     path = os.path.abspath(path)
     try:
         if create:
-            # Readable by the owner only; SQLite gives the files that it puts beside it the same permissions.
+            # Only the owner may read it. SQLite gives the files beside it the same permissions.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        else:
-            os.stat(path)
-        store = Store(path, mb_max=mb_max)
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(store.close)
-            if migrate:
-                store.migrate()
-            on_failure.pop_all()
-        return store
+        return Store(path, mb_max=mb_max, migrate=migrate)
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
         if isinstance(error, FileNotFoundError) and not create:
             message = f"there is no database {path}; name it with --db, or make one with adduser or serve"
@@ -2776,7 +2582,8 @@ def list_pairs(store: Store, request: Request) -> Response:
 
 def check_health(store: Store, request: Request) -> Response:
     """Respond once the database has been read."""
-    store.check()
+    store.user("")
+    store.pair(NOBODY.id, "")
     return Response(b"ok")
 
 
