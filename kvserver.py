@@ -893,16 +893,17 @@ class Store:
         """
         now = time.time()
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, now)
-        value, times = (PAIR_AS_JSON, [now]) if with_times else ("json_quote(value)", [])
-        select = f"SELECT CAST(group_concat(json_quote(key) || ':' || {value}) AS BLOB) FROM {PAGE}"
+        value, times = (PAIR_AS_JSON, [now]) if with_times else ("value", [])
+        # Not json_group_object: it would ignore the limit until the end. JSON escapes newlines, so one can separate.
+        select = f"SELECT CAST(group_concat(json_object(key, {value}), '\n') AS BLOB) FROM {PAGE}"
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LIST_BYTES_MAX)  # a longer result raises DataError
         try:
-            members = self._execute(select, *times, *page, limit).fetchone()[0] or b""
+            objects = self._execute(select, *times, *page, limit).fetchone()[0] or b"{}"
         except sqlite3.DataError:
             raise TooMuch(f"the list would have more than {LIST_BYTES_MAX} bytes; use limit=N") from None
         last_and_next = f"SELECT key FROM {PAGE} LIMIT 2 OFFSET ?"
         keys = self._execute(last_and_next, *page, limit + 1, limit - 1).fetchall() if limit > 0 else ()
-        return b"{" + members + b"}", keys[0][0] if len(keys) == 2 else None
+        return objects.replace(b"}\n{", b","), keys[0][0] if len(keys) == 2 else None
 
     def pairs(self, user_id: int, prefix: str, after: str, limit: int) -> list[PairSummary]:
         """Return up to limit pairs of a user, with keys that begin with prefix and come after the key after."""
