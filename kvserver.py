@@ -1146,14 +1146,15 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE"
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+REQUEST_LINE = re.compile(
+    rf"({TOKEN}) (?:(?i:https?)://(?=[^/?])({HOST.pattern}))?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])"
+)
 FIELD = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
-# Part of the first line, or the first line, whole fields and a part of one.
+# Part of the first line, or the first line, whole fields and part of another one.
 HEAD_SO_FAR = re.compile(
     rf"(?:\r\n)?(?:[ -~\x80-\xff]*\r?|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)".encode("iso-8859-1")
 )
-HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
-ABSOLUTE_TARGET = re.compile(rf"https?://(?=[^/?])({HOST.pattern})(|[/?].*)", re.IGNORECASE)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 ENTITY_TAGS = re.compile(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+')
 ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
@@ -1224,11 +1225,6 @@ def decode_utf8(data: bytes, name: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         raise HTTPError(400, f"{name} is not UTF-8; send text in UTF-8") from None
-
-
-def decode_percent(text: str, name: str) -> str:
-    """Decode percent-encoded UTF-8; raise HTTPError."""
-    return decode_utf8(urllib.parse.unquote_to_bytes(text), name)
 
 
 class Fields(NamedTuple):
@@ -1304,25 +1300,6 @@ class Route(NamedTuple):
     body: str = PARAMETERS
 
 
-def parse_target(method: str, target: str) -> tuple[str, str, str]:
-    """Return the host, or "", the path and the query of a request target (RFC 9112 section 3.2); raise HTTPError.
-
-    Bytes above 127 are allowed if they are UTF-8. Many shell scripts send them, and their meaning is clear.
-    """
-    host = ""
-    if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
-        absolute = ABSOLUTE_TARGET.fullmatch(target)
-        if not absolute:
-            raise HTTPError(400, "the address is malformed; its path begins with a slash")
-        host, target = absolute[1], "/" + absolute[2].removeprefix("/")
-    if "#" in target:
-        raise HTTPError(400, "the address contains a #; write it as %23")
-    if not target.isascii():
-        target = decode_utf8(target.encode("iso-8859-1"), "the address")
-    path, _, query = target.partition("?")
-    return host, path, query
-
-
 def parse_lines(text: str) -> dict[str, str]:
     """Return header fields by lower-case name (RFC 9112 section 5); raise HTTPError."""
     lines = text.split("\r\n") if text else ()
@@ -1373,10 +1350,16 @@ def parse_head(head: bytes, known: Fields | None = None) -> Request:
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise HTTPError(400, "the request line is malformed; send METHOD TARGET HTTP/1.1, with single spaces")
-    method, target, major, minor = match.groups()
+    method, host, target, major, minor = match.groups()
     if major != "1":  # later minor versions are served like 1.1 (RFC 9110 section 2.5)
         raise HTTPError(505, "this version of HTTP is not supported; use HTTP/1.1")
-    host, path, query = parse_target(method, target)
+    if host and target[:1] in ("", "?"):
+        target = "/" + target
+    if "#" in target or (not target.startswith("/") and (method, target) != ("OPTIONS", "*")):
+        raise HTTPError(400, "the address is malformed; its path begins with a slash, and a # in it is written as %23")
+    if not target.isascii():  # many shell scripts send UTF-8 as it is, and the meaning is clear
+        target = decode_utf8(target.encode("iso-8859-1"), "the address")
+    path, _, query = target.partition("?")
     if known is None or text != known.text or (minor == "0") != known.is_http_1_0:
         known = parse_fields(text, minor == "0")
     if host:  # it overrides the header Host (RFC 9112 section 3.2.2)
@@ -1433,10 +1416,9 @@ format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 def encode_response(response: Response, date: str, connection: str, with_body: bool) -> bytes:
-    """Return a response as bytes, to be sent at once: a second write would wait for the first one's acknowledgement.
+    """Return a response as bytes, for one write: a second one would wait until the client acknowledges the first.
 
-    date and connection are header values; an empty connection adds no header. Without its body, a response still has
-    the same head (RFC 9110 section 9.3.2).
+    date and connection are values of these headers; an empty connection adds none.
     """
     body, status, content_type, headers, _ = response
     entity = "" if status in (204, 304) else f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
@@ -1553,15 +1535,15 @@ def parse_form(text: str) -> list[tuple[str, str]]:
         name, equals, value = field.partition("=")
         if equals:
             if "%" in field or "+" in field:
-                name = decode_percent(name.replace("+", " "), "a parameter")
-                value = decode_percent(value.replace("+", " "), "a parameter")
+                name = decode_utf8(urllib.parse.unquote_to_bytes(name.replace("+", " ")), "a parameter")
+                value = decode_utf8(urllib.parse.unquote_to_bytes(value.replace("+", " ")), "a parameter")
             pairs.append((name, value))
         elif field:
             raise HTTPError(400, f"the parameter {shorten(name)} has no value; write {shorten(name)}=VALUE")
     return pairs
 
 
-def unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique_names(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Return values by name; raise HTTPError for a repeated name, except "_", which is ignored anyway."""
     by_name: dict[str, Any] = {}
     for name, value in pairs:
@@ -1589,18 +1571,18 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
     """Return the names and values of a JSON object, values that aren't strings as JSON; raise HTTPError."""
     try:
         members = parse_json(text)
-        if not isinstance(members, dict) or not isinstance(members.get("key", ""), str):
-            raise HTTPError(400, "the JSON body is not an object, or its key is not a string")
+        if not isinstance(members, dict):
+            raise HTTPError(400, "the JSON body is not an object")
         for name, member in members.items():
-            if isinstance(member, (dict, list)) and name not in ("value", "old", "unless", "default"):
-                raise HTTPError(400, f"{shorten(name)} in the JSON body cannot be an array or an object; send a string")
+            is_nested = isinstance(member, (dict, list)) and name not in ("value", "old", "unless", "default")
+            if is_nested or (name == "key" and not isinstance(member, str)):
+                raise HTTPError(400, f"{shorten(name)} in the JSON body is not a string; send one")
             if not isinstance(member, str):  # raises ValueError for NaN, Infinity and numbers like 1e999
                 members[name] = json.dumps(member, ensure_ascii=False, allow_nan=False)
         "".join(members.values()).encode("utf-8")
-    except UnicodeEncodeError:
-        raise HTTPError(400, "the JSON body has half of a surrogate pair, which is no character") from None
     except ValueError:
-        raise HTTPError(400, "the JSON body is malformed, nested too deeply, or has a number too large") from None
+        problem = "is malformed, nested too deeply, or has a number too large or half of a surrogate pair"
+        raise HTTPError(400, f"the JSON body {problem}") from None
     return list(members.items())
 
 
@@ -1643,8 +1625,10 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     if request.body and route.body != VALUE:
         parameters = unique_names([*parameters.items(), *parse_body(request, parameters, route.body)])
     parameters.pop("_", None)
-    key = decode_percent(request.key_in_path, "the key") if request.key_in_path else parameters.get("key")
-    if request.key_in_path or "key" in route.parameters[:1]:
+    in_path, key = request.key_in_path, parameters.get("key")
+    if in_path:
+        key = decode_utf8(urllib.parse.unquote_to_bytes(in_path), "the key")
+    if in_path or "key" in route.parameters[:1]:
         require_key(key, request.user.token)
     for name in parameters if route.parameters is not ANYTHING else ():
         if name not in route.parameters:
