@@ -1148,12 +1148,14 @@ STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 REQUEST_LINE = re.compile(
-    rf"({TOKEN}) (?:(?i:https?)://(?=[^/?])({HOST.pattern}))?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])"
+    rf"({TOKEN}) (?! )(?:(?i:https?)://(?=[^/?])({HOST.pattern}))?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])"
 )
 FIELD = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 # Part of the first line, or the first line, whole fields and part of another one.
 HEAD_SO_FAR = re.compile(
-    rf"(?:\r\n)?(?:[ -~\x80-\xff]*\r?|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)".encode("iso-8859-1")
+    rf"(?:\r\n)?(?:(?:[!-~][ -~\x80-\xff]*)?\r?|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)".encode(
+        "iso-8859-1"
+    )
 )
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 ENTITY_TAGS = re.compile(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+')
