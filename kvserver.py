@@ -1944,7 +1944,7 @@ class Threads:
 
 
 # ---- TLS -------------------------------------------------------------------------------------------------------------
-# A connection that encrypts, in either direction, and the server's certificate, which can be replaced while it runs.
+# A connection that encrypts, and the server's certificate, which can be replaced while it runs.
 
 TLS_SEND_BYTES = 64 * 1024  # at a time: within that, TLS reports no progress
 TLS_RECEIVE_BYTES = 4 * 1024  # at a time: records without data take a millisecond for each 1.4 KB
@@ -1959,11 +1959,11 @@ class SecureSocket:
     TLS works in memory. So the received bytes bound the work of one call, and a thread can compute the handshake.
     """
 
-    def __init__(self, connection: socket.socket, context: ssl.SSLContext, host: str | None = None) -> None:
-        """Take over a connection to a host, or without one a connection from a client."""
+    def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        """Take over a connection from a client."""
         self._connection = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=host is None, server_hostname=host)
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._is_open = False  # from the handshake until we have sent close_notify
         self._encrypted = b""  # bytes to send
         self._in_flight = 0  # length of the data that is in _encrypted
@@ -1971,14 +1971,11 @@ class SecureSocket:
 
     async def shake_hands(self, threads: Threads, owner: Hashable, deadline: float) -> None:
         """Complete the handshake, which a thread computes; raise OSError or TimeoutError."""
-        listens = self._tls.server_side
         while not self._is_open:
-            if listens:
-                data = await receive(self._connection, TLS_RECEIVE_BYTES, deadline)
-                if not data:
-                    raise ConnectionResetError
-                self._incoming.write(data)
-            listens = True
+            data = await receive(self._connection, TLS_RECEIVE_BYTES, deadline)
+            if not data:
+                raise ConnectionResetError
+            self._incoming.write(data)
             try:
                 await threads.run(self._tls.do_handshake, owner, deadline)
                 self._is_open = True
@@ -3636,86 +3633,63 @@ def describe_failure(error: Exception) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-async def connect(
-    loop: Loop, threads: Threads, url: Any, addresses: list[Any], deadline: float, opened: contextlib.ExitStack
-) -> Any:
+def seconds_until(deadline: float) -> float:
+    """Return how long it is until a deadline; raise TimeoutError after it."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
+def connect(url: Any, deadline: float) -> socket.socket:
     """Return a connection to the first address of a URL's host that takes it; raise OSError."""
-    context = await threads.run(client_context) if url.scheme == "https" else None
+    addresses = socket.getaddrinfo(url.hostname, url.port or HOOK_PORTS[url.scheme], type=socket.SOCK_STREAM)
     failure = OSError(0, "the host has no address")
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):
-        try:
-            connection = opened.enter_context(socket.socket(family, kind, protocol))
-            connection.setblocking(False)
-            loop.use(connection)
-            with contextlib.suppress(BlockingIOError):
+        with contextlib.ExitStack() as opened:
+            try:
+                connection = opened.enter_context(socket.socket(family, kind, protocol))
+                connection.settimeout(seconds_until(deadline) / (len(addresses) - tried))
                 connection.connect(address)
-            now = time.monotonic()
-            await ready(WRITABLE, now + (deadline - now) / (len(addresses) - tried))
-            code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code))
-            if not context:
+                if url.scheme == "https":
+                    connection.settimeout(seconds_until(deadline))
+                    connection = opened.enter_context(
+                        client_context().wrap_socket(connection, server_hostname=url.hostname)
+                    )
+                opened.pop_all()
                 return connection
-            secure = opened.enter_context(contextlib.closing(SecureSocket(connection, context, url.hostname)))
-            await secure.shake_hands(threads, None, deadline)
-            return secure
-        except OSError as error:
-            failure = error
+            except OSError as error:
+                failure = error
     raise failure
 
 
-async def exchange(
-    loop: Loop, threads: Threads, url: str, idempotency_key: str, members: Mapping[str, object], owner: Hashable = None
-) -> Answer:
-    """Send the members of a JSON object to a hook's URL, and return the answer, all within HOOK_SECONDS.
+def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadline: float | None = None) -> Answer:
+    """Send the members of a JSON object to a hook's URL, and return the answer, within HOOK_SECONDS or by a deadline.
 
-    A slow name look-up holds one of the owner's threads until it ends, even after the exchange has failed.
+    Only a slow name look-up takes longer.
     """
-    deadline, received, answer = time.monotonic() + HOOK_SECONDS, b"", None
+    deadline, received, answer = deadline or time.monotonic() + HOOK_SECONDS, b"", None
     problem = "the connection was closed before a whole status line had come"
-    with contextlib.ExitStack() as opened:
-        try:
-            parts = parse_hook_url(url)
-            host, port = parts.hostname, parts.port or HOOK_PORTS[parts.scheme]
-            look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-            addresses = await threads.run(look_up, owner, deadline)
-            connection = await connect(loop, threads, parts, addresses, deadline, opened)
-            unsent = memoryview(encode_delivery(parts, idempotency_key, members))
-            half_time = (time.monotonic() + deadline) / 2  # the other half is for the answer
-            with contextlib.suppress(OSError):  # which may come before the request has been sent in full
-                while unsent:
-                    await ready(WRITABLE, half_time)
-                    with contextlib.suppress(BlockingIOError):
-                        unsent = unsent[connection.send(unsent[:RECEIVE_BYTES]) :]
+    try:
+        parts = parse_hook_url(url)
+        with connect(parts, deadline) as connection:
+            connection.settimeout(seconds_until(deadline) / 2)  # the other half is for the answer
+            with contextlib.suppress(OSError):  # the answer may come before the request has been sent in full
+                connection.sendall(encode_delivery(parts, idempotency_key, members))
             while len(received) < HOOK_ANSWER_BYTES_MAX:
-                data = await receive(connection, HOOK_ANSWER_BYTES_MAX, deadline)
+                connection.settimeout(seconds_until(deadline))
+                data = connection.recv(HOOK_ANSWER_BYTES_MAX)
                 if not data:
                     break
                 received += data
                 answer, is_whole = parse_answer(received)
                 if is_whole:  # the sender of the rest might see an error if we closed before it has come
                     deadline = min(deadline, time.monotonic() + HOOK_LINGER_SECONDS)
-            if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
-                problem = "the answer is not HTTP/1.1"
-        except Exception as error:  # noqa: BLE001 - whatever it is, the delivery has not arrived
-            problem = describe_failure(error)
-        finally:
-            loop.use(None)
+        if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
+            problem = "the answer is not HTTP/1.1"
+    except Exception as error:  # noqa: BLE001 - whatever it is, the delivery has not arrived
+        problem = describe_failure(error)
     return answer or Answer(0, problem)
-
-
-def deliver(url: str, idempotency_key: str, members: Mapping[str, object]) -> Answer:
-    """Send the members of a JSON object to a hook's URL, in a loop of its own, and return the answer."""
-    loop, answers = Loop(lambda error: None), list[Answer]()
-
-    async def run() -> None:
-        answers.append(await exchange(loop, Threads(loop, 1), url, idempotency_key, members))
-
-    loop.start(run())
-    while not answers:
-        loop.run_once()
-    loop.close()
-    return answers[0]
 
 
 def exchange_bounds(origin: str, is_long: bool, is_doubtful: bool) -> dict[Hashable, int]:
@@ -3730,7 +3704,7 @@ class Outbox:
 
     def __init__(self, store: Store, loop: Loop, commit: Commit, metrics: Metrics, errors: ErrorLog) -> None:
         self._store, self._loop, self._commit, self._metrics, self._errors = store, loop, commit, metrics, errors
-        self._threads = Threads(loop, EXCHANGES_MAX)  # for looking up names, which may take longer than an exchange
+        self._threads = Threads(loop, EXCHANGES_MAX)
         self._gate = Gate(loop)
         self.has_hooks = self._is_sender = self._is_stopped = False
         self.busy: set[int] = set()  # hooks with an exchange under way, or its result not yet stored
@@ -3826,8 +3800,12 @@ class Outbox:
             bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
             self._drop(delivery, overflow, f"the oldest, since more than {bounds} were pending")
         members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
-        key = delivery.idempotency_key
-        answer = await exchange(self._loop, self._threads, delivery.url, key, members, owner)
+        deadline = time.monotonic() + HOOK_SECONDS
+        exchange = functools.partial(deliver, delivery.url, delivery.idempotency_key, members, deadline)
+        try:
+            answer = cast(Answer, await self._threads.run(exchange, owner, deadline + HOOK_LINGER_SECONDS))
+        except TimeoutError as error:  # a name look-up takes too long
+            answer = Answer(0, describe_failure(error))
         self._metrics.deliveries += answer.is_success()
         self._metrics.failed_deliveries += not answer.is_success()
         return answer

@@ -3801,7 +3801,6 @@ class Schedules(unittest.TestCase):
         self.seconds, wall = 0.0, time.time()
         self.enterContext(mock.patch.object(time, "monotonic", lambda: self.seconds))
         self.enterContext(mock.patch.object(time, "time", lambda: wall + self.seconds))
-        self.enterContext(mock.patch.object(kvserver, "exchange", self.exchange))
         self.bounds = self.enterContext(mock.patch.object(kvserver, "exchange_bounds", wraps=kvserver.exchange_bounds))
         self.log = self.enterContext(captured_log())
         self.tries: list[tuple[float, str | None]] = []
@@ -3815,6 +3814,7 @@ class Schedules(unittest.TestCase):
         self.addCleanup(self.loop.close)
         metrics = kvserver.Metrics({}, {})
         self.outbox = kvserver.Outbox(self.store, self.loop, self.commit, metrics, kvserver.ErrorLog())
+        self.enterContext(mock.patch.object(self.outbox._threads, "run", self.exchange))
         self.addCleanup(self.outbox.close)
 
     def add_hook(self, receiver: str) -> None:
@@ -3827,17 +3827,11 @@ class Schedules(unittest.TestCase):
         self.store.transact(operation)
 
     async def exchange(
-        self,
-        loop: kvserver.Loop,
-        threads: kvserver.Threads,
-        url: str,
-        key: str,
-        members: Mapping[str, str | None],
-        owner: str | None,
+        self, function: functools.partial[kvserver.Answer], owner: str | None, deadline: float
     ) -> kvserver.Answer:
-        """Take the place of the receiver; the test resumes what it holds."""
-        self.tries.append((round(self.seconds, 3), members["value2"]))
-        wakeup = kvserver.Wakeup(loop)
+        """Take the place of the thread that delivers; the test resumes what it holds."""
+        self.tries.append((round(self.seconds, 3), function.args[2]["value2"]))
+        wakeup = kvserver.Wakeup(self.loop)
         if self.is_holding:
             self.held.append(wakeup)
         else:
