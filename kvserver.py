@@ -55,7 +55,6 @@ import email.utils
 import errno
 import functools
 import gc
-import getpass
 import hashlib
 import html
 import http.server
@@ -95,7 +94,6 @@ PARAMETERS_MAX = 100
 BODY_BYTES_MAX = VALUE_BYTES_MAX + 64 * 1024  # the longest value, and room for the form or the JSON around it
 
 PASSWORD_CHARACTERS_MIN = 8
-FIRST_PASSWORD_BYTES = 15  # random bytes in the password that the first start makes: 120 bits, 20 characters
 
 # n=2^14, r=8, p=5 is one of the scrypt settings that OWASP's password storage cheat sheet calls equally strong: the one
 # with the least memory (16 MiB) but one, which suits a small machine.
@@ -107,7 +105,6 @@ FAILURE_SECONDS = 30  # after which it may have one more
 
 LIST_BYTES_MAX = 32 * 1024 * 1024
 
-THREAD_STACK_BYTES = 512 * 1024  # the usual 8 MiB a thread are much for a machine with 512
 WORKERS_MAX = 4  # threads for requests that may take long
 HANDSHAKE_SECONDS = 10
 FIRST_BYTE_SECONDS = 10
@@ -118,8 +115,6 @@ SEND_SECONDS = 10  # without any progress of an answer
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 WAIT_SECONDS_MAX = 60
 LIST_LIMIT_MAX = 10_000
-LINE_BYTES_MAX = 8 * 1024 * 1024  # of a file that is imported: a value in which all is escaped, and what is around it
-TEXT_SHOWN_CHARACTERS_MAX = 80  # of each name and key
 TOKENS_MAX = 100  # of a user
 LABEL_CHARACTERS_MAX = 64
 PAGE_ROWS_MAX = 100
@@ -4173,91 +4168,70 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-# What can be set: by a flag, else by an environment variable, else in a JSON file, else it is the default. One table
-# serves all four, so that none can miss a name.
-
-CONFIG_VARIABLE = "KVSERVER_CONFIG"
+# One table has all settings. A flag overrides the environment, which overrides the JSON file, which overrides the default.
 
 
 class CommandError(Exception):
-    """A command cannot be carried out; the message is one line for people."""
-
-
-class UsageError(CommandError):
-    """A command is used in a wrong way."""
+    """A command failed; the message is one line for people."""
 
 
 class Setting(NamedTuple):
-    """A row of the table below: log_requests is --log-requests, KVSERVER_LOG_REQUESTS, and log_requests in the file."""
+    """A row of the table: log_requests is --log-requests, KVSERVER_LOG_REQUESTS, and log_requests in the file."""
 
     name: str
-    parse: Callable[[str], Any]  # raises ArgumentTypeError, which says what the text may be
-    default: Any  # of a text, a switch or a list, it says that the setting is one
+    parse: Callable[[str], Any]  # raises ArgumentTypeError
+    default: Any  # its type tells texts, numbers, switches and lists apart
     metavar: str
     help: str
 
-    def variable(self) -> str:
-        """Return the name of the environment variable."""
-        return "KVSERVER_" + self.name.upper()
-
 
 def parse_number(text: str, least: int = 1, most: int = 999_999) -> int:
-    """Return a number within these bounds."""
     if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"this is a number from {least} to {most}")
+        raise argparse.ArgumentTypeError(f"it must be a number from {least} to {most}")
     return int(text)
 
 
 def parse_networks(text: str) -> Networks:
-    """Return networks, of which an address is the smallest kind, separated by commas."""
     try:
         return tuple(ipaddress.ip_network(network.strip()) for network in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError("a trusted proxy is an address, or a network such as 10.1.0.0/16") from None
+        raise argparse.ArgumentTypeError("it must be an address, or a network such as 10.1.0.0/16") from None
 
 
 def parse_base_path(text: str) -> str:
-    """Return a prefix of paths, with a slash before it and none behind, or nothing for no prefix."""
-    path = ("/" + text.strip("/")).rstrip("/")
+    path = ("/" + text.strip("/")).rstrip("/")  # "" for no prefix
     if not re.fullmatch("(?:/[A-Za-z0-9._~-]+)*", path):
-        raise argparse.ArgumentTypeError("a base path is like /api: letters, digits, . _ ~ - and slashes")
+        raise argparse.ArgumentTypeError("it must be a path such as /api, of letters, digits, . _ ~ - and slashes")
     return path
 
 
 def parse_switch(text: str) -> bool:
-    """Return whether a switch is on."""
     if text.lower() not in ("true", "false", "1", "0"):
-        raise argparse.ArgumentTypeError("a switch is true, false, 1 or 0")
+        raise argparse.ArgumentTypeError("it must be true, false, 1 or 0")
     return text.lower() in ("true", "1")
 
 
 DATABASE_HELP = (
-    "database (default: $KVSERVER_DB, else db in the configuration file, which KVSERVER_CONFIG or --config of serve"
-    " names, else kvserver.db in the first folder of $STATE_DIRECTORY, else beside the program)"
+    "database file (default: $KVSERVER_DB, else db in the file that KVSERVER_CONFIG or --config names, else kvserver.db"
+    " in the first folder of $STATE_DIRECTORY, else kvserver.db beside the program)"
 )
 DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", DATABASE_HELP)
-PROXY_HELP = "address or network of a proxy whose X-Forwarded-For is believed; may be repeated"
-CERTIFICATE_HELP = "certificate for https in PEM format, with those that lead to its root; SIGHUP loads it anew"
 SETTINGS = (
     Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
-    Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port, 0 for any"),
+    Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port; 0 for any one"),
     DATABASE,
-    Setting(
-        "base_path", parse_base_path, DEFAULT_BASE_PATH, "P", "prefix below which all paths are served too, / for none"
-    ),
-    Setting("log_requests", parse_switch, False, "", "log a line for each request, without any value"),
-    Setting("max_connections", parse_number, DEFAULT_CONNECTIONS_MAX, "N", "connections open at a time"),
-    Setting("max_db_mb", parse_number, DEFAULT_DATABASE_MB_MAX, "N", "megabytes that the database may have"),
-    Setting("trusted_proxy", parse_networks, (), "A", PROXY_HELP),
-    Setting("tls_cert", str, "", "FILE", CERTIFICATE_HELP),
-    Setting("tls_key", str, "", "FILE", "key of the certificate, in PEM format, not encrypted"),
+    Setting("base_path", parse_base_path, DEFAULT_BASE_PATH, "P", "all paths also exist below this prefix; / for none"),
+    Setting("log_requests", parse_switch, False, "", "log a line for each request, without values"),
+    Setting("max_connections", parse_number, DEFAULT_CONNECTIONS_MAX, "N", "most open connections at a time"),
+    Setting("max_db_mb", parse_number, DEFAULT_DATABASE_MB_MAX, "N", "largest size of the database in megabytes"),
+    Setting("trusted_proxy", parse_networks, (), "A", "address or network of a proxy to trust; may be repeated"),
+    Setting("tls_cert", str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
+    Setting("tls_key", str, "", "FILE", "private key of the certificate, in PEM format, not encrypted"),
 )
 
 
-def read_config(path: str | None) -> dict[str, str]:
-    """Return the settings that a JSON file has, as text by name; none without a path; raise CommandError."""
-    if not path:
-        return {}
+def read_config(path: str) -> dict[str, str]:
+    """Return the settings in a JSON file, as text by name. Files that it names are relative to it."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             members = parse_json(file.read())
@@ -4266,14 +4240,13 @@ def read_config(path: str | None) -> dict[str, str]:
         raise CommandError(f"cannot read the configuration file {path}: {reason}") from None
     if not isinstance(members, dict):
         raise CommandError(f"the configuration file {path} is not a JSON object")
-    settings = {setting.name: setting for setting in SETTINGS}
-    config = {}
+    settings, config = {setting.name: setting for setting in SETTINGS}, {}
     for name, member in members.items():
         if name not in settings:
             raise CommandError(f"unknown name {name!r} in {path}; the names are: {', '.join(settings)}")
         if isinstance(settings[name].default, str) and not isinstance(member, str):
-            raise CommandError(f"{name} in {path} is not a text: {json.dumps(member)}")
-        if isinstance(member, list) and isinstance(settings[name].default, tuple):
+            raise CommandError(f"{name} in {path} must be a JSON string, and is {json.dumps(member)}")
+        if isinstance(settings[name].default, tuple) and isinstance(member, list):
             member = ",".join(map(str, member))
         text = member if isinstance(member, str) else json.dumps(member)
         is_path = settings[name].metavar == "FILE" and text
@@ -4281,110 +4254,83 @@ def read_config(path: str | None) -> dict[str, str]:
     return config
 
 
-def check_variables() -> None:
-    """Raise CommandError when there is an environment variable that looks like a setting, and is none."""
-    known = [setting.variable() for setting in SETTINGS] + [CONFIG_VARIABLE]
-    for name in os.environ:
-        if name.startswith("KVSERVER_") and name not in known:
-            raise CommandError(f"unknown environment variable {name}; the names are: {', '.join(known)}")
-
-
 def read_settings(arguments: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, Any]:
-    """Return what is set, by name; raise CommandError. None stands for a flag not given; an empty variable is unset."""
-    check_variables()
-    config = read_config(getattr(arguments, "config", None) or os.environ.get(CONFIG_VARIABLE))
-    values = {}
-    for setting in settings:
-        values[setting.name] = getattr(arguments, setting.name)
-        text, source = os.environ.get(setting.variable()), f"the environment variable {setting.variable()}"
-        if not text:
-            text, source = config.get(setting.name), f"{setting.name} in the configuration file"
-        if values[setting.name] is None:
+    """Return the values of settings by name; raise CommandError. An empty environment variable counts as unset."""
+    variables = {name: "KVSERVER_" + name.upper() for name in ("config", *(setting.name for setting in SETTINGS))}
+    for name in os.environ:
+        if name.startswith("KVSERVER_") and name not in variables.values():
+            raise CommandError(f"unknown environment variable {name}; the names are: {', '.join(variables.values())}")
+    path = getattr(arguments, "config", None) or os.environ.get(variables["config"])
+    config, values = read_config(path) if path else {}, {}
+    for name, parse, default, *_ in settings:
+        values[name] = getattr(arguments, name)
+        if values[name] is None:  # the flag is not given
+            text, source = os.environ.get(variables[name]), f"the environment variable {variables[name]}"
+            if not text:
+                text, source = config.get(name), f"{name} in the configuration file"
             try:
-                values[setting.name] = setting.default if text is None else setting.parse(text)
+                values[name] = default if text is None else parse(text)
             except argparse.ArgumentTypeError as error:
                 raise CommandError(f"{source} is {text!r}; {error}") from None
     return values
 
 
 # ---- Backup, export and import ---------------------------------------------------------------------------------------
-# The whole database as a file that can be put in its place; its pairs as lines of JSON, which any program can read; and
-# such lines, or the database of an IoT Persistence Api, stored. What is imported is checked before anything is changed.
+# A backup is a copy of the whole database; an export is lines of JSON. An import is checked before it changes anything.
 
-SIDE_FILES = ("-wal", "-shm", "-journal")  # that SQLite puts beside a database
-RFC_3339 = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
-)
-END_OF_TIME = 253402300800.0  # unix seconds at the end of the year 9999
+SIDE_FILES = ("-wal", "-shm", "-journal")  # SQLite's files beside a database
 PAIR_FIELDS = ("user", "key", "value", "updated", "expires")
+LINE_BYTES_MAX = 8 * 1024 * 1024  # a value in which every character is escaped, and the rest of the line
+END_OF_TIME = 253402300800  # unix seconds at the end of the year 9999
 SQLITE_MAGIC = b"SQLite format 3\0"
-# Each column with its table: in the place of a lone "isAdmin" that is not there, SQLite would select that text, which is
-# true; of a table's that is not there it says so.
-SELECT_FOREIGN_ACCOUNTS = 'SELECT user.name, user."passwordHash", user."isAdmin" FROM user'
+# SQLite would read a missing column "isAdmin" as a text, if the table's name did not precede it.
+SELECT_FOREIGN_USERS = 'SELECT user.name, user."passwordHash", user."isAdmin" FROM user'
 SELECT_FOREIGN_PAIRS = "SELECT state.user, state.key, state.value FROM state ORDER BY state.rowid"
 
 
 def check_backup_path(path: str, database: str, force: bool) -> None:
-    """Raise CommandError unless a backup of a database may be put at path."""
-    if os.path.islink(path):
-        raise CommandError(f"{path} is a symbolic link; name the file that it leads to")
+    """Raise CommandError if a backup to path would destroy something."""
     in_use = [os.path.realpath(database) + suffix for suffix in ("", *SIDE_FILES)]
+    if os.path.islink(path):
+        raise CommandError(f"{path} is a symbolic link; name the file it leads to")
     if os.path.realpath(path) in in_use or (os.path.exists(path) and os.path.samefile(path, database)):
         raise CommandError(f"{path} is the database itself; name another file")
-    if os.path.lexists(path) and not os.path.isfile(path):
-        raise CommandError(f"{path} is there, and is no file; name another one")
-    if os.path.lexists(path) and not force:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CommandError(f"{path} is not a file; name another one")
+    if os.path.exists(path) and not force:
         raise CommandError(f"{path} exists; to overwrite it, add --force")
     for suffix in SIDE_FILES:
         if os.path.lexists(path + suffix):
-            raise CommandError(f"there is {path}{suffix}, so {path} is a database in use; name another file")
-
-
-def sync(path: str) -> None:
-    """Have what has been written to a file, or in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            raise CommandError(f"{path} is a database in use, because {path}{suffix} exists; name another file")
 
 
 def write_backup(store: Store, path: str, force: bool) -> None:
-    """Put a copy of a database at path, complete or not at all, readable by its owner only; raise CommandError."""
+    """Copy the database to path, readable by its owner only. The file appears when it is complete and on the disk."""
+    import tempfile
+
     check_backup_path(path, store.path, force)
-    # In a folder that others cannot look into: they might put a file beside the copy which SQLite takes for its own.
-    folder = f"{path}.{secrets.token_hex(4)}.part"
-    copy = os.path.join(folder, "copy")
+    folder, copy = os.path.dirname(os.path.abspath(path)), ""
     try:
-        os.mkdir(folder, 0o700)
-        os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        store.back_up(copy)
-        sync(copy)
-        if force:
-            os.replace(copy, path)
-        else:
-            try:
-                os.link(copy, path)  # fails if there is something by now, which a rename would overwrite
-            except FileExistsError:
-                raise CommandError(f"{path} exists; to overwrite it, add --force") from None
-            except OSError:  # a file system without hard links
-                os.rename(copy, path)
-        with contextlib.suppress(OSError):  # not everywhere can folders be opened
-            sync(os.path.dirname(os.path.abspath(path)))
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror}") from None
-    except sqlite3.Error as error:
-        raise CommandError(f"cannot copy {store.path} to {path}: {error}") from None
+        descriptor, copy = tempfile.mkstemp(".part", os.path.basename(path) + ".", folder)
+        with open(descriptor, "rb") as file:
+            store.back_up(copy)
+            os.fsync(file.fileno())
+        check_backup_path(path, store.path, force)  # somebody may have created it meanwhile
+        os.replace(copy, path)
+        with contextlib.suppress(OSError):  # Windows cannot open folders
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    except (OSError, sqlite3.Error) as error:
+        raise CommandError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         for suffix in ("", *SIDE_FILES):
             with contextlib.suppress(OSError):
                 os.remove(copy + suffix)
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)
 
 
 def format_time(seconds: float | None) -> str | None:
-    """Return a time in unix seconds as RFC 3339 has it, in UTC with microseconds."""
+    """Return unix seconds as RFC 3339 in UTC, with microseconds."""
     if seconds is None:
         return None
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
@@ -4392,146 +4338,110 @@ def format_time(seconds: float | None) -> str | None:
 
 
 def parse_time(text: object) -> float:
-    """Return a time of RFC 3339 in unix seconds; raise ValueError."""
-    match = RFC_3339.fullmatch(text) if isinstance(text, str) else None
-    if not match:
-        raise ValueError("a time is like 2030-01-31T23:59:59Z")
-    zone = "+00:00" if match[4] in "Zz" else match[4]
-    try:
-        seconds = datetime.datetime.fromisoformat(f"{match[1]}T{match[2]}{zone}").timestamp() + float(match[3] or 0)
-    except (ValueError, OverflowError):
-        raise ValueError(f"there is no time {match[0]}") from None
-    if not 0 <= seconds < END_OF_TIME:
-        raise ValueError(f"a time is from 1970 to 9999, and not {match[0]}")
-    return seconds
+    """Return the unix seconds of a time in RFC 3339; raise ValueError."""
+    with contextlib.suppress(ValueError):
+        moment = datetime.datetime.fromisoformat(str(text).upper())
+        if isinstance(text, str) and moment.tzinfo and 0 <= moment.timestamp() < END_OF_TIME:
+            return moment.timestamp()
+    raise ValueError("a time is like 2030-01-31T23:59:59Z, with a time zone, in the years 1970 to 9999")
 
 
 def parse_pair(line: bytes) -> UserPair:
-    """Return the pair that a line of an export has; raise ValueError or HTTPError."""
-    text = line.decode("utf-8-sig")
-    members = parse_json(text)
+    """Return the pair in a line of an export; raise ValueError or HTTPError."""
+    if len(line) > LINE_BYTES_MAX:
+        raise ValueError(f"a line has at most {LINE_BYTES_MAX} bytes")
+    members = parse_json(line.decode("utf-8-sig"))
     if not isinstance(members, dict) or not set(PAIR_FIELDS[:3]) <= set(members) <= set(PAIR_FIELDS):
         raise ValueError("a line is a JSON object with: " + ", ".join(PAIR_FIELDS))
-    name, key, value = texts = [members[field] for field in PAIR_FIELDS[:3]]
-    if not all(isinstance(text, str) for text in texts):
+    fields: list[Any] = [members.get(field) for field in PAIR_FIELDS]
+    name, key, value, updated, expires = fields
+    if not all(isinstance(text, str) for text in fields[:3]):
         raise ValueError("user, key and value are strings")
-    "".join(texts).encode("utf-8")  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
     check_user_name(name)
     check_value(value)
-    updated, expires = members.get("updated"), members.get("expires")
     updated_seconds = time.time() if updated is None else parse_time(updated)
     return name, require_key(key), value, updated_seconds, None if expires is None else parse_time(expires)
 
 
 def read_export(file: BinaryIO) -> Iterator[UserPair]:
-    """Give the pairs that a file with an export has; raise CommandError, which names a bad line by its number."""
-    for number in itertools.count(1):
-        line = file.readline(LINE_BYTES_MAX + 1)
-        if not line:
-            return
-        if not line.strip():
-            continue
+    """Yield the pairs of an export; raise CommandError with the number of a bad line."""
+    for number, line in enumerate(iter(functools.partial(file.readline, LINE_BYTES_MAX + 1), b""), 1):
         try:
-            if len(line) > LINE_BYTES_MAX:
-                raise ValueError(f"a line has at most {LINE_BYTES_MAX} bytes")
-            yield parse_pair(line)
+            if line.strip():
+                yield parse_pair(line)
         except (ValueError, HTTPError) as error:
-            # The decoder's messages may quote what stands there.
-            is_json = not isinstance(error, (json.JSONDecodeError, UnicodeError))
-            reason = str(error) if is_json else "each line is one JSON object in UTF-8, and this is none"
+            # The decoders' own messages may quote a value.
+            is_quoting = isinstance(error, (json.JSONDecodeError, UnicodeError))
+            reason = "each line is one JSON object in UTF-8, and this one is not" if is_quoting else error
             raise CommandError(f"line {number}: {reason}; nothing was imported") from None
 
 
-def as_text(stored: object) -> str | None:
-    """Return what another program's database has as text, from bytes; None if it is none."""
+def read_foreign_rows(path: str) -> tuple[list[Any], list[Any]]:
+    """Return the rows of users and pairs in a database of IoT Persistence Api; surrogates mark what is not UTF-8."""
+    uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode=ro"
     try:
-        return stored.decode("utf-8") if isinstance(stored, bytes) else None
-    except UnicodeDecodeError:
-        return None
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
+            source.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+            if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
+                raise CommandError(f"{path} is a database of kvserver; to restore it, put it where the other one is")
+            return source.execute(SELECT_FOREIGN_USERS).fetchall(), source.execute(SELECT_FOREIGN_PAIRS).fetchall()
+    except sqlite3.Error as error:
+        raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
 
 
-def show(text: str | None) -> str:
-    """Return a name or a key from another program so that it can be printed."""
-    return "(not a text)" if text is None else f"'{escape_unprintable(text[:TEXT_SHOWN_CHARACTERS_MAX])}'"
-
-
-class ForeignDatabase:
-    """What is taken over from a database of IoT Persistence Api, and what of it is not."""
-
-    def __init__(self, path: str) -> None:
-        """Read all of it; raise CommandError."""
-        self.accounts: dict[str, User] = {}  # by name
-        self.values: dict[tuple[str, str], str] = {}  # by user and key
-        self.lost_accounts: list[str] = []  # which, and why
-        self.lost_pairs: list[str] = []
-        uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode=ro"
+def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, str], str], list[str]]:
+    """Return users by name, values by user and key, and which rows are left out and why; raise CommandError."""
+    user_rows, pair_rows = read_foreign_rows(path)
+    users: dict[str, User] = {}
+    values: dict[tuple[str, str], str] = {}
+    left_out, unknown = [], []
+    for name, stored, is_admin in user_rows:
         try:
-            with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
-                if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
-                    raise CommandError(
-                        f"{path} is a database of kvserver; to restore it, put it in the place of the other one"
-                    )
-                source.text_factory = bytes  # some may be no UTF-8
-                for name, password_hash, is_admin in source.execute(SELECT_FOREIGN_ACCOUNTS):
-                    self._take_account(as_text(name), as_text(password_hash), is_admin == 1)
-                for row in source.execute(SELECT_FOREIGN_PAIRS):
-                    self._take_pair(*map(as_text, row))
-        except sqlite3.Error as error:
-            raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
-        hashes = {name: user.password_hash for name, user in self.accounts.items()}
-        unknown = [name for name, text in hashes.items() if SCRYPT_HASH.match(text) or parse_hash(text) is None]
-        if unknown:
-            raise CommandError(
-                f"nothing was imported: the password hash of {join_names(unknown)} is of a kind that is not known here."
-                " In IoT Persistence Api, delete and add them, with passwords"
-            )
-
-    def pairs(self) -> Iterator[UserPair]:
-        """Give the pairs, as if they were stored now."""
-        now = time.time()
-        return ((name, key, value, now, None) for (name, key), value in self.values.items())
-
-    def _take_account(self, name: str | None, password_hash: str | None, is_admin: bool) -> None:
-        """Note an account, or why it cannot be one here."""
-        try:
-            check_user_name(name or "")
+            check_user_name(name if isinstance(name, str) else "")
         except BadCredential as error:
-            self.lost_accounts.append(f"user {show(name)}: {error}; all their values are left out too")
-        else:
-            assert name
-            self.accounts[name] = User(0, name, password_hash or "", is_admin)
-
-    def _take_pair(self, name: str | None, key: str | None, value: str | None) -> None:
-        """Note a pair, or why it is left out."""
-        what = f"user {show(name)}, key {show(key)}"
+            left_out.append(f"user {name!r:.80}: {error}; all their values are left out too")
+            continue
+        users[name] = User(0, name, str(stored), is_admin == 1)
+        if SCRYPT_HASH.match(str(stored)) or not str(stored).isascii() or not parse_hash(str(stored)):
+            unknown.append(name)
+    if unknown:
+        raise CommandError(
+            f"nothing was imported: the password hash of {join_names(unknown)} is of an unknown kind."
+            " In IoT Persistence Api, delete these users and add them again, with passwords"
+        )
+    for name, key, value in pair_rows:
+        reason = "another row has the same key, and is newer" if (name, key) in values else ""
         try:
-            if name not in self.accounts:
+            if name not in users:
                 raise HTTPError(400, "this user is not imported")
-            if key is None or value is None:
-                raise HTTPError(400, "the key or the value is no text")
-            require_key(key)
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise UnicodeError
             check_value(value)
+            values[name, require_key(key)] = value
         except HTTPError as error:
-            self.lost_pairs.append(f"{what}: {error}")
-            return
-        assert name
-        if (name, key) in self.values:
-            self.lost_pairs.append(f"{what}: another row has the same key, and is newer")
-        self.values[name, key] = value
+            reason = str(error)
+        except UnicodeError:
+            reason = "the key or the value is not UTF-8 text"
+        if reason:
+            left_out.append(f"user {name!r:.80}, key {key!r:.80}: {reason}")
+    return users, values, left_out
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-# One function a command: it returns when all is done, or raises an error whose message is the one line that people see.
+# Each command is a function, and its docstring is the help for it. COMMANDS names the arguments of each.
+
+KEY_SHOWN_CHARACTERS_MAX = 80
+FIRST_PASSWORD_BYTES = 15  # random ones, as 20 characters
+THREAD_STACK_BYTES = 512 * 1024  # the usual 8 MiB per thread are a lot for a small machine
 
 
 def database_path(arguments: argparse.Namespace) -> str:
-    """Return where the database of a command is."""
     return str(read_settings(arguments, [DATABASE])[DATABASE.name])
 
 
 @contextlib.contextmanager
 def existing_store(arguments: argparse.Namespace) -> Iterator[Store]:
-    """Open the database of a command that needs it to exist, and its user too if it names one."""
+    """Open the database; raise StoreError if it does not exist, or the user in the arguments does not."""
     with contextlib.closing(open_store(database_path(arguments), create=False)) as store:
         name = getattr(arguments, "name", None)
         if name is not None and not store.user(name):
@@ -4539,49 +4449,51 @@ def existing_store(arguments: argparse.Namespace) -> Iterator[Store]:
         yield store
 
 
-def read_password(arguments: argparse.Namespace) -> str:
-    """Return a new password: never from the arguments, which all users of a machine can see."""
+def standard_input() -> BinaryIO:
     if sys.stdin is None:
         raise CommandError("standard input is closed")
-    if arguments.password_stdin:
-        line = sys.stdin.buffer.readline(PASSWORD_BYTES_MAX + 3)
-        if len(line) > PASSWORD_BYTES_MAX + 2:  # it is cut, perhaps within a character
-            raise BadCredential(PASSWORD_TOO_LONG)
-        try:
-            password = re.sub(r"\r?\n\Z", "", line.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise CommandError("the password on standard input is not UTF-8") from None
-    elif sys.stdin.isatty():
-        try:
+    return sys.stdin.buffer
+
+
+def read_password(arguments: argparse.Namespace) -> str:
+    """Return a new password. It is never an argument, because all users of a machine can see those."""
+    try:
+        if arguments.password_stdin:
+            password = standard_input().readline(64 * 1024).decode("utf-8")
+            password = password[:-2] if password.endswith("\r\n") else password.removesuffix("\n")
+        elif not standard_input().isatty():
+            raise CommandError("there is no terminal to ask for the password; pipe it in and add --password-stdin")
+        else:
+            import getpass
+
             password = getpass.getpass(f"Password for {arguments.name}: ")
             check_password(password)
             if getpass.getpass("The same again: ") != password:
-                raise CommandError("the two are not the same; nothing was changed")
-        except UnicodeDecodeError:
-            raise CommandError("the password is not in the terminal's encoding; nothing was changed") from None
-    else:
-        raise CommandError("there is no terminal to ask for the password; pipe it in and add --password-stdin")
+                raise CommandError("the passwords differ; nothing was changed")
+    except UnicodeDecodeError:
+        raise CommandError("the password is not UTF-8; nothing was changed") from None
     check_password(password)
     return password
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of as many columns as the first has, a column of numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    are_numbers = [all(map(str.isdigit, column[1:])) for column in zip(*rows)]
-    for row in rows:
-        cells = (text.rjust(n) if is_number else text.ljust(n) for text, n, is_number in zip(row, widths, are_numbers))
+def print_table(*rows: Sequence[str]) -> None:
+    """Print rows below the headings in the first one, with columns of numbers aligned to the right."""
+    columns = []
+    for column in zip(*rows):
+        width, is_number = max(map(len, column)), all(map(str.isdigit, column[1:]))
+        columns.append([text.rjust(width) if is_number else text.ljust(width) for text in column])
+    for cells in zip(*columns):
         print("  ".join(cells).rstrip())
 
 
 def add_user(arguments: argparse.Namespace) -> None:
-    """Add a user."""
+    """Add a user. The command asks for the password."""
     check_user_name(arguments.name)
     path = database_path(arguments)
-    if os.path.exists(path):
+    if os.path.exists(path):  # complain before anybody types a password
         with contextlib.closing(open_store(path, create=False)) as store:
             if store.user(arguments.name):
-                raise UserExists(arguments.name)  # known before anybody has typed a password
+                raise UserExists(arguments.name)
     password_hash = hash_password(read_password(arguments))
     with contextlib.closing(open_store(path)) as store:
         store.add_user(arguments.name, password_hash, arguments.admin)
@@ -4589,42 +4501,40 @@ def add_user(arguments: argparse.Namespace) -> None:
 
 
 def set_password(arguments: argparse.Namespace) -> None:
-    """Set a user's password."""
-    check_user_name(arguments.name)
+    """Set a user's password. The command asks for it. Tokens stay valid."""
     with existing_store(arguments) as store:
         store.set_password_hash(arguments.name, hash_password(read_password(arguments)))
     print(f"set the password of {arguments.name}; the tokens stay as they are")
 
 
 def delete_user(arguments: argparse.Namespace) -> None:
-    """Delete a user and all they have, after asking."""
+    """Delete a user, with all values, tokens and hooks. The command asks first."""
+    name = arguments.name
     with existing_store(arguments) as store:
         users = store.users()
-        user = next((user for user in users if user.name == arguments.name), None)
-        if user is None:  # deleted just now
-            raise NoSuchUser(arguments.name)
-        tokens, hooks = len(store.tokens(user.name)), len(store.hooks(user.name, user.name))
-        what = f"the user {user.name} and all they have (values: {user.pairs}, tokens: {tokens}, hooks: {hooks})"
+        values = sum(user.pairs for user in users if user.name == name)
+        tokens, hooks = len(store.tokens(name)), len(store.hooks(name, name))
+        what = f"the user {name} and all they have (values: {values}, tokens: {tokens}, hooks: {hooks})"
         if not arguments.yes:
-            if user.is_admin and sum(other.is_admin for other in users) == 1:
-                raise CommandError(f"{user.name} is the last admin; to delete it all the same, add --yes")
-            if not sys.stdin.isatty():
+            if [user.name for user in users if user.is_admin] == [name]:
+                raise CommandError(f"{name} is the last admin; to delete it all the same, add --yes")
+            if not standard_input().isatty():
                 raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
             if input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
                 raise CommandError("nothing was deleted")
-        store.transact(lambda store: store.delete_user(user.name, even_last_admin=arguments.yes))
+        store.transact(lambda store: store.delete_user(name, even_last_admin=arguments.yes))
     print(f"deleted {what}")
 
 
 def list_users(arguments: argparse.Namespace) -> None:
-    """Print the users as a table."""
+    """List the users, with their roles and numbers of values."""
     with existing_store(arguments) as store:
         rows = [(user.name, "admin" if user.is_admin else "user", str(user.pairs)) for user in store.users()]
-    print_table([("NAME", "ROLE", "VALUES"), *rows])
+    print_table(("NAME", "ROLE", "VALUES"), *rows)
 
 
 def add_token(arguments: argparse.Namespace) -> None:
-    """Add a token of a user, and print it: nobody can do that later."""
+    """Add a token for a device, and print it once. A device sends it instead of the user's password."""
     check_label_and_prefix(arguments.label, arguments.prefix)
     token = make_token()
     with existing_store(arguments) as store:
@@ -4633,260 +4543,247 @@ def add_token(arguments: argparse.Namespace) -> None:
 
 
 def list_tokens(arguments: argparse.Namespace) -> None:
-    """Print the tokens of a user as a table."""
+    """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
     with existing_store(arguments) as store:
         tokens = store.tokens(arguments.name)
-    rows = [("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED")]
-    for token in tokens:
-        rows.append((str(token.id), token.label or "-", token.rights(), utc_day(token.created), token.last_used()))
-    print_table(rows)
-
-
-def parse_id(text: str) -> int:
-    """Return the number of a token or a hook."""
-    if not TOKEN_ID.fullmatch(text):
-        raise argparse.ArgumentTypeError("an ID is a number, the one in the first column of the list")
-    return int(text)
+    rows = ((str(t.id), t.label or "-", t.rights(), utc_day(t.created), t.last_used()) for t in tokens)
+    print_table(("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), *rows)
 
 
 def delete_token(arguments: argparse.Namespace) -> None:
-    """Delete a token of a user."""
+    """Delete a token. The server refuses it from then on."""
     with existing_store(arguments) as store:
         store.delete_token(arguments.name, arguments.id)
     print(f"deleted the token {arguments.id} of {arguments.name}")
 
 
 def add_hook(arguments: argparse.Namespace) -> None:
-    """Add a hook of a user, and print its id."""
-    try:
-        if arguments.key != "*":
-            require_key(arguments.key.removesuffix("*"))
-        check_value(arguments.value or "")
-    except (HTTPError, UnicodeEncodeError):
-        raise BadHook(
-            f"KEY is a key, or what keys begin with and a star: 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL;"
-            f" V is at most {VALUE_BYTES_MAX} bytes of UTF-8"
-        ) from None
+    """Call a URL when a value changes. The command prints the hook's ID. The next change is the first one sent."""
+    if arguments.key != "*":
+        require_key(arguments.key.removesuffix("*"))
+    check_value(arguments.value or "")
     check_label_and_prefix(arguments.label, "")
     url = arguments.url
     if url == "-":
-        if sys.stdin is None:
-            raise CommandError("standard input is closed")
-        url = sys.stdin.buffer.read(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
+        if standard_input().isatty():
+            print("Type the URL and press Enter:", file=sys.stderr)
+        url = standard_input().readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
     parts = parse_hook_url(url)
-    receiver = f"{parts.scheme}://{authority(parts)}"
-    hook = (arguments.name, arguments.key, url, receiver, arguments.value, arguments.label)
+    hook = (
+        arguments.name,
+        arguments.key,
+        url,
+        f"{parts.scheme}://{authority(parts)}",
+        arguments.value,
+        arguments.label,
+    )
     with existing_store(arguments) as store:
         print(store.transact(lambda store: store.add_hook(*hook)))
 
 
 def list_hooks(arguments: argparse.Namespace) -> None:
-    """Print the hooks of all users, or of one, as a table."""
-    names = ("", LAST_NAME) if arguments.name is None else (arguments.name, arguments.name)
-    with existing_store(arguments) as store:
-        hooks = store.hooks(*names)
+    """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
     rows = [("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST RESULT")]
+    with existing_store(arguments) as store:
+        hooks = store.hooks(arguments.name or "", arguments.name or LAST_NAME)
     for hook in hooks:
-        key = escape_unprintable(cut_off(hook.pattern, TEXT_SHOWN_CHARACTERS_MAX))
+        key = escape_unprintable(cut_off(hook.pattern, KEY_SHOWN_CHARACTERS_MAX))
         value = "any" if hook.value is None else escape_unprintable(hook.short_value())
-        result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result and hook.result_time else "never tried"
-        texts = (hook.user_name, key, value, hook.label or "-", hook.origin, str(hook.pending), result)
-        rows.append((str(hook.id), *texts))
-    print_table(rows)
+        result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result_time else "never tried"
+        texts = (hook.user_name, key, value, hook.label or "-", hook.origin)
+        rows.append((str(hook.id), *texts, str(hook.pending), result))
+    print_table(*rows)
 
 
 def delete_hook(arguments: argparse.Namespace) -> None:
-    """Delete a hook, and what is pending."""
+    """Delete a hook, with its pending deliveries."""
     with existing_store(arguments) as store:
         store.transact(lambda store: store.delete_hook(arguments.id))
     print(f"deleted the hook {arguments.id}")
 
 
 def test_hook(arguments: argparse.Namespace) -> None:
-    """Send a test to a hook's URL, and print what is answered."""
+    """Send a test to a hook's URL now. Its value2 is "test", and "test" is true. The command prints the response's
+    status, and exits with 1 unless that is 2xx."""
     with existing_store(arguments) as store:
         pattern, url = store.hook_url(arguments.id)
     members = {"value1": pattern, "value2": "test", "value3": None, "test": True}
     answer = deliver(url, secrets.token_hex(IDEMPOTENCY_KEY_BYTES), members)
     print(answer.text, flush=True)
     if not answer.is_success():
-        raise CommandError(
-            f"the test of hook {arguments.id} failed: the status was not 2xx. Check the program at the URL, then send it again;"
-            " to change the URL, use delhook and addhook"
-        )
+        advice = "Check the program at the URL, then test again; to change the URL, use delhook and addhook"
+        raise CommandError(f"the test of hook {arguments.id} failed: the status was not 2xx. {advice}")
 
 
 def back_up(arguments: argparse.Namespace) -> None:
-    """Copy the database to a file, also while the server runs."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no incomplete file stays behind
+    """Copy the database to a file, even while the server runs. The file is complete, or does not appear."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete file
     with contextlib.closing(open_store(database_path(arguments), create=False, migrate=False)) as store:
         write_backup(store, arguments.file, arguments.force)
     print(f"wrote {arguments.file}")
 
 
 def export_pairs(arguments: argparse.Namespace) -> None:
-    """Print all pairs, or those of one user, as lines of JSON."""
+    """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
     if sys.stdout is None:
         raise CommandError("standard output is closed")
-    names = ("", LAST_NAME) if arguments.name is None else (arguments.name, arguments.name)
     with existing_store(arguments) as store:
-        for name, key, value, updated, expires in store.all_pairs(*names):
-            texts = (name, key, value, format_time(updated), format_time(expires))
-            line = json.dumps(dict(zip(PAIR_FIELDS, texts)), ensure_ascii=False)
-            sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
+        for *texts, updated, expires in store.all_pairs(arguments.name or "", arguments.name or LAST_NAME):
+            members = dict(zip(PAIR_FIELDS, (*texts, format_time(updated), format_time(expires))))
+            sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
         sys.stdout.flush()
 
 
 def import_database(arguments: argparse.Namespace) -> None:
-    """Take over accounts and pairs from a database of IoT Persistence Api."""
-    found = ForeignDatabase(arguments.file)
+    users, values, left_out = read_foreign_database(arguments.file)
+    pairs = ((name, key, value, time.time(), None) for (name, key), value in values.items())
     with contextlib.closing(open_store(database_path(arguments))) as store:
-        merged = [name for name in sorted(found.accounts) if store.user(name)]
-        stored, _ = store.import_all(found.accounts, found.pairs(), arguments.merge)
+        merged = [name for name in sorted(users) if store.user(name)]
+        stored, _ = store.import_all(users, pairs, arguments.merge)
         has_admin = any(user.is_admin for user in store.users())
-    for line in (*found.lost_accounts, *found.lost_pairs):
+    for line in left_out:
         print(f"left out: {line}")
-    added = len(found.accounts) - len(merged)
-    print(f"imported users: {added}, values: {stored}")
-    print(f"left out users: {len(found.lost_accounts)}, values: {len(found.lost_pairs)}")
+    print(f"imported users: {len(users) - len(merged)}, values: {stored}; left out: {len(left_out)}")
     if merged:
         print(f"these users keep their password and role here: {', '.join(merged)}")
-    if added:
+    if len(merged) < len(users):
         print("the new users log in with their old passwords")
     if not has_admin:
-        print("nobody is an admin; make one with: python kvserver.py adduser NAME --admin")
+        print("nobody is an admin; add one with: python kvserver.py adduser NAME --admin")
 
 
-def import_file(arguments: argparse.Namespace) -> None:
-    """Store what a file has: an export, or a database of IoT Persistence Api."""
+def import_pairs(arguments: argparse.Namespace) -> None:
+    """Store an export, or move in from IoT Persistence Api. The command stores all or nothing, and replaces values
+    that have the same key."""
     with contextlib.ExitStack() as on_exit:
-        try:
-            file = on_exit.enter_context(open(0 if arguments.file == "-" else arguments.file, "rb"))
-            is_database = file.peek(len(SQLITE_MAGIC)).startswith(SQLITE_MAGIC)
-        except OSError as error:
-            raise CommandError(f"cannot read {arguments.file}: {error.strerror}") from None
-        if is_database:
+        file = standard_input() if arguments.file == "-" else on_exit.enter_context(open(arguments.file, "rb"))
+        if isinstance(file, io.BufferedReader) and file.peek(len(SQLITE_MAGIC)).startswith(SQLITE_MAGIC):
             import_database(arguments)
-            return
-        store = on_exit.enter_context(existing_store(arguments))
-        stored, expired = store.import_all({}, read_export(file))
-    print(f"imported values: {stored}, left out because they have expired: {expired}")
-
-
-def take_certificate(settings: dict[str, Any]) -> Certificate | None:
-    """Take the settings of TLS out, and return the certificate that they name; raise UsageError or BadCertificate."""
-    path, key_path = settings.pop("tls_cert"), settings.pop("tls_key")
-    if bool(path) != bool(key_path):
-        raise UsageError("--tls-cert and --tls-key go together: the certificate, and the key that belongs to it")
-    return Certificate(path, key_path) if path else None
+        else:
+            stored, expired = on_exit.enter_context(existing_store(arguments)).import_all({}, read_export(file))
+            print(f"imported values: {stored}, left out because they have expired: {expired}")
 
 
 def notify_ready() -> None:
-    """Tell systemd, if that has started the server and wants to know, that it listens (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        try:
+    """Tell systemd that the server listens, if it wants to know (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    try:
+        if address:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
-                notify_socket.connect("\0" + address[1:] if address.startswith("@") else address)
-                notify_socket.send(b"READY=1")
-        except OSError as error:
-            log("ERROR", f"cannot tell systemd that the server is ready: {error.strerror}")
+                notify_socket.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+    except OSError as error:
+        log("ERROR", f"cannot tell systemd that the server is ready: {error.strerror}")
 
 
 def announce(server: Server, store: Store) -> None:
-    """Say that the server is there; if there is no user yet, make one and say how to try it."""
+    """Print where the server listens. If there are no users, add admin and print a command to try the server."""
     address = parse_address(server.server_name)
     if not (address and address.is_loopback) and not server.certificate:
-        log("WARNING", "plain HTTP shows passwords to the network; see --tls-cert, or --host 127.0.0.1 and a TLS proxy")
+        log("WARNING", "plain HTTP shows passwords to the network; use --tls-cert, or --host 127.0.0.1 and a TLS proxy")
     with contextlib.suppress(UserExists):  # another process was quicker
         if not store.users():
             password = secrets.token_urlsafe(FIRST_PASSWORD_BYTES)
             store.add_user("admin", hash_password(password), is_admin=True)
             url = server.url("127.0.0.1" if server.server_name in ("::", "0.0.0.0") else server.server_name)
+            curl = "curl -k" if server.certificate else "curl"  # few certificates name an address
             try:
                 print(f"created the user admin with the password {password} (it is shown only now)")
-                # A certificate is seldom for the address of the machine itself, hence -k.
-                curl = "curl -k" if server.certificate else "curl"
                 print(f"try it: {curl} -u admin:{password} '{url}/set?key=door&value=open'", flush=True)
-            except OSError:
-                # Nobody has seen the password.
+            except OSError:  # nobody has seen the password
                 store.transact(lambda store: store.delete_user("admin", even_last_admin=True))
                 raise
     print(f"listening on {server.url(server.server_name)}", flush=True)
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Run the server until SIGTERM or Ctrl-C."""
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    """Run the server until Ctrl-C or SIGTERM. The first start adds the user admin, and prints the password once."""
     settings = read_settings(arguments, SETTINGS)
-    certificate = take_certificate(settings)
+    tls_paths = settings.pop("tls_cert"), settings.pop("tls_key")
+    if any(tls_paths) and not all(tls_paths):
+        arguments.parser.error("--tls-cert and --tls-key go together: the certificate and its private key")
+    certificate = Certificate(*tls_paths) if any(tls_paths) else None
     threading.stack_size(THREAD_STACK_BYTES)
     with contextlib.closing(open_store(settings.pop("db"), mb_max=settings["max_db_mb"])) as store:
         try:
             server = Server(store.path, certificate=certificate, **settings)
-        except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one of a host
-            reason = error.strerror if isinstance(error, OSError) else "this is no host name"
+        except (OSError, UnicodeError) as error:
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
-            hint = "perhaps kvserver runs already; " if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
-            raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
+            reason = error.strerror if isinstance(error, OSError) else "this is not a host name"
+            raise CommandError(f"cannot listen on {where}: {reason}; see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
-        if hasattr(signal, "SIGHUP") and certificate:
-            signal.signal(signal.SIGHUP, lambda *_: certificate.renew())
+        if hasattr(signal, "SIGHUP"):  # closing the terminal sends it too, and must not stop the server
+            renew = certificate.renew if certificate else lambda: None
+            signal.signal(signal.SIGHUP, lambda *_: renew())
         log("INFO", f"started: database={store.path}")
         announce(server, store)
         notify_ready()
         gc.collect()
-        gc.freeze()  # the modules and classes stay: to look at them again and again costs a quarter of the time
+        gc.freeze()  # modules and classes stay: looking at them again and again would take a quarter of the time
         gc.set_threshold(20_000, 20, 100)
         finished = server.run()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # impatience must not change the exit code
+            signal.signal(number, signal.SIG_IGN)  # a second signal must not change the exit code
         log("INFO", "stopped")
         if not finished:
-            # A disk holds up a commit. What was answered is on it, so an end in the middle of things loses nothing.
-            os._exit(0)
+            os._exit(0)  # a commit hangs on its disk; it has no response yet, so no promise is broken
 
 
-HELP = """
-Keep state for things that cannot keep it themselves: a key-value server over HTTP. To begin: %(prog)s serve
-"""
+def parse_id(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError("an ID is a number, the one in the first column of the list")
+    return int(text)
+
+
+HELP = "A small key-value server over HTTP, for things that cannot keep values themselves. To begin: %(prog)s serve"
 MORE_HELP = """
-COMMAND --help tells what a command takes. All but serve work while the server runs, and count at once. Each flag of
-serve can also stand in the environment (--max-db-mb as KVSERVER_MAX_DB_MB), or in the JSON file that --config or
-KVSERVER_CONFIG names ("max_db_mb"): a flag counts before the environment, that before the file. Exit codes: 0 done, 1
-could not, 2 wrong usage.
+COMMAND --help explains a command. All commands except serve also work while the server runs, and take effect at once.
+Each flag of serve can also come from the environment (--max-db-mb as KVSERVER_MAX_DB_MB), or from the JSON file that
+--config or KVSERVER_CONFIG names ("max_db_mb"). A flag overrides the environment, which overrides the file. Exit codes:
+0 done, 1 failed, 2 wrong usage.
 """
-MERGE_HELP = "for such a database: do not refuse users that exist here; they keep password and role, and take the pairs"
-NAME_HELP = "1 to 64 printable ASCII characters, without a colon"
-HOOK_URL_HELP = (
-    "where changes are sent; - reads it from standard input, so that it is not seen in the list of processes"
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "NAME": {"dest": "name", "help": "1 to 64 printable ASCII characters without a colon"},
+    "USER": {"dest": "name", "help": "the user's name"},
+    "[USER]": {"dest": "name", "metavar": "USER", "nargs": "?", "help": "only this user (default: all users)"},
+    "TOKEN": {"dest": "id", "metavar": "ID", "type": parse_id, "help": "number in the first column of: tokens USER"},
+    "HOOK": {"dest": "id", "metavar": "ID", "type": parse_id, "help": "number in the first column of: hooks"},
+    "KEY": {"dest": "key", "help": "a key, or PREFIX* for all keys that begin with PREFIX, or * for all keys"},
+    "URL": {"dest": "url", "help": "http://... or https://...; - reads it from standard input, to keep it secret"},
+    "COPY": {"dest": "file", "metavar": "FILE", "help": "file to write, readable by its owner only"},
+    "LINES": {
+        "dest": "file",
+        "metavar": "FILE",
+        "help": "an export (- for standard input), or database.db of IoT Persistence Api",
+    },
+    "--admin": {"action": "store_true", "help": "the user manages other users"},
+    "--config": {"metavar": "FILE", "help": "JSON file with settings, named like these flags, with _ for -"},
+    "--force": {"action": "store_true", "help": "overwrite the file if it exists"},
+    "--label": {"metavar": "TEXT", "default": "", "help": "a note for the list"},
+    "--merge": {"action": "store_true", "help": "add values to users that exist here; they keep password and role"},
+    "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
+    "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
+    "--read-only": {"action": "store_true", "help": "the token cannot change anything"},
+    "--value": {"metavar": "V", "help": "send only changes to the value V"},
+    "--yes": {"action": "store_true", "help": "do not ask, and delete even the last admin"},
+}
+COMMANDS: tuple[tuple[Any, ...], ...] = (
+    ("serve", serve, "--config"),
+    ("adduser", add_user, "NAME", "--admin", "--password-stdin"),
+    ("passwd", set_password, "USER", "--password-stdin"),
+    ("deluser", delete_user, "USER", "--yes"),
+    ("users", list_users),
+    ("addtoken", add_token, "USER", "--label", "--read-only", "--prefix"),
+    ("tokens", list_tokens, "USER"),
+    ("deltoken", delete_token, "USER", "TOKEN"),
+    ("addhook", add_hook, "USER", "KEY", "URL", "--value", "--label"),
+    ("hooks", list_hooks, "[USER]"),
+    ("delhook", delete_hook, "HOOK"),
+    ("testhook", test_hook, "HOOK"),
+    ("backup", back_up, "COPY", "--force"),
+    ("export", export_pairs, "[USER]"),
+    ("import", import_pairs, "LINES", "--merge"),
 )
-PASSWORD_HELP = "read the password, one line, from standard input instead of asking for it"
-
-
-def add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], None],
-    what: str,
-    more: str = "",
-) -> argparse.ArgumentParser:
-    """Add a command to the command line: what it does in a few words, and more; return its parser."""
-    description = f"{what[0].upper()}{what[1:]}. {more}"
-    command = commands.add_parser(name, help=what, description=description, allow_abbrev=False)
-    command.set_defaults(run=run)
-    for setting in SETTINGS if run is serve else (DATABASE,):
-        flag = "--" + setting.name.replace("_", "-")
-        has_default = setting.default and setting is not DATABASE
-        text = f"{setting.help} (default: {setting.default})" if has_default else setting.help
-        if isinstance(setting.default, bool):
-            command.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            action = "extend" if isinstance(setting.default, tuple) else "store"
-            command.add_argument(flag, type=setting.parse, action=action, metavar=setting.metavar, help=text)
-    return command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -4894,96 +4791,46 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=HELP, epilog=MORE_HELP, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kvserver {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    more = "Ctrl-C or SIGTERM stops it. The first start adds the user admin, and prints the password once."
-    command = add_command(commands, "serve", serve, "run the server", more)
-    command.add_argument("--config", metavar="FILE", help="JSON file with settings, named as these flags, _ for -")
-
-    command = add_command(commands, "adduser", add_user, "add a user", "The password is asked for.")
-    command.add_argument("name", metavar="NAME", help=NAME_HELP)
-    command.add_argument("--admin", action="store_true", help="the user may manage accounts")
-    command.add_argument("--password-stdin", action="store_true", help=PASSWORD_HELP)
-
-    more = "It is asked for. Tokens stay as they are."
-    command = add_command(commands, "passwd", set_password, "set a user's password", more)
-    command.add_argument("name", metavar="USER", help="whose password")
-    command.add_argument("--password-stdin", action="store_true", help=PASSWORD_HELP)
-
-    command = add_command(commands, "deluser", delete_user, "delete a user, and all they have", "It asks first.")
-    command.add_argument("name", metavar="USER", help="whom to delete")
-    command.add_argument("--yes", action="store_true", help="do not ask, and delete even the last admin")
-
-    add_command(commands, "users", list_users, "list the users", "Their names, roles and numbers of pairs are printed.")
-
-    what, more = "add a token for a device", "It is printed, once. A device logs in with it in the place of the user."
-    command = add_command(commands, "addtoken", add_token, what, more)
-    command.add_argument("name", metavar="USER", help="user in whose place the device logs in")
-    command.add_argument("--label", metavar="TEXT", default="", help="what it is for")
-    command.add_argument("--read-only", action="store_true", help="it may not change anything")
-    command.add_argument("--prefix", metavar="P", default="", help="it sees only keys that begin with P")
-
-    more = "What they are for, may do, and when they were last used is printed, not the tokens themselves."
-    command = add_command(commands, "tokens", list_tokens, "list a user's tokens", more)
-    command.add_argument("name", metavar="USER", help="whose tokens")
-
-    command = add_command(commands, "deltoken", delete_token, "delete a token", "It is refused from then on.")
-    command.add_argument("name", metavar="USER", help="whose token")
-    command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of: tokens USER")
-
-    what, more = "have a URL called when a pair changes", "The hook's ID is printed. It counts from the next change on."
-    command = add_command(commands, "addhook", add_hook, what, more)
-    command.add_argument("name", metavar="USER", help="whose pairs")
-    command.add_argument("key", metavar="KEY", help="key, or PREFIX* for all that begin so, or * for all")
-    command.add_argument("url", metavar="URL", help=HOOK_URL_HELP)
-    command.add_argument("--value", metavar="V", help="only when the value becomes V")
-    command.add_argument("--label", metavar="TEXT", default="", help="what it is for")
-
-    more = "Of the URLs only scheme, host and port are printed."
-    command = add_command(commands, "hooks", list_hooks, "list the hooks", more)
-    command.add_argument("name", metavar="USER", nargs="?", help="whose hooks (default: everybody's)")
-
-    command = add_command(commands, "delhook", delete_hook, "delete a hook", "What is pending is not sent any more.")
-    command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of: hooks")
-
-    more = 'It has value2 "test" and "test": true. The answer\'s status is printed; exit code 1 unless that is 2xx.'
-    command = add_command(commands, "testhook", test_hook, "send a test to a hook's URL now", more)
-    command.add_argument("id", metavar="ID", type=parse_id, help="number in the first column of: hooks")
-
-    more = "It is complete, or not there at all."
-    command = add_command(commands, "backup", back_up, "copy the database to a file", more)
-    command.add_argument("file", metavar="FILE", help="file to write, readable by its owner only")
-    command.add_argument("--force", action="store_true", help="overwrite the file if it exists")
-
-    more = "They go to standard output, and import stores them elsewhere. Passwords and tokens are not among them."
-    command = add_command(commands, "export", export_pairs, "print pairs as lines of JSON", more)
-    command.add_argument("name", metavar="USER", nargs="?", help="whose pairs (default: everybody's)")
-
-    more = "All of it or nothing is stored, in the place of what has the same key."
-    command = add_command(commands, "import", import_file, "store an export, or move in from IoT Persistence Api", more)
-    command.add_argument(
-        "file", metavar="FILE", help="lines of export (- for standard input), or a database.db of IoT Persistence Api"
-    )
-    command.add_argument("--merge", action="store_true", help=MERGE_HELP)
+    for name, run, *its_arguments in COMMANDS:
+        text = run.__doc__ or ""
+        command = commands.add_parser(name, help=text.partition(".")[0], description=text, allow_abbrev=False)
+        command.set_defaults(run=run, parser=command)
+        for argument in its_arguments:
+            if argument.startswith("--"):
+                command.add_argument(argument, **ARGUMENTS[argument])
+            else:
+                command.add_argument(**{"metavar": argument, **ARGUMENTS[argument]})
+        for setting in SETTINGS if run is serve else (DATABASE,):
+            options: dict[str, Any] = {"help": setting.help}
+            if setting.default and setting is not DATABASE:
+                options["help"] += f" (default: {setting.default})"
+            if isinstance(setting.default, bool):
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options |= {"type": setting.parse, "metavar": setting.metavar}
+            if isinstance(setting.default, tuple):
+                options["action"] = "extend"
+            command.add_argument("--" + setting.name.replace("_", "-"), **options)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 could not. Wrong usage exits with 2."""
+    """Run the command line; return the exit code: 0 done, 1 failed. Wrong usage exits with 2."""
     arguments = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not if it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # a label or a file's name may not be in its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # a label or a path may not be in its encoding
     try:
         arguments.run(arguments)
         return 0
-    except UsageError as error:
-        build_parser().error(str(error))
-    except (CommandError, BadCredential, BadHook, BadCertificate, StoreError) as error:
+    except (CommandError, BadCredential, BadHook, BadCertificate, StoreError, HTTPError) as error:
         message = str(error)
-    except BrokenPipeError:  # whoever reads what is printed has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter would complain at its end
+    except UnicodeEncodeError:
+        message = "an argument is not UTF-8 text"
+    except BrokenPipeError:  # the program that reads our output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
         return 1
     except OSError as error:
-        message = ": ".join(filter(None, (error.strerror, error.filename)))
+        message = ": ".join(filter(None, (error.filename, error.strerror)))
     except sqlite3.Error as error:
         message = f"the database failed: {error}"
     except (KeyboardInterrupt, EOFError):
