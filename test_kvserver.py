@@ -2718,13 +2718,12 @@ class Overload(ServerCase):
 
     def test_a_machine_that_cannot_start_threads_still_serves(self) -> None:
         self.server.writer.commit_seconds = 1  # a slow disk: a thread would commit
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertEqual(200, self.request("GET", "/set?key=a&value=1").status)
-            self.assertEqual(200, self.request("GET", "/list").status)
-            self.assertEqual(200, self.request("GET", "/health", user=None).status)
-        self.assertEqual(200, self.request("GET", "/list").status)
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertEqual(200, self.request("GET", "/list").status, "one worker is enough")
+        for _ in range(2):  # without a thread, and with one that has started before
+            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+                self.check(200, "GET", "/set?key=a&value=1")
+                self.check(200, "GET", "/list")
+                self.check(200, "GET", "/health", user=None)
+            self.check(200, "GET", "/list")
         self.assertNotIn("ERROR", self.log.text())
 
     def test_without_memory_for_a_response_the_connection_closes(self) -> None:
@@ -3069,7 +3068,7 @@ class HookCase(ServerCase):
 
     def new_target(self, behave: Behaviour = arrive, certificate: ssl.SSLContext | None = None) -> Target:
         """Return a further target."""
-        return cast(Target, self.enterContext(contextlib.closing(Target(behave, certificate))))
+        return self.enterContext(contextlib.closing(Target(behave, certificate)))
 
     def add_hook(
         self, pattern: str, value: str | None = None, target: Target | None = None, user: str = "alice"
@@ -3197,6 +3196,7 @@ class Hooks(HookCase):
             stored += 1
         for number in range(30, stored):
             self.check(200, "DELETE", f"/kv/{number}")
+        self.check(507, "PUT", "/kv/more", "x" * 200_000)
         execute(self.database, "UPDATE pair SET expires = 1")
         wait_until(lambda: self.store.pending_count() == 2 * stored)
         self.assertEqual({}, self.pairs())
@@ -3589,6 +3589,7 @@ class Deliveries(HookCase):
         self.assertEqual((12345, 12346), (status.st_uid, status.st_gid))
 
     def test_a_lock_that_cannot_be_opened_is_logged_once(self) -> None:
+        self.patch("HOOK_RETRY_SECONDS_MAX", 3600)
         os.mkdir(self.database + "-hooks")
         self.add_hook("a")
         wait_until(lambda: self.log.lines != [])
@@ -3635,29 +3636,19 @@ class Deliveries(HookCase):
 
 
 class Threads(unittest.TestCase):
-    """Threads that run functions for tasks, and gates that bound what runs at once."""
+    """Threads that run functions for tasks, and gates that limit how many tasks pass at once."""
 
     def setUp(self) -> None:
         self.results: list[object] = []
         self.loop = kvserver.Loop(lambda error: self.results.append(type(error)))
         self.addCleanup(self.loop.close)
-        self.go_on = threading.Event()
-        self.addCleanup(self.go_on.set)
-        self.waiting: list[str] = []
 
-    def threads(self, most: int) -> kvserver.Threads:
-        """Return so many threads."""
-        threads = kvserver.Threads(self.loop, most)
-        return threads
-
-    def wait(self, name: str = "") -> threading.Thread:
-        """Run until the test lets go."""
-        self.waiting.append(name)
-        self.go_on.wait(WAIT_SECONDS)
-        return threading.current_thread()
+    def run_until(self, is_so: Callable[[], object]) -> None:
+        """Run the loop until a condition holds."""
+        wait_until(lambda: (self.loop.run_once(may_wait=False), is_so())[1])
 
     def start(self, *awaitables: Awaitable[object]) -> kvserver.Task:
-        """Start a task that awaits some things and keeps their results."""
+        """Start a task that keeps the results, and run the loop until nothing more happens."""
 
         async def run() -> None:
             for awaitable in awaitables:
@@ -3666,104 +3657,63 @@ class Threads(unittest.TestCase):
                 except TimeoutError:
                     self.results.append(TimeoutError)
 
-        return self.loop.start(run())
-
-    def run_until(self, is_so: Callable[[], bool]) -> None:
-        """Run the loop until something is so."""
-
-        def look() -> bool:
-            self.loop.run_once(may_wait=False)
-            return is_so()
-
-        wait_until(look)
-
-    def assert_results(self, *results: object) -> None:
-        """Wait for as many results, and check them."""
-        self.run_until(lambda: len(self.results) >= len(results))
-        self.assertEqual(list(results), self.results)
-
-    def test_one_more_starts_only_when_all_are_busy(self) -> None:
-        threads = self.threads(3)
-        for number in range(5):
-            self.start(threads.run(threading.current_thread))
-            self.run_until(lambda: len(self.results) == number + 1)  # noqa: B023
-        self.assertEqual(1, len(set(self.results)))
-        for _ in range(5):
-            self.start(threads.run(self.wait))
-        self.run_until(lambda: len(self.waiting) == 3)
-        self.go_on.set()
-        self.run_until(lambda: len(self.results) == 10)
-        self.assertEqual(3, len(set(self.results)))
-
-    def test_one_owner_gets_at_most_half(self) -> None:
-        threads = self.threads(4)
-        for _ in range(3):
-            self.start(threads.run(functools.partial(self.wait, "alice"), "alice"))
-        for _ in range(2):
-            self.start(threads.run(functools.partial(self.wait, "bob"), "bob"))
-        self.run_until(lambda: len(self.waiting) == 4)
-        self.assertEqual(["alice", "alice", "bob", "bob"], sorted(self.waiting))
-        self.go_on.set()
-        self.run_until(lambda: len(self.results) == 5)
-
-    def test_an_exception_is_raised_in_the_task(self) -> None:
-        self.start(self.threads(1).run(lambda: 1 // 0))
-        self.assert_results(ZeroDivisionError)
-
-    def test_a_result_after_the_deadline_resumes_nothing(self) -> None:
-        threads = self.threads(1)
-        self.start(threads.run(self.wait, deadline=time.monotonic()), threads.run(lambda: "next"))
-        self.assert_results(TimeoutError)
-        self.go_on.set()
-        self.assert_results(TimeoutError, "next")
-
-    def test_without_any_thread_the_loop_runs_the_function(self) -> None:
-        threads = self.threads(2)
-        no_memory = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
-        with no_memory:
-            self.start(threads.run(threading.current_thread), threads.run(lambda: 1 // 0))
-            self.assert_results(threading.current_thread(), ZeroDivisionError)
-        self.start(threads.run(self.wait))
-        self.run_until(lambda: len(self.waiting) == 1)
-        with no_memory:
-            self.start(threads.run(lambda: "next"))
-            self.settle()
-        self.go_on.set()
-        self.run_until(lambda: len(self.results) == 4)
-        self.assertEqual("next", self.results[3])
-
-    def enter(self, gate: kvserver.Gate, name: str, *keys: str) -> kvserver.Task:
-        """Have a task enter a gate that lets each key be taken once, and keep its name when it has passed."""
-
-        async def enter() -> None:
-            await gate.enter(dict.fromkeys(keys, 1))
-            self.results.append(name)
-
-        task = self.loop.start(enter())
+        task = self.loop.start(run())
         self.settle()
         return task
-
-    def leave(self, gate: kvserver.Gate, *keys: str) -> None:
-        """Leave a gate in place of a task."""
-        gate.leave(dict.fromkeys(keys, 1))
-        self.settle()
 
     def settle(self) -> None:
         """Run the loop until nothing more happens."""
         while self.loop.soon:
             self.loop.run_once(may_wait=False)
 
-    def test_a_gate_keeps_its_bounds_and_the_order_of_arrival(self) -> None:
-        gate = kvserver.Gate(self.loop)
-        for number in range(3):
-            self.enter(gate, f"a{number}", "a")
-        self.assertEqual(["a0"], self.results)
-        self.leave(gate, "a")
-        self.assertEqual(["a0", "a1"], self.results)
-        self.leave(gate, "a")
-        self.assertEqual(["a0", "a1", "a2"], self.results)
+    def test_one_more_starts_only_when_all_are_busy(self) -> None:
+        threads = kvserver.Threads(self.loop, 3)
+        for number in range(5):
+            self.start(threads.run(threading.current_thread))
+            self.run_until(lambda: len(self.results) == number + 1)  # noqa: B023
+        self.assertEqual(1, len(set(self.results)))
+        with held(threading, "current_thread") as (begun, release):
+            for _ in range(5):
+                self.start(threads.run(lambda: threading.current_thread()))
+            for _ in range(3):
+                self.assertTrue(begun.acquire(timeout=WAIT_SECONDS))
+            release.set()
+            self.run_until(lambda: len(self.results) == 10)
+        self.assertEqual(3, len(set(self.results)))
 
-    def test_at_a_gate_one_that_can_pass_does_not_wait_for_others(self) -> None:
+    def test_a_result_after_the_deadline_resumes_nothing(self) -> None:
+        threads, go_on = kvserver.Threads(self.loop, 1), threading.Event()
+        self.addCleanup(go_on.set)
+        late = threads.run(lambda: go_on.wait(WAIT_SECONDS), deadline=time.monotonic())
+        self.start(late, threads.run(lambda: "next"))
+        self.run_until(lambda: self.results)
+        go_on.set()
+        self.run_until(lambda: len(self.results) > 1)
+        self.assertEqual([TimeoutError, "next"], self.results)
+
+    def enter(self, gate: kvserver.Gate, name: str, *keys: str) -> kvserver.Task:
+        """Start a task that enters a gate, which lets each key be taken once, and keep its name when it has passed."""
+
+        async def enter() -> str:
+            await gate.enter(dict.fromkeys(keys, 1))
+            return name
+
+        return self.start(enter())
+
+    def leave(self, gate: kvserver.Gate, key: str) -> None:
+        """Leave a gate for a task."""
+        gate.leave({key: 1})
+        self.settle()
+
+    def test_a_gate_keeps_the_order_of_arrival(self) -> None:
+        gate, names = kvserver.Gate(self.loop), ["first", "second", "third"]
+        for name in names:
+            self.enter(gate, name, "a")
+        for number in (1, 2, 3):
+            self.assertEqual(names[:number], self.results)
+            self.leave(gate, "a")
+
+    def test_a_task_that_can_pass_a_gate_does_not_wait_for_others(self) -> None:
         gate = kvserver.Gate(self.loop)
         for name in ("a", "b", "ab", "a-late", "b-late"):
             self.enter(gate, name, *name.removesuffix("-late"))
@@ -3775,26 +3725,25 @@ class Threads(unittest.TestCase):
         self.leave(gate, "a")
         self.assertEqual(["a", "b", "b-late", "c", "ab"], self.results)
 
-    def test_one_that_is_cancelled_takes_nothing_at_a_gate(self) -> None:
+    def test_a_cancelled_task_takes_nothing_at_a_gate(self) -> None:
         gate = kvserver.Gate(self.loop)
         self.enter(gate, "first", "a")
-        task = self.enter(gate, "while it waits", "a")
-        self.loop.throw(task, kvserver.Cancelled())
-        task = self.enter(gate, "when its turn has just come", "a")
+        while_it_waits = self.enter(gate, "cancelled", "a")
+        self.loop.throw(while_it_waits, kvserver.Cancelled())
+        when_its_turn_has_just_come = self.enter(gate, "cancelled", "a")
         gate.leave({"a": 1})
-        self.loop.throw(task, kvserver.Cancelled())
+        self.loop.throw(when_its_turn_has_just_come, kvserver.Cancelled())
         self.enter(gate, "last", "a")
         self.assertEqual(["first", "last"], self.results)
 
 
 class Schedules(unittest.TestCase):
-    """When it is tried again, and what is given up, by a clock that is put forward."""
+    """When a delivery is sent again, and when it is dropped, by a clock that the test puts forward."""
 
     def setUp(self) -> None:
         self.folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.folder)
-        self.database = os.path.join(self.folder, "test.db")
-        self.store = kvserver.open_store(self.database)
+        self.store = kvserver.open_store(os.path.join(self.folder, "test.db"))
         self.addCleanup(self.store.close)
         self.store.add_user("alice", "", True)
         self.add_hook("http://h")
@@ -3804,85 +3753,87 @@ class Schedules(unittest.TestCase):
         self.bounds = self.enterContext(mock.patch.object(kvserver, "exchange_bounds", wraps=kvserver.exchange_bounds))
         self.log = self.enterContext(captured_log())
         self.tries: list[tuple[float, str | None]] = []
+        self.answers: list[kvserver.Answer] = []  # before self.answer
         self.answer = kvserver.Answer(0, "Connection refused")
-        self.answers: list[kvserver.Answer] = []  # before that
-        self.is_holding = False
-        self.held: list[kvserver.Wakeup] = []
-        self.mistakes: list[Exception] = []
-        self.addCleanup(lambda: self.assertEqual([], self.mistakes))
-        self.loop = kvserver.Loop(self.mistakes.append)
+        self.held: list[kvserver.Wakeup] | None = None  # exchanges that the test resumes
+        mistakes: list[Exception] = []
+        self.addCleanup(lambda: self.assertEqual([], mistakes))
+        self.mistakes, self.loop = mistakes, kvserver.Loop(mistakes.append)
         self.addCleanup(self.loop.close)
         metrics = kvserver.Metrics({}, {})
         self.outbox = kvserver.Outbox(self.store, self.loop, self.commit, metrics, kvserver.ErrorLog())
         self.enterContext(mock.patch.object(self.outbox._threads, "run", self.exchange))
         self.addCleanup(self.outbox.close)
 
-    def add_hook(self, receiver: str) -> None:
+    def add_hook(self, origin: str) -> None:
         """Add a hook for all keys."""
-        hook = ("alice", "*", "http://h/SECRET", receiver, None, "")
+        hook = ("alice", "*", "http://h/SECRET", origin, None, "")
         self.store.transact(lambda store: store.add_hook(*hook))
 
+    def set(self, *values: object) -> None:
+        """Store values under a key, one after the other."""
+        for value in values:
+            self.store.set_value(1, "a", str(value))
+
+    def fill(self) -> None:
+        """Store values with more bytes than may be pending."""
+        for number in range(20):
+            self.store.set_value(1, f"k{number}", "é" * (kvserver.VALUE_BYTES_MAX // 2))
+
     async def commit(self, operation: Callable[[kvserver.Store], object], size: int = 0) -> None:
-        """Take the place of the server."""
+        """Replace the server's commit."""
         self.store.transact(operation)
 
-    async def exchange(
-        self, function: functools.partial[kvserver.Answer], owner: str | None, deadline: float
-    ) -> kvserver.Answer:
-        """Take the place of the thread that delivers; the test resumes what it holds."""
+    async def exchange(self, function: functools.partial[Any], owner: object, deadline: float) -> kvserver.Answer:
+        """Replace the thread that delivers."""
         self.tries.append((round(self.seconds, 3), function.args[2]["value2"]))
         wakeup = kvserver.Wakeup(self.loop)
-        if self.is_holding:
-            self.held.append(wakeup)
-        else:
+        if self.held is None:
             wakeup()
+        else:
+            self.held.append(wakeup)
         await kvserver.ready(0)
         return self.answers.pop(0) if self.answers else self.answer
 
-    def kinds(self) -> list[tuple[str, bool, bool]]:
-        """Return of each try its receiver, and whether it counted as long and as doubtful."""
-        return [call.args for call in self.bounds.call_args_list]
-
-    def run_ready(self) -> None:
-        """Run the loop until nothing more happens at this time."""
-        while self.loop.soon or self.loop._next_check <= self.seconds:
-            self.loop.run_once(may_wait=False)
+    def kinds(self, index: int) -> list[bool]:
+        """Return of each try whether it counted as long (1) or as doubtful (2)."""
+        return [call.args[index] for call in self.bounds.call_args_list]
 
     def run_until(self, seconds: float) -> None:
         """Put the clock forward, from one event to the next."""
         while True:
             self.outbox.look()
-            self.run_ready()
+            while self.loop.soon or self.loop._next_check <= self.seconds:
+                self.loop.run_once(may_wait=False)
             if self.seconds >= seconds:
                 return
             self.seconds = min(seconds, self.loop._next_check)
 
     def test_pauses_double_up_to_an_hour_for_a_day(self) -> None:
-        self.store.set_value(1, "a", "1")
+        self.set("1")
         self.run_until(30 * 3600)
-        pauses = [round(later - earlier) for (earlier, _), (later, _) in zip(self.tries, self.tries[1:])]
+        pauses = [round(later - earlier) for (earlier, _), (later, _) in itertools.pairwise(self.tries)]
         self.assertEqual([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048], pauses[:12])
         self.assertEqual({3600}, set(pauses[12:-1]))
         self.assertAlmostEqual(24 * 3600, self.tries[-1][0], delta=2)
         self.assertEqual(0, self.store.pending_count())
-        self.assertEqual(
-            "hook 1 to http://h: dropped deliveries: 1 (a day old, Connection refused)", self.log.lines[-1]
-        )
+        problem = "hook 1 to http://h: Connection refused; trying again until it is a day old"
+        dropped = "hook 1 to http://h: dropped deliveries: 1 (a day old, Connection refused)"
+        self.assertEqual([problem, dropped], self.log.lines)
 
-    def test_what_comes_behind_a_dropped_one_is_tried_at_once(self) -> None:
-        self.store.set_value(1, "a", "1")
+    def test_the_next_delivery_after_a_dropped_one_is_sent_at_once(self) -> None:
+        self.set("1")
         self.run_until(23 * 3600)
-        self.store.set_value(1, "a", "2")
+        self.set("2")
         self.store._execute("UPDATE delivery SET created = created + 23 * 3600 WHERE value = '2'")
-        del self.tries[:]
         self.run_until(24 * 3600 + 10)
         times = [at for at, value in self.tries if value == "2"]
         self.assertEqual([0, 1, 3, 7], [round(at - times[0]) for at in times][:4])
         self.assertAlmostEqual(24 * 3600, times[0], delta=1)
         self.assertEqual(1, self.store.pending_count())
 
-    def test_what_is_old_already_at_the_start_is_tried_until_the_network_is_there(self) -> None:
-        self.store.set_value(1, "a", "1")
+    def test_old_deliveries_get_some_minutes_after_a_start(self) -> None:
+        self.set("1")
         self.store._execute("UPDATE delivery SET created = created - 48 * 3600")
         self.run_until(kvserver.HOOK_GRACE_SECONDS - 1)
         self.assertEqual([0, 1, 3, 7, 15, 31, 63, 127, 255], [round(at) for at, _ in self.tries])
@@ -3892,7 +3843,7 @@ class Schedules(unittest.TestCase):
 
     def test_retry_after_is_obeyed_up_to_an_hour(self) -> None:
         for retry_after, seconds in ((120.0, 120), (7200.0, 3600), (1.0, 1)):
-            self.store.set_value(1, "a", f"{retry_after}")
+            self.set(retry_after)
             self.answer = kvserver.Answer(503, "503 Service Unavailable", retry_after)
             started = self.seconds
             self.run_until(started + seconds - 0.5)
@@ -3911,215 +3862,126 @@ class Schedules(unittest.TestCase):
             (b"HTTP/1.1 500 No\r\nRetry-After: 5\r\n\r\n", None),
         ):
             answer, is_complete = kvserver.parse_answer(head)
-            assert answer
-            self.assertEqual((retry_after, True), (answer.retry_after, is_complete), head)
+            self.assertEqual((retry_after, True), (answer and answer.retry_after, is_complete), head)
         answer, is_complete = kvserver.parse_answer(b"HTTP/1.1 503 No\r\nRetry-After: 5")
         self.assertEqual((503, False), (answer and answer.status, is_complete))
 
-    def test_statuses_are_told_apart(self) -> None:
+    def test_statuses_mean_success_refusal_or_a_further_try(self) -> None:
         for status in (200, 201, 204, 299, 300, 301, 399, 400, 404, 408, 410, 429, 499, 500, 503, 599):
             answer = kvserver.Answer(status, "")
             self.assertEqual(status < 300, answer.is_success())
             self.assertEqual(300 <= status < 500 and status not in (408, 429), answer.is_refusal())
         for line in (
-            b"HTTP/1.1 200 OK",
-            b"HTTP/1.1 20",
-            b"HTTP/2 200\r\n",
-            b"HTTP/1.1 600 A\r\n",
-            b"ICY 200 OK\r\n",
-            b"\r\n",
+            "HTTP/1.1 200 OK",
+            "HTTP/1.1 20",
+            "HTTP/2 200\r\n",
+            "HTTP/1.1 600 A\r\n",
+            "ICY 200 OK\r\n",
+            "\r\n",
         ):
-            self.assertIsNone(kvserver.parse_answer(line)[0], line)
+            self.assertIsNone(kvserver.parse_answer(line.encode())[0], line)
 
     def test_the_oldest_make_room_for_the_newest(self) -> None:
         self.run_until(1)
         count = kvserver.HOOK_PENDING_MAX + 20
-        self.store._execute("BEGIN")
-        for number in range(count):
-            self.store.set_value(1, "a", str(number))
-        self.store._execute("COMMIT")
-        self.assertEqual(kvserver.HOOK_PENDING_MAX, self.store.pending_count())
+        self.store.transact(lambda store: self.set(*range(count)))
         self.run_until(2)
         self.assertEqual("20", self.tries[0][1])
         self.assertIn("deliveries: 20 (the oldest, since more than 10000 or 16 MiB were pending)", self.log.lines[0])
-        self.answer = kvserver.Answer(200, "200 OK")
-        self.store._execute("PRAGMA synchronous = OFF")  # else this takes a minute
-        self.run_until(10)
-        self.assertEqual([str(number) for number in range(20, count)], [told for _, told in self.tries[-count + 20 :]])
-        self.assertEqual(0, self.store.pending_count())
         self.assertEqual(20, self.outbox._metrics.dropped_deliveries)
-
-    def test_what_had_to_make_room_is_logged_with_the_next_try(self) -> None:
-        self.store.set_value(1, "a", "first")
-        self.run_until(10_000)
-        for number in range(18):
-            self.store.set_value(1, f"k{number}", "x" * kvserver.VALUE_BYTES_MAX)
-        self.run_until(10_001 + kvserver.HOOK_RETRY_SECONDS_MAX)
-        logged = re.findall(r"deliveries: (\d+) \(the oldest", self.log.text())
-        self.assertEqual(19 - self.store.pending_count(), sum(map(int, logged)))
-
-    def test_a_short_one_behind_a_long_one_does_not_wait_for_its_turn(self) -> None:
-        self.answer, self.is_holding = kvserver.Answer(200, "200 OK"), True
-        self.store.set_value(1, "a", "x" * (kvserver.LONG_DELIVERY_BYTES + 1))
-        self.store.set_value(1, "b", "1")
-        self.run_until(1)
-        with mock.patch.object(kvserver, "LONG_EXCHANGES_MAX", 0):
-            self.held.pop()()
-            self.run_until(1)
-        self.assertEqual("1", self.tries[-1][1])
-
-    def test_what_has_become_long_while_it_waited_waits_for_its_turn(self) -> None:
-        self.add_hook("http://a")
-        self.is_holding = True
-        self.store.set_value(1, "a", "1")
-        with mock.patch.object(kvserver, "EXCHANGES_MAX", 1):
-            self.run_until(1)
-            for number in range(20):  # the short one has to make room
-                self.store.set_value(1, f"k{number}", "x" * kvserver.VALUE_BYTES_MAX)
-            with mock.patch.object(kvserver, "LONG_EXCHANGES_MAX", 0):
-                self.held.pop()()
-                self.run_until(1)
-                self.assertEqual(1, len(self.tries))
+        pending = [int(value) for (value,) in self.store._execute("SELECT value FROM delivery ORDER BY id")]
+        self.assertTrue(pending == [*range(20, count)])  # assertEqual would compare long lists for minutes
 
     def test_the_oldest_make_room_for_long_values(self) -> None:
-        self.run_until(1)
-        value = "é" * (kvserver.VALUE_BYTES_MAX // 2)
-        for number in range(20):
-            self.store.set_value(1, f"k{number}", value)
+        self.set("first")
+        self.run_until(10_000)
+        self.fill()
         self.assertEqual(15, self.store.pending_count(), "the keys have some bytes as well")
         self.store.delete_pair(1, "k0")
         self.assertEqual(15, self.store.pending_count())
         self.store.set_value(1, "k1", "")
         self.assertEqual(15, self.store.pending_count())
-        self.run_until(2)
-        self.assertIn("dropped deliveries: 7 (the oldest", self.log.text())
-        self.assertEqual(7, self.outbox._metrics.dropped_deliveries)
+        self.run_until(10_001 + kvserver.HOOK_RETRY_SECONDS_MAX)
+        self.assertEqual(["8"], re.findall(r"dropped deliveries: (\d+) \(the oldest", self.log.text()))
+        self.assertEqual(8, self.outbox._metrics.dropped_deliveries)
 
-    def test_what_is_dropped_is_logged_now_and_then(self) -> None:
+    def test_a_hook_whose_next_delivery_has_become_long_waits_for_its_turn(self) -> None:
+        self.add_hook("http://a")
+        self.held = []
+        self.set("1")
+        with mock.patch.object(kvserver, "EXCHANGES_MAX", 1):
+            self.run_until(1)
+            self.fill()  # the short one has to make room
+            with mock.patch.object(kvserver, "LONG_EXCHANGES_MAX", 0):
+                self.held.pop()()
+                self.run_until(1)
+                self.assertEqual(1, len(self.tries))
+
+    def test_a_delivery_is_long_by_its_old_value_as_well(self) -> None:
+        self.answer = kvserver.Answer(200, "200 OK")
+        self.set("1", "\0" + "x" * kvserver.LONG_DELIVERY_BYTES, "2", "3")
+        self.run_until(1)
+        self.assertEqual([False, True, True, False], self.kinds(1))
+
+    def test_a_delivery_behind_a_dropped_one_counts_as_a_retry(self) -> None:
+        self.set("0", "1", "2")
+        self.run_until(25 * 3600)
+        self.assertEqual(0, self.store.pending_count())
+        self.answer = kvserver.Answer(200, "200 OK")
+        self.set("new")
+        self.run_until(26 * 3600)
+        self.assertEqual({True}, set(self.kinds(2)))
+        self.set("newer")
+        self.run_until(27 * 3600)
+        self.assertFalse(self.kinds(2)[-1])
+
+    def test_a_refusal_ends_a_row_of_failures(self) -> None:
+        self.set("0", "1", "2")
+        self.answers = [self.answer, self.answer, kvserver.Answer(404, "404 Not Found")]
+        self.run_until(6.5)
+        self.assertEqual([0, 1, 3, 3, 4, 6], [round(at) for at, _ in self.tries])
+        self.assertEqual([True, True, True, False, True, True], self.kinds(2)[:6])
+
+    def test_dropped_deliveries_are_logged_now_and_then(self) -> None:
         self.answer = kvserver.Answer(404, "404 Not Found")
-        for number in range(5):
-            self.store.set_value(1, "a", f"{number}")
+        self.set(*range(5))
         self.run_until(kvserver.DROPPED_SECONDS - 1)
         self.assertEqual(1, len(self.log.lines), self.log.text())
         self.run_until(kvserver.DROPPED_SECONDS + 1)
         self.assertEqual(["1", "4"], re.findall(r"dropped deliveries: (\d+) \(404 Not Found\)", self.log.text()))
-        with mock.patch.object(kvserver, "DROPPED_SECONDS", -1):
-            for number in range(5):
-                self.store.set_value(1, "b", f"{number}")
-            self.run_until(self.seconds + 1)
-        self.assertEqual(7, len(self.log.lines))
 
-    def test_what_is_behind_one_that_was_given_up_counts_as_a_retry(self) -> None:
-        for number in range(3):
-            self.store.set_value(1, "a", f"{number}")
-        self.run_until(25 * 3600)
-        self.assertEqual(0, self.store.pending_count())
-        self.answer = kvserver.Answer(200, "200 OK")
-        self.store.set_value(1, "a", "new")
-        self.run_until(26 * 3600)
-        self.assertEqual({True}, {is_doubtful for _, _, is_doubtful in self.kinds()})
-        self.store.set_value(1, "a", "newer")
-        self.run_until(27 * 3600)
-        self.assertEqual(("http://h", False, False), self.kinds()[-1])
-
-    def test_a_disk_that_fails_for_once_does_not_stop_a_hook(self) -> None:
-        self.add_hook("http://a")
-        self.answer = kvserver.Answer(200, "200 OK")
-        for name in ("next_delivery", "next_delivery_size"):
-            self.store.set_value(1, name, "1")
-            real, failures = getattr(self.store, name), [sqlite3.OperationalError("disk I/O error")]
-
-            def fail_once(hook_id: int) -> Any:
-                if failures:  # noqa: B023
-                    raise failures.pop()  # noqa: B023
-                return real(hook_id)  # noqa: B023
-
-            with mock.patch.object(self.store, name, fail_once):
-                self.run_until(self.seconds + 2)
-            self.assertEqual(0, self.store.pending_count())
-            self.assertEqual(["disk I/O error"], [str(self.mistakes.pop())])
-
-    def test_a_refusal_ends_a_row_of_failures(self) -> None:
-        for number in range(3):
-            self.store.set_value(1, "a", f"{number}")
-        self.answers = [self.answer, self.answer, kvserver.Answer(404, "404 Not Found")]
-        self.run_until(6.5)
-        self.assertEqual([0, 1, 3, 3, 4, 6], [round(at) for at, _ in self.tries])
-        self.assertEqual([True, True, True, False, True, True], [is_doubtful for _, _, is_doubtful in self.kinds()][:6])
-
-    def test_a_row_of_failures_is_logged_once(self) -> None:
-        self.store.set_value(1, "a", "1")
-        self.run_until(100)
-        self.assertEqual(1, len(self.log.lines), self.log.text())
-
-    def test_what_is_dropped_after_the_stop_is_logged(self) -> None:
+    def test_a_delivery_that_is_dropped_after_the_stop_is_logged(self) -> None:
         self.answer = kvserver.Answer(404, "404 Not Found")
-        self.store.set_value(1, "a", "1")
+        self.set("1")
         self.run_until(1)
-        self.store.set_value(1, "a", "2")
-        self.store.set_value(1, "a", "3")
-        self.is_holding = True
+        self.held = []
+        self.set("2", "3")
         self.run_until(2)
         self.outbox.stop()
         self.held.pop()()
         self.run_until(3)
-        self.assertEqual((1, 2), (self.store.pending_count(), len(self.tries)), "nothing more is begun")
+        self.assertEqual((1, 2), (self.store.pending_count(), len(self.tries)), "no further exchange begins")
         self.assertEqual(2, len(self.log.lines), self.log.text())
 
-    def test_a_try_is_under_way_until_its_result_is_noted(self) -> None:
+    def test_a_single_failure_of_the_disk_does_not_stop_a_hook(self) -> None:
+        self.add_hook("http://a")
         self.answer = kvserver.Answer(200, "200 OK")
-        self.store.set_value(1, "a", "1")
-        busy, transact = list[set[int]](), self.store.transact
-
-        def commit(operation: Callable[[kvserver.Store], object]) -> None:
-            busy.append(self.outbox.busy.copy())
-            transact(operation)
-
-        with mock.patch.object(self.store, "transact", commit):
-            self.run_until(1)
-        self.assertEqual(([{1}], set()), (busy, self.outbox.busy))
-
-    def test_half_of_each_bound_is_kept_for_what_has_not_failed(self) -> None:
-        for is_long, receivers, most in (
-            (False, 1, kvserver.RECEIVER_EXCHANGES_MAX),
-            (False, kvserver.EXCHANGES_MAX, kvserver.EXCHANGES_MAX),
-            (True, 1, kvserver.LONG_EXCHANGES_MAX),
-        ):
-            gate, passed = kvserver.Gate(self.loop), list[bool]()
-
-            async def enter(receiver: str, is_doubtful: bool) -> None:
-                await gate.enter(kvserver.exchange_bounds(receiver, is_long, is_doubtful))  # noqa: B023
-                passed.append(is_doubtful)  # noqa: B023
-
-            for is_doubtful in (True, False):
-                for number in range(2 * most):
-                    self.loop.start(enter(f"http://{number % receivers}", is_doubtful))
-            self.run_ready()
-            self.assertEqual([True] * (most // 2) + [False] * (most // 2), passed)
-
-    def test_long_is_what_was_there_before_as_well(self) -> None:
-        self.answer = kvserver.Answer(200, "200 OK")
-        for value in ("1", "\0" + "x" * kvserver.LONG_DELIVERY_BYTES, "2", "3"):
-            self.store.set_value(1, "a", value)
-        self.run_until(1)
-        self.assertEqual([False, True, True, False], [is_long for _, is_long, _ in self.kinds()])
-
-    def test_what_removes_may_exceed_the_limit_only_while_it_does(self) -> None:
-        self.store.may_exceed, self.store._pages_max = True, 100
-        self.store.set_value(1, "a", "1")
-        self.store.delete_pair(1, "a")
-        self.assertEqual([(100,)], self.store._execute("PRAGMA max_page_count").fetchall())
+        for name in ("next_delivery", "next_delivery_size"):
+            self.set(name)
+            results = itertools.chain([sqlite3.OperationalError("disk I/O error")], itertools.repeat(mock.DEFAULT))
+            with mock.patch.object(self.store, name, wraps=getattr(self.store, name), side_effect=results):
+                self.run_until(self.seconds + 2)
+            self.assertEqual(0, self.store.pending_count())
+            self.assertEqual(["disk I/O error"], [str(self.mistakes.pop())])
 
     def test_a_full_disk_does_not_stop_a_hook(self) -> None:
         self.answer = kvserver.Answer(200, "200 OK")
-        self.store.set_value(1, "a", "1")
+        self.set("1")
         with mock.patch.object(self.store, "transact", side_effect=kvserver.StoreFull("full")):
             self.run_until(300)
-        self.assertEqual([0, 1, 3, 7, 15, 31, 63, 123], [round(at) for at, _ in self.tries][:8])
-        tries = len(self.tries)
+        self.assertEqual([0, 1, 3, 7, 15, 31, 63, 123, 183, 243], [round(at) for at, _ in self.tries])
         self.run_until(400)
-        self.assertEqual(tries + 1, len(self.tries))
-        self.assertEqual(0, self.store.pending_count())
+        self.assertEqual((11, 0), (len(self.tries), self.store.pending_count()))
 
 
 class Disk(ServerCase):
