@@ -216,19 +216,19 @@ def value(store: kvserver.Store, key: str) -> bytes | None:
     return pair.value if pair else None
 
 
-def in_threads(function: Callable[..., object], arguments: Iterable[Sequence[Any]]) -> list[threading.Thread]:
-    """Start a thread for each tuple of arguments."""
-    threads = [threading.Thread(target=function, args=each) for each in arguments]
-    for thread in threads:
-        thread.start()
-    return threads
+def in_threads(
+    function: Callable[..., Any], arguments: Sequence[Sequence[Any]]
+) -> list[concurrent.futures.Future[Any]]:
+    """Call a function with each tuple of arguments, each call in a thread."""
+    executor = concurrent.futures.ThreadPoolExecutor(len(arguments))
+    calls = [executor.submit(function, *each) for each in arguments]
+    executor.shutdown(wait=False)
+    return calls
 
 
-def join(threads: Iterable[threading.Thread]) -> None:
-    """Wait until threads end."""
-    for thread in threads:
-        thread.join(WAIT_SECONDS)
-        assert not thread.is_alive(), "this takes too long"
+def join(calls: Iterable[concurrent.futures.Future[Any]]) -> list[Any]:
+    """Wait for calls in threads, and return their results or raise their exceptions."""
+    return [call.result(WAIT_SECONDS) for call in calls]
 
 
 def wait_until(is_so: Callable[[], object]) -> None:
@@ -1095,7 +1095,7 @@ class Commits(ServerCase):
         self.assertEqual(([200] * 10, [1] * 10), (statuses(answers), self.sizes))
 
     def test_one_thread_at_a_time_commits_and_no_write_is_lost(self) -> None:
-        inside, problems, rates = [0], list[object](), random.Random(1)
+        inside, problems, rates = [0], list[str](), random.Random(1)
         commit = self.server.writer.commit
 
         def watch_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
@@ -1109,10 +1109,9 @@ class Commits(ServerCase):
         def write(name: str) -> None:
             connection = self.new_connection()
             for number in range(30):
-                answer = self.request("GET", f"/set?key={name}&value={number}", connection=connection)
-                problems.extend([answer] if answer.body != b"Success" else [])
-                answer = self.request("GET", f"/get?key={name}", connection=connection)
-                problems.extend([answer] if answer.body != str(number).encode() else [])
+                self.check(200, "GET", f"/set?key={name}&value={number}", connection=connection)
+                answer = self.check(200, "GET", f"/get?key={name}", connection=connection)
+                self.assertEqual(str(number).encode(), answer.body)
 
         with mock.patch.object(self.server.writer, "commit", watch_and_commit):
             join(in_threads(write, [(f"writer{number}",) for number in range(8)]))
@@ -4557,51 +4556,39 @@ class Page(html.parser.HTMLParser):
             self._link = ""
 
     def values(self, **wanted: str) -> list[str | None]:
-        """Return what the input fields with these attributes hold."""
-        return [
-            attributes.get("value")
-            for tag, attributes in self.elements
-            if tag == "input" and wanted.items() <= attributes.items()
-        ]
+        """Return the values of the input fields with these attributes."""
+        return [each.get("value") for tag, each in self.elements if tag == "input" and wanted.items() <= each.items()]
+
+    def has_alert(self) -> bool:
+        """Return whether the page says once what is wrong."""
+        return [each.get("role") for _, each in self.elements].count("alert") == 1
 
 
 def as_a_browser(target: str) -> str:
-    """Return a target as a browser sends it, which percent-encodes what is not ASCII."""
+    """Return a target as a browser sends it, with percent-encoding."""
     return "".join(c if c.isascii() else urllib.parse.quote(c) for c in target)
 
 
 class PageCase(ServerCase):
-    """A server whose pages are looked at."""
+    """A server with pages."""
 
-    def see(self, target: str, user: str | None = "alice", method: str = "GET", **headers: str) -> Answer:
-        """Return what a browser gets."""
-        target = as_a_browser(target)
-        return self.request(method, target, user=user, headers={"Accept": "text/html,*/*;q=0.8", **headers})
+    def see(self, status: int, target: str, user: str | None = "alice", method: str = "GET") -> Answer:
+        """Return a browser's response, and check its status."""
+        return self.check(status, method, as_a_browser(target), user=user, headers={"Accept": "text/html,*/*;q=0.8"})
 
     def page(self, target: str, user: str = "alice") -> Page:
-        """Return a page that must be there."""
-        answer = self.see(target, user)
-        self.assertEqual(200, answer.status, target)
-        return Page(answer)
+        """Return a page that must exist."""
+        return Page(self.see(200, target, user))
 
-    def send(self, target: str, user: str = "alice", **fields: Any) -> Answer:
-        """Send a form, with these headers if there is a field of that name."""
+    def send(self, status: int, target: str, user: str | None = "alice", **fields: Any) -> Answer:
+        """Send a form, with these headers if there is a field of that name, and check the status."""
         headers = {"Accept": "text/html,*/*;q=0.8", **fields.pop("headers", {})}
-        target = as_a_browser(target)
-        return self.request("POST", target, urllib.parse.urlencode(fields), kvserver.FORM, user, headers)
-
-    def location(self, answer: Answer) -> str:
-        """Return where a form leads to."""
-        self.assertEqual(303, answer.status, answer.body)
-        return answer.headers["location"]
+        body = urllib.parse.urlencode(fields)
+        return self.check(status, "POST", as_a_browser(target), body, kvserver.FORM, user, headers)
 
     def names(self) -> list[str]:
         """Return the names of all users."""
         return [user.name for user in self.store.users()]
-
-    def login(self, name: str, password: str, target: str = "/list") -> int:
-        """Return the status of a request with a password."""
-        return self.request("GET", target, user=None, headers={"Authorization": basic(name, password)}).status
 
     def follow(self, target: str) -> list[list[str]]:
         """Return the rows of a table over all its pages."""
@@ -4616,55 +4603,44 @@ class PageCase(ServerCase):
 
 
 class Visits(PageCase):
-    """Who gets which page."""
+    """Which page a visitor gets."""
 
     def test_first_paths_lead_to_the_slash_before_any_login(self) -> None:
-        for path in ("/admin", "/me", "/iotpersistenceapi", "/iotpersistenceapi/admin", "/iotpersistenceapi/me"):
+        for path in (
+            *("/admin", "/me", "/iotpersistenceapi", "/iotpersistenceapi/admin", "/iotpersistenceapi/me"),
+            *("/me?prefix=hall/&after=%C3%A9", "/iotpersistenceapi?x=1", "/admin?after=\u00e9"),
+        ):
             for method in ("GET", "HEAD"):
-                answer = self.see(path, None, method)
-                self.assertEqual(301, answer.status)
-                self.assertEqual(path + "/", urllib.parse.urljoin(path, answer.headers["location"]))
-                self.assertFalse(answer.headers["location"].startswith("/"))
-                self.assertNotIn("www-authenticate", answer.headers)
-
-    def test_a_query_goes_along_to_the_slash(self) -> None:
-        for path in ("/me?prefix=hall/&after=%C3%A9", "/iotpersistenceapi?x=1", "/admin?after=\u00e9"):
-            answer = self.see(path, None)
-            self.assertEqual(301, answer.status)
-            path, _, query = as_a_browser(path).partition("?")
-            self.assertEqual(f"{path}/?{query}", urllib.parse.urljoin(path, answer.headers["location"]))
+                headers = self.see(301, path, None, method).headers
+                expected = re.sub(r"(\?|$)", r"/\1", as_a_browser(path), count=1)
+                self.assertEqual(expected, urllib.parse.urljoin(path, headers["location"]))
+                self.assertFalse(headers["location"].startswith("/"))
+                self.assertNotIn("www-authenticate", headers)
 
     def test_the_root_is_for_browsers(self) -> None:
         for path in ("/", "/iotpersistenceapi/"):
-            page = Page(self.see(path, None))
-            self.assertEqual(["me/", "admin/"], list(page.links.values()))
-            answer = self.request("GET", path, user=None, headers={"Accept": "*/*"})
-            self.assertEqual(404, answer.status)
+            self.assertEqual(["me/", "admin/"], list(Page(self.see(200, path, None)).links.values()))
+            answer = self.check(404, "GET", path, user=None, headers={"Accept": "*/*"})
             self.assertTrue(answer.body.startswith(b"Use the api endpoints: /set, /get,"))
-            self.assertEqual(405, self.request("POST", path, user=None).status)
-        self.assertEqual((204, b""), self.see("/favicon.ico", None)[::2])
+            self.check(405, "POST", path, user=None)
+        self.assertEqual(b"", self.see(204, "/favicon.ico", None).body)
 
     def test_pages_have_a_realm_of_their_own(self) -> None:
         for path, realm in (
-            ("/admin/", "kvserver pages"),
-            ("/admin/user?username=bob", "kvserver pages"),
-            ("/me/state?key=a", "kvserver pages"),
-            ("/iotpersistenceapi/me/", "kvserver pages"),
-            ("/list", "kvserver"),
+            *((path, "kvserver pages") for path in ("/admin/", "/admin/user?username=bob", "/me/state?key=a")),
+            *(("/iotpersistenceapi/me/", "kvserver pages"), ("/list", "kvserver")),
         ):
-            answer = self.see(path, None)
-            self.assertEqual(401, answer.status)
-            self.assertEqual(f'Basic realm="{realm}", charset="UTF-8"', answer.headers["www-authenticate"])
-            answer = self.see(path, None, Authorization=basic("alice", "wrong"))
-            self.assertEqual(f'Basic realm="{realm}", charset="UTF-8"', answer.headers["www-authenticate"])
-        self.assertEqual(401, self.request("POST", "/me/", "action=del&key=a", kvserver.FORM, user=None).status)
+            for user in (None, basic("alice", "wrong")):
+                headers = self.see(401, path, user).headers
+                self.assertEqual(f'Basic realm="{realm}", charset="UTF-8"', headers["www-authenticate"])
+        self.send(401, "/me/", None, action="del", key="a")
 
-    def test_accounts_are_for_admins(self) -> None:
+    def test_the_pages_of_users_are_for_admins(self) -> None:
         for path in ("/admin/", "/admin/user?username=alice", "/admin/delete?username=alice"):
-            self.assertEqual(200, self.see(path).status)
-            self.assertEqual(403, self.see(path, "bob").status)
+            self.see(200, path)
+            self.see(403, path, "bob")
         for path in ("/admin", "/admin/"):
-            self.assertEqual(403, self.send(path, "bob", action="setadmin", username="bob", isAdmin="1").status)
+            self.send(403, path, "bob", action="setadmin", username="bob", isAdmin="1")
         self.assertNotIn("admin/", str(self.page("/me/", "bob").links))
         self.assertIn("../admin/", self.page("/me/").links.values())
         self.assertFalse(self.store.users()[1].is_admin)
@@ -4673,20 +4649,14 @@ class Visits(PageCase):
         token = kvserver.make_token()
         self.store.add_token("alice", kvserver.hash_token(token), "", False, "")
         self.store.set_value(1, "a", "1")
-        for authorization in ("Bearer " + token, basic("alice", token)):
+        for user in ("Bearer " + token, basic("alice", token)):
             for path in ("/admin/", "/me/", "/me/state?key=a"):
-                answer = self.see(path, None, Authorization=authorization)
-                self.assertEqual(401, answer.status)
-                self.assertIn(b"password", answer.body)
-                self.assertNotIn(b"alice", answer.body)
-            for path, body in (
-                ("/me/", "action=del&key=a"),
-                ("/me/", "action=addtoken"),
-                ("/admin/", "action=deluser&username=bob"),
-                ("/admin", "action=deluser&username=bob"),
-            ):
-                headers = {"Authorization": authorization}
-                self.assertEqual(401, self.request("POST", path, body, kvserver.FORM, None, headers).status)
+                body = self.see(401, path, user).body
+                self.assertTrue(b"password" in body and b"alice" not in body, body)
+            self.send(401, "/me/", user, action="del", key="a")
+            self.send(401, "/me/", user, action="addtoken")
+            self.send(401, "/admin/", user, action="deluser", username="bob")
+            self.send(401, "/admin", user, action="deluser", username="bob")
         self.assertEqual((["alice", "bob"], {"a": "1"}), (self.names(), self.pairs()))
 
     def test_pages_exist_below_the_prefix_too_and_all_their_addresses_are_relative(self) -> None:
@@ -4695,108 +4665,80 @@ class Visits(PageCase):
         seen, paths = set(), ["/iotpersistenceapi/"]
         while paths:
             path = paths.pop()
-            answer = self.see(path)
-            self.assertEqual(200, answer.status, path)
-            self.assertEqual(path.startswith("/iotpersistenceapi/"), True)
-            for tag, attributes in Page(answer).elements:
-                for address in (attributes.get("href"), attributes.get("action")):
-                    if address is not None:
-                        self.assertNotRegex(address, r"\A(?:/|[a-z]+:)")
-                        target = urllib.parse.urldefrag(urllib.parse.urljoin(path, address))[0]
-                        if target not in seen and tag == "a":
-                            paths.append(target)
-                        seen.add(target)
+            self.assertTrue(path.startswith("/iotpersistenceapi/"))
+            for tag, attributes in self.page(path).elements:
+                for address in filter(None, (attributes.get("href"), attributes.get("action"))):
+                    self.assertNotRegex(address, r"\A(?:/|[a-z]+:)")
+                    target = urllib.parse.urldefrag(urllib.parse.urljoin(path, address))[0]
+                    if target not in seen and tag == "a":
+                        paths.append(target)
+                    seen.add(target)
         self.assertIn("/iotpersistenceapi/me/state?key=a%20b%26c/é", seen)
         self.assertIn("/iotpersistenceapi/admin/delete?username=bob", seen)
 
     def test_headers_let_the_browser_run_and_load_nothing(self) -> None:
-        for path in ("/", "/me/", "/admin/", "/me/state?key=unknown", "/admin/user?username=bob"):
-            answer = self.see(path)
-            self.assertEqual("text/html; charset=utf-8", answer.headers["content-type"])
-            style = re.findall(rb"<style>(.*?)</style>", answer.body, re.DOTALL)
-            self.assertEqual(1, len(style))
-            digest = base64.b64encode(hashlib.sha256(style[0]).digest()).decode()
-            self.assertEqual(
-                f"default-src 'none'; style-src 'sha256-{digest}'; form-action 'self'; frame-ancestors 'none';"
-                " base-uri 'none'",
-                answer.headers["content-security-policy"],
-            )
-            self.assertEqual("same-origin", answer.headers["referrer-policy"])
-            self.assertEqual("no-store", answer.headers["cache-control"])
-
-    def test_who_is_refused_gets_a_page_in_a_browser_and_else_a_line(self) -> None:
-        for path, status in (
-            ("/admin/user?username=nobody", 404),
-            ("/admin/delete?username=nobody", 404),
-            ("/admin/user", 400),
-            ("/me/state?key=nothing", 404),
-            ("/me/state", 400),
-            ("/me/?page=2", 400),
+        for status, path in (
+            *((200, path) for path in ("/", "/me/", "/admin/", "/admin/user?username=bob")),
+            (404, "/me/state?key=unknown"),
         ):
-            answer = self.see(path)
-            self.assertEqual(status, answer.status, path)
-            self.assertEqual("../me/", Page(answer).links["Your states"])
-            answer = self.request("GET", path)
-            self.assertEqual((status, "text/plain; charset=utf-8"), (answer.status, answer.headers["content-type"]))
-        self.assertEqual(404, self.see("/nowhere").status)
+            answer = self.see(status, path)
+            (style,) = re.findall(rb"<style>(.*?)</style>", answer.body, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(style).digest()).decode()
+            policy = f"default-src 'none'; style-src 'sha256-{digest}'; form-action 'self'; frame-ancestors 'none';"
+            for name, expected in (
+                ("content-type", "text/html; charset=utf-8"),
+                ("content-security-policy", policy + " base-uri 'none'"),
+                ("referrer-policy", "same-origin"),
+                ("cache-control", "no-store"),
+            ):
+                self.assertEqual(expected, answer.headers[name])
 
-    def test_whatever_is_stored_stays_text(self) -> None:
+    def test_a_refusal_is_a_page_in_a_browser_and_otherwise_a_line(self) -> None:
+        for status, path in (
+            *((404, path) for path in ("/admin/user?username=nobody", "/admin/delete?username=nobody")),
+            *((400, path) for path in ("/admin/user", "/me/state", "/me/?page=2")),
+            (404, "/me/state?key=nothing"),
+        ):
+            self.assertEqual("../me/", Page(self.see(status, path)).links["Your states"])
+            self.assertEqual("text/plain; charset=utf-8", self.check(status, "GET", path).headers["content-type"])
+        self.see(404, "/nowhere")
+
+    def test_stored_markup_stays_text(self) -> None:
         hostile = [
             "<script>alert(1)</script>",
             '"><img src=x onerror=alert(2)>',
             "'><svg onload=alert(3)>",
             "&lt;b&gt;",
         ]
+        known = "html head meta title style body nav a main h1 h2 p table thead tbody tr th td time form input label"
+        known += " button textarea span div code small details summary pre"
+        paths = ["/admin/", "/me/", "/admin/user?username=alice", "/me/?prefix=%22%3E%3Cimg"]
+        answers = []
         for text in hostile:
             self.store.add_user(text, kvserver.hash_password("a password"), False)
             self.store.set_value(1, text, text)
             self.store.add_token("alice", text.encode(), text, False, text)
-        known = "html head meta title style body nav a main h1 h2 p table thead tbody tr th td time form input label"
-        known += " button textarea span div code small details summary pre"
-        paths = [
-            "/admin/",
-            "/me/",
-            "/admin/user?username=alice",
-            "/me/?prefix=%22%3E%3Cimg",
-            "/me/state?key=%3Cscript%3E",
-        ]
-        for text in hostile:
-            query = urllib.parse.urlencode({"username": text})
-            paths += [
-                f"/admin/user?{query}",
-                f"/admin/delete?{query}",
-                "/me/state?" + urllib.parse.urlencode({"key": text}),
-            ]
-        answers = [self.see(path) for path in paths]
-        for text in hostile:
-            fields = {
-                "username": text,
-                "password": text[:4],
-                "key": text,
-                "value": text,
-                "label": "x" * 65,
-                "prefix": text,
-            }
-            answers.append(self.send("/admin/", action="adduser", username=text, password="short"))
-            answers.append(self.send("/me/", action="set", key="", value=text))
-            answers.append(self.send("/me/", action="addtoken", label=text + "x" * 64, prefix=text))
-            answers.append(self.send("/me/", action=text, **{name: fields[name] for name in ("key", "value")}))
-        for answer in answers:
+            paths += [url("/admin/user", username=text), url("/admin/delete", username=text)]
+            paths += [url("/me/state", key=text), url("/me/", prefix=text)]
+            answers.append(self.send(409, "/admin/", action="adduser", username=text, password="a password"))
+            answers.append(self.send(400, "/me/", action="set", key="", value=text))
+            answers.append(self.send(400, "/me/", action="addtoken", label=text + "x" * 64, prefix=text))
+            answers.append(self.send(400, "/me/", action=text, key=text, value=text))
+        for answer in (*answers, *(self.see(200, path) for path in paths)):
             page = Page(answer)
             for tag, attributes in page.elements:
                 self.assertIn(tag, known.split())
                 self.assertFalse([name for name in attributes if name.startswith("on") or name == "src"])
-            if answer.status == 200:
-                self.assertTrue(any(text in page.text for text in hostile), page.text)
+            shown = page.text + str(page.values())
+            self.assertTrue(any(text in shown for text in hostile), shown)
 
 
-class AccountPages(PageCase):
-    """What admins do."""
+class UserPages(PageCase):
+    """Pages for admins."""
 
-    def test_accounts_are_a_table(self) -> None:
-        self.store.set_value(2, "a", "1")
-        self.store.set_value(2, "b", "2")
-        self.store.set_value(2, "c", "3", time.time() - 1)
+    def test_users_are_a_table(self) -> None:
+        for key, value, expires in (("a", "1", None), ("b", "2", None), ("c", "3", time.time() - 1)):
+            self.store.set_value(2, key, value, expires)
         with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
             connection.execute("UPDATE pair SET updated = updated - 86400 * 3 WHERE key = 'a'")
             connection.execute("UPDATE pair SET updated = updated - 7201 WHERE key = 'b'")
@@ -4806,7 +4748,7 @@ class AccountPages(PageCase):
             [["alice", "admin", "0", "never"], ["bob", "user", "2", "2 hours ago"]], [r[:4] for r in rows[1:]]
         )
 
-    def test_accounts_have_pages(self) -> None:
+    def test_users_have_pages(self) -> None:
         names = [f"user {number:03}" for number in range(203)]
         for name in names:
             self.store.add_user(name, "", False)
@@ -4814,149 +4756,106 @@ class AccountPages(PageCase):
         self.assertIn("First page", self.page("/admin/?after=user+100").links)
 
     def test_adduser_adds_a_user(self) -> None:
-        self.assertEqual(
-            "./#done", self.location(self.send("/admin/", action="adduser", username="carol", password="carol's pass"))
-        )
-        self.assertEqual(200, self.login("carol", "carol's pass"))
-        self.assertEqual(403, self.login("carol", "carol's pass", "/admin/"))
-        for text, is_admin in (
-            ("1", True),
-            ("on", True),
-            ("yes", True),
-            ("", False),
-            ("0", False),
-            ("False", False),
-            ("off", False),
-        ):
-            self.send("/admin/", action="adduser", username=f"x{text}", password="a password", isAdmin=text)
-            user = self.store.user(f"x{text}")
-            self.assertTrue(user and bool(user.is_admin) == is_admin, text)
+        answer = self.send(303, "/admin/", action="adduser", username="carol", password="carol's pass")
+        self.assertEqual("./#done", answer.headers["location"])
+        self.check(200, "GET", "/list", user=basic("carol", "carol's pass"))
+        self.see(403, "/admin/", basic("carol", "carol's pass"))
+        for is_admin, texts in ((True, ("1", "on", "yes")), (False, ("", "0", "False", "off"))):
+            for text in texts:
+                name = f"x{text}"
+                self.send(303, "/admin/", action="adduser", username=name, password="a password", isAdmin=text)
+                self.assertEqual([is_admin], [bool(user.is_admin) for user in self.store.users(name, name)])
 
-    def test_a_form_comes_back_with_what_was_typed_but_the_password(self) -> None:
-        for fields, status in (
-            ({"username": "bob", "password": "a password"}, 409),
-            ({"username": "carol", "password": "short"}, 400),
-            ({"username": "carol"}, 400),
-            ({"username": "car:ol", "password": "a password"}, 400),
-            ({"username": "", "password": "a password"}, 400),
-            ({"username": "carol", "password": "x" * 4097}, 400),
+    def test_a_form_comes_back_with_everything_typed_but_the_password(self) -> None:
+        for status, username, password in (
+            (409, "bob", "a password"),
+            *((400, "carol", password) for password in ("short", None, "x" * 4097)),
+            *((400, username, "a password") for username in ("car:ol", "")),
         ):
-            answer = self.send("/admin/", action="adduser", isAdmin="1", **fields)
-            self.assertEqual(status, answer.status, fields)
-            page = Page(answer)
-            self.assertEqual([fields["username"]], page.values(name="username"))
-            self.assertEqual([""], page.values(name="password"))
-            self.assertTrue([1 for tag, attributes in page.elements if tag == "input" and "checked" in attributes])
-            self.assertTrue([1 for tag, attributes in page.elements if attributes.get("role") == "alert"])
+            fields = {} if password is None else {"password": password}
+            page = Page(self.send(status, "/admin/", action="adduser", isAdmin="1", username=username, **fields))
+            self.assertEqual(([username], [""]), (page.values(name="username"), page.values(name="password")))
+            self.assertTrue(any("checked" in attributes for _, attributes in page.elements))
+            self.assertTrue(page.has_alert())
+        self.send(400, "/admin/", action="adduser", password="a password")
         self.assertEqual(["alice", "bob"], self.names())
-        self.assertEqual(400, self.send("/admin/", action="adduser", password="a password").status)
-        self.assertEqual(400, self.send("/admin/", action="explode", username="bob").status)
-        self.assertEqual(400, self.send("/admin/", username="bob").status)
 
-    def test_deluser_asks_first_and_deletes_all(self) -> None:
+    def test_deluser_asks_first_and_deletes_everything(self) -> None:
         self.store.set_value(2, "a", "1")
         self.store.add_token("bob", b"digest", "", False, "")
+        self.check(200, "GET", "/list", user="bob")
         self.assertIn("states: 1, tokens: 1", self.page("/admin/delete?username=bob").text)
-        answer = self.send("/admin/", action="deluser", username="bob", page="delete")
-        self.assertEqual("./#done", self.location(answer))
-        self.assertEqual(["alice"], self.names())
-        self.assertEqual(401, self.login("bob", PASSWORDS["bob"]))
-        self.assertEqual(404, self.send("/admin/", action="deluser", username="bob").status)
+        answer = self.send(303, "/admin/", action="deluser", username="bob", page="delete")
+        self.assertEqual(("./#done", ["alice"]), (answer.headers["location"], self.names()))
+        self.check(401, "GET", "/list", user="bob")
 
     def test_nobody_deletes_themselves_nor_the_last_admin(self) -> None:
-        for page in ("", "delete"):
-            answer = self.send("/admin/", action="deluser", username="alice", page=page)
-            self.assertEqual(409, answer.status)
-        self.assertEqual(
-            409, self.send("/admin/", action="setadmin", username="alice", isAdmin="0", page="user").status
-        )
-        self.store.set_admin("bob", True)
-        self.assertEqual(409, self.send("/admin/", action="deluser", username="alice").status)
-        self.assertEqual(303, self.send("/admin/", action="setadmin", username="alice", isAdmin="0").status)
-        self.assertEqual(403, self.see("/admin/").status)
-        self.assertEqual(409, self.send("/admin/", "bob", action="setadmin", username="bob").status)
-        self.assertEqual(["alice", "bob"], self.names())
-
-    def test_who_gives_the_role_of_an_admin_away_is_led_to_what_is_still_open(self) -> None:
-        self.store.set_admin("bob", True)
-        answer = self.send("/admin/", "bob", action="setadmin", username="bob", isAdmin="0", page="user")
-        self.assertEqual("../me/#done", self.location(answer))
-        self.assertEqual(200, self.see(urllib.parse.urljoin("/admin/", "../me/"), "bob").status)
-
-    def test_no_form_is_shown_that_can_only_fail(self) -> None:
         page = self.page("/admin/delete?username=alice")
         self.assertIn("You cannot delete yourself", page.text)
         self.assertNotIn("button", [tag for tag, _ in page.elements])
+        for page_name in ("", "delete"):
+            self.send(409, "/admin/", action="deluser", username="alice", page=page_name)
+        self.send(409, "/admin/", action="setadmin", username="alice", isAdmin="0", page="user")
+        self.store.set_admin("bob", True)
+        self.send(409, "/admin/", action="deluser", username="alice")
+        answer = self.send(303, "/admin/", action="setadmin", username="alice", isAdmin="0", page="user")
+        self.assertEqual("../me/#done", answer.headers["location"])  # what is still open to her
+        self.see(403, "/admin/")
+        self.send(409, "/admin/", "bob", action="setadmin", username="bob")
+        self.assertEqual(["alice", "bob"], self.names())
 
     def test_a_refusal_is_told_even_if_its_form_is_not_on_the_page(self) -> None:
         self.store.set_value(1, "a", "1")
-        for target, status, fields in (
-            ("/me/", 400, {"action": "zzz"}),
-            ("/me/", 400, {"action": "deltoken"}),
-            ("/me/", 404, {"action": "deltoken", "id": "1"}),
-            ("/me/", 400, {"action": "del"}),
-            ("/me/", 404, {"action": "del", "key": "gone"}),
-            ("/me/", 404, {"action": "del", "key": "gone", "page": "state"}),
-            ("/me/", 409, {"action": "set", "key": "gone", "page": "state", "value": "1", "etag": '"a"'}),
-            ("/admin/", 400, {"action": "zzz", "username": "bob"}),
-            ("/admin/", 400, {"action": "deluser"}),
-            ("/admin/", 404, {"action": "deluser", "username": "nobody"}),
-            ("/admin/", 409, {"action": "deluser", "username": "alice"}),
-            ("/admin/", 409, {"action": "setadmin", "username": "alice"}),
-            ("/admin/", 409, {"action": "adduser", "username": "bob", "page": "user"}),
-            ("/admin/", 400, {"action": "setpassword", "username": "bob", "password": "short"}),
-            ("/admin/", 400, {"action": "deltoken", "username": "bob", "page": "user"}),
+        for status, target, fields in (
+            (400, "/me/", {"action": "zzz"}),
+            (400, "/me/", {"key": "a", "value": "1"}),
+            (400, "/me/", {"action": "deltoken"}),
+            (404, "/me/", {"action": "deltoken", "id": "1"}),
+            (400, "/me/", {"action": "del"}),
+            (404, "/me/", {"action": "del", "key": "gone"}),
+            (404, "/me/", {"action": "del", "key": "gone", "page": "state"}),
+            (409, "/me/", {"action": "set", "key": "gone", "page": "state", "value": "1", "etag": '"a"'}),
+            (400, "/admin/", {"action": "zzz", "username": "bob"}),
+            (400, "/admin/", {"username": "bob"}),
+            (400, "/admin/", {"action": "deluser"}),
+            (404, "/admin/", {"action": "deluser", "username": "nobody"}),
+            (404, "/admin/", {"action": "setpassword", "username": "nobody", "password": "a password"}),
+            (409, "/admin/", {"action": "deluser", "username": "alice"}),
+            (409, "/admin/", {"action": "setadmin", "username": "alice"}),
+            (409, "/admin/", {"action": "adduser", "username": "bob", "page": "user"}),
+            (400, "/admin/", {"action": "setpassword", "username": "bob", "password": "short"}),
+            (400, "/admin/", {"action": "deltoken", "username": "bob", "page": "user"}),
+            *((404, "/admin/", {"action": "deltoken", "username": "bob", "id": i}) for i in ("1", "x", "9" * 30, "-1")),
         ):
-            answer = self.send(target, **fields)
-            self.assertEqual(status, answer.status, fields)
-            alerts = [1 for _, attributes in Page(answer).elements if attributes.get("role") == "alert"]
-            self.assertEqual([1], alerts, fields)
+            self.assertTrue(Page(self.send(status, target, **fields)).has_alert(), fields)
 
     def test_two_admins_cannot_remove_each_other_at_once(self) -> None:
-        for fields in ({"action": "deluser"}, {"action": "setadmin", "isAdmin": "0"}):
-            for _ in range(5):
-                with contextlib.suppress(kvserver.UserExists):
-                    self.store.add_user("bob", kvserver.hash_password(PASSWORDS["bob"]), True)
-                with contextlib.suppress(kvserver.UserExists):
-                    self.store.add_user("alice", kvserver.hash_password(PASSWORDS["alice"]), True)
-                self.store.set_admin("alice", True)
-                self.store.set_admin("bob", True)
-                barrier = threading.Barrier(2)
-                statuses: list[int] = []
+        def send(user: str, other: str, fields: Mapping[str, str], barrier: threading.Barrier) -> int:
+            barrier.wait(WAIT_SECONDS)
+            form = urllib.parse.urlencode({"username": other, **fields})
+            return self.request("POST", "/admin/", form, kvserver.FORM, user).status
 
-                def remove(
-                    user: str,
-                    other: str,
-                    fields: dict[str, str] = fields,
-                    barrier: threading.Barrier = barrier,
-                    statuses: list[int] = statuses,
-                ) -> None:
-                    barrier.wait(WAIT_SECONDS)
-                    statuses.append(self.send("/admin/", user, username=other, **fields).status)
-
-                threads = [threading.Thread(target=remove, args=pair) for pair in (("alice", "bob"), ("bob", "alice"))]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-                self.assertEqual(1, sum(bool(user.is_admin) for user in self.store.users()), statuses)
-                self.assertEqual(1, statuses.count(303))
+        for fields in [{"action": "deluser"}, {"action": "setadmin", "isAdmin": "0"}] * 5:
+            for name, password in PASSWORDS.items():
+                with contextlib.suppress(kvserver.UserExists):
+                    self.store.add_user(name, kvserver.hash_password(password), True)
+                self.store.set_admin(name, True)
+            barrier = threading.Barrier(2)
+            results = join(in_threads(send, [("alice", "bob", fields, barrier), ("bob", "alice", fields, barrier)]))
+            self.assertEqual(1, sum(bool(user.is_admin) for user in self.store.users()), results)
+            self.assertEqual(1, results.count(303))
 
     def test_setpassword_counts_at_once_and_tokens_stay(self) -> None:
         token = kvserver.make_token()
         self.store.add_token("bob", kvserver.hash_token(token), "", False, "")
-        self.assertEqual(200, self.login("bob", PASSWORDS["bob"]))
-        answer = self.send("/admin/", action="setpassword", username="bob", password="another one", page="user")
-        self.assertEqual("user?username=bob#done", self.location(answer))
-        self.assertEqual((401, 200), (self.login("bob", PASSWORDS["bob"]), self.login("bob", "another one")))
-        self.assertEqual(
-            200, self.request("GET", "/list", user=None, headers={"Authorization": "Bearer " + token}).status
-        )
+        self.check(200, "GET", "/list", user="bob")
+        answer = self.send(303, "/admin/", action="setpassword", username="bob", password="another one", page="user")
+        self.assertEqual("user?username=bob#done", answer.headers["location"])
+        for status, user in ((401, "bob"), (200, basic("bob", "another one")), (200, "Bearer " + token)):
+            self.check(status, "GET", "/list", user=user)
         self.assertIn("tokens stay", self.page("/admin/user?username=bob").text)
-        answer = self.send("/admin/", action="setpassword", username="bob", password="short", page="user")
-        self.assertEqual(400, answer.status)
-        self.assertIn("<h1>bob</h1>", answer.body.decode())
-        self.assertEqual(404, self.send("/admin/", action="setpassword", username="x", password="a password").status)
+        answer = self.send(400, "/admin/", action="setpassword", username="bob", password="short", page="user")
+        self.assertIn(b"<h1>bob</h1>", answer.body)
 
     def test_the_page_of_a_user_shows_states_and_tokens(self) -> None:
         for number in range(250):
@@ -4966,170 +4865,121 @@ class AccountPages(PageCase):
             connection.execute("UPDATE token SET last_used_day = 20000")
         rows = [row[:2] for row in self.follow("/admin/user?username=bob") if row[0].startswith("key ")]
         self.assertEqual([[f"key {n:03}", f"value {n}"] for n in range(250)], rows)
-        token = next(row for row in self.page("/admin/user?username=bob").rows if row[0] == "hall")
-        self.assertEqual(["hall", "read hall/*", "2024-10-04", "Revoke…Revoke hall"], token)
-        location = self.location(self.send("/admin/", action="deltoken", username="bob", id="1", page="user"))
-        self.assertEqual("user?username=bob#done", location)
-        self.assertEqual([], self.store.tokens("bob"))
-        for token_id, status in (("1", 404), ("x", 404), ("9" * 30, 404), ("-1", 404)):
-            self.assertEqual(status, self.send("/admin/", action="deltoken", username="bob", id=token_id).status)
+        rows = self.page("/admin/user?username=bob").rows
+        self.assertIn(["hall", "read hall/*", "2024-10-04", "Revoke…Revoke hall"], rows)
+        answer = self.send(303, "/admin/", action="deltoken", username="bob", id="1", page="user")
+        self.assertEqual(("user?username=bob#done", []), (answer.headers["location"], self.store.tokens("bob")))
 
-    def test_programs_of_the_flask_time_keep_working(self) -> None:
+    def test_programs_for_the_flask_version_keep_working(self) -> None:
         for path in ("/admin", "/iotpersistenceapi/admin"):
-            answer = self.send(path + "?action=adduser", username="carol", password="a password", isAdmin="on")
-            self.assertEqual(path + "/", urllib.parse.urljoin(path, self.location(answer)))
-            self.assertTrue(self.store.users("carol", "carol")[0].is_admin)
-            answer = self.send(path + "?action=adduser", username="carol", password="a password")
-            self.assertEqual(409, answer.status)
+            add, delete = path + "?action=adduser", path + "?action=deluser"
+            answer = self.send(303, add, username="carol", password="a password", isAdmin="on")
+            self.assertEqual(path + "/", urllib.parse.urljoin(path, answer.headers["location"]))
+            answer = self.send(409, add, username="carol", password="a password")
             self.assertEqual(path[:-5] + "me/", urllib.parse.urljoin(path, Page(answer).links["Your states"]))
-            self.assertEqual(303, self.send(path + "?action=deluser&username=carol").status)
-            self.send(path + "?action=adduser", username="dave", password="a password")
-            self.assertFalse(self.store.users("dave", "dave")[0].is_admin)
-            self.assertEqual(303, self.send(path + "?action=deluser", username="dave").status)
-            self.assertEqual(["alice", "bob"], self.names())
+            self.send(303, add, username="dave", password="a password")
+            self.assertEqual([True, False], [bool(user.is_admin) for user in self.store.users("carol", "dave")])
+            self.send(303, delete + "&username=carol")
+            self.send(303, delete, username="dave")
             for user in (None, "alice"):
-                answer = self.see(path + "?action=deluser&username=bob", user)
-                self.assertEqual((405, "POST, OPTIONS"), (answer.status, answer.headers["allow"]))
+                self.assertEqual("POST, OPTIONS", self.see(405, delete + "&username=bob", user).headers["allow"])
         self.assertEqual(["alice", "bob"], self.names())
 
-    def test_another_site_changes_no_account(self) -> None:
+    def test_another_site_changes_nothing(self) -> None:
         self.store.add_token("alice", b"1", "", False, "")
-        for headers in (
-            {"Origin": "http://evil.example"},
-            {"Sec-Fetch-Site": "same-site"},
-            {"Referer": "http://evil.example/"},
+        eve = {"action": "adduser", "username": "eve", "password": "a password", "isAdmin": "1"}
+        for path, fields in (
+            ("/admin/", eve),
+            ("/admin", eve),
+            ("/admin/", {"action": "deluser", "username": "bob"}),
+            ("/admin/", {"action": "setpassword", "username": "alice", "password": "a password"}),
+            ("/admin/", {"action": "setadmin", "username": "bob", "isAdmin": "1"}),
+            ("/admin/", {"action": "deltoken", "username": "alice", "id": "1"}),
+            ("/me/", {"action": "set", "key": "a", "value": "1"}),
+            ("/me/", {"action": "addtoken"}),
+            ("/me/", {"action": "deltoken", "id": "1"}),
+            ("/me/", {"action": "passwd", "current": PASSWORDS["alice"], "password": "a password"}),
         ):
-            for path, fields in (
-                ("/admin/", {"action": "adduser", "username": "eve", "password": "a password", "isAdmin": "1"}),
-                ("/admin", {"action": "adduser", "username": "eve", "password": "a password", "isAdmin": "1"}),
-                ("/admin/", {"action": "deluser", "username": "bob"}),
-                ("/admin/", {"action": "setpassword", "username": "alice", "password": "a password"}),
-                ("/admin/", {"action": "setadmin", "username": "bob", "isAdmin": "1"}),
-                ("/admin/", {"action": "deltoken", "username": "alice", "id": "1"}),
-                ("/me/", {"action": "set", "key": "a", "value": "1"}),
-                ("/me/", {"action": "addtoken"}),
-                ("/me/", {"action": "deltoken", "id": "1"}),
-                ("/me/", {"action": "passwd", "current": PASSWORDS["alice"], "password": "a password"}),
+            for name, origin in (
+                *(("Origin", "http://evil.example"), ("Sec-Fetch-Site", "same-site")),
+                ("Referer", "http://evil.example/"),
             ):
-                self.assertEqual(403, self.send(path, headers=headers, **fields).status)
+                self.send(403, path, headers={name: origin}, **fields)
         self.assertEqual((["alice", "bob"], {}), (self.names(), self.pairs()))
         self.assertEqual(1, len(self.store.tokens("alice")))
         self.assertEqual([True, False], [bool(user.is_admin) for user in self.store.users()])
-        self.assertEqual(
-            303, self.send("/me/", headers={"Sec-Fetch-Site": "same-origin"}, action="set", key="a", value="1").status
-        )
+        self.send(303, "/me/", headers={"Sec-Fetch-Site": "same-origin"}, action="set", key="a", value="1")
 
     def test_a_password_is_hashed_while_others_are_served(self) -> None:
-        begun, go_on, statuses = threading.Semaphore(0), threading.Event(), list[int]()
-        real = kvserver.hash_password
-
-        def hash_slowly(password: str) -> str:
-            begun.release()
-            go_on.wait(WAIT_SECONDS)
-            return real(password)
-
-        def add(number: int) -> None:
-            statuses.append(self.send("/admin/", action="adduser", username=f"x{number}", password="a password").status)
-
-        self.login("alice", PASSWORDS["alice"])
-        with mock.patch.object(kvserver, "hash_password", hash_slowly):
-            threads = [threading.Thread(target=add, args=(number,)) for number in range(3)]
-            for thread in threads:
-                thread.start()
-            self.assertTrue(begun.acquire(timeout=WAIT_SECONDS))
-            self.assertEqual(200, self.send("/set", key="a", value="1").status)
+        self.page("/admin/")
+        add = functools.partial(self.send, action="adduser", password="a password")
+        with held(kvserver, "hash_password") as (hashing, release):
+            calls = in_threads(lambda name: add(303, "/admin/", username=name), [("x",), ("y",), ("z",)])
+            self.assertTrue(hashing.acquire(timeout=WAIT_SECONDS))
+            self.check(200, "GET", "/set?key=a&value=1")
             self.assertEqual(["alice", "bob"], self.names())
-            go_on.set()
-            for thread in threads:
-                thread.join()
-        self.assertEqual([303] * 3, statuses)
-        self.assertEqual(5, len(self.names()))
+            release.set()
+            join(calls)
+        self.assertEqual(["alice", "bob", "x", "y", "z"], self.names())
 
     def test_strangers_have_no_password_hashed(self) -> None:
         with mock.patch.object(kvserver, "hash_password") as hash_password:
             for path in ("/me", "/admin", "/iotpersistenceapi"):
-                self.assertEqual(301, self.see(path + "?password=x", None).status)
-            for path in ("/me/", "/admin/", "/admin"):
-                for user in (None, "bob") if path != "/me/" else (None,):
-                    answer = self.request("POST", path, "action=passwd&password=x", kvserver.FORM, user)
-                    self.assertIn(answer.status, (401, 403))
+                self.see(301, path + "?password=x", None)
+            for status, path, user in (
+                *((401, path, None) for path in ("/me/", "/admin/", "/admin")),
+                *((403, path, "bob") for path in ("/admin/", "/admin")),
+            ):
+                self.send(status, path, user, action="passwd", password="x")
         hash_password.assert_not_called()
 
-    def test_who_is_no_longer_an_admin_when_the_password_is_hashed_changes_nothing(self) -> None:
-        real = kvserver.hash_password
-        for name, change, status in (
-            ("x", lambda: self.store.set_admin("bob", False), 403),
-            ("y", lambda: self.store.delete_user("bob", even_last_admin=False), 401),
-        ):
+    def test_an_admin_who_loses_the_role_while_the_password_is_hashed_changes_nothing(self) -> None:
+        hash_password, form = kvserver.hash_password, {"action": "adduser", "username": "x", "password": "a password"}
+        changes: tuple[tuple[int, Callable[[], object]], ...] = (
+            (403, lambda: self.store.set_admin("bob", False)),
+            (401, lambda: self.store.delete_user("bob", even_last_admin=False)),
+        )
+        for status, change in changes:
             self.store.set_admin("bob", True)
-            self.login("bob", PASSWORDS["bob"])
-
-            def hash_late(password: str, change: Callable[[], None] = change) -> str:
-                change()
-                return real(password)
-
-            with mock.patch.object(kvserver, "hash_password", hash_late):
-                self.assertEqual(
-                    status, self.send("/admin/", "bob", action="adduser", username=name, password="a password").status
-                )
-            self.assertNotIn(name, self.names())
+            self.see(200, "/admin/", "bob")
+            late = mock.Mock(side_effect=lambda password, change=change: change() or hash_password(password))
+            with mock.patch.object(kvserver, "hash_password", late):
+                self.send(status, "/admin/", "bob", **form)
+            late.assert_called_once()
+            self.assertNotIn("x", self.names())
 
 
 class OwnPages(PageCase):
-    """What everybody does with what is their own."""
+    """Pages for everybody's own values and tokens."""
 
-    def edit(self, key: str) -> Answer:
-        """Save a state's form as a browser does that shows it and sends it unchanged."""
-        target = "/me/state?" + urllib.parse.urlencode({"key": key})
-        text = self.see(target).body.decode("utf-8")
-        area = re.search(r"<textarea[^>]*>\n(.*?)</textarea>", text, re.DOTALL)
-        assert area
-        value = html.unescape(area[1]).replace("\n", "\r\n")
-        form = re.search(r'<form[^>]*action="([^"]*)"', text)
-        assert form
-        url = urllib.parse.urljoin(target, html.unescape(form[1]))
-        return self.send(url, action="set", value=value, page="state")
+    def edit(self, key: str) -> None:
+        """Save a value's form as a browser does, unchanged."""
+        target = url("/me/state", key=key)
+        text = self.see(200, target).body.decode("utf-8")
+        (area,) = re.findall(r"<textarea[^>]*>\n(.*?)</textarea>", text, re.DOTALL)
+        action = re.findall(r'<form[^>]*action="([^"]*)"', text)[0]
+        value = html.unescape(area).replace("\n", "\r\n")
+        self.send(303, urllib.parse.urljoin(target, html.unescape(action)), action="set", value=value, page="state")
 
     def test_states_are_a_table(self) -> None:
-        self.store.set_value(1, "door", "open")
-        self.store.set_value(1, "empty", "")
-        self.store.set_value(1, "long", "é" * 41)
-        self.store.set_value(1, "as long as that", "é" * 40)
-        self.store.set_value(1, "lines", "\na\r\tb\0")
-        self.store.set_value(1, "motion", "yes", time.time() + 3601)
+        shown = {"as long as that": "é" * 40, "door": "open", "empty": "empty", "lines": "↵a\ufffd b\ufffd"}
+        shown |= {"long": "é" * 40 + "…", "motion": "yes"}
+        for key, value in {**shown, "empty": "", "lines": "\na\r\tb\0", "long": "é" * 41}.items():
+            self.store.set_value(1, key, value, time.time() + 3601 if key == "motion" else None)
         self.store.set_value(1, "gone", "x", time.time() - 1)
         self.store.set_value(2, "bob's", "x")
-        answer = self.see("/me/")
+        answer = self.see(200, "/me/")
         rows = [row[:2] for row in Page(answer).rows if len(row) == 3]
-        self.assertEqual(
-            [
-                ["Key", "Value"],
-                ["as long as that", "é" * 40],
-                ["door", "open"],
-                ["empty", "empty"],
-                ["lines", "↵a\ufffd b\ufffd"],
-                ["long", "é" * 40 + "…"],
-                ["motion", "yes"],
-            ],
-            rows,
-        )
+        self.assertEqual([["Key", "Value"], *map(list, shown.items())], rows)
         times = re.findall(r'<time datetime="([^"]+)">([^<]+)</time>', answer.body.decode())
         self.assertRegex(times[0][0], r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ\Z")
         self.assertIn("in 1 hour", [words for _, words in times])
 
-    def test_times_are_told_in_words(self) -> None:
+    def test_times_are_words(self) -> None:
         for seconds, words in (
-            (0, "now"),
-            (-0.9, "now"),
-            (-1, "1 second ago"),
-            (-59.9, "59 seconds ago"),
-            (-60, "1 minute ago"),
-            (-3599, "59 minutes ago"),
-            (-7200, "2 hours ago"),
-            (-86400, "1 day ago"),
-            (-86400 * 800, "800 days ago"),
-            (1.5, "in 1 second"),
-            (86400 * 2, "in 2 days"),
+            *((0, "now"), (-0.9, "now"), (-1, "1 second ago"), (-59.9, "59 seconds ago"), (-60, "1 minute ago")),
+            *((-3599, "59 minutes ago"), (-7200, "2 hours ago"), (-86400, "1 day ago"), (-86400 * 800, "800 days ago")),
+            *((1.5, "in 1 second"), (86400 * 2, "in 2 days")),
         ):
             self.assertEqual(words, kvserver.relative_time(seconds))
 
@@ -5140,95 +4990,69 @@ class OwnPages(PageCase):
         self.assertEqual(keys, [row[0] for row in self.follow("/me/") if row[1] == "1"])
         self.assertEqual(keys[120:240], [row[0] for row in self.follow("/me/?prefix=hall%2F") if row[1] == "1"])
         page = self.page("/me/?prefix=hall%2F&after=hall%2F099")
-        self.assertEqual(
-            (["hall/"], 20), (page.values(type="search"), sum(row[1] == "1" for row in page.rows if len(row) > 1))
-        )
-        self.assertEqual("./?prefix=hall/", page.links["First page"])
-        self.assertEqual("./", page.links["All states"])
+        self.assertEqual(["hall/"], page.values(type="search"))
+        self.assertEqual(20, sum(row[1:2] == ["1"] for row in page.rows))
+        self.assertEqual(("./?prefix=hall/", "./"), (page.links["First page"], page.links["All states"]))
         self.assertIn("There are none", self.page("/me/?prefix=x").text)
 
     def test_states_are_added_edited_and_deleted(self) -> None:
-        self.assertEqual("./#done", self.location(self.send("/me/", action="set", key="a/b é", value="1")))
-        self.assertEqual({"a/b é": "1"}, self.pairs())
-        location = self.location(self.send("/me/?key=a%2Fb+%C3%A9", action="set", value="2", page="state"))
-        self.assertEqual("state?key=a/b%20%C3%A9#done", location)
-        self.assertEqual({"a/b é": "2"}, self.pairs())
-        self.assertEqual("./#done", self.location(self.send("/me/", action="del", key="a/b é", page="state")))
-        self.assertEqual({}, self.pairs())
-        self.assertEqual(404, self.send("/me/", action="del", key="a/b é").status)
-        self.assertEqual({}, self.pairs("bob"))
-
-    def test_a_form_comes_back_with_what_was_typed(self) -> None:
-        for fields, status in (
-            ({"key": "", "value": "typed"}, 400),
-            ({"key": "k" * 513, "value": "typed"}, 400),
-            ({"value": "typed"}, 400),
-            ({"key": "k"}, 400),
-            ({"key": "k", "value": "typed" + "x" * 1024 * 1024}, 413),
+        for target, fields, location, pairs in (
+            ("/me/", {"action": "set", "key": "a/b é", "value": "1\r\n2\r3\n"}, "./", {"a/b é": "1\n2\n3\n"}),
+            (
+                *("/me/?key=a%2Fb+%C3%A9", {"action": "set", "value": "2", "page": "state"}),
+                *("state?key=a/b%20%C3%A9", {"a/b é": "2"}),
+            ),
+            ("/me/", {"action": "del", "key": "a/b é", "page": "state"}, "./", {}),
         ):
-            answer = self.send("/me/", action="set", **fields)
-            self.assertEqual(status, answer.status)
-            page = Page(answer)
+            self.assertEqual(location + "#done", self.send(303, target, **fields).headers["location"])
+            self.assertEqual((pairs, {}), (self.pairs(), self.pairs("bob")))
+
+    def test_a_form_comes_back_with_everything_typed(self) -> None:
+        for status, fields in (
+            *((400, {"key": key, "value": "typed"}) for key in ("", "k" * 513)),
+            *((400, {"value": "typed"}), (400, {"key": "k"})),
+            (413, {"key": "k", "value": "typed" + "x" * 1024 * 1024}),
+        ):
+            page = Page(self.send(status, "/me/", action="set", **fields))
             self.assertIn(fields.get("key", ""), page.values(name="key"))
             self.assertIn("typed" if "value" in fields else "Value", page.text)
-        self.assertEqual(400, self.send("/me/", action="explode").status)
-        self.assertEqual(400, self.send("/me/", key="a", value="1").status)
         self.assertEqual({}, self.pairs())
 
-    def test_a_form_saved_unchanged_leaves_the_value_as_it_was(self) -> None:
-        values = [
-            "",
-            "\n",
-            "\n\na\n",
-            " a \t",
-            "<b>&amp;</b></textarea>",
+    def test_a_form_saved_unchanged_leaves_the_value_unchanged(self) -> None:
+        for value in (
+            *("", "\n", "\n\na\n", " a \t", "<b>&amp;</b></textarea>", "😀é", "+%41&a=b"),
             "\x01\x0b\x0c\x1b\x7f\x85\u2028\ufeff\ufffe",
-            "😀é",
-            "+%41&a=b",
-        ]
-        for value in values:
+        ):
             self.store.set_value(1, "a\n+&é", value)
-            self.assertEqual(303, self.edit("a\n+&é").status)
+            self.edit("a\n+&é")
             self.assertEqual({"a\n+&é": value}, self.pairs())
 
-    def test_adding_overwrites_only_what_was_seen(self) -> None:
+    def test_adding_and_editing_overwrite_only_what_was_shown(self) -> None:
+        def set_shown(*etags: str | None) -> None:
+            for etag in etags:
+                self.send(303, "/me/?key=a", action="set", value="typed", page="state", etag=etag)
+            self.assertEqual("typed", self.pairs()["a"])
+
         self.assertEqual([""], self.page("/me/").values(name="etag"))
-        answer = self.send("/me/", action="set", key="b/é", value="2", page="add", etag="")
-        self.assertEqual("./?prefix=b/%C3%A9#done", self.location(answer))
-        self.store.set_value(1, "a", "1", time.time() + 100)
-        answer = self.send("/me/", action="set", key="a", value="typed", page="add", etag="")
-        self.assertEqual((409, {"a": "1", "b/é": "2"}), (answer.status, self.pairs()))
-        page = Page(answer)
-        self.assertRegex(page.text, r"(?s)typed.*What is stored now:\s*1")
-        etag = page.values(name="etag")[0]
-        self.assertEqual(303, self.send("/me/?key=a", action="set", value="typed", page="state", etag=etag).status)
-        self.assertEqual("typed", self.pairs()["a"])
-
-    def test_an_edit_does_not_overwrite_what_a_device_has_stored_meanwhile(self) -> None:
-        self.store.set_value(1, "a", "seen")
-        etag = self.page("/me/state?key=a").values(name="etag")[0]
+        answer = self.send(303, "/me/", action="set", key="b/é", value="2", page="add", etag="")
+        self.assertEqual("./?prefix=b/%C3%A9#done", answer.headers["location"])
+        self.store.set_value(1, "a", "shown", time.time() + 100)
+        answer = self.send(409, "/me/", action="set", key="a", value="typed", page="add", etag="")
+        self.assertRegex(Page(answer).text, r"(?s)typed.*What is stored now:\s*shown")
+        set_shown(*Page(answer).values(name="etag"))
+        (etag,) = self.page("/me/state?key=a").values(name="etag")
         self.store.set_value(1, "a", "new")
-        answer = self.send("/me/?key=a", action="set", value="typed", page="state", etag=etag)
-        self.assertEqual((409, {"a": "new"}), (answer.status, self.pairs()))
-        page = Page(answer)
-        self.assertRegex(page.text, r"(?s)typed.*What is stored now:\s*new")
-        etag = page.values(name="etag")[0]
-        self.assertEqual(303, self.send("/me/?key=a", action="set", value="typed", page="state", etag=etag).status)
-        self.assertEqual({"a": "typed"}, self.pairs())
-
-    def test_what_was_typed_outlives_the_state(self) -> None:
-        self.store.set_value(1, "a", "seen")
-        etag = self.page("/me/state?key=a").values(name="etag")[0]
+        answer = self.send(409, "/me/?key=a", action="set", value="typed", page="state", etag=etag)
+        self.assertRegex(Page(answer).text, r"(?s)typed.*What is stored now:\s*new")
+        self.assertEqual({"a": "new", "b/é": "2"}, self.pairs())
+        set_shown(*Page(answer).values(name="etag"))
+        (etag,) = self.page("/me/state?key=a").values(name="etag")
         self.store.delete_pair(1, "a")
-        answer = self.send("/me/?key=a", action="set", value="typed", page="state", etag=etag)
-        self.assertEqual((409, {}), (answer.status, self.pairs()))
-        page = Page(answer)
-        self.assertIn("typed", page.text)
-        self.assertEqual([""], page.values(name="etag"))
-        self.assertEqual(303, self.send("/me/?key=a", action="set", value="typed", page="state", etag="").status)
-        self.assertEqual({"a": "typed"}, self.pairs())
+        page = Page(self.send(409, "/me/?key=a", action="set", value="typed", page="state", etag=etag))
+        self.assertEqual((True, [""], {"b/é": "2"}), ("typed" in page.text, page.values(name="etag"), self.pairs()))
+        set_shown("")
 
-    def test_what_cannot_be_seen_is_shown(self) -> None:
+    def test_invisible_characters_are_shown(self) -> None:
         for key in (" ", " a", "a ", "\u202eabc", "\u200b"):
             self.store.set_value(1, key, key)
         self.store.add_user(" ", "", False)
@@ -5238,130 +5062,89 @@ class OwnPages(PageCase):
 
     def test_tokens_of_a_user_are_bounded(self) -> None:
         for number in range(kvserver.TOKENS_MAX):
-            self.assertEqual(200, self.send("/me/", action="addtoken", label=str(number)).status)
-        answer = self.send("/me/", action="addtoken", label="typed")
-        self.assertEqual(409, answer.status)
+            self.send(200, "/me/", action="addtoken", label=str(number))
+        answer = self.send(409, "/me/", action="addtoken", label="typed")
         self.assertEqual(["typed"], Page(answer).values(name="label"))
-        self.assertEqual(303, self.send("/me/", action="deltoken", id="1").status)
-        self.assertEqual(200, self.send("/me/", action="addtoken").status)
-        self.assertEqual(200, self.send("/me/", "bob", action="addtoken").status)
+        self.send(303, "/me/", action="deltoken", id="1")
+        for user in PASSWORDS:
+            self.send(200, "/me/", user, action="addtoken")
 
     def test_a_page_is_not_made_while_others_wait_to_write(self) -> None:
-        begun, go_on = threading.Event(), threading.Event()
-        real = kvserver.make_states
-
-        def make_slowly(*arguments: Any, **named: Any) -> kvserver.Markup:
-            begun.set()
-            go_on.wait(WAIT_SECONDS)
-            return real(*arguments, **named)
-
-        statuses: list[int] = []
-        thread = threading.Thread(target=lambda: statuses.append(self.send("/me/", action="zzz").status))
-        with mock.patch.object(kvserver, "make_states", make_slowly):
-            thread.start()
-            self.assertTrue(begun.wait(WAIT_SECONDS))
-            self.assertEqual(200, self.send("/set", "bob", key="a", value="1").status)
-            self.assertEqual([], statuses)
-            go_on.set()
-            thread.join()
-        self.assertEqual([400], statuses)
-
-    def test_line_ends_are_stored_as_lf(self) -> None:
-        self.send("/me/", action="set", key="a", value="1\r\n2\r3\n")
-        self.assertEqual({"a": "1\n2\n3\n"}, self.pairs())
+        with held(kvserver, "make_states") as (making, release):
+            thread = in_threads(functools.partial(self.send, action="zzz"), [(400, "/me/")])
+            self.assertTrue(making.acquire(timeout=WAIT_SECONDS))
+            self.check(200, "GET", "/set?key=a&value=1", user="bob")
+            release.set()
+            join(thread)
 
     def test_an_edit_keeps_the_expiry_and_a_new_value_does_not(self) -> None:
         expires = time.time() + 100
         self.store.set_value(1, "a", "1", expires)
         self.edit("a")
-        pair = self.store.pair(1, "a")
-        self.assertEqual(expires, pair and pair.expires)
-        self.send("/me/", action="set", key="a", value="1")
-        pair = self.store.pair(1, "a")
-        self.assertIsNone(pair and pair.expires)
+        self.assertEqual(expires, getattr(self.store.pair(1, "a"), "expires", ""))
+        self.send(303, "/me/", action="set", key="a", value="1")
+        self.assertIsNone(getattr(self.store.pair(1, "a"), "expires", ""))
 
-    def test_what_a_form_cannot_carry_is_shown_and_not_editable(self) -> None:
-        room = kvserver.BODY_BYTES_MAX - kvserver.FORM_FIELDS_BYTES
-        for value, is_editable in (
-            ("a\0b", False),
-            ("a\rb", False),
-            ("a\r\nb", False),
-            ("a" * kvserver.VALUE_BYTES_MAX, True),
-            ("é" * (room // 6), True),
-            ("é" * (room // 6 + 1), False),
-            ("\n" * (room // 6), True),
-            ("\n" * (room // 6 + 1), False),
+    def test_a_value_that_a_form_cannot_carry_is_shown_and_not_editable(self) -> None:
+        room = (kvserver.BODY_BYTES_MAX - kvserver.FORM_FIELDS_BYTES) // 6
+        for is_editable, values in (
+            (True, ("a" * kvserver.VALUE_BYTES_MAX, "é" * room, "\n" * room)),
+            (False, ("a\0b", "a\rb", "a\r\nb", "é" * (room + 1), "\n" * (room + 1))),
         ):
-            self.store.set_value(1, "a", value)
-            page = self.see("/me/state?key=a").body
-            self.assertEqual(is_editable, b"<textarea" in page, ascii(value[:5]))
-            self.assertEqual(not is_editable, b"<pre>" in page)
-            if is_editable:
-                self.assertEqual(303, self.edit("a").status)
-                self.assertEqual(value.encode(), self.get("a"))
+            for value in values:
+                self.store.set_value(1, "a", value)
+                page = self.see(200, "/me/state?key=a").body
+                self.assertEqual((is_editable, not is_editable), (b"<textarea" in page, b"<pre>" in page))
+                if is_editable:
+                    self.edit("a")
+                    self.assertEqual(value.encode(), self.get("a"))
 
     def test_passwd_asks_for_the_current_password(self) -> None:
-        for current, password, status in (
-            ("wrong", "another one", 400),
-            ("", "another one", 400),
-            (PASSWORDS["bob"], "short", 400),
-            (PASSWORDS["bob"], "another one", 303),
-        ):
-            answer = self.send("/me/", "bob", action="passwd", current=current, password=password)
-            self.assertEqual(status, answer.status)
-            if status == 400:
-                self.assertEqual([""], Page(answer).values(name="current"))
-                self.assertEqual(200, self.login("bob", PASSWORDS["bob"]))
-        self.assertEqual((401, 200), (self.login("bob", PASSWORDS["bob"]), self.login("bob", "another one", "/me/")))
-        self.assertEqual(400, self.send("/me/", action="passwd", password="a password").status)
+        for current, password in (("wrong", "another one"), ("", "another one"), (PASSWORDS["bob"], "short")):
+            answer = self.send(400, "/me/", "bob", action="passwd", current=current, password=password)
+            self.assertEqual([""], Page(answer).values(name="current"))
+            self.check(200, "GET", "/list", user="bob")
+        self.send(400, "/me/", "bob", action="passwd", password="a password")
+        self.send(303, "/me/", "bob", action="passwd", current=PASSWORDS["bob"], password="another one")
+        self.see(401, "/me/", "bob")
+        self.see(200, "/me/", basic("bob", "another one"))
 
     def test_a_token_is_shown_once_and_works_until_it_is_revoked(self) -> None:
-        answer = self.send("/me/", action="addtoken", label="hall", readonly="1", prefix="hall/")
-        self.assertEqual(200, answer.status)
-        tokens = re.findall(r"kv_[A-Za-z0-9_-]{43}", answer.body.decode())
-        self.assertEqual(1, len(tokens))
-        headers = {"Authorization": "Bearer " + tokens[0]}
+        answer = self.send(200, "/me/", action="addtoken", label="hall", readonly="1", prefix="hall/")
+        (token,) = re.findall(r"kv_[A-Za-z0-9_-]{43}", answer.body.decode())
         for target, status in (("/get?key=hall/a", 404), ("/set?key=hall/a&value=1", 403), ("/get?key=b", 403)):
-            self.assertEqual(status, self.request("GET", target, user=None, headers=headers).status)
-        answer = self.see("/me/")
-        self.assertNotIn(tokens[0], answer.body.decode())
-        day = time.strftime("%Y-%m-%d", time.gmtime())
+            self.check(status, "GET", target, user="Bearer " + token)
         wait_until(lambda: self.store.tokens("alice")[0].last_used_day is not None)
-        self.assertIn(["hall", "read hall/*", day, "Revoke…Revoke hall"], self.page("/me/").rows)
-        self.assertEqual(404, self.send("/me/", "bob", action="deltoken", id="1").status)
-        self.assertEqual("./#done", self.location(self.send("/me/", action="deltoken", id="1")))
-        self.assertEqual(401, self.request("GET", "/list", user=None, headers=headers).status)
+        answer = self.see(200, "/me/")
+        self.assertNotIn(token, answer.body.decode())
+        day = time.strftime("%Y-%m-%d", time.gmtime())
+        self.assertIn(["hall", "read hall/*", day, "Revoke…Revoke hall"], Page(answer).rows)
+        self.send(404, "/me/", "bob", action="deltoken", id="1")
+        self.assertEqual("./#done", self.send(303, "/me/", action="deltoken", id="1").headers["location"])
+        self.check(401, "GET", "/list", user="Bearer " + token)
         for fields in ({"label": "x" * 65}, {"label": "a\nb"}, {"prefix": "x" * 513}, {"prefix": "\0"}):
-            answer = self.send("/me/", action="addtoken", **fields)
-            self.assertEqual(400, answer.status)
+            self.send(400, "/me/", action="addtoken", **fields)
         self.assertEqual([], self.store.tokens("alice"))
 
     def test_pages_are_small_and_quick(self) -> None:
         self.store.begin()
-        for user_id in (1, 2):
-            for number in range(1000):
-                key, value = f"sensor{number:04}".ljust(25, "ж"), f"{number} ".ljust(80, "é")
-                self.assertEqual(40, len(key.encode()))
-                self.store.set_value(user_id, key, value, time.time() + 1e6)
+        for user_id, number in itertools.product((1, 2), range(1000)):
+            key, value = f"sensor{number:04}".ljust(25, "ж"), f"{number} ".ljust(80, "é")  # the key has 40 bytes
+            self.store.set_value(user_id, key, value, time.time() + 1e6)
         self.store.commit([])
         for number in range(98):
             self.store.add_user(f"a user with a long name {number:03}", "", False)
         for target in (
-            "/me/",
-            "/admin/",
-            "/admin/user?username=bob",
-            "/me/?prefix=sensor",
-            "/admin/delete?username=bob",
+            *("/me/", "/admin/", "/admin/user?username=bob", "/me/?prefix=sensor", "/admin/delete?username=bob"),
         ):
             seconds = []
             for _ in range(11):
-                # There is no disk to wait for: what it takes on a machine that does nothing else is its computing time.
+                # There is no disk to wait for: a quiet machine takes as long as the computing time.
                 begun = time.process_time()
-                answer = self.see(target)
+                answer = self.see(200, target)
                 seconds.append(time.process_time() - begun)
-                self.assertEqual(200, answer.status)
                 self.assertLess(len(answer.body), 40_000, target)
-            if sys.gettrace() is None:  # who measures coverage, with each line that runs, takes several times as long
+            if sys.gettrace() is None:  # measuring coverage takes several times as long
                 self.assertLess(statistics.median(seconds), 0.020, target)
 
 
