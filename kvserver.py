@@ -1135,23 +1135,19 @@ HOOK_URL_BYTES_MAX = 4096
 
 TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 CHUNKED = -1  # the length of a body in chunks
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 REQUEST_LINE = re.compile(
-    rf"({TOKEN}) (?! )(?:(?i:https?)://(?=[^/?])({HOST.pattern}))?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])"
+    rf"({HTTP_TOKEN}) (?! )(?:(?i:https?)://(?=[^/?])({HOST.pattern}))?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])"
 )
-FIELD = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
-# Part of the first line, or the first line, whole fields and part of another one.
-HEAD_SO_FAR = re.compile(
-    rf"(?:\r\n)?(?:(?:[!-~][ -~\x80-\xff]*)?\r?|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)".encode(
-        "iso-8859-1"
-    )
-)
+FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
+# Either a part of the first line, or that line, whole fields, and a part of another one.
+FIRST_LINE_SO_FAR = r"(?:[!-~][ -~\x80-\xff]*)?\r?"
+HEAD_SO_FAR = re.compile(rf"(?:\r\n)?(?:{FIRST_LINE_SO_FAR}|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 ENTITY_TAGS = re.compile(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+')
 ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
@@ -1371,7 +1367,7 @@ def check_incomplete_head(received: bytearray, checked: int) -> int:
     """
     end = received.rfind(b"\n") + 1
     is_first_line = end <= 2  # perhaps after an empty one
-    if (is_first_line or end > checked) and not HEAD_SO_FAR.fullmatch(received):
+    if (is_first_line or end > checked) and not HEAD_SO_FAR.fullmatch(received.decode("iso-8859-1")):
         raise HTTPError(400, "this is not HTTP/1.1, or a header is malformed; if it is TLS, use http:// instead")
     if is_first_line and len(received) > REQUEST_LINE_BYTES_MAX + 2:
         raise HTTPError(414, ADDRESS_TOO_LONG)
@@ -3510,7 +3506,7 @@ class RequestHandler:
 
     async def _receive_parameters(self, route: Route, request: Request) -> None:
         if "expect" in request.fields.headers and not request.fields.is_http_1_0:
-            await self._send(CONTINUE)
+            await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.state = RECEIVING
         length, body = request.fields.body_length, bytearray()
         while not (take_chunks(self.received, body) if length == CHUNKED else len(self.received) >= length):
