@@ -1978,7 +1978,6 @@ class SecureSocket:
             self._flush()  # never while the thread may still write: nothing guards the memory that they share
 
     def _flush(self) -> bool:
-        """Send encrypted bytes; return whether none is left."""
         self._encrypted += self._outgoing.read()
         with contextlib.suppress(BlockingIOError):
             self._encrypted = self._encrypted[self._connection.send(self._encrypted) :] if self._encrypted else b""
@@ -3482,7 +3481,6 @@ class RequestHandler:
         return client_address(self.peer, request.fields.headers.get("x-forwarded-for", ""), self.server.trusted_proxy)
 
     async def _authorize(self, route: Route, request: Request) -> None:
-        """Set the user of a request; raise HTTPError unless they may send it."""
         if route.who in NO_LOGIN:
             return
         fields, user = self.login
@@ -3520,7 +3518,6 @@ class RequestHandler:
         await self._authorize(route, request)  # meanwhile, the user may have been deleted, or got another password
 
     async def _run_elsewhere(self, route: Route, request: Request) -> Response:
-        """Run the endpoint of a request in the next transaction, or in a thread with a store of its own."""
         endpoint = route.endpoint
         if route.where == COMMIT:
             if "password" in request.parameters:  # its hash would take too long within the transaction
@@ -3543,12 +3540,22 @@ class RequestHandler:
         return cast(Response, await self.server.threads.run(run, request.user.id))
 
     async def _wait_for_change(self, request: Request, deadline: float) -> None:
-        """Wait for a change of the request's pair, or the deadline; raise ConnectionError if the client has gone."""
-        pair = (request.user.id, request.parameters["key"])
-        while not await self.server.change(pair, 0 if self.received else READABLE, deadline):
+        """Wait until the request's pair may have changed; raise ConnectionError if the client goes."""
+        polls, is_over = self.server.polls, self.server.stopping
+        if len(polls) >= self.server.max_connections // 2:
+            raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
+        while not is_over:
+            wakeup = Wakeup(self.server.loop)
+            polls[wakeup] = (request.user.id, request.parameters["key"])
+            try:
+                is_over = await ready(0 if self.received else READABLE, deadline)
+            except TimeoutError:
+                is_over = True
+            finally:
+                del polls[wakeup]
             with contextlib.suppress(BlockingIOError):
-                self.received += self.connection.recv(RECEIVE_BYTES)
-                if not self.received:
+                self.received += b"" if is_over else self.connection.recv(RECEIVE_BYTES)
+                if not (is_over or self.received):
                     raise ConnectionResetError
         request.may_wait = not self.server.stopping
 
@@ -3591,9 +3598,10 @@ class RequestHandler:
             method = request.method if request.method in METHODS else ""
             path = request.path.removesuffix(request.key_in_path) if route else ""  # an unknown one may be a value
             key, user = request.parameters.get("key", "")[:KEY_BYTES_MAX], request.user.name
-            line = f"request: method={method} path={path!r} key={key!r} status={status}"
-            more = f"milliseconds={seconds * 1000:.1f} user={user!r} address={self._address(request)}"
-            log("INFO", f"{line} {more}")
+            line = (
+                f"request: method={method} path={path!r} key={key!r} status={status} milliseconds={seconds * 1000:.1f}"
+            )
+            log("INFO", f"{line} user={user!r} address={self._address(request)}")
 
 
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
@@ -3842,9 +3850,8 @@ CHECKPOINT_RETRY_SECONDS, CHECKPOINT_RETRY_SECONDS_MAX = 10, 600  # doubles afte
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
 POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
 SHORT_POLL_SECONDS = 0.02  # between two looks for room for a connection, or for the end of the last request
-STOP_REQUEST_SECONDS = 3  # after the stop, incomplete requests are dropped
-STOP_SECONDS = 4  # then all connections are closed
-EXIT_SECONDS = 4.5  # then the process ends, whatever it is doing
+# After the stop: incomplete requests are dropped, then all connections closed; then the process ends in any case.
+STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5
 
 Change = tuple[Callable[[Store], Any], Wakeup, float]  # an operation, its task's Wakeup, bytes of its request or so
 
@@ -4034,19 +4041,6 @@ class Server(http.server.ThreadingHTTPServer):
                 return self.routes[beginning + "KEY"], path[len(beginning) :]
         return self.routes.get(path, {}), ""
 
-    async def change(self, pair: tuple[int, str], events: int, deadline: float) -> bool:
-        """Wait until a pair may have changed, or the deadline; return False if the connection is ready before that."""
-        if len(self.polls) >= self.max_connections // 2:
-            raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
-        wakeup = Wakeup(self.loop)
-        self.polls[wakeup] = pair
-        try:
-            return self.stopping or bool(await ready(events, deadline))
-        except TimeoutError:
-            return True
-        finally:
-            del self.polls[wakeup]
-
     def _wake_polls(self, changed_pairs: set[tuple[int, str]] | None) -> None:
         for wakeup, pair in self.polls.items():
             if changed_pairs is None or pair in changed_pairs:
@@ -4099,6 +4093,7 @@ class Server(http.server.ThreadingHTTPServer):
         except StoreBusy:  # another process is writing, and the changes wait
             await sleep(LOCK_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
+            as_http_error(error, self.errors)
             self._has_expired = False  # until the next look
             for _, wakeup, _ in changes or self._take_changes():
                 wakeup(error)
