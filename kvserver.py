@@ -84,53 +84,49 @@ from typing import Any, BinaryIO, NamedTuple, cast
 __version__ = "0.1.0"
 
 # ---- Limits and defaults ---------------------------------------------------------------------------------------------
-# Every number that somebody may want to turn stands here, its unit last in its name. What a client controls has a
-# bound, so that no client can make the server wait for ever or fill a small machine's memory.
+# The numbers that you may want to change; each name ends in its unit. Everything that a client controls has a limit, so
+# that nobody can fill the memory of a small machine or keep the server waiting.
 
 KEY_BYTES_MAX = 512
 VALUE_BYTES_MAX = 1024 * 1024
+BODY_BYTES_MAX = VALUE_BYTES_MAX + 64 * 1024  # the longest value, with room for the form or the JSON around it
 PARAMETERS_MAX = 100
-
-BODY_BYTES_MAX = VALUE_BYTES_MAX + 64 * 1024  # the longest value, and room for the form or the JSON around it
+TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
+WAIT_SECONDS_MAX = 60
+LIST_LIMIT_MAX = 10_000
+LIST_BYTES_MAX = 32 * 1024 * 1024
+PAGE_ROWS_MAX = 100
+FORM_FIELDS_BYTES = 4 * 1024  # of a form, besides a value
 
 PASSWORD_CHARACTERS_MIN = 8
-
-# n=2^14, r=8, p=5 is one of the scrypt settings that OWASP's password storage cheat sheet calls equally strong: the one
-# with the least memory (16 MiB) but one, which suits a small machine.
+# OWASP's password storage cheat sheet calls several scrypt settings equally strong. n=2^14, r=8, p=5 takes 16 MiB.
 SCRYPT_COST_LOG2 = 14
 SCRYPT_BLOCK_SIZE = 8
 SCRYPT_PARALLELISM = 5
+TOKENS_MAX = 100  # per user
+LABEL_CHARACTERS_MAX = 64
 FAILURES_MAX = 10  # failed logins that a client address may have at once
-FAILURE_SECONDS = 30  # after which it may have one more
+FAILURE_SECONDS = 30  # until it may have one more
 
-LIST_BYTES_MAX = 32 * 1024 * 1024
-
-WORKERS_MAX = 4  # threads for requests that may take long
+WORKERS_MAX = 4  # threads for slow requests
 HANDSHAKE_SECONDS = 10
 FIRST_BYTE_SECONDS = 10
 REQUEST_SECONDS = 10
 IDLE_SECONDS = 30
-SEND_SECONDS = 10  # without any progress of an answer
+SEND_SECONDS = 10  # without any progress
 
-TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
-WAIT_SECONDS_MAX = 60
-LIST_LIMIT_MAX = 10_000
-TOKENS_MAX = 100  # of a user
-LABEL_CHARACTERS_MAX = 64
-PAGE_ROWS_MAX = 100
-FORM_FIELDS_BYTES = 4 * 1024  # what a form has beside a value, at most
-HOOK_SECONDS = 10  # for the whole exchange
+HOOK_SECONDS = 10  # for a delivery and its answer
 HOOK_GIVE_UP_SECONDS = 24 * 3600  # after the change, at the earliest
-HOOK_PENDING_MAX = 10_000  # deliveries of a hook
+HOOK_PENDING_MAX = 10_000  # deliveries per hook
 HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
-EXCHANGES_MAX = 64  # at once
-RECEIVER_EXCHANGES_MAX = 8  # of them, with one host and port
+EXCHANGES_MAX = 64  # deliveries at once
+ORIGIN_EXCHANGES_MAX = 8  # of these, to one host and port
 
 DEFAULT_PORT = 8080
 DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
 DEFAULT_DATABASE_MB_MAX = 1024
 DEFAULT_BASE_PATH = "/iotpersistenceapi"
-# systemd names a service's folders for what it keeps, with colons between them. This is no setting: those are read later.
+# systemd passes a service's folders with colons between them. The other settings are read later.
 STATE_FOLDER = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or os.path.dirname(os.path.abspath(__file__))
 DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")
 
@@ -1156,9 +1152,7 @@ SINGLE_FIELDS = frozenset(("authorization", "content-length", "content-type", "h
 
 ADDRESS_TOO_LONG = f"the address is longer than {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body"
 HEADERS_TOO_LARGE = f"the headers are over {HEADER_FIELDS_MAX} lines or {HEADERS_BYTES_MAX} bytes; send fewer"
-BODY_TOO_LARGE = (
-    f"the body is longer than {BODY_BYTES_MAX} bytes, or the value than {VALUE_BYTES_MAX}; send a value alone, or parts"
-)
+BODY_TOO_LARGE = f"the body is over {BODY_BYTES_MAX} bytes; send a value alone, of up to {VALUE_BYTES_MAX} bytes"
 
 Headers = tuple[tuple[str, str], ...]
 RETRY_AFTER = (("Retry-After", "5"),)
@@ -3694,7 +3688,7 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadl
 def exchange_bounds(origin: str, is_long: bool, is_doubtful: bool) -> dict[Hashable, int]:
     """Return how many exchanges of a kind may run at once: half of each if the hook's last attempt failed."""
     most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
-    bounds: dict[Hashable, int] = {is_long: most, (is_long, origin): RECEIVER_EXCHANGES_MAX}
+    bounds: dict[Hashable, int] = {is_long: most, (is_long, origin): ORIGIN_EXCHANGES_MAX}
     return bounds | ({("doubtful", key): max(1, most // 2) for key, most in bounds.items()} if is_doubtful else {})
 
 

@@ -3528,7 +3528,7 @@ class Deliveries(HookCase):
         self.assertEqual(changes, self.target.changes())
 
     def test_one_target_gets_few_connections_at_once(self) -> None:
-        most = kvserver.RECEIVER_EXCHANGES_MAX
+        most = kvserver.ORIGIN_EXCHANGES_MAX
         for _ in range(2 * most):
             self.add_hook("a")
         self.set("a", "0")
@@ -3546,7 +3546,7 @@ class Deliveries(HookCase):
         self.target.behave = hang
         self.stop()
         self.start()
-        most = kvserver.RECEIVER_EXCHANGES_MAX // 2  # for hooks that have never worked
+        most = kvserver.ORIGIN_EXCHANGES_MAX // 2  # for hooks that have never worked
         for _ in range(most + 1):
             self.add_hook("b")
         self.set("b", "1")
