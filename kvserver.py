@@ -310,8 +310,7 @@ MIGRATIONS = (
         """CREATE TABLE user (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
             password_hash TEXT NOT NULL, is_admin INTEGER NOT NULL)""",
         """CREATE TABLE pair (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
-            key TEXT NOT NULL, value TEXT NOT NULL,
-            updated REAL NOT NULL, -- unix seconds
+            key TEXT NOT NULL, value TEXT NOT NULL, updated REAL NOT NULL, -- unix seconds
             PRIMARY KEY (user_id, key)) WITHOUT ROWID""",
     ),
     (
@@ -336,16 +335,14 @@ MIGRATIONS = (
             queued INTEGER NOT NULL DEFAULT 0, -- number of the newest delivery
             queued_bytes INTEGER NOT NULL DEFAULT 0, -- of all deliveries up to that one
             handled INTEGER NOT NULL DEFAULT 0, -- number of the last delivery that arrived or was given up
-            result TEXT, -- of the last try; NULL for none
-            result_time REAL) -- unix seconds""",
+            result TEXT, result_time REAL) -- of the last try; NULL for none""",
         "CREATE INDEX hook_pattern ON hook (user_id, pattern)",
         """CREATE TABLE delivery (id INTEGER PRIMARY KEY AUTOINCREMENT,
             hook_id INTEGER NOT NULL REFERENCES hook (id) ON DELETE CASCADE,
             number INTEGER NOT NULL, -- counts the hook's deliveries
             bytes_before INTEGER NOT NULL, -- of the hook's earlier deliveries
             key TEXT NOT NULL, value TEXT, old TEXT, -- NULL for no value
-            created REAL NOT NULL, -- unix seconds
-            idempotency_key TEXT NOT NULL, UNIQUE (hook_id, number))""",
+            created REAL NOT NULL, idempotency_key TEXT NOT NULL, UNIQUE (hook_id, number))""",
         # Lengths of key prefixes, to join with. (A trigger has no WITH.)
         "CREATE TABLE prefix_length (length INTEGER PRIMARY KEY)",
         """WITH RECURSIVE counter (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM counter WHERE n < 512)
@@ -417,13 +414,8 @@ UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value,
 PairSummary = tuple[str, str, float, float | None]  # key, beginning of the value, updated, expires (unix seconds)
 
 
-def utc_day(seconds: float) -> str:
-    """Return the day of a time in unix seconds."""
-    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
-
-
 def utc_second(seconds: float) -> str:
-    """Return the second of a time in unix seconds."""
+    """Return a time in unix seconds as text, whose first 10 characters are the day."""
     return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 
 
@@ -445,7 +437,7 @@ class Token(NamedTuple):
 
     def last_used(self) -> str:
         """Return the day of the last use in words."""
-        return "never" if self.last_used_day is None else utc_day(self.last_used_day * DAY_SECONDS)
+        return "never" if self.last_used_day is None else utc_second(self.last_used_day * DAY_SECONDS)[:10]
 
 
 class User(NamedTuple):
@@ -651,16 +643,12 @@ class Store:
         with contextlib.closing(Store(self.path, CHECKPOINT_SECONDS)) as store:
             return not store._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
 
-    def hold_still(self) -> None:
-        """Begin a transaction in which all reads see the database at one moment."""
-        self._execute("BEGIN")
-
-    def begin(self) -> None:
-        """Begin a transaction that writes, with the lock for it."""
+    def begin(self, is_reading: bool = False) -> None:
+        """Lock the database and begin a transaction, or one in which all reads see the same moment."""
         self.check_file()
         self._connection.rollback()  # a failed disk may have refused the last one
         self.changed_pairs = set()
-        self._execute("BEGIN IMMEDIATE")
+        self._execute("BEGIN" if is_reading else "BEGIN IMMEDIATE")
 
     def commit(self, operations: Sequence[Callable[[Store], Any]]) -> list[Any]:
         """Run operations in the transaction that has begun, commit, and return what each returned or raised.
@@ -723,44 +711,31 @@ class Store:
             *(first, last, time.time()),
         )
 
-    def import_all(self, users: Mapping[str, User], pairs: Iterable[UserPair], merge: bool = False) -> tuple[int, int]:
-        """Add users by name and store pairs, or nothing at all; return how many pairs are stored, and have expired.
+    def import_all(self, users: Iterable[User], pairs: Iterable[UserPair]) -> tuple[int, int]:
+        """Add users and store pairs, or nothing at all; return how many pairs are stored, and how many had expired.
 
-        Of several pairs with one key, the last counts. Raises StoreError if the user of a pair is missing, or if a user
-        exists already. With merge, existing users keep their password and role, and get the pairs.
+        Of several pairs with one key, the last counts. Raises StoreError if a user exists, or a pair's user doesn't.
         """
-        # A temporary table: to read the pairs may take long, and must not lock the database.
-        self._execute(
-            """CREATE TEMP TABLE imported (name TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
-            updated REAL NOT NULL, expires REAL, PRIMARY KEY (name, key)) WITHOUT ROWID"""
-        )
+        # A temporary table, because reading the pairs may take long, and must not lock the database.
+        columns = "name TEXT, key TEXT, value TEXT, updated REAL, expires REAL"
+        self._execute(f"CREATE TEMP TABLE imported ({columns}, PRIMARY KEY (name, key))")
         with self._connection:
             self._execute("BEGIN")
             self._connection.executemany("INSERT OR REPLACE INTO imported VALUES (?, ?, ?, ?, ?)", pairs)
 
         def store_all(store: Store) -> tuple[int, int]:
-            existing = [name for name in users if self.user(name)]
-            if existing and not merge:
-                raise StoreError(
-                    f"these users exist already: {join_names(existing)}; nothing was imported. With --merge they get"
-                    " the values, and keep their password and role"
-                )
-            for user in users.values():
-                if user.name not in existing:
-                    self.add_user(user.name, user.password_hash, user.is_admin)
+            for user in users:
+                self.add_user(user.name, user.password_hash, user.is_admin)
             unknown = self._execute("SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)")
-            names = [name for (name,) in unknown]
+            names = join_names([name for (name,) in unknown])
             if names:
-                raise StoreError(
-                    f"there is no user {join_names(names)}; nothing was imported. Add users with: python kvserver.py"
-                    " adduser NAME"
-                )
-            expired = self._execute("DELETE FROM imported WHERE expires <= ?", time.time()).rowcount
+                raise StoreError(f"nothing was imported: {NoSuchUser(names)}")
+            expired = self._execute("DELETE FROM imported WHERE expires <= ?", time.time())
             stored = self._execute(
                 f"""INSERT INTO pair (user_id, key, value, updated, expires) SELECT id, key, value, updated, expires
                 FROM imported JOIN user USING (name) WHERE TRUE {REPLACE}"""
             )
-            return stored.rowcount, expired
+            return stored.rowcount, expired.rowcount
 
         return cast("tuple[int, int]", self.transact(store_all))
 
@@ -801,15 +776,11 @@ class Store:
         except sqlite3.IntegrityError:
             raise UserExists(name) from None
 
-    def set_password_hash(self, name: str, password_hash: str) -> None:
-        """Replace the hash of a user's password; raise NoSuchUser."""
-        if not self._change_users("UPDATE user SET password_hash = ? WHERE name = ?", password_hash, name):
+    def set_password_hash(self, name: str, password_hash: str, old_hash: str | None = None) -> None:
+        """Replace a user's password hash, or if old_hash is given, only that hash; raise NoSuchUser."""
+        update = "UPDATE user SET password_hash = ? WHERE name = ? AND password_hash = ifnull(?, password_hash)"
+        if not self._change_users(update, password_hash, name, old_hash) and old_hash is None:
             raise NoSuchUser(name)
-
-    def renew_password_hash(self, user: User, password_hash: str) -> None:
-        """Replace the hash of the same password, unless the password has changed meanwhile."""
-        update = "UPDATE user SET password_hash = ? WHERE id = ? AND password_hash = ?"
-        self._change_users(update, password_hash, user.id, user.password_hash)
 
     def set_admin(self, name: str, is_admin: bool) -> None:
         """Give a user the admin role, or take it away; raise NoSuchUser or LastAdmin."""
@@ -2368,7 +2339,7 @@ class Authenticator:
         if not user.password_hash.startswith(hash_parameters()):
             try:
                 password_hash = await self.hash_password(password, "checks")
-                await self._commit(lambda store: store.renew_password_hash(user, password_hash))
+                await self._commit(lambda store: store.set_password_hash(user.name, password_hash, user.password_hash))
                 return password_hash
             except (StoreError, sqlite3.Error) as error:  # the old hash is good too
                 log("WARNING", f"cannot store a new password hash: user={user.name!r} error={error}")
@@ -3527,7 +3498,7 @@ class RequestHandler:
         def run() -> Response:
             self.server.writer.check_file()
             with contextlib.closing(Store(self.server.path)) as store:
-                store.hold_still()
+                store.begin(is_reading=True)
                 return endpoint(store, request)
 
         request.metrics = self.server.metrics
@@ -4531,7 +4502,7 @@ def list_tokens(arguments: argparse.Namespace) -> None:
     """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
     with existing_store(arguments) as store:
         tokens = store.tokens(arguments.name)
-    rows = ((str(t.id), t.label or "-", t.rights(), utc_day(t.created), t.last_used()) for t in tokens)
+    rows = ((str(t.id), t.label or "-", t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
     print_table(("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), *rows)
 
 
@@ -4624,7 +4595,10 @@ def import_database(arguments: argparse.Namespace) -> None:
     pairs = ((name, key, value, time.time(), None) for (name, key), value in values.items())
     with contextlib.closing(open_store(database_path(arguments))) as store:
         merged = [name for name in sorted(users) if store.user(name)]
-        stored, _ = store.import_all(users, pairs, arguments.merge)
+        if merged and not arguments.merge:
+            what = "nothing was imported. With --merge they get the values, and keep their password and role"
+            raise CommandError(f"these users exist already: {join_names(merged)}; {what}")
+        stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
         has_admin = any(user.is_admin for user in store.users())
     for line in left_out:
         print(f"left out: {line}")
@@ -4645,7 +4619,7 @@ def import_pairs(arguments: argparse.Namespace) -> None:
         if isinstance(file, io.BufferedReader) and file.peek(len(SQLITE_MAGIC)).startswith(SQLITE_MAGIC):
             import_database(arguments)
         else:
-            stored, expired = on_exit.enter_context(existing_store(arguments)).import_all({}, read_export(file))
+            stored, expired = on_exit.enter_context(existing_store(arguments)).import_all([], read_export(file))
             print(f"imported values: {stored}, left out because they have expired: {expired}")
 
 

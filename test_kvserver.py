@@ -885,9 +885,7 @@ class Logins(ServerCase):
         self.patch("SCRYPT_COST_LOG2", 2)
         self.start()
         self.assertIn("$scrypt$ln=1,r=8,p=5$", str(self.store.user("alice")))
-        with mock.patch.object(
-            kvserver.Store, "renew_password_hash", side_effect=sqlite3.OperationalError("disk full")
-        ):
+        with mock.patch.object(kvserver.Store, "set_password_hash", side_effect=sqlite3.OperationalError("disk full")):
             self.check(200, "GET", "/list")  # a login is good even if its new hash cannot be stored
         self.stop()
         self.start()
@@ -3112,7 +3110,7 @@ class Hooks(HookCase):
             self.assertLess(self.request(method, target, *arguments).status, 400, target)
         for value in ("imported", "again"):
             with contextlib.closing(kvserver.open_store(self.database)) as store:
-                store.import_all({}, [("alice", "door", value, 1.0, None), ("bob", "b", "1", 1.0, None)])
+                store.import_all([], [("alice", "door", value, 1.0, None), ("bob", "b", "1", 1.0, None)])
         values = [None, "open", "7", "8", "9", 'é ☃ " \0 \n', None, "", None, "x", None, "imported", "again"]
         self.assert_told(*(("door", new, old) for old, new in itertools.pairwise(values)))
         received = self.target.received[0]
@@ -3290,7 +3288,7 @@ class PromptHooks(HookCase):
     def test_many_expiries_at_once_are_all_told(self) -> None:
         self.patch("EXPIRED_PAIRS_MAX", 3)  # in each transaction; WAIT_SECONDS are too few for one at each look
         keys = [f"k{number:03}" for number in range(300)]
-        self.store.import_all({}, [("alice", key, "v", 1.0, time.time() + 1000) for key in keys])
+        self.store.import_all([], [("alice", key, "v", 1.0, time.time() + 1000) for key in keys])
         self.add_hook("k00*")
         wait_until(lambda: self.server.outbox.has_hooks)
         execute(self.database, "UPDATE pair SET expires = 1")
@@ -6360,7 +6358,7 @@ class Exports(CommandCase):
                 self.assertNotIn("s3cr3t", self.assert_fails("line 2: " + message, "import", "lines"))
         carol = json.dumps({**good, "user": "carol", "expires": "1970-01-01T00:00:00Z"})
         self.write("lines", "\n".join((json.dumps(good), carol, json.dumps({**good, "user": "x"}))))
-        self.assert_fails("there is no user carol, x; nothing was imported", "import", "lines")
+        self.assert_fails("nothing was imported: no user carol, x; add one with", "import", "lines")
         self.assertEqual({}, self.pairs())
         self.assert_fails("missing: No such file or directory", "import", "missing")
         self.assert_fails(".: Is a directory", "import", ".")
