@@ -1209,6 +1209,7 @@ class Request:
     was_there = False  # the pair, when the request began to wait
     metrics: Metrics | None = None  # for endpoints that run in a thread
     password_hash = ""  # of the parameter password
+    refusal: HTTPError | None = None  # of the request, for the page that shows it
 
     def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
         self.method, self.path, self.query, self.fields = method, path, query, fields
@@ -2533,535 +2534,401 @@ def report_metrics(store: Store, request: Request) -> Response:
 
 
 # ---- Pages -----------------------------------------------------------------------------------------------------------
-# What people see in a browser: HTML that needs no script, no network and no cookie. A page is built of tag, the one
-# place that makes Markup; whatever is not Markup is escaped there, so that no text can become part of the page's code.
-# All addresses are relative, and so hold behind any prefix, whether a proxy keeps it or strips it.
+# HTML that needs no script, no network and no cookie. A template is HTML with {names}; fill escapes every value that it
+# puts there. All addresses are relative, so pages work behind any prefix, whether a proxy keeps or strips it.
 
 HTML = "text/html; charset=utf-8"
-VOID_ELEMENTS = frozenset(("input", "meta"))
-OPEN_ELEMENTS = frozenset(("tr", "th", "td"))  # a browser ends them where the next one begins
-# What cannot be seen, or turns the order of what stands beside it (Unicode standard annex 9), is shown by a sign.
+PAGE_ROWS_MAX = 100
+FORM_FIELDS_BYTES = 4 * 1024  # room for the other fields of a form that sends a value
+FORM_SAFE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789*-._ "
+USER_FIELDS = ("action", "username", "password", "isAdmin", "id", "page")
+OWN_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page", "etag")
+# Signs replace characters that are invisible or reverse the text around them (Unicode standard annex 9).
 UNSEEN = (*range(32), 127, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
 VISIBLE = {**dict.fromkeys(UNSEEN, "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
-OUTER_SPACES = re.compile("^ +| +$")
-NOT_IN_QUERY = re.compile(r"(?![\w/:.~-])[\x00-\x7f]")
-NO_KEY = "there is no such key, or no longer"
-DONE = "#done"  # where a page says that what its form was for has been done
-LIST_DONE = "./" + DONE
+NOT_IN_QUERY, NOT_IN_HEADER = r"[^\w/:.~-]", "[^!-~]"
 TOKEN_ID = re.compile("[0-9]{1,18}")
-NOT_IN_FORM = re.compile(b"[\0\r]")  # a form would change these
-FORM_SAFE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789*-._ "
+NO_KEY = "this key does not exist; it may have been deleted"
 
 
 class Markup(str):
-    """Text that is HTML already, made by tag; all other text becomes so by being escaped there."""
+    """HTML. Only fill makes it, except for the style."""
 
 
 STYLE = Markup("""
 :root{color-scheme:light dark;--text:#1b1f23;--quiet:#59636e;--back:#fff;--card:#f4f6f8;--line:#d3d9df;--link:#0a5cc2;
---bad:#b3261e}
-@media(prefers-color-scheme:dark){:root{--text:#e6e9ec;--quiet:#9aa5b1;--back:#131619;--card:#1c2125;--line:#363d44;
---link:#82b8ff;--bad:#ff8d85}}*{box-sizing:border-box}
+--bad:#b3261e}@media(prefers-color-scheme:dark){:root{--text:#e6e9ec;--quiet:#9aa5b1;--back:#131619;--card:#1c2125;
+--line:#363d44;--link:#82b8ff;--bad:#ff8d85}}*{box-sizing:border-box}
 body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:var(--text);
-background:var(--back)}
+background:var(--back)}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid var(--line)}
-nav span{margin-left:auto;color:var(--quiet);overflow-wrap:anywhere}a{color:var(--link)}
-a[aria-current]{color:inherit;font-weight:600;text-decoration:none}
-h1,h2,p,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
+nav span{margin-left:auto}nav span,th,small,.quiet{color:var(--quiet)}a,summary{color:var(--link)}
+a[aria-current=page]{color:inherit;font-weight:600;text-decoration:none}
+h1,h2,p,code,pre,td,span,button{overflow-wrap:anywhere;unicode-bidi:isolate}
 h1{font-size:1.6rem;line-height:1.25;margin:1.5rem 0 .75rem}h2{font-size:1.15rem;margin:2.25rem 0 .5rem}
-table{width:100%;border-collapse:collapse;margin:.75rem 0}
-th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
-unicode-bidi:isolate}td:first-child{overflow-wrap:anywhere;min-width:6rem}td a,code{white-space:pre-wrap}
-.states{table-layout:fixed}.states td{overflow-wrap:anywhere}
-.states td:nth-child(2){font-family:ui-monospace,monospace;font-size:.9375rem;white-space:pre-wrap}
-.states th:first-child{width:40%}.states th:last-child{width:10rem}
-.hooks{table-layout:fixed}.hooks td{overflow-wrap:anywhere}.hooks th:first-child{width:20%}
-time{position:relative}p time::after{content:" (" attr(datetime) ")"}
+table{width:100%;border-collapse:collapse;margin:.75rem 0}.values,.hooks{table-layout:fixed}
+th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+th,small{font-size:.875rem;font-weight:500}small,label,input,textarea{display:block}
+.values th:first-child{width:40%}.values th:last-child{width:10rem}.hooks th:first-child{width:20%}
+textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace;white-space:pre-wrap}
+td a{white-space:pre-wrap}time{position:relative}p time::after{content:" (" attr(datetime) ")"}
 td time:hover::after{content:attr(datetime);position:absolute;right:0;bottom:100%;padding:.1rem .5rem;
 white-space:nowrap;color:var(--back);background:var(--text);border-radius:.35rem}
-th{color:var(--quiet);font-size:.875rem;font-weight:500}small{display:block;font-size:.875rem;color:var(--quiet)}
-form{max-width:32rem;margin:.75rem 0;padding:1rem;background:var(--card);border:1px solid var(--line);
-border-radius:.5rem}form.bare,form.search{padding:0;background:none;border:0}
+form,pre{padding:1rem;background:var(--card);border-radius:.5rem}label{margin-bottom:.75rem}
+form{max-width:32rem;margin:.75rem 0;border:1px solid var(--line)}.bare,.search{padding:0;background:none;border:0}
 .search,.turns{display:flex;align-items:end;gap:.5rem 1rem}.search label{flex:1;margin:0}[hidden]{display:none}
-label{display:block;margin-bottom:.75rem}
-input,textarea{display:block;width:100%;padding:.5rem .6rem;font:inherit;color:inherit;background:var(--back);
+input,textarea{width:100%;padding:.5rem .6rem;font-size:1rem;color:inherit;background:var(--back);
 border:1px solid var(--quiet);border-radius:.35rem}
 input[type=checkbox]{display:inline-block;width:auto;margin:0 .5rem 0 0}
-textarea,pre,code{font-family:ui-monospace,monospace;font-size:.9375rem}
-pre{white-space:pre-wrap;padding:1rem;background:var(--card);border-radius:.5rem}
-button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:1px solid transparent;
-border-radius:.35rem;cursor:pointer;max-width:100%;overflow-wrap:anywhere}button.bad{background:var(--bad)}
-summary{color:var(--link);cursor:pointer;width:max-content}
-td button{padding:.15rem .6rem}td form.bare{margin:.35rem 0 0}
-:focus-visible{outline:3px solid var(--link);outline-offset:2px}
-[role=alert]{color:var(--bad);font-weight:600;margin-top:0;outline:0}.quiet{color:var(--quiet)}
+button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:0;border-radius:.35rem}
+.bad{background:var(--bad)}td button{padding:.15rem .6rem}td .bare{margin:.35rem 0 0}
+[role=alert]{color:var(--bad);font-weight:600;margin-top:0;outline:0}
 #done{display:none;font-weight:600;scroll-margin-top:10rem}#done:target{display:block}
-@media(max-width:30rem){td,th,td code,.states td:nth-child(2){padding-right:.4rem;font-size:.875rem}
-td:first-child{min-width:4rem}
-.states th:first-child{width:43%}.states th:last-child{width:5.25rem}}
+@media(max-width:30rem){td,th,td code{padding-right:.4rem;font-size:.875rem}.values th:last-child{width:5.25rem}}
 """)
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-CONTENT_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{STYLE_DIGEST}';"
-    " form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-)
-PAGE_HEADERS = (("Content-Security-Policy", CONTENT_POLICY), ("Referrer-Policy", "same-origin"))
+POLICY = "default-src 'none'; style-src 'sha256-{}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+PAGE_HEADERS = (("Content-Security-Policy", POLICY.format(STYLE_DIGEST)), ("Referrer-Policy", "same-origin"))
+SMALL = "<small>{}</small>"
+PAGE_HTML = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{head}</title><style>{style}</style></head>
+<body>{nav}<main><h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}
+{content}
+</main></body></html>
+"""
+NAV = '<nav aria-label="Pages">{links}<span>{user}</span></nav>'
+NAV_LINK = '<a href="{}" aria-current="{}">{}</a>'
+FORM_HTML = """<form method="post" action="{url}" class="{kind}" autocapitalize="none" autocomplete="off"
+spellcheck="false">{alert}{hidden}{fields}</form>"""
+QUESTION = '<details><summary aria-label="{word} {what}">{word}…</summary>{form}</details>'
+BUTTON = '<button class="bad">{text}</button>'
+NEW_PASSWORD = """<label>New password, at least {characters} characters<input type="password" name="password" value=""
+required minlength="{characters}" autocomplete="new-password"></label>"""
+
+WELCOME_PAGE = """<p>This server keeps values for devices, applets and scripts. They store one under a key with</p>
+<pre>/set?key=door&amp;value=open</pre><p>and read it back with</p><pre>/get?key=door</pre>
+<p><a href="me/">Your values</a>: see and edit your values, make tokens for devices.</p>
+<p><a href="admin/">Users</a>: for admins.</p>"""
+USERS_PAGE = """{users}{turns}<h2>Add a user</h2>{form}<h2 id="hooks">Hooks</h2>
+<p>A hook calls a URL when a value changes. To add or delete hooks, use a shell: <code>kvserver.py addhook</code></p>
+{hooks}{more}"""
+MORE_HOOKS = "<p>There are more: <code>kvserver.py hooks</code></p>"
+ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
+<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}>May manage users (admin)</label><button>Add</button>"""
+USER_PAGE = """<p>Role: {role}, values: {pairs}, newest change: {newest}</p>{password}
+<p class="quiet">The tokens stay as they are when the password changes.</p>{admin}<p>{delete}</p>
+<h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
+SET_PASSWORD = """<input name="username" value="{user}" autocomplete="username" hidden>{new_password}
+<button>Set the password</button>"""
+DELETION_PAGE = """<p>Deleted with the user, for ever: values: {pairs}, tokens: {tokens}, hooks: {hooks}.</p>{question}
+<p>{keep}</p>"""
+YOURSELF = "<p>You cannot delete yourself: ask another admin.</p>"
+VALUES_PAGE = """<p class="turns"><a href="#add">Add</a><a href="#tokens">Tokens</a><a href="#password">Password</a></p>
+<form class="search" role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
+<label>Keys that begin with<input type="search" name="prefix" value="{prefix}"></label><button>Search</button></form>
+{all}{values}<h2 id="add">Add a value</h2>{add}<h2 id="tokens">Tokens</h2>
+<p>A device that logs in with a token does not need your password, and you can delete the token.</p>{tokens}{add_token}
+<h2 id="password">Password</h2><p>The browser will ask for the new password. Tokens stay as they are.</p>{password}"""
+ADD_VALUE = """<label>Key<input name="key" value="{key}" required></label><label>Value<textarea name="value" rows="2">
+{value}</textarea></label><button>Add</button>"""
+ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>
+<label>Only keys that begin with (empty for all)<input name="prefix" value="{prefix}"></label>
+<label><input type="checkbox" name="readonly" value="1" {readonly}>May only read</label><button>Add a token</button>"""
+SET_OWN_PASSWORD = """<input value="{user}" autocomplete="username" hidden>
+<label>Current password<input type="password" name="current" value="" required autocomplete="current-password"></label>
+{new_password}<button>Change the password</button>"""
+# Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
+EDIT_VALUE = """<label>Value<textarea name="value" rows="{rows}">
+{value}</textarea></label><button>Save</button>"""
+STORED_VALUE = "<p>Stored now:</p><pre>\n{value}</pre>"
+TOKEN_PAGE = """<p>Copy it to the device now: it is shown only once, and reloading this page makes another one.</p>
+<pre>{token}</pre><p>Send it in the header Authorization: Bearer TOKEN, or instead of your password.</p>
+<p><a href="./">Back to your values</a></p>"""
 
 
-Attributes = Mapping[str, str | bool | int]  # of an HTML element
-NO_ATTRIBUTES: Attributes = {}
+def fill(template: str, *values: object, **names: object) -> Markup:
+    """Return a template with values for its {} and {names}: lists are joined, and all text but Markup is escaped."""
 
+    def escape(value: object) -> str:
+        if isinstance(value, list):
+            return "".join(map(escape, value))
+        return value if isinstance(value, Markup) else html.escape(str(value))
 
-class Field(NamedTuple):
-    """A field of a form: an input of a kind, or a textarea. One without a label is hidden."""
-
-    name: str
-    label: str = ""
-    kind: str = "text"
-    value: str = ""
-    attributes: Attributes = NO_ATTRIBUTES
-
-
-class Problem(NamedTuple):
-    """Why what somebody sent with a form was refused, and what they had typed."""
-
-    action: str
-    message: str
-    typed: Mapping[str, str]
-
-
-NO_PROBLEM = Problem("", "", {})
-AS_TYPED: Attributes = {"autocapitalize": "none", "autocomplete": "off", "spellcheck": "false"}
-NEW_PASSWORD = Field(
-    "password",
-    f"New password, at least {PASSWORD_CHARACTERS_MIN} characters",
-    "password",
-    attributes={"required": True, "minlength": PASSWORD_CHARACTERS_MIN, "autocomplete": "new-password"},
-)
-
-
-def tag(element: str, *children: str, **attributes: str | bool | int) -> Markup:
-    """Return an HTML element. Text is escaped, in children and attributes, unless it is Markup.
-
-    An attribute's name may end in an underscore, and has one in place of a dash. True stands for an attribute without
-    a value, False for none.
-    """
-    begin = element
-    for attribute, value in attributes.items():
-        if value is not False:
-            begin += " " + attribute.rstrip("_").replace("_", "-")
-            begin += "" if value is True else f'="{html.escape(str(value))}"'
-    if element in VOID_ELEMENTS:
-        return Markup(f"<{begin}>")
-    texts = (child if isinstance(child, Markup) else html.escape(child, quote=False) for child in children)
-    # Of these two a browser throws away a newline at the beginning (HTML standard, section 13.1.2.5).
-    newline = "\n" if element in ("textarea", "pre") else ""
-    end = "" if element in OPEN_ELEMENTS else f"</{element}>"
-    return Markup(f"<{begin}>{newline}{''.join(texts)}{end}")
+    return Markup(template.format(*map(escape, values), **{name: escape(value) for name, value in names.items()}))
 
 
 def make_visible(text: str) -> str:
-    """Return a text as one line of which all can be seen."""
-    return OUTER_SPACES.sub(lambda spaces: "␣" * len(spaces[0]), text.translate(VISIBLE))
+    """Return a text as one line without invisible characters."""
+    return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), text.translate(VISIBLE))
 
 
 def make_alert(message: str) -> Markup:
-    """Return a message of one line as a sentence that tells what is wrong."""
-    # With the focus on it, it is seen and read out first, wherever on the page it stands.
-    return tag("p", f"{message[:1].upper()}{message[1:]}.", role="alert", tabindex=-1, autofocus=True)
+    """Return a message as a sentence. It takes the focus, so browsers scroll to it and screen readers read it."""
+    return fill('<p role="alert" tabindex="-1" autofocus>{}.</p>', message[:1].upper() + message[1:])
 
 
-def make_page(
-    title: str,
-    *content: str,
-    user: User | None = None,
-    path: str = "",
-    root: str = "../",
-    problem: Problem = NO_PROBLEM,
-) -> Response:
-    """Return a page, with who is logged in at its top, and links to the first pages, of which its path may be one.
-
-    If there is a problem with a form that does not stand on it, the page says so itself.
-    """
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", " - ".join(dict.fromkeys((title, "kvserver")))),
-        tag("style", STYLE),
-    )
-    names = {"me/": "Your states", **({"admin/": "Accounts"} if user and user.is_admin else {})}
-    links = (tag("a", name, href=root + link, aria_current=link == path and "page") for link, name in names.items())
-    top = [tag("nav", *links, tag("span", user.name), aria_label="Pages")] if user else []
-    notes = [tag("p", "The change is made.", id="done", role="status")] if user else []
-    if problem.action and not any(make_alert(problem.message) in part for part in content):
-        notes.append(make_alert(problem.message))
-    body = tag("body", *top, tag("main", tag("h1", title), *notes, *content))
-    document = "<!DOCTYPE html>" + tag("html", head, body, lang="en")
-    return Response(document.encode("utf-8"), content_type=HTML, headers=PAGE_HEADERS)
+def make_page(request: Request, title: str, content: str) -> Response:
+    """Return a page, with links to the main pages, and with the reason of a refusal if the content lacks it."""
+    user, refusal, nav = request.user, request.refusal, ""
+    if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
+        root, links = "" if request.path.endswith("/admin") else "../", []
+        for name, path in (("Your values", "me/"), ("Users", "admin/"))[: 1 + user.is_admin]:
+            current = "page" if request.path.endswith(f"/{path}") else "false"
+            links.append(fill(NAV_LINK, root + path, current, name))
+        nav = fill(NAV, links=links, user=user.name)
+    alert = make_alert(refusal.message) if refusal and 'role="alert"' not in content else ""
+    head = title if title == "kvserver" else f"{title} - kvserver"
+    page = fill(PAGE_HTML, head=head, style=STYLE, nav=nav, title=title, alert=alert, content=content)
+    status, more = (refusal.status, refusal.headers) if refusal else (200, ())
+    return Response(page.encode("utf-8"), status, HTML, PAGE_HEADERS + more)
 
 
-def error_page(error: HTTPError, user: User | None, route: Route) -> Response:
-    """Return the page that says why a user's request for a route is refused."""
-    root = "../" if route.path.count("/") > 1 else ""
-    page = make_page(http.HTTPStatus(error.status).phrase, make_alert(error.message), user=user, root=root)
-    return page._replace(status=error.status, headers=(*PAGE_HEADERS, *error.headers))
+def percent_encode(unsafe: str, text: str) -> str:
+    """Return a text with all matches of a regular expression percent-encoded."""
+    return re.sub(unsafe, lambda match: urllib.parse.quote(match[0]), text)
 
 
 def url_to(path: str, **parameters: str) -> str:
-    """Return a relative address with a query of these parameters, in which all that is not ASCII stands as it is."""
-    pairs = parameters.items()
-    return f"{path}?" + "&".join(
-        f"{name}={NOT_IN_QUERY.sub(lambda c: urllib.parse.quote(c[0]), text)}" for name, text in pairs
-    )
+    """Return a relative address with a query; letters stay as they are, since pages with long names are long enough."""
+    return f"{path}?" + "&".join(f"{name}={percent_encode(NOT_IN_QUERY, text)}" for name, text in parameters.items())
 
 
-def lead_to(url: str, status: int = 303) -> Response:
-    """Return an answer that leads to another page, as the one to a form does (RFC 9110 section 15.4.4)."""
-    ascii_url = re.sub("[^!-~]+", lambda text: urllib.parse.quote(text[0]), url)
-    return Response(status=status, headers=(("Location", ascii_url),))
+def make_link(text: str, path: str, **parameters: str) -> Markup:
+    """Return a link to a relative address with a query."""
+    return fill('<a href="{}">{}</a>', url_to(path, **parameters), text)
 
 
-def is_on(text: str | None) -> bool:
-    """Tell whether a field that is on or off is on; None stands for one that is not there."""
-    return text is not None and text.lower() not in ("", "0", "false", "off")
-
-
-def make_field(field: Field, typed: Mapping[str, str]) -> Markup:
-    """Return a field of a form, with what was typed if the form has come back, unless that is a password."""
-    name, kind, value = field.name, field.kind, typed.get(field.name, field.value)
-    if kind == "username":  # for programs that keep passwords, which look for whose it is
-        return tag("input", type="text", name=name or False, value=field.value, autocomplete=kind, hidden=True)
-    if not field.label:
-        return tag("input", type="hidden", name=name, value=field.value)
-    if kind == "textarea":
-        return tag("label", field.label, tag("textarea", value, name=name, **field.attributes))
-    if kind == "checkbox":
-        return tag("label", tag("input", type=kind, name=name, value="1", checked=is_on(value)), field.label)
-    value = "" if kind == "password" else value
-    return tag("label", field.label, tag("input", type=kind, name=name, value=value, **field.attributes))
+def is_on(parameters: Mapping[str, str], name: str) -> bool:
+    """Tell whether a checkbox is on; browsers leave out those that are off."""
+    return parameters.get(name, "").lower() not in ("", "0", "false", "off")
 
 
 def make_form(
-    action: str,
-    button: str,
-    *fields: Field,
-    problem: Problem = NO_PROBLEM,
-    url: str = "./",
-    is_bad: bool = False,
+    request: Request, action: str, fields: str, hidden: Mapping[str, object], url: str = "./", **values: object
 ) -> Markup:
-    """Return a form that sends an action to a URL, with the problem that there was with it, if there was.
+    """Return a form from the template of its fields. If it was refused, it shows the reason and the typed text again.
 
-    The button is red if what it does is bad.
+    A form that is only a button leaves the reason to its page.
     """
-    is_back = problem.action == action
-    alert = [make_alert(problem.message)] if is_back else []
-    inputs = (make_field(field, problem.typed if is_back else {}) for field in (Field("action", value=action), *fields))
-    press = tag("button", button, class_=is_bad and "bad")
-    is_bare = not any(field.label for field in fields)
-    return tag("form", *alert, *inputs, press, method="post", action=url, class_=is_bare and "bare")
+    is_bare = fields.startswith("<button")
+    refusal = None if is_bare or request.parameters.get("action") != action else request.refusal
+    typed = request.parameters if refusal else {}
+    texts = {**dict.fromkeys(USER_FIELDS + OWN_FIELDS, ""), **typed, **values}
+    texts |= {name: "checked" if is_on(typed, name) else "" for name in ("isAdmin", "readonly")}
+    texts["new_password"] = fill(NEW_PASSWORD, characters=PASSWORD_CHARACTERS_MIN)
+    inputs = {"action": action, **hidden}.items()
+    return fill(
+        FORM_HTML,
+        url=url,
+        kind="bare" if is_bare else "",
+        alert=make_alert(refusal.message) if refusal else "",
+        hidden=[fill('<input type="hidden" name="{}" value="{}">', name, value) for name, value in inputs],
+        fields=fill(fields, **texts),
+    )
 
 
-def make_question(word: str, what: str, action: str, *fields: Field, url: str = "./") -> Markup:
-    """Return the form of an action that loses something, folded up so that nobody sends it by mistake."""
-    form = make_form(action, f"{word} {what}", *fields, url=url, is_bad=True)
-    return tag("details", tag("summary", f"{word}…", aria_label=f"{word} {what}"), form)
-
-
-def relative_time(seconds: float) -> str:
-    """Return a time from now, in seconds, in words: "3 minutes ago" or "in 2 days"."""
-    for unit, length in (("day", DAY_SECONDS), ("hour", 3600), ("minute", 60), ("second", 1)):
-        count = int(abs(seconds) // length)
-        if count:
-            words = f"{count} {unit}" + ("s" if count > 1 else "")
-            return f"in {words}" if seconds > 0 else f"{words} ago"
-    return "now"
+def make_question(
+    request: Request, word: str, what: str, action: str, hidden: Mapping[str, object], url: str = "./"
+) -> Markup:
+    """Return the button of a dangerous action, folded up so that nobody presses it by mistake."""
+    form = make_form(request, action, BUTTON, hidden, url, text=f"{word} {what}")
+    return fill(QUESTION, word=word, what=what, form=form)
 
 
 def make_time(seconds: float | None) -> str:
-    """Return a time in unix seconds in words that say how long ago that is, and exactly where somebody points at it."""
+    """Return a time in unix seconds in words, such as 3 minutes ago or in 2 days; the style shows the exact time."""
     if seconds is None:
         return "never"
-    return tag("time", relative_time(seconds - time.time()), datetime=utc_second(seconds))
+    words, left = "now", seconds - time.time()
+    for unit, length in (("second", 1), ("minute", 60), ("hour", 3600), ("day", DAY_SECONDS)):
+        count = int(abs(left) // length)
+        if count:
+            words = f"{count} {unit}" + ("s" if count > 1 else "")
+            words = f"in {words}" if left > 0 else f"{words} ago"
+    return fill('<time datetime="{}">{}</time>', utc_second(seconds), words)
 
 
-def make_table(names: Sequence[str], rows: Sequence[Sequence[str | list[str]]], kind: str = "") -> Markup:
-    """Return a table of a kind with these names of columns, or a line that says so if it would have no rows.
-
-    A cell may be several texts.
-    """
+def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
+    """Return a table with the names of its columns; kind is its class in the style. A cell may be a list of parts."""
     if not rows:
-        return tag("p", "There are none.", class_="quiet")
-    head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
-    cells = ([tag("td", *([cell] if isinstance(cell, str) else cell)) for cell in row] for row in rows)
-    body = tag("tbody", *(tag("tr", *row) for row in cells))
-    return tag("table", head, body, class_=bool(kind) and kind)
+        return fill('<p class="quiet">There are none.</p>')
+    head = [fill("<th>{}", name) for name in columns]
+    body = [fill("<tr>{}", [fill("<td>{}", cell) for cell in row]) for row in rows]
+    return fill('<table class="{}"><thead><tr>{}<tbody>{}</tbody></table>', kind, head, body)
 
 
 def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -> Markup:
-    """Return links to the first page and the next one, as there are, of a table of at most PAGE_ROWS_MAX of names."""
-    links = [tag("a", "First page", href=url_to(path, **parameters))] if after else []
+    """Return links to the first and the next page of a table; names has one more than PAGE_ROWS_MAX if more follow."""
+    links = [make_link("First page", path, **parameters)] if after else []
     if len(names) > PAGE_ROWS_MAX:
-        links.append(tag("a", "Next page", href=url_to(path, **parameters, after=names[PAGE_ROWS_MAX - 1])))
-    return tag("p", *links, class_="turns")
+        links.append(make_link("Next page", path, **parameters, after=names[PAGE_ROWS_MAX - 1]))
+    return fill('<p class="turns">{}</p>', links)
 
 
-def make_states(pairs: Sequence[PairSummary], are_own: bool) -> Markup:
-    """Return the table of a user's pairs, which have links if they are one's own."""
+def make_values(store: Store, user_id: int, after: str, path: str, **parameters: str) -> Markup:
+    """Return the table of a user's pairs. It is the visitor's own on the page ./ and has links to the pairs there."""
+    pairs = store.pairs(user_id, parameters.get("prefix", ""), after, PAGE_ROWS_MAX + 1)
     rows = []
     for key, value, updated, expires in pairs[:PAGE_ROWS_MAX]:
         shown_key, value = make_visible(key), cut_off(make_visible(value), VALUE_SHOWN_CHARACTERS_MAX)
-        cell = tag("a", shown_key, href=url_to("state", key=key)) if are_own else shown_key
-        changed = [make_time(updated)]
-        if expires:
-            changed.append(tag("small", "expires ", make_time(expires)))
-        rows.append((cell, value or tag("small", "empty"), changed))
-    return make_table(("Key", "Value", "Changed"), rows, "states")
+        changed = [make_time(updated), fill(SMALL, ["expires ", make_time(expires)]) if expires else ""]
+        cell = make_link(shown_key, "state", key=key) if path == "./" else shown_key
+        rows.append((cell, value or fill(SMALL, "empty"), changed))
+    turns = make_turns(path, [pair[0] for pair in pairs], after, **parameters)
+    return fill("{}{}", make_table("values", ("Key", "Value", "Changed"), rows), turns)
 
 
-def make_tokens(tokens: Sequence[Token], *fields: Field) -> Markup:
-    """Return the table of a user's tokens, each with a form to revoke it that has these fields as well."""
+def make_tokens(store: Store, request: Request, user_name: str, hidden: Mapping[str, str]) -> Markup:
+    """Return the table of a user's tokens, each with a form to delete it that sends the hidden fields too."""
     rows = []
-    for token in tokens:
-        label, token_id = token.label or f"token {token.id}", Field("id", value=str(token.id))
-        revoke = make_question("Revoke", label, "deltoken", token_id, *fields)
-        rows.append((label, tag("code", token.rights()), token.last_used(), revoke))
-    return make_table(("Label", "Rights", "Last used", "Revoke"), rows)
-
-
-def make_hooks(hooks: Sequence[Hook]) -> Markup:
-    """Return the table of all users' hooks, PAGE_ROWS_MAX at most."""
-    rows = []
-    for hook in hooks[:PAGE_ROWS_MAX]:
-        user = [make_visible(hook.user_name), tag("small", f"hook {hook.id} ", hook.label)]
-        key = [make_visible(hook.pattern)]
-        if hook.value is not None:
-            key.append(tag("small", f"only when it becomes {make_visible(hook.short_value())}"))
-        result = [hook.result, tag("small", make_time(hook.result_time))] if hook.result else ["never tried"]
-        rows.append((user, key, hook.origin, [*result, tag("small", f"pending: {hook.pending}")]))
-    return make_table(("User", "Key", "Receiver", "Last result"), rows, "hooks")
+    for token in store.tokens(user_name):
+        label, rights = token.label or f"token {token.id}", fill("<code>{}</code>", token.rights())
+        question = make_question(request, "Delete", label, "deltoken", {"id": token.id, **hidden})
+        rows.append((label, rights, token.last_used(), question))
+    return make_table("tokens", ("Label", "Rights", "Last used", "Delete"), rows)
 
 
 def add_slash(store: Store, request: Request) -> Response:
-    """Lead from a path without a slash at its end to the one with it, before a browser is asked for a password there.
+    """Redirect from a path without a slash at its end to the path with it, before the browser asks for a password.
 
-    Browsers send a password unasked to all that lies beside what they were asked for it at (RFC 7617 section 2.2).
+    Browsers send a password unasked to all paths in the folder where they needed it first (RFC 7617 section 2.2).
     """
     if "action" in request.parameters:
         raise HTTPError(405, "send actions by POST", (("Allow", "POST, OPTIONS"),))
-    query = f"?{request.query}" if request.query else ""
-    return lead_to(f"{request.path.rpartition('/')[2]}/{query}", 301)
+    url = request.path.rpartition("/")[2] + "/" + (f"?{request.query}" if request.query else "")
+    return Response(status=301, headers=(("Location", percent_encode(NOT_IN_HEADER, url)),))
 
 
 def no_icon(store: Store, request: Request) -> Response:
-    """Answer that there is no icon, so that browsers stop asking."""
+    """Return no icon, so that browsers stop asking for one."""
     return Response(status=204)
 
 
 def welcome_page(store: Store, request: Request) -> Response:
-    """Answer with the page that says what this is."""
-    return make_page(
-        "kvserver",
-        tag("p", "This server keeps values for devices, applets and scripts. They store one under a key with"),
-        tag("pre", "/set?key=door&value=open"),
-        tag("p", "and read it back with"),
-        tag("pre", "/get?key=door"),
-        tag("p", tag("a", "Your states", href="me/"), ": see and edit what is stored, make tokens for devices."),
-        tag("p", tag("a", "Accounts", href="admin/"), ": for admins."),
-    )
+    """Show what this server is for."""
+    return make_page(request, "kvserver", fill(WELCOME_PAGE))
 
 
-def accounts_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
-    """Answer with the table of all users and a form to add one."""
-    after = request.parameters.get("after", "")
-    users = store.users(after + NEXT_KEY, limit=PAGE_ROWS_MAX + 1)
-    rows = [
-        (
-            tag("a", make_visible(user.name), href=url_to("user", username=user.name)),
+def users_page(store: Store, request: Request) -> Response:
+    """Show all users, a form to add one, and all hooks."""
+    after, rows = request.parameters.get("after", ""), []
+    users, hooks = store.users(after + NEXT_KEY, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
+    for user in users[:PAGE_ROWS_MAX]:
+        link, role = (
+            make_link(make_visible(user.name), "user", username=user.name),
             "admin" if user.is_admin else "user",
-            str(user.pairs),
-            make_time(user.newest),
-            ""
-            if user.id == request.user.id
-            else tag("a", "Delete…", href=url_to("delete", username=user.name), aria_label=f"Delete {user.name}"),
         )
-        for user in users[:PAGE_ROWS_MAX]
-    ]
-    hooks = store.hooks(limit=PAGE_ROWS_MAX + 1)
-    more_hooks = [tag("p", "There are more: ", tag("code", "kvserver.py hooks"))] if len(hooks) > PAGE_ROWS_MAX else []
-    return make_page(
-        "Accounts",
-        make_table(("Name", "Role", "States", "Newest change", "Delete"), rows),
-        make_turns("./", [user.name for user in users], after),
-        tag("h2", "Add a user"),
-        make_form(
-            "adduser",
-            "Add",
-            Field("username", "Name", attributes={"required": True, **AS_TYPED}),
-            NEW_PASSWORD,
-            Field("isAdmin", "May manage accounts (admin)", "checkbox"),
-            problem=problem,
-        ),
-        tag("h2", "Hooks", id="hooks"),
-        tag(
-            "p", "Who is told when a state changes. To change that takes a shell: ", tag("code", "kvserver.py addhook")
-        ),
-        make_hooks(hooks),
-        *more_hooks,
-        user=request.user,
-        path="admin/",
-        problem=problem,
+        delete = make_link("Delete…", "delete", username=user.name) if user.id != request.user.id else ""
+        rows.append((link, role, user.pairs, make_time(user.newest), delete))
+    hook_rows = []
+    for hook in hooks[:PAGE_ROWS_MAX]:
+        name, key = (
+            [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id} {hook.label}")],
+            [make_visible(hook.pattern)],
+        )
+        if hook.value is not None:
+            key.append(fill(SMALL, f"only when it becomes {make_visible(hook.short_value())}"))
+        result = [hook.result, fill(SMALL, make_time(hook.result_time))] if hook.result else ["never tried"]
+        hook_rows.append((name, key, hook.origin, [*result, fill(SMALL, f"pending: {hook.pending}")]))
+    page = fill(
+        USERS_PAGE,
+        users=make_table("users", ("Name", "Role", "Values", "Newest change", "Delete"), rows),
+        turns=make_turns("./", [user.name for user in users], after),
+        form=make_form(request, "adduser", ADD_USER, {}),
+        hooks=make_table("hooks", ("User", "Key", "URL", "Last result"), hook_rows),
+        more=fill(MORE_HOOKS) if len(hooks) > PAGE_ROWS_MAX else "",
     )
+    return make_page(request, "Users", page)
 
 
 def find_user(store: Store, request: Request) -> UserSummary:
-    """Return the user whom the parameter username names; raise HTTPError."""
+    """Return the user with the name in the parameter username; raise HTTPError."""
     name = required(request, "username")
-    users = store.users(name, name)
-    if not users:
-        raise HTTPError(404, "there is no such user, or no longer")
-    return users[0]
+    for user in store.users(name, name):
+        return user
+    raise HTTPError(404, "this user does not exist; it may have been deleted")
 
 
-def user_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
-    """Answer with what there is to know of a user, and forms to change that."""
+def user_page(store: Store, request: Request) -> Response:
+    """Show a user, with forms to change the password and the role and to delete tokens."""
+    user, after = find_user(store, request), request.parameters.get("after", "")
+    name, hidden = user.name, {"username": user.name, "page": "user"}
+    words = ("Take the admin role", "away") if user.is_admin else ("Make", "an admin")
+    page = fill(
+        USER_PAGE,
+        role="admin" if user.is_admin else "user",
+        pairs=user.pairs,
+        newest=make_time(user.newest),
+        password=make_form(request, "setpassword", SET_PASSWORD, {"page": "user"}, user=name),
+        admin=make_question(request, *words, "setadmin", {"isAdmin": "" if user.is_admin else "1", **hidden}),
+        delete=make_link("Delete this user…", "delete", username=name),
+        tokens=make_tokens(store, request, name, hidden),
+        values=make_values(store, user.id, after, "user", username=name),
+    )
+    return make_page(request, make_visible(name), page)
+
+
+def deletion_page(store: Store, request: Request) -> Response:
+    """Show how much is lost with a user, and ask."""
     user = find_user(store, request)
-    after = request.parameters.get("after", "")
-    pairs = store.pairs(user.id, "", after, PAGE_ROWS_MAX + 1)
-    whose, page = Field("username", value=user.name), Field("page", value="user")
-    whose_password = whose._replace(kind="username")
-    if user.is_admin:
-        role, change_role = "admin", make_question("Take the admin role", "away", "setadmin", whose, page)
-    else:
-        to_admin = Field("isAdmin", value="1")
-        role, change_role = "user", make_form("setadmin", "Make an admin", to_admin, whose, page, problem=problem)
-    return make_page(
-        make_visible(user.name),
-        tag("p", f"Role: {role}, states: {user.pairs}, newest change: ", make_time(user.newest)),
-        make_form("setpassword", "Set the password", whose_password, NEW_PASSWORD, page, problem=problem),
-        tag("p", "The tokens stay as they are when the password changes.", class_="quiet"),
-        change_role,
-        tag("p", tag("a", "Delete this user…", href=url_to("delete", username=user.name))),
-        tag("h2", "Tokens"),
-        make_tokens(store.tokens(user.name), whose, page),
-        tag("h2", "States"),
-        make_states(pairs, are_own=False),
-        make_turns("user", [key for key, *_ in pairs], after, username=user.name),
-        user=request.user,
-        problem=problem,
+    title, hidden = f"Delete {make_visible(user.name)}", {"username": user.name, "page": "delete"}
+    form = make_form(request, "deluser", BUTTON, hidden, text=title)
+    page = fill(
+        DELETION_PAGE,
+        pairs=user.pairs,
+        tokens=len(store.tokens(user.name)),
+        hooks=len(store.hooks(user.name, user.name)),
+        question=form if user.id != request.user.id else fill(YOURSELF),
+        keep=make_link("Keep this user", "user", username=user.name),
     )
+    return make_page(request, title + "?", page)
 
 
-def deletion_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
-    """Answer with what would be lost with a user, and ask."""
-    user = find_user(store, request)
-    name, tokens, hooks = make_visible(user.name), store.tokens(user.name), store.hooks(user.name, user.name)
-    if user.id == request.user.id:
-        question = tag("p", "You cannot delete yourself: ask another admin.")
-    else:
-        fields = (Field("username", value=user.name), Field("page", value="delete"))
-        question = make_form("deluser", f"Delete {name}", *fields, problem=problem, is_bad=True)
-    return make_page(
-        f"Delete {name}?",
-        tag("p", f"Deleted with the user, for good: states: {user.pairs}, tokens: {len(tokens)}, hooks: {len(hooks)}."),
-        question,
-        tag("p", tag("a", "Keep this user", href=url_to("user", username=user.name))),
-        user=request.user,
-        problem=problem,
+def values_page(store: Store, request: Request) -> Response:
+    """Show the visitor's pairs, with forms to add one and to change tokens and password."""
+    user, parameters = request.user, {} if request.refusal else request.parameters
+    prefix = parameters.get("prefix", "")
+    only = {"prefix": prefix} if prefix else {}
+    page = fill(
+        VALUES_PAGE,
+        prefix=prefix,
+        all=fill('<p><a href="./">All values</a></p>') if prefix else "",
+        values=make_values(store, user.id, parameters.get("after", ""), "./", **only),
+        add=make_form(request, "set", ADD_VALUE, {"page": "add", "etag": ""}),
+        tokens=make_tokens(store, request, user.name, {}),
+        add_token=make_form(request, "addtoken", ADD_TOKEN, {}, label_max=LABEL_CHARACTERS_MAX),
+        password=make_form(request, "passwd", SET_OWN_PASSWORD, {}, user=user.name),
     )
+    return make_page(request, "Your values", page)
 
 
-def states_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
-    """Answer with the table of one's own pairs, and forms to add one and to change one's tokens and password."""
-    parameters = {} if problem.action else request.parameters
-    prefix, after = parameters.get("prefix", ""), parameters.get("after", "")
-    pairs = store.pairs(request.user.id, prefix, after, PAGE_ROWS_MAX + 1)
-    search = Field("prefix", "Keys that begin with", "search", attributes=AS_TYPED)
-    current: Attributes = {"required": True, "autocomplete": "current-password"}
-    return make_page(
-        "Your states",
-        tag("p", *(tag("a", name, href="#" + name.lower()) for name in ("Add", "Tokens", "Password")), class_="turns"),
-        tag("form", make_field(search, {"prefix": prefix}), tag("button", "Search"), class_="search", role="search"),
-        *([tag("p", tag("a", "All states", href="./"))] if prefix else []),
-        make_states(pairs, are_own=True),
-        make_turns("./", [key for key, *_ in pairs], after, **({"prefix": prefix} if prefix else {})),
-        tag("h2", "Add a state", id="add"),
-        make_form(
-            "set",
-            "Add",
-            Field("key", "Key", attributes={"required": True, **AS_TYPED}),
-            Field("value", "Value", "textarea", attributes={"rows": 2}),
-            Field("page", value="add"),
-            Field("etag"),
-            problem=problem,
-        ),
-        tag("h2", "Tokens", id="tokens"),
-        tag("p", "A device that logs in with a token need not know your password, and the token can be revoked."),
-        make_tokens(store.tokens(request.user.name)),
-        make_form(
-            "addtoken",
-            "Add a token",
-            Field("label", "What it is for", attributes={"maxlength": LABEL_CHARACTERS_MAX}),
-            Field("prefix", "Only keys that begin with (empty for all)", attributes=AS_TYPED),
-            Field("readonly", "May only read", "checkbox"),
-            problem=problem,
-        ),
-        tag("h2", "Password", id="password"),
-        tag("p", "The browser will ask for the new one. Tokens stay as they are."),
-        make_form(
-            "passwd",
-            "Change the password",
-            Field("", kind="username", value=request.user.name),
-            Field("current", "Current password", "password", attributes=current),
-            NEW_PASSWORD,
-            problem=problem,
-        ),
-        user=request.user,
-        path="me/",
-        problem=problem,
-    )
-
-
-def why_not_in_form(value: bytes) -> str:
-    """Return why a form cannot carry a value unchanged, nothing if it can.
-
-    In a form's encoding most bytes take three, and a line end six.
-    """
-    if NOT_IN_FORM.search(value):
-        return "it has NUL or CR, which a form would change"
-    size = len(value) + 2 * len(value.translate(None, FORM_SAFE)) + 3 * value.count(b"\n")
-    return "it is too long for a form" if size > BODY_BYTES_MAX - FORM_FIELDS_BYTES else ""
-
-
-def state_page(store: Store, request: Request, problem: Problem = NO_PROBLEM) -> Response:
-    """Answer with one pair and forms to edit and to delete it; what was typed stays, even if the pair is gone."""
-    key = required(request, "key")
+def value_page(store: Store, request: Request) -> Response:
+    """Show one pair, with forms to edit and delete it; the typed text stays even if the pair is gone."""
+    key, typed = required(request, "key"), request.parameters.get("value") if request.refusal else None
     pair = store.pair(request.user.id, key)
-    if pair is None and "value" not in problem.typed:
+    if pair is None and request.parameters.get("page") == "add":
+        return values_page(store, request)
+    if pair is None and typed is None:
         raise HTTPError(404, NO_KEY)
-    stored, url = pair.value if pair else b"", url_to("./", key=key)
-    value, why_not = stored.decode("utf-8"), why_not_in_form(stored)
-    content = []
-    if not why_not:
-        area = Field("value", "Value", "textarea", value, {"rows": min(20, value.count("\n") + 2), **AS_TYPED})
-        fields = (area, Field("page", value="state"), Field("etag", value=pair.etag if pair else ""))
-        content.append(make_form("set", "Save", *fields, problem=problem, url=url))
+    stored, url, parts = pair.value if pair else b"", url_to("./", key=key), []
+    value, hidden = stored.decode("utf-8"), {"page": "state", "etag": pair.etag if pair else ""}
     if pair:
-        times = tag("p", "Changed ", make_time(pair.updated), ", expires ", make_time(pair.expires), ".")
-        content.insert(0, times)
-        if why_not:
-            content.append(tag("p", f"This value can be edited by /set, but not here: {why_not}."))
-        if why_not or problem.action:
-            shown = tag("pre", value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"}))
-            content += [tag("p", "What is stored now:"), shown]
-        content.append(make_question("Delete", "this state", "del", Field("page", value="state"), url=url))
-    return make_page(make_visible(key), *content, user=request.user, problem=problem)
-
-
-def added_page(store: Store, request: Request, problem: Problem) -> Response:
-    """Answer why a pair could not be added: with its own page if it is there already."""
-    is_there = store.pair(request.user.id, problem.typed.get("key", ""))
-    return (state_page if is_there else states_page)(store, request, problem)
+        parts.append(fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires)))
+    # In a form's encoding, most bytes become three and a newline six.
+    size = len(stored) + 2 * len(stored.translate(None, FORM_SAFE)) + 3 * stored.count(b"\n")
+    is_editable = size <= BODY_BYTES_MAX - FORM_FIELDS_BYTES and b"\0" not in stored and b"\r" not in stored
+    if is_editable:
+        area = {"rows": min(20, value.count("\n") + 2), "value": value if typed is None else typed}
+        parts.append(make_form(request, "set", EDIT_VALUE, hidden, url, **area))
+    else:
+        parts.append(fill("<p>Edit this value by /set: a form cannot send it unchanged.</p>"))
+    if pair and (request.refusal or not is_editable):
+        shown = value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"})
+        parts.append(fill(STORED_VALUE, value=shown))
+    if pair:
+        parts.append(make_question(request, "Delete", "this value", "del", {"page": "state"}, url))
+    return make_page(request, make_visible(key), fill("{}", parts))
 
 
 def new_password_hash(request: Request) -> str:
@@ -3070,143 +2937,105 @@ def new_password_hash(request: Request) -> str:
     return request.password_hash
 
 
-def current_user(store: Store, request: Request) -> User:
-    """Return the user who sends a form as they are now: since they logged in, a password may have been hashed."""
-    user = store.user(request.user.name)
-    if user is None or user.id != request.user.id:
-        raise NoSuchUser(request.user.name)
-    return user
+def token_id(request: Request) -> int:
+    """Return the id of a token in a form; 0, which no token has, for another text."""
+    text = required(request, "id")
+    return int(text) if TOKEN_ID.fullmatch(text) else 0
 
 
-def revoke_token(store: Store, request: Request, user_name: str) -> None:
-    """Delete a token of a user."""
-    number = required(request, "id")
-    store.delete_token(user_name, int(number) if TOKEN_ID.fullmatch(number) else 0)
-
-
-def change_account(store: Store, request: Request, action: str) -> Response:
-    """Carry out an action on an account, and lead back to the page of the form."""
-    name, is_admin = required(request, "username"), is_on(request.parameters.get("isAdmin"))
+def change_user(store: Store, request: Request, action: str) -> str:
+    """Run an action on a user, and return the address of the form's page."""
+    name, is_admin = required(request, "username"), is_on(request.parameters, "isAdmin")
+    if action != "adduser":
+        find_user(store, request)
     if action == "adduser":
         check_user_name(name)
         if store.user(name):
             raise HTTPError(409, f"the name {name} is taken; choose another one")
         store.add_user(name, new_password_hash(request), is_admin)
-        return lead_to(LIST_DONE)
-    find_user(store, request)
-    if action == "deluser":
+    elif action == "deluser":
         if name == request.user.name:
             raise HTTPError(409, "nobody can delete themselves; ask another admin")
         store.delete_user(name, even_last_admin=False)
-        return lead_to(LIST_DONE)
-    if action == "setpassword":
+    elif action == "setpassword":
         store.set_password_hash(name, new_password_hash(request))
     elif action == "setadmin":
         store.set_admin(name, is_admin)
         if name == request.user.name and not is_admin:
-            return lead_to("../me/#done")  # to them, the pages for admins are closed from now on
+            return "../me/"  # the pages for admins are closed to them now
     elif action == "deltoken":
-        revoke_token(store, request, name)
+        store.delete_token(name, token_id(request))
     else:
         raise HTTPError(400, "the parameter action can be: adduser, deluser, setpassword, setadmin, deltoken")
-    is_from_user = request.parameters.get("page") == "user"
-    return lead_to(url_to("user", username=name) + DONE if is_from_user else LIST_DONE)
+    return url_to("user", username=name) if request.parameters.get("page") == "user" else "./"
 
 
-def change_own_pair(store: Store, request: Request, action: str) -> Response:
-    """Store or remove one of one's own pairs; with an entity tag only if it is still that one's, or none if empty."""
-    key, page = require_key(request.parameters.get("key")), request.parameters.get("page")
-    pair = store.pair(request.user.id, key)
+def change_pair(store: Store, request: Request, action: str) -> str:
+    """Store or delete a pair of the visitor. With an entity tag, the pair must still have it; empty means no pair."""
+    key, page = require_key(request.parameters.get("key")), request.parameters.get("page", "")
     if action == "del":
         if not store.delete_pair(request.user.id, key):
             raise HTTPError(404, NO_KEY)
-        return lead_to(LIST_DONE)
-    # A browser sends line ends as CR LF, whatever they were.
-    value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")
+        return "./"
+    value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")  # browsers send all line ends as CR LF
+    pair = store.pair(request.user.id, key)
     etag = pair.etag if pair else ""
     if request.parameters.get("etag", etag) != etag:
-        what = "is something else stored" if pair else "is nothing stored any more"
-        raise HTTPError(409, f"under this key {what}; save again to store this all the same")
+        change = "another value is stored" if pair else "no value is stored any longer"
+        raise HTTPError(409, f"under this key, {change}; save again to store this one all the same")
     store.set_value(request.user.id, key, value, pair.expires if pair and page == "state" else None)
-    urls = {"state": url_to("state", key=key), "add": url_to("./", prefix=key)}
-    return lead_to(urls.get(page or "", "./") + DONE)
+    return {"state": url_to("state", key=key), "add": url_to("./", prefix=key)}.get(page, "./")
 
 
-def change_own(store: Store, request: Request, action: str) -> Response:
-    """Carry out an action on one's own pairs, tokens or password, and lead back to the page of the form."""
-    user, parameters = request.user, request.parameters
+def change_own(store: Store, request: Request, action: str) -> str | Response:
+    """Run an action on the visitor's pairs, tokens or password, and return the address of the form's page."""
+    name, parameters = request.user.name, request.parameters
     if action in ("set", "del"):
-        return change_own_pair(store, request, action)
+        return change_pair(store, request, action)
     if action == "passwd":
-        # Nobody has come here with another password than the current one.
-        _, password = decode_credentials(request.fields.headers["authorization"])
+        _, password = decode_credentials(request.fields.headers["authorization"])  # this one has been checked
         if not secrets.compare_digest(required(request, "current").encode("utf-8"), password.encode("utf-8")):
             raise HTTPError(400, "the current password is wrong")
-        store.set_password_hash(user.name, new_password_hash(request))
+        store.set_password_hash(name, new_password_hash(request))
     elif action == "addtoken":
-        label, prefix = parameters.get("label", ""), parameters.get("prefix", "")
+        label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
         check_label_and_prefix(label, prefix)
-        token = make_token()
-        store.add_token(user.name, hash_token(token), label, is_on(parameters.get("readonly")), prefix)
-        return make_page(
-            "New token",
-            tag("p", "Copy it to the device now: it cannot be shown again, and to reload this page makes another one."),
-            tag("pre", token),
-            tag("p", "It goes into the header Authorization: Bearer TOKEN, or in place of your password."),
-            tag("p", tag("a", "Back to your states", href="./")),
-            user=user,
-        )
+        store.add_token(name, hash_token(token), label, is_on(parameters, "readonly"), prefix)
+        return make_page(request, "New token", fill(TOKEN_PAGE, token=token))
     elif action == "deltoken":
-        revoke_token(store, request, user.name)
+        store.delete_token(name, token_id(request))
     else:
         raise HTTPError(400, "the parameter action can be: set, del, passwd, addtoken, deltoken")
-    return lead_to(LIST_DONE)
+    return "./"
 
 
-class RefusedForm(HTTPError):
-    """A form is refused: endpoint makes the page that says why, which may take too long for the transaction."""
-
-    def __init__(self, refusal: HTTPError, endpoint: Callable[[Store, Request], Response]) -> None:
-        super().__init__(refusal.status, refusal.message)
-        self.endpoint = endpoint
+class RefusedForm(Exception):
+    """A form is refused. The argument is the page that shows it again, which the transaction need not wait for."""
 
 
-def answer_form(
-    store: Store,
-    request: Request,
-    change: Callable[[Store, Request, str], Response],
-    pages: Mapping[str, Callable[[Store, Request, Problem], Response]],
-) -> Response:
-    """Carry out the action of a form; raise RefusedForm with the page of the form and the reason why it was refused.
+OWN_PAGES = {"": values_page, "state": value_page, "add": value_page}
+USER_PAGES = {"": users_page, "user": user_page, "delete": deletion_page}
 
-    A field of the form says which of the pages it stands on, an empty name by default.
-    """
-    action, parameters = required(request, "action"), request.parameters
+
+def answer_form(store: Store, request: Request) -> Response:
+    """Run the action of a form; raise RefusedForm with the page that its field page names, or the main page."""
+    is_own, is_program = request.path.endswith("/me/"), request.path.endswith("/admin")
+    user, pages = store.user(request.user.name), OWN_PAGES if is_own else USER_PAGES
+    if user is None or user.id != request.user.id:  # deleted while the password was hashed
+        raise NoSuchUser(request.user.name)
+    check_visitor(user, PERSON if is_own else ADMIN)
+    request.refusal = None
     try:
-        return change(store, request, action)
-    except (HTTPError, BadCredential, LastAdmin, NoSuchToken, TooMuch) as error:
-        # Nothing has been changed before these are raised.
-        refusal, page = as_refusal(error), pages.get(parameters.get("page", ""), pages[""])
-        assert refusal
-        status, problem = refusal.status, Problem(action, refusal.message, parameters)
-        raise RefusedForm(
-            refusal, lambda store, request: page(store, request, problem)._replace(status=status)
-        ) from None
-
-
-def change_accounts(store: Store, request: Request) -> Response:
-    """Answer a form of the pages for admins."""
-    check_visitor(current_user(store, request), ADMIN)
-    if not request.path.endswith("/"):  # a program sends this, which wants no page; no link would be right here
-        change_account(store, request, required(request, "action"))
-        return lead_to("admin/")
-    return answer_form(store, request, change_account, {"": accounts_page, "user": user_page, "delete": deletion_page})
-
-
-def change_states(store: Store, request: Request) -> Response:
-    """Answer a form of one's own pages."""
-    current_user(store, request)
-    return answer_form(store, request, change_own, {"": states_page, "state": state_page, "add": added_page})
+        done = (change_own if is_own else change_user)(store, request, required(request, "action"))
+    except (HTTPError, BadCredential, LastAdmin, NoSuchToken, TooMuch) as error:  # nothing has changed yet
+        if is_program:
+            raise
+        request.refusal = as_refusal(error)
+        raise RefusedForm(pages.get(request.parameters.get("page", ""), pages[""])) from None
+    if isinstance(done, Response):
+        return done
+    url = "admin/" if is_program else percent_encode(NOT_IN_HEADER, f"{done}#done")
+    return Response(status=303, headers=(("Location", url),))
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
@@ -3217,8 +3046,6 @@ def change_states(store: Store, request: Request) -> Response:
 HERE, COMMIT, THREAD = "here", "commit", "thread"
 
 READ = ("GET", "HEAD")
-ACCOUNT_FIELDS = ("action", "username", "password", "isAdmin", "id", "page")
-STATE_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page", "etag")
 
 ROUTES = (
     Route("/set", ("GET", "POST", "PUT"), set_value, USER, COMMIT, ("key", "value", "ttl", "nx", "old"), EITHER),
@@ -3236,15 +3063,15 @@ ROUTES = (
     Route("/", READ, welcome_page, BROWSER, HERE),
     Route("/favicon.ico", READ, no_icon, ANYONE, HERE),
     Route("/admin", READ, add_slash, ANYONE, HERE, ANYTHING),
-    Route("/admin", ("POST",), change_accounts, ADMIN, COMMIT, ACCOUNT_FIELDS),
-    Route("/admin/", READ, accounts_page, ADMIN, THREAD, ("after",)),
-    Route("/admin/", ("POST",), change_accounts, ADMIN, COMMIT, ACCOUNT_FIELDS),
+    Route("/admin", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS),
+    Route("/admin/", READ, users_page, ADMIN, THREAD, ("after",)),
+    Route("/admin/", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS),
     Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "after")),
     Route("/admin/delete", READ, deletion_page, ADMIN, THREAD, ("username",)),
     Route("/me", READ, add_slash, ANYONE, HERE, ANYTHING),
-    Route("/me/", READ, states_page, PERSON, THREAD, ("prefix", "after")),
-    Route("/me/", ("POST",), change_states, PERSON, COMMIT, STATE_FIELDS),
-    Route("/me/state", READ, state_page, PERSON, THREAD, ("key",)),
+    Route("/me/", READ, values_page, PERSON, THREAD, ("prefix", "after")),
+    Route("/me/", ("POST",), answer_form, PERSON, COMMIT, OWN_FIELDS),
+    Route("/me/state", READ, value_page, PERSON, THREAD, ("key",)),
 )
 API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
@@ -3294,8 +3121,8 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
 def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> Response:
     """Return the response to a refused request: HTML for pages, and a challenge with 401."""
     if route and route.who in PAGE_VISITORS and request.wants_html():
-        # Somebody with a stolen token is not told whose it is.
-        response = error_page(error, request.user if error.status != 401 else None, route)
+        request.refusal = error
+        response = make_page(request, http.HTTPStatus(error.status).phrase, "")
     else:
         response = error.response(request.fields.headers.get("accept", ""))
     if error.status == 401 and route:
@@ -3493,7 +3320,7 @@ class RequestHandler:
             try:
                 return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
             except RefusedForm as refused:
-                endpoint = refused.endpoint  # the page that shows the form again
+                endpoint = refused.args[0]  # the page that shows the form again
 
         def run() -> Response:
             self.server.writer.check_file()
