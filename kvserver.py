@@ -95,8 +95,6 @@ TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 WAIT_SECONDS_MAX = 60
 LIST_LIMIT_MAX = 10_000
 LIST_BYTES_MAX = 32 * 1024 * 1024
-PAGE_ROWS_MAX = 100
-FORM_FIELDS_BYTES = 4 * 1024  # of a form, besides a value
 
 PASSWORD_CHARACTERS_MIN = 8
 # OWASP's password storage cheat sheet calls several scrypt settings equally strong. n=2^14, r=8, p=5 takes 16 MiB.
