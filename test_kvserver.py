@@ -3982,60 +3982,54 @@ class Schedules(unittest.TestCase):
 
 
 class Disk(ServerCase):
-    """A disk that is full, broken or gone, and what still works then."""
+    """A disk that is full, broken or gone, and requests that still work then."""
 
     max_db_mb = 1
 
-    def test_a_full_database_is_507_until_something_is_deleted(self) -> None:
-        value = "x" * 50_000
-        stored = 0
-        while (answer := self.request("POST", f"/set?key={stored}", value)).status == 200:
+    def test_a_full_database_is_507_until_values_are_deleted_or_expire(self) -> None:
+        value, stored = "x" * 50_000, 0
+        while (answer := self.request("POST", f"/set?key={stored}&ttl=1000", value)).status == 200:
             stored += 1
-        self.assertEqual(507, answer.status)
-        self.assertIn(b"delete something", answer.body)
+        self.assertEqual((507, True), (answer.status, b"delete something" in answer.body))
         self.assertIn(stored, range(15, 22))
         self.assertEqual(value.encode(), self.get("0"))
         self.assertEqual(stored, len(self.pairs()))
-        self.assertEqual(200, self.request("GET", "/del?key=0").status)
-        self.assertEqual(200, self.request("POST", "/set?key=again", value).status)
-        self.assertEqual(507, self.request("POST", "/set?key=more", value).status)
+        self.check(200, "GET", "/del?key=0")
+        self.check(200, "POST", "/set?key=again", value)
+        self.check(507, "POST", "/set?key=more", value)
         self.assertLessEqual(os.path.getsize(self.database), 1024 * 1024)
         self.assertIn("the database failed", self.log.text())
+        execute(self.database, "UPDATE pair SET expires = 1 WHERE key = '1'")
+        wait_until(lambda: self.request("POST", "/set?key=more", value).status == 200)
 
-    def test_a_write_that_fits_is_made_beside_one_that_does_not(self) -> None:
-        self.assertEqual(404, self.request("GET", "/get?key=a").status)
-        statuses: dict[str, bytes] = {}
+    def test_a_write_that_fits_succeeds_beside_one_that_does_not(self) -> None:
+        self.check(404, "GET", "/get?key=a")
         with locked(self.database):
-            connections = {}
-            for key, size in (("a", 10), ("b", 1024 * 1024), ("c", 10)):
-                connections[key] = self.connect()
-                length = f"Content-Length: {size}"
-                connections[key].sendall(self.raw(f"POST /set?key={key} HTTP/1.1", length, body=b"x" * size))
+            connections = [
+                self.connect(self.raw(f"POST /set?key={key} HTTP/1.1", f"Content-Length: {size}", body=b"x" * size))
+                for key, size in (("a", 10), ("b", 1024 * 1024), ("c", 10))
+            ]
             wait_until(lambda: len(self.server.changes) == 3)
-        for key, connection in connections.items():
-            statuses[key] = connection.recv(12)[9:]
-        self.assertEqual({"a": b"200", "b": b"507", "c": b"200"}, statuses)
+        self.assertEqual([b"200", b"507", b"200"], [connection.recv(12)[9:] for connection in connections])
         self.assertEqual({"a", "c"}, set(self.pairs()))
 
-    def test_a_file_that_was_removed_or_replaced_gets_no_write(self) -> None:
-        self.assertEqual(200, self.request("GET", "/set?key=a&value=1").status)
+    def test_a_file_that_was_deleted_or_replaced_gets_no_write(self) -> None:
+        self.check(200, "GET", "/set?key=a&value=1")
         elsewhere = self.database + ".elsewhere"
         os.rename(self.database, elsewhere)
-        for replaced in (False, True):
-            with self.subTest(replaced=replaced):
-                if replaced:
-                    shutil.copy(elsewhere, self.database)
-                self.assertEqual(503, self.request("GET", "/set?key=a&value=2").status)
-                self.assertEqual(503, self.request("GET", "/list").status)
-                self.assertEqual(503, self.request("GET", "/health", user=None).status)
+        for is_replaced in (False, True):
+            if is_replaced:
+                shutil.copy(elsewhere, self.database)
+            for target in ("/set?key=a&value=2", "/list", "/health"):
+                self.check(503, "GET", target)
         self.assertIn("has been deleted or replaced", self.log.text())
         os.rename(elsewhere, self.database)
-        self.assertEqual(200, self.request("GET", "/set?key=a&value=3").status)
+        self.check(200, "GET", "/set?key=a&value=3")
         self.assertEqual({"a": "3"}, self.pairs())
 
-    def test_a_damaged_file_is_503_for_who_meets_it_and_is_left_as_it_is(self) -> None:
+    def test_a_damaged_file_is_503_and_stays_as_it_is(self) -> None:
         for number in range(10):
-            self.assertEqual(200, self.request("POST", f"/set?key={number}", "x" * 50_000).status)
+            self.check(200, "POST", f"/set?key={number}", "x" * 50_000)
         self.stop()
         self.store.close()
         self.start()
@@ -4044,28 +4038,26 @@ class Disk(ServerCase):
             file.write(b"\xff" * 60 * 4096)
             file.seek(0)
             damaged = file.read()
-        self.assertEqual(503, self.request("GET", "/list").status)
+        self.check(503, "GET", "/list")
         self.assertIn("the database failed", self.log.text())
         with open(self.database, "rb") as file:
             self.assertEqual(damaged, file.read())
 
     def test_a_list_that_is_too_long_is_409(self) -> None:
+        self.patch("LIST_BYTES_MAX", 1000)
         longest = "x" * 980
-        self.enter(mock.patch.object(kvserver, "LIST_BYTES_MAX", 1000))
-        self.request("GET", "/set?key=k&value=" + longest)
+        self.store.set_value(1, "k", longest)
         self.assertEqual({"k": longest}, self.pairs())
-        for text in (longest + "x" * 20, "%01" * 200):  # JSON makes six bytes of each control character
-            self.request("GET", f"/set?key=k&value={text}")
-            answer = self.request("GET", "/list")
-            self.assertEqual(409, answer.status)
-            self.assertIn(b"limit", answer.body)
+        for value in (longest + "x" * 20, "\x01" * 200):  # JSON makes six bytes of each control character
+            self.store.set_value(1, "k", value)
+            self.assertIn(b"limit", self.check(409, "GET", "/list").body)
 
     def test_a_list_with_times_counts_its_keys_twice(self) -> None:
         for number in range(10):
             self.store.set_value(1, f"{number}".ljust(500, "\x01"), "")
-        size = len(self.request("GET", "/list?format=json").body)
-        self.enter(mock.patch.object(kvserver, "LIST_BYTES_MAX", size * 9 // 10))
-        self.assertEqual(409, self.request("GET", "/list?format=json").status)
+        size = len(self.check(200, "GET", "/list?format=json").body)
+        self.patch("LIST_BYTES_MAX", size * 9 // 10)
+        self.check(409, "GET", "/list?format=json")
 
     def test_a_list_and_its_link_are_of_one_moment(self) -> None:
         for key in "bcdef":
@@ -4079,72 +4071,63 @@ class Disk(ServerCase):
             return cursor
 
         with mock.patch.object(kvserver.Store, "_execute", read_and_change):
-            answer = self.request("GET", "/list?limit=2")
+            answer = self.check(200, "GET", "/list?limit=2")
         self.assertEqual({"b": "1", "c": "1"}, json.loads(answer.body))
         self.assertIn("after=c", answer.headers["link"])
 
 
 class Log(ServerCase):
-    """The write-ahead log, which must not grow without a bound."""
+    """The write-ahead log, which must stay short."""
 
     def setUp(self) -> None:
         super().setUp()
-        self.enter(mock.patch.object(kvserver, "TRANSACTION_BYTES_MAX", 100_000))
+        self.patch("TRANSACTION_BYTES_MAX", 100_000)
 
     def write_much(self) -> int:
-        """Write some megabytes and return how long the log has been at most."""
+        """Write some megabytes, and return how many pages the log had at most."""
         longest = 0
-        for number in range(60):
-            self.assertEqual(200, self.request("POST", f"/set?key={number % 3}", "x" * 100_000).status)
+        for number in range(30):
+            self.check(200, "POST", f"/set?key={number % 3}", "x" * 200_000)
             longest = max(longest, self.server.reader.wal_pages())
         return longest
 
-    def test_it_is_begun_anew_although_there_are_always_readers(self) -> None:
+    def test_it_restarts_although_there_are_always_readers(self) -> None:
+        self.patch("WAL_PAGES_MAX", 200)
         done = threading.Event()
 
         def read() -> None:  # one reader begins before the other ends
             with contextlib.ExitStack() as stack:
                 readers = [stack.enter_context(contextlib.closing(sqlite3.connect(self.database))) for _ in range(2)]
-                for reader in readers:
-                    reader.isolation_level = None
-                readers[0].execute("BEGIN")
-                readers[0].execute("SELECT * FROM pair").fetchall()
-                for number in itertools.count(1):
+                for number in itertools.count():
                     late, early = readers[number % 2], readers[1 - number % 2]
                     late.execute("BEGIN")
                     late.execute("SELECT * FROM pair").fetchall()
-                    early.execute("ROLLBACK")
+                    early.rollback()
                     if done.is_set():
                         return
 
-        thread = threading.Thread(target=read)
-        thread.start()
+        threads = in_threads(read, [()])
         try:
-            with mock.patch.object(kvserver, "WAL_PAGES_MAX", 200):
-                restarted = self.write_much()
-            with mock.patch.object(kvserver, "WAL_PAGES_MAX", 100_000):
-                self.write_much()
+            self.assertLess(self.write_much(), 300)
         finally:
             done.set()
-            thread.join(WAIT_SECONDS)
-        self.assertLess(restarted, 300)
+            join(threads)
 
     def test_a_reader_that_does_not_end_holds_up_one_write_only(self) -> None:
-        self.enter(mock.patch.object(kvserver, "WAL_PAGES_MAX", 50))
-        self.enter(mock.patch.object(kvserver, "CHECKPOINT_SECONDS", 0))
+        self.patch("WAL_PAGES_MAX", 50)
+        self.patch("CHECKPOINT_SECONDS", 0)
         with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as reader:
             reader.execute("BEGIN")
             reader.execute("SELECT * FROM user").fetchall()
             with mock.patch.object(self.server.writer, "checkpoint", wraps=self.server.writer.checkpoint) as checkpoint:
                 self.write_much()
                 checkpoint.assert_called_once()
-            reader.execute("ROLLBACK")
         self.server._next_checkpoint = 0
         self.write_much()
         self.assertLess(self.write_much(), 150)
 
-    def test_a_reader_for_ever_is_waited_for_less_and_less(self) -> None:
-        self.enter(mock.patch.object(kvserver, "WAL_PAGES_MAX", 0))
+    def test_the_pause_after_a_reader_that_does_not_end_doubles(self) -> None:
+        self.patch("WAL_PAGES_MAX", 0)
         seconds = []
         with mock.patch.object(self.server.writer, "checkpoint", return_value=False) as checkpoint:
             for number in range(9):
@@ -4159,11 +4142,10 @@ class Log(ServerCase):
             wait_until(lambda: self.server._checkpoint_pause == 0)
 
     def test_a_checkpoint_that_fails_is_logged_and_loses_nothing(self) -> None:
-        self.enter(mock.patch.object(kvserver, "WAL_PAGES_MAX", 0))
-        with mock.patch.object(
-            self.server.writer, "checkpoint", side_effect=sqlite3.OperationalError("disk I/O error")
-        ):
-            self.assertEqual(200, self.request("GET", "/set?key=a&value=1").status)
+        self.patch("WAL_PAGES_MAX", 0)
+        error = sqlite3.OperationalError("disk I/O error")
+        with mock.patch.object(self.server.writer, "checkpoint", side_effect=error):
+            self.check(200, "GET", "/set?key=a&value=1")
             wait_until(lambda: "the write-ahead log cannot be emptied: disk I/O error" in self.log.text())
         self.assertEqual({"a": "1"}, self.pairs())
 
@@ -4171,10 +4153,8 @@ class Log(ServerCase):
         self.get("a")
         with mock.patch.object(self.server.writer, "commit", wraps=self.server.writer.commit) as commit:
             with locked(self.database):
-                connections = [self.connect() for _ in range(6)]
-                for number, connection in enumerate(connections):
-                    lines = ("Content-Length: 60000",)
-                    connection.sendall(self.raw(f"POST /set?key={number} HTTP/1.1", *lines, body=b"x" * 60_000))
+                requests = [self.raw(f"POST /set?key={n} HTTP/1.1", "Content-Length: 60000") for n in range(6)]
+                connections = [self.connect(request + b"x" * 60_000) for request in requests]
                 wait_until(lambda: len(self.server.changes) == 6)
             for connection in connections:
                 self.assertIn(b" 200 ", connection.recv(65536))
@@ -4182,114 +4162,98 @@ class Log(ServerCase):
 
 
 class Model(ServerCase):
-    """Long runs of random requests, compared with dictionaries."""
+    """Random requests, compared with a dictionary for each user."""
 
     KEYS = ("a", "door", "front door", "tür", "😀", "a\nb", "%41", "..", "x" * 512)
+    KINDS = ("set", "set", "get", "get", "del", "list", "incr", "toggle", "old", "kv", "kv")
 
     def setUp(self) -> None:
         super().setUp()
         self.seed = random.randrange(1_000_000)
         self.random = random.Random(self.seed)
 
-    def send_value(self, user: str, key: str, value: str) -> Answer:
-        """Store a value in one of the ways that there are."""
-        way = self.random.randrange(4)
-        if way == 0:
-            return self.request("GET", "/set?" + urllib.parse.urlencode({"key": key, "value": value}), user=user)
-        if way == 1:
-            form = urllib.parse.urlencode({"key": key, "value": value})
-            return self.request("POST", "/set", form, kvserver.FORM, user=user)
-        if way == 2:
-            return self.request("PUT", "/set", json.dumps({"key": key, "value": value}), kvserver.JSON, user=user)
-        return self.request(
-            "POST", "/set?" + urllib.parse.urlencode({"key": key}), value or "x", "text/plain", user=user
+    def set_request(self, key: str, value: str) -> tuple[str, str, str | None, str | None]:
+        """Return method, target, body and type of a request that stores a value in a random way."""
+        pair = {"key": key, "value": value}
+        return self.random.choice(
+            (
+                ("GET", url("/set", **pair), None, None),
+                ("POST", "/set", urllib.parse.urlencode(pair), kvserver.FORM),
+                ("PUT", "/set", json.dumps(pair), kvserver.JSON),
+                ("POST", url("/set", key=key), value, "text/plain"),
+            )
         )
 
-    def single(
-        self, kind: str, key: str, query: str, value: str, model: dict[str, str]
+    def other_request(
+        self, kind: str, key: str, value: str, model: dict[str, str]
     ) -> tuple[str, str, str | None, tuple[int, str]]:
-        """Return a random request of a kind and what it is to be answered, and do to the model what it does."""
-        stored = model.get(key)
+        """Return a random request of a kind and its response, and change the model as the request does."""
+        stored, choice = model.get(key), self.random.choice
         if kind == "get":
-            default = self.random.choice((None, "", "none"))
-            target = f"/get?{query}" + ("" if default is None else f"&default={default}")
-            absent = (404, "") if default is None else (200, default)
-            return "GET", target, None, absent if stored is None else (200, stored)
+            default = choice(({}, {"default": ""}, {"default": "none"}))
+            absent = (200, default["default"]) if default else (404, "")
+            return "GET", url("/get", key=key, **default), None, absent if stored is None else (200, stored)
         if kind == "del":
-            missing = self.random.choice(("", "&missing=ok"))
-            model.pop(key, None)
-            is_good = stored is not None or missing != ""
+            missing = choice(({}, {"missing": "ok"}))
+            is_good = model.pop(key, None) is not None or missing
             answer = (200, "Successfully removed state") if is_good else (404, "")
-            return "GET", f"/del?{query}{missing}", None, answer
+            return "GET", url("/del", key=key, **missing), None, answer
         if kind == "incr":
-            try:
-                assert stored is None or re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", stored)
+            if stored is None or re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", stored):
                 total = fractions.Fraction(stored or "0") + fractions.Fraction("0.25")
-            except AssertionError:
-                return "POST", f"/incr?{query}&by=0.25", None, (409, "")
-            model[key] = re.sub(r"\.?0+\Z", "", f"{float(total):.6f}")
-            return "POST", f"/incr?{query}&by=0.25", None, (200, model[key])
+                model[key] = re.sub(r"\.?0+\Z", "", f"{float(total):.6f}")
+                return "POST", url("/incr", key=key, by="0.25"), None, (200, model[key])
+            return "POST", url("/incr", key=key, by="0.25"), None, (409, "")
         if kind == "toggle":
             model[key] = "b" if stored == "a" else "a"
-            return "GET", f"/toggle?{query}&values=a,b", None, (200, model[key])
+            return "GET", url("/toggle", key=key, values="a,b"), None, (200, model[key])
         if kind == "old":
-            old = self.random.choice((stored or "", value, None))
-            condition = "nx=1" if old is None else urllib.parse.urlencode({"old": old})
-            succeeds = stored == old
-            if succeeds:
-                model[key] = value
-            return "POST", f"/set?{query}&{condition}", value, (200, "Success") if succeeds else (409, "")
-        path, method = "/kv/" + urllib.parse.quote(key, safe=""), self.random.choice(("GET", "PUT", "PUT", "DELETE"))
-        if method == "GET":
-            return method, path, None, (404, "") if stored is None else (200, stored)
+            old = choice((stored or "", value, None))
+            condition = {"nx": "1"} if old is None else {"old": old}
+            if stored != old:
+                return "POST", url("/set", key=key, **condition), value, (409, "")
+            model[key] = value
+            return "POST", url("/set", key=key, **condition), value, (200, "Success")
+        path, method = "/kv/" + urllib.parse.quote(key, safe=""), choice(("GET", "PUT", "PUT", "DELETE"))
         if method == "PUT":
             model[key] = value
             return method, path, value, (201 if stored is None else 200, "Success")
-        model.pop(key, None)
-        return method, path, None, (404, "") if stored is None else (200, "Successfully removed state")
+        if method == "DELETE":
+            model.pop(key, None)
+        answer = (200, "Successfully removed state" if method == "DELETE" else stored or "")
+        return method, path, None, (404, "") if stored is None else answer
 
-    def run_operations(self, count: int, users: Sequence[str], restarts: int = 0) -> None:
-        """Compare the answers to so many random requests with what a dictionary for each user says."""
-        models: dict[str, dict[str, str]] = {user: {} for user in users}
+    def test_the_server_is_a_dictionary_for_each_user_and_survives_restarts(self) -> None:
+        models: dict[str, dict[str, str]] = {user: {} for user in PASSWORDS}
+        count, restarts = (3000, 10) if LONG else (300, 3)
         for number in range(count):
-            user, key = self.random.choice(users), self.random.choice(self.KEYS)
-            model = models[user]
-            query = urllib.parse.urlencode({"key": key})
-            what = f"request {number} of {user} for {key!r}, seed {self.seed}"
-            kind = self.random.choice(("set", "set", "get", "get", "del", "list", "incr", "toggle", "old", "kv", "kv"))
+            user, key, kind = (self.random.choice(each) for each in (tuple(PASSWORDS), self.KEYS, self.KINDS))
+            model, which = models[user], f"request {number} of {user} for {key!r}, seed {self.seed}"
             value = self.random.choice(("", "0", "12", "-0.50", "open", "é☃", "\0\r\n", "x" * 5000)) + str(number)
             if kind == "set":
-                self.assertEqual(200, self.send_value(user, key, value).status, what)
+                self.assertEqual(200, self.request(*self.set_request(key, value), user=user).status, which)
                 model[key] = value
             elif kind == "list":
-                self.assertEqual(model, self.pairs(user), what)
-                page = json.loads(self.request("GET", "/list?limit=2&" + query.replace("key", "after"), user=user).body)
-                following = sorted(other for other in model if other > key)[:2]
-                self.assertEqual({other: model[other] for other in following}, page, what)
+                self.assertEqual(model, self.pairs(user), which)
+                page = json.loads(self.fetch(url("/list", limit=2, after=key), user=user)[1])
+                self.assertEqual(
+                    [pair for pair in sorted(model.items()) if pair[0] > key][:2], list(page.items()), which
+                )
             else:
-                method, target, body, expected = self.single(kind, key, query, value, model)
-                answer = self.request(method, target, body, user=user)
-                self.assertEqual(expected, (answer.status, answer.body.decode() if answer.status < 300 else ""), what)
-            if restarts and number % (count // restarts) == 0:
+                method, target, body, expected = self.other_request(kind, key, value, model)
+                status, text = self.fetch(target, method, body, user)
+                self.assertEqual(expected, (status, text if status < 300 else ""), which)
+            if number % (count // restarts) == 0:
                 self.stop()
                 self.store.close()
                 self.start()
-        self.assertEqual(models, {user: self.pairs(user) for user in users})
-
-    def test_it_is_a_dictionary_that_survives_restarts(self) -> None:
-        self.run_operations(2000, ["alice"], restarts=10)
-
-    def test_users_do_not_see_or_change_each_others_pairs(self) -> None:
-        self.run_operations(1000, ["alice", "bob"])
+        self.assertEqual(models, {user: self.pairs(user) for user in models})
 
 
 class Fuzz(ServerCase):
     """Requests with random mistakes."""
 
-    COUNT = 20_000
-    SEED = 4
     failures_max = 10**9
-
     PIECES = (
         *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%", b"\xff", b"\x80", b"#", b"?", b"&", b"=", b","),
         *(b"chunked", b"0\r\n\r\n", b"99999999999", b"-1", b"HTTP/1.1", b"HTTP/1.0", b"Host: y\r\n", b"Expect: x\r\n"),
@@ -4305,107 +4269,101 @@ class Fuzz(ServerCase):
             if kind < 0.4:
                 mutated[begin:end] = chance.choice(self.PIECES)
             elif kind < 0.6:
-                mutated[begin:end] = bytes(chance.randrange(256) for _ in range(chance.choice((1, 2, 4))))
+                mutated[begin:end] = chance.randbytes(chance.choice((1, 2, 4)))
             elif kind < 0.8:
                 del mutated[begin:end]
             else:
                 mutated[begin:begin] = mutated[begin:end] * chance.choice((1, 2, 50))
         return bytes(mutated)
 
-    def test_no_request_gets_anything_but_proper_answers(self) -> None:
-        chance = random.Random(self.SEED)
-        form = b"5\r\nkey=a\r\n8;x=y\r\n&value=1\r\n0\r\nA: b\r\n\r\n"
-        members = b'{"key":"a","value":[1]}'
-        requests = (
-            self.raw("GET /get?key=a HTTP/1.1"),
-            self.raw("HEAD /get?key=%C3%A9 HTTP/1.1"),
-            self.raw("GET http://x/del?key=a&z=%41 HTTP/1.0", "Connection: keep-alive"),
-            self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 5", body=b"hello"),
-            self.raw("POST /set HTTP/1.1", f"Content-Type: {kvserver.JSON}", "Content-Length: 23", body=members),
-            self.raw("PUT /set HTTP/1.1", "Transfer-Encoding: chunked", f"Content-Type: {kvserver.FORM}", body=form),
-            self.raw(
-                "POST /set?key=a HTTP/1.1", "Expect: 100-continue", "Content-Length: 1", "Origin: null", body=b"x"
-            ),
-            self.raw(
-                "PUT /kv/a%20b?ttl=5 HTTP/1.1",
-                "Content-Length: 3",
-                'If-Match: "a", W/"b"',
-                "If-None-Match: *",
-                body=b"abc",
-            ),
-            self.raw("DELETE /kv/a%20b HTTP/1.1", 'If-None-Match: "x"'),
-            self.raw("GET /incr?key=n&by=-1.5&ttl=9 HTTP/1.1"),
-            self.raw("GET /toggle?key=n&values=a,b HTTP/1.1"),
-            # It does not wait: who closes one direction meanwhile is taken to have gone, and gets no answer.
-            self.raw("GET /get?key=a&wait=0&unless=hello&default=x HTTP/1.1", "If-None-Match: *"),
-            self.raw("GET /get?key=a&format=json HTTP/1.1"),
-            self.raw("GET /list?prefix=a&limit=2&after=a&format=json HTTP/1.1"),
-            self.raw("GET /set?key=a&value=1&old=2 HTTP/1.1"),
+    def requests(self) -> list[bytes]:
+        """Return requests of all kinds."""
+        plain = (
+            ("GET /get?key=a HTTP/1.1",),
+            ("HEAD /get?key=%C3%A9 HTTP/1.1",),
+            ("GET http://x/del?key=a&z=%41 HTTP/1.0", "Connection: keep-alive"),
+            ("DELETE /kv/a%20b HTTP/1.1", 'If-None-Match: "x"'),
+            ("GET /incr?key=n&by=-1.5&ttl=9 HTTP/1.1",),
+            ("GET /toggle?key=n&values=a,b HTTP/1.1",),
+            # It does not wait: a client that closes one direction meanwhile counts as gone.
+            ("GET /get?key=a&wait=0&unless=hello&default=x HTTP/1.1", "If-None-Match: *"),
+            ("GET /get?key=a&format=json HTTP/1.1",),
+            ("GET /list?prefix=a&limit=2&after=a&format=json HTTP/1.1",),
+            ("GET /set?key=a&value=1&old=2 HTTP/1.1",),
+            *((f"GET {path} HTTP/1.1", "Accept: text/html") for path in ("/me/", "/admin", "/me/state?key=a")),
+            ("GET /admin/user?username=bob&after=a HTTP/1.1",),
+        )
+        form, chunked = f"Content-Type: {kvserver.FORM}", "Transfer-Encoding: chunked"
+        with_body: tuple[tuple[str, tuple[str, ...], bytes], ...] = (
+            ("POST /set?key=a", (), b"hello"),
+            ("POST /set", (f"Content-Type: {kvserver.JSON}",), b'{"key":"a","value":[1]}'),
+            ("PUT /set", (form, chunked), b"5\r\nkey=a\r\n8;x=y\r\n&value=1\r\n0\r\nA: b\r\n\r\n"),
+            ("POST /set?key=a", ("Expect: 100-continue", "Origin: null"), b"x"),
+            ("PUT /kv/a%20b?ttl=5", ('If-Match: "a", W/"b"', "If-None-Match: *"), b"abc"),
+            ("POST /me/", (form,), b"action=set&key=a&value=1%0d%0a&page=state"),
+            ("POST /me/?key=a", (form,), b"action=del"),
+            ("POST /me/", (form,), b"action=addtoken&label=x&readonly=1&prefix=a"),
+            ("POST /me/", (form,), b"action=deltoken&id=1"),
+            ("POST /admin/", (form,), b"action=adduser&username=x&password=a+password"),
+            ("POST /admin/", (form,), b"action=setadmin&username=x&isAdmin=1&page=user"),
+            ("POST /admin?action=deluser", (form,), b"username=x"),
+        )
+        return [
             b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
-            *(self.raw(f"GET {path} HTTP/1.1", "Accept: text/html") for path in ("/me/", "/admin", "/me/state?key=a")),
-            self.raw("GET /admin/user?username=bob&after=a HTTP/1.1"),
+            *(self.raw(*lines) for lines in plain),
             *(
                 self.raw(
-                    f"POST {path} HTTP/1.1", f"Content-Type: {kvserver.FORM}", f"Content-Length: {len(body)}", body=body
+                    target + " HTTP/1.1",
+                    *lines,
+                    *([] if chunked in lines else [f"Content-Length: {len(body)}"]),
+                    body=body,
                 )
-                for path, body in (
-                    ("/me/", b"action=set&key=a&value=1%0d%0a&page=state"),
-                    ("/me/?key=a", b"action=del"),
-                    ("/me/", b"action=addtoken&label=x&readonly=1&prefix=a"),
-                    ("/me/", b"action=deltoken&id=1"),
-                    ("/admin/", b"action=adduser&username=x&password=a+password"),
-                    ("/admin/", b"action=setadmin&username=x&isAdmin=1&page=user"),
-                    ("/admin?action=deluser", b"username=x"),
-                )
+                for target, lines, body in with_body
             ),
-        )
-        for number in range(self.COUNT):
+        ]
+
+    def test_every_request_gets_proper_responses(self) -> None:
+        chance, requests = random.Random(4), self.requests()
+        for number in range(20_000 if LONG else 1_500):
             data = b"".join(self.mutate(chance.choice(requests), chance) for _ in range(chance.choice((1, 1, 2))))
-            connection = socket.create_connection(("127.0.0.1", self.port), WAIT_SECONDS)
-            with contextlib.closing(connection), contextlib.suppress(ConnectionError):
+            answers, connection = b"", socket.create_connection(("127.0.0.1", self.port), WAIT_SECONDS)
+            with connection, contextlib.suppress(ConnectionError):
                 connection.sendall(data)
                 connection.shutdown(socket.SHUT_WR)
-                answers = b"".join(iter(lambda: connection.recv(65536), b""))  # noqa: B023
-                heads = re.findall(rb"HTTP/1\.1 (\d\d\d) [A-Za-z ]+\r\n((?:[A-Za-z-]+: [^\r\n]*\r\n)*)\r\n", answers)
-                what = f"request {number}: {data!r}, answers: {answers!r}, log: {self.log.lines[-1:]}"
-                self.assertTrue(answers.startswith(b"HTTP/1.1 ") if answers else not data.strip(b"\r\n"), what)
-                self.assertEqual(len(heads), answers.count(b"HTTP/1.1 "), what)
-                for status, fields in heads:
-                    self.assertTrue(status < b"500" or status in (b"501", b"505"), what)
-                    self.assertTrue(b"Connection: close" not in fields or (status, fields) == heads[-1], what)
+                answers = read_all(connection)
+            heads = re.findall(rb"HTTP/1\.1 (\d\d\d) [A-Za-z ]+\r\n((?:[A-Za-z-]+: [^\r\n]*\r\n)*)\r\n", answers)
+            which = f"request {number}: {data!r}, responses: {answers!r}, log: {self.log.lines[-1:]}"
+            self.assertTrue(answers.startswith(b"HTTP/1.1 ") if answers else not data.strip(b"\r\n"), which)
+            self.assertEqual(len(heads), answers.count(b"HTTP/1.1 "), which)
+            for status, fields in heads:
+                self.assertTrue(status < b"500" or status in (b"501", b"505"), which)
+                self.assertTrue(b"Connection: close" not in fields or (status, fields) == heads[-1], which)
         self.assertNotIn("internal error", self.log.text())
-        self.assertEqual(200, self.request("GET", "/list").status)
+        self.check(200, "GET", "/list")
 
 
 class Secrets(ServerCase):
-    """What must not come out."""
+    """Texts that must not come out."""
 
     log_requests = True
-    WORDS = ("s3cr3t-value", "s3cr3t-password", base64.b64encode(b"alice:s3cr3t-password").decode())
 
     def test_no_path_tells_passwords_or_values(self) -> None:
         self.store.set_password_hash("alice", kvserver.hash_password("s3cr3t-password"))
-        login = {"Authorization": basic("alice", "s3cr3t-password")}
+        right, wrong = basic("alice", "s3cr3t-password"), basic("alice", "s3cr3t-password x")
+        lone = "Basic " + base64.b64encode(b"s3cr3t-password").decode()
         answers: list[Answer] = []
-
-        def send(method: str, target: str, body: str | None = None, content_type: str | None = None) -> None:
-            answers.append(self.request(method, target, body, content_type, user=None, headers=login))
-            wrong = {"Authorization": basic("alice", "s3cr3t-password x"), "Accept": "application/json"}
-            answers.append(self.request(method, target, body, content_type, user=None, headers=wrong))
-            lone = {"Authorization": "Basic " + base64.b64encode(b"s3cr3t-password").decode()}
-            answers.append(self.request(method, target, body, content_type, user=None, headers=lone))
-
-        def send_all() -> None:
-            send("GET", "/set?key=a&value=s3cr3t-value")
-            send("GET", "/set?value=s3cr3t-value&value=x")
-            send("POST", "/set?key=a", "s3cr3t-value", "text/plain")
-            send("POST", "/set", "value=s3cr3t-value", kvserver.FORM)
-            send("POST", "/set", '{"key": "a", "value": "s3cr3t-value"', kvserver.JSON)
-            send("POST", "/del", '{"key": ["s3cr3t-value"]}', kvserver.JSON)
-            send("DELETE", "/set?key=a&value=s3cr3t-value")
-            send("GET", "/nowhere?key=a&value=s3cr3t-value")
-
-        send_all()
+        for method, target, body, content_type in (
+            ("GET", "/set?key=a&value=s3cr3t-value", None, None),
+            ("GET", "/set?value=s3cr3t-value&value=x", None, None),
+            ("POST", "/set?key=a", "s3cr3t-value", "text/plain"),
+            ("POST", "/set", "value=s3cr3t-value", kvserver.FORM),
+            ("POST", "/set", '{"key": "a", "value": "s3cr3t-value"', kvserver.JSON),
+            ("POST", "/del", '{"key": ["s3cr3t-value"]}', kvserver.JSON),
+            ("DELETE", "/set?key=a&value=s3cr3t-value", None, None),
+            ("GET", "/nowhere?key=a&value=s3cr3t-value", None, None),
+        ):
+            for user, accept in ((right, "*/*"), (wrong, "application/json"), (lone, "*/*")):
+                answers.append(self.request(method, target, body, content_type, user, {"Accept": accept}))
         for owner, name in (
             (kvserver, "parse_parameters"),
             (kvserver, "decode_credentials"),
@@ -4418,105 +4376,96 @@ class Secrets(ServerCase):
         ):
             for error in (RuntimeError, UnicodeError, OSError, MemoryError):
                 with mock.patch.object(owner, name, side_effect=error("s3cr3t-value s3cr3t-password")):
-                    send("GET", "/set?key=a&value=s3cr3t-value")
+                    for user in (right, wrong, lone):
+                        answers.append(self.request("GET", "/set?key=a&value=s3cr3t-value", user=user))
         self.assertGreater(len([answer for answer in answers if answer.status == 500]), 20)
-        for text in (self.log.text(), str(answers)):
-            for word in self.WORDS:
-                self.assertNotIn(word, text)
+        self.assertNotRegex(self.log.text() + str(answers), "s3cr3t|" + right.partition(" ")[2])
 
-    def test_nothing_a_client_sends_becomes_a_header(self) -> None:
-        self.request("GET", "/set?" + urllib.parse.urlencode({"key": "a", "value": "1\r\nInjected: 1\r\n\r\n"}))
-        for target in (
-            "/get?key=a",
-            "/get?key=a%0d%0aInjected:%201",
-            "/list",
-            "/nowhere%0d%0aInjected:%201",
-            "/set?key=a&value=1&%0d%0aInjected:%201&%0d%0aInjected:%201=",
+    def test_no_text_of_a_client_becomes_a_header(self) -> None:
+        self.store.set_value(1, "a", "1\r\nInjected: 1\r\n\r\n")
+        injected = "%0d%0aInjected:%201"
+        for target, method in itertools.product(
+            (
+                "/get?key=a",
+                f"/get?key=a{injected}",
+                "/list",
+                f"/nowhere{injected}",
+                f"/set?key=a&value=1&{injected}&{injected}=",
+            ),
+            ("GET", "HEAD", "DELETE", "OPTIONS"),
         ):
-            for method in ("GET", "HEAD", "DELETE", "OPTIONS"):
-                answer = self.exchange(self.raw(f"{method} {target} HTTP/1.1", "Connection: close"))
-                self.assertNotIn(b"Injected", answer.partition(b"\r\n\r\n")[0])
+            answer = self.exchange(self.raw(f"{method} {target} HTTP/1.1", "Connection: close"))
+            self.assertNotIn(b"Injected", answer.partition(b"\r\n\r\n")[0])
         for target, name in (
             ("/me/?action=set&page=state&value=1", "key"),
             ("/me/?action=set&value=1&key=a", "page"),
             ("/admin/?action=setadmin&page=user", "username"),
         ):
-            body = f"{name}=a%0d%0aInjected:%201%0d%0a%0d%0a"
-            head = self.request("POST", target, body, kvserver.FORM).headers
-            self.assertNotIn("injected", head)
+            headers = self.request("POST", target, f"{name}=a{injected}%0d%0a%0d%0a", kvserver.FORM).headers
+            self.assertNotIn("injected", headers)
 
     def test_no_page_shows_a_password(self) -> None:
-        for target, body in (
-            ("/me/", "action=passwd&current=s3cr3t-value&password=s3cr3t-password"),
-            ("/me/", "action=explode&current=s3cr3t-value&password=s3cr3t-password"),
-            ("/admin/", "action=adduser&username=bob&password=s3cr3t-password"),
-            ("/admin/", "action=adduser&username=carol&password=s3cr3t-password%00"),
-            ("/admin/", "action=setpassword&username=bob&page=user&password=s3cr3t-password%00"),
-            ("/admin/", "action=setpassword&username=nobody&password=s3cr3t-password"),
+        for target, body, status in (
+            ("/me/", "action=passwd&current=s3cr3t-value&password=s3cr3t-password", 400),
+            ("/me/", "action=explode&current=s3cr3t-value&password=s3cr3t-password", 400),
+            ("/admin/", "action=adduser&username=bob&password=s3cr3t-password", 409),
+            ("/admin/", "action=adduser&username=carol&password=s3cr3t-password%00", 400),
+            ("/admin/", "action=setpassword&username=bob&page=user&password=s3cr3t-password%00", 400),
+            ("/admin/", "action=setpassword&username=nobody&password=s3cr3t-password", 404),
         ):
-            answer = self.request("POST", target, body, kvserver.FORM, headers={"Accept": "text/html"})
-            self.assertIn(answer.status, (400, 404, 409))
+            answer = self.check(status, "POST", target, body, kvserver.FORM, headers={"Accept": "text/html"})
             self.assertNotIn(b"s3cr3t", answer.body)
         self.assertNotIn("s3cr3t", self.log.text())
 
     def test_log_lines_cannot_be_forged(self) -> None:
-        real_log = self.enter(mock.patch("sys.stderr", io.StringIO()))
         name = "x' address=192.0.2.1 \u2028\u202e\x1b[31m\u0085"
-        headers = {"Authorization": basic(name, "wrong password")}
-        self.request("GET", "/get?key=a", user=None, headers=headers)
+        self.request("GET", "/get?key=a", user=basic(name, "wrong password"))
         self.exchange(self.raw("GET /get%0a\u2028\u202e?key=%0aERROR&value=1 HTTP/1.1", "Connection: close"))
         self.exchange(self.raw("GET /get?key=%0aERROR%e2%80%a8 HTTP/1.1", "Connection: close"))
-        with mock.patch.object(kvserver, "log", REAL_LOG):
-            for line in self.log.lines:
-                kvserver.log("INFO", line)
-            kvserver.log("INFO", "a\nb")
-        lines = real_log.getvalue().split("\n")
-        self.assertEqual(len(self.log.lines) + 2, len(lines))
+        messages = [*self.log.lines, "a\nb"]
+        with mock.patch.object(kvserver, "log", REAL_LOG), mock.patch("sys.stderr", io.StringIO()) as stderr:
+            for message in messages:
+                kvserver.log("INFO", message)
+        lines = stderr.getvalue().split("\n")
+        self.assertEqual(len(messages) + 1, len(lines))
         self.assertTrue(all(line.isprintable() for line in lines), lines)
 
 
 class Addresses(unittest.TestCase):
-    """What the server binds."""
+    """The addresses that the server listens on."""
 
-    def serve(self, host: str) -> kvserver.Server:
+    def serve(self) -> kvserver.Server:
+        """Start a server without a host."""
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
-        store = kvserver.open_store(os.path.join(folder, "test.db"))
-        self.addCleanup(store.close)
-        server = kvserver.Server(store.path, host, 0)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        self.addCleanup(thread.join)
+        self.enterContext(mock.patch.object(kvserver, "POLL_SECONDS", 0.01))
+        with contextlib.closing(kvserver.open_store(os.path.join(folder, "test.db"))) as store:
+            server = kvserver.Server(store.path, "", 0)
+        self.addCleanup(join, in_threads(server.run, [()]))
         self.addCleanup(server.stop)
         return server
 
-    def health(self, host: str, port: int) -> bytes:
-        with contextlib.closing(http.client.HTTPConnection(host, port, timeout=WAIT_SECONDS)) as connection:
-            connection.request("GET", "/health")
-            return connection.getresponse().read()
+    def status(self, server: kvserver.Server, host: str, target: str = "/health", login: str = "") -> int:
+        """Return the status of a response."""
+        connection = http.client.HTTPConnection(host, server.server_port, timeout=WAIT_SECONDS)
+        with contextlib.closing(connection):
+            connection.request("GET", target, headers={"Authorization": login} if login else {})
+            return connection.getresponse().status
 
     @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no IPv6")
     def test_no_host_means_ipv6_and_ipv4(self) -> None:
-        server = self.serve("")
-        self.assertEqual(f"http://[::]:{server.server_port}", server.url(server.server_name))
-        self.assertEqual(
-            (b"ok", b"ok"), (self.health("127.0.0.1", server.server_port), self.health("::1", server.server_port))
-        )
-
-    def test_no_host_means_ipv4_where_there_is_no_ipv6(self) -> None:
-        with mock.patch.object(socket, "has_dualstack_ipv6", return_value=False):
-            server = self.serve("")
-        self.assertEqual(f"http://0.0.0.0:{server.server_port}", server.url(server.server_name))
-        self.assertEqual(b"ok", self.health("127.0.0.1", server.server_port))
-
-    @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no IPv6")
-    def test_ipv4_client_of_an_ipv6_socket_is_logged_as_ipv4(self) -> None:
         with captured_log() as log:
-            server = self.serve("")
-            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port)) as connection:
-                connection.request("GET", "/list", headers={"Authorization": "Basic eDp5"})
-                self.assertEqual(401, connection.getresponse().status)
-        self.assertEqual(["login failed: user='x' address=127.0.0.1"], log.lines)
+            server = self.serve()
+            self.assertEqual(f"http://[::]:{server.server_port}", server.url(server.server_name))
+            self.assertEqual([200, 200], [self.status(server, host) for host in ("127.0.0.1", "::1")])
+            self.assertEqual(401, self.status(server, "127.0.0.1", "/list", basic("x", "y")))
+        self.assertEqual(["login failed: user='x' address=127.0.0.1"], log.lines, "an IPv4 client is logged as such")
+
+    def test_no_host_means_ipv4_on_a_machine_without_ipv6(self) -> None:
+        with mock.patch.object(socket, "has_dualstack_ipv6", return_value=False):
+            server = self.serve()
+        self.assertEqual(f"http://0.0.0.0:{server.server_port}", server.url(server.server_name))
+        self.assertEqual(200, self.status(server, "127.0.0.1"))
 
 
 class Page(html.parser.HTMLParser):
