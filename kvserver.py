@@ -3999,13 +3999,13 @@ DATABASE_HELP = (
 DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", DATABASE_HELP)
 SETTINGS = (
     Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
-    Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port; 0 for any one"),
+    Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port, 0 for any free"),
     DATABASE,
     Setting("base_path", parse_base_path, DEFAULT_BASE_PATH, "P", "all paths also exist below this prefix; / for none"),
     Setting("log_requests", parse_switch, False, "", "log a line for each request, without values"),
     Setting("max_connections", parse_number, DEFAULT_CONNECTIONS_MAX, "N", "most open connections at a time"),
     Setting("max_db_mb", parse_number, DEFAULT_DATABASE_MB_MAX, "N", "largest size of the database in megabytes"),
-    Setting("trusted_proxy", parse_networks, (), "A", "address or network of a proxy to trust; may be repeated"),
+    Setting("trusted_proxy", parse_networks, (), "A", "trust X-Forwarded-For from this address or network; repeatable"),
     Setting("tls_cert", str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
     Setting("tls_key", str, "", "FILE", "private key of the certificate, in PEM format, not encrypted"),
 )
@@ -4220,16 +4220,6 @@ def database_path(arguments: argparse.Namespace) -> str:
     return str(read_settings(arguments, [DATABASE])[DATABASE.name])
 
 
-@contextlib.contextmanager
-def existing_store(arguments: argparse.Namespace) -> Iterator[Store]:
-    """Open the database; raise StoreError if it does not exist, or the user in the arguments does not."""
-    with contextlib.closing(open_store(database_path(arguments), create=False)) as store:
-        name = getattr(arguments, "name", None)
-        if name is not None and not store.user(name):
-            raise NoSuchUser(name)
-        yield store
-
-
 def standard_input() -> BinaryIO:
     if sys.stdin is None:
         raise CommandError("standard input is closed")
@@ -4281,93 +4271,76 @@ def add_user(arguments: argparse.Namespace) -> None:
     print(f"added the {'admin' if arguments.admin else 'user'} {arguments.name}")
 
 
-def set_password(arguments: argparse.Namespace) -> None:
+def set_password(arguments: argparse.Namespace, store: Store) -> None:
     """Set a user's password. The command asks for it. Tokens stay valid."""
-    with existing_store(arguments) as store:
-        store.set_password_hash(arguments.name, hash_password(read_password(arguments)))
+    store.set_password_hash(arguments.name, hash_password(read_password(arguments)))
     print(f"set the password of {arguments.name}; the tokens stay as they are")
 
 
-def delete_user(arguments: argparse.Namespace) -> None:
+def delete_user(arguments: argparse.Namespace, store: Store) -> None:
     """Delete a user, with all values, tokens and hooks. The command asks first."""
-    name = arguments.name
-    with existing_store(arguments) as store:
-        users = store.users()
-        values = sum(user.pairs for user in users if user.name == name)
-        tokens, hooks = len(store.tokens(name)), len(store.hooks(name, name))
-        what = f"the user {name} and all they have (values: {values}, tokens: {tokens}, hooks: {hooks})"
-        if not arguments.yes:
-            if [user.name for user in users if user.is_admin] == [name]:
-                raise CommandError(f"{name} is the last admin; to delete it all the same, add --yes")
-            if not standard_input().isatty():
-                raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
-            if input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
-                raise CommandError("nothing was deleted")
-        store.transact(lambda store: store.delete_user(name, even_last_admin=arguments.yes))
+    name, users = arguments.name, store.users()
+    values = sum(user.pairs for user in users if user.name == name)
+    tokens, hooks = len(store.tokens(name)), len(store.hooks(name, name))
+    what = f"the user {name} and all they have (values: {values}, tokens: {tokens}, hooks: {hooks})"
+    if not arguments.yes:
+        if [user.name for user in users if user.is_admin] == [name]:
+            raise CommandError(f"{name} is the last admin; to delete it all the same, add --yes")
+        if not standard_input().isatty():
+            raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
+        if input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise CommandError("nothing was deleted")
+    store.transact(lambda store: store.delete_user(name, even_last_admin=arguments.yes))
     print(f"deleted {what}")
 
 
-def list_users(arguments: argparse.Namespace) -> None:
+def list_users(arguments: argparse.Namespace, store: Store) -> None:
     """List the users, with their roles and numbers of values."""
-    with existing_store(arguments) as store:
-        rows = [(user.name, "admin" if user.is_admin else "user", str(user.pairs)) for user in store.users()]
+    rows = ((user.name, "admin" if user.is_admin else "user", str(user.pairs)) for user in store.users())
     print_table(("NAME", "ROLE", "VALUES"), *rows)
 
 
-def add_token(arguments: argparse.Namespace) -> None:
+def add_token(arguments: argparse.Namespace, store: Store) -> None:
     """Add a token for a device, and print it once. A device sends it instead of the user's password."""
     check_label_and_prefix(arguments.label, arguments.prefix)
     token = make_token()
-    with existing_store(arguments) as store:
-        store.add_token(arguments.name, hash_token(token), arguments.label, arguments.read_only, arguments.prefix)
+    store.add_token(arguments.name, hash_token(token), arguments.label, arguments.read_only, arguments.prefix)
     print(token)
 
 
-def list_tokens(arguments: argparse.Namespace) -> None:
+def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
-    with existing_store(arguments) as store:
-        tokens = store.tokens(arguments.name)
+    tokens = store.tokens(arguments.name)
     rows = ((str(t.id), t.label or "-", t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
     print_table(("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), *rows)
 
 
-def delete_token(arguments: argparse.Namespace) -> None:
+def delete_token(arguments: argparse.Namespace, store: Store) -> None:
     """Delete a token. The server refuses it from then on."""
-    with existing_store(arguments) as store:
-        store.delete_token(arguments.name, arguments.id)
+    store.delete_token(arguments.name, arguments.id)
     print(f"deleted the token {arguments.id} of {arguments.name}")
 
 
-def add_hook(arguments: argparse.Namespace) -> None:
+def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Call a URL when a value changes. The command prints the hook's ID. The next change is the first one sent."""
-    if arguments.key != "*":
-        require_key(arguments.key.removesuffix("*"))
-    check_value(arguments.value or "")
-    check_label_and_prefix(arguments.label, "")
-    url = arguments.url
+    name, key, url, value, label = (getattr(arguments, field) for field in ("name", "key", "url", "value", "label"))
+    if key != "*":
+        require_key(key.removesuffix("*"))
+    check_value(value or "")
+    check_label_and_prefix(label, "")
     if url == "-":
         if standard_input().isatty():
             print("Type the URL and press Enter:", file=sys.stderr)
         url = standard_input().readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
     parts = parse_hook_url(url)
-    hook = (
-        arguments.name,
-        arguments.key,
-        url,
-        f"{parts.scheme}://{authority(parts)}",
-        arguments.value,
-        arguments.label,
-    )
-    with existing_store(arguments) as store:
-        print(store.transact(lambda store: store.add_hook(*hook)))
+    origin = f"{parts.scheme}://{authority(parts)}"
+    print(store.transact(lambda store: store.add_hook(name, key, url, origin, value, label)))
 
 
-def list_hooks(arguments: argparse.Namespace) -> None:
+def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
     rows = [("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST RESULT")]
-    with existing_store(arguments) as store:
-        hooks = store.hooks(arguments.name or "", arguments.name or LAST_NAME)
-    for hook in hooks:
+    for hook in store.hooks(arguments.name or "", arguments.name or LAST_NAME):
         key = escape_unprintable(cut_off(hook.pattern, KEY_SHOWN_CHARACTERS_MAX))
         value = "any" if hook.value is None else escape_unprintable(hook.short_value())
         result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result_time else "never tried"
@@ -4376,18 +4349,16 @@ def list_hooks(arguments: argparse.Namespace) -> None:
     print_table(*rows)
 
 
-def delete_hook(arguments: argparse.Namespace) -> None:
+def delete_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Delete a hook, with its pending deliveries."""
-    with existing_store(arguments) as store:
-        store.transact(lambda store: store.delete_hook(arguments.id))
+    store.transact(lambda store: store.delete_hook(arguments.id))
     print(f"deleted the hook {arguments.id}")
 
 
-def test_hook(arguments: argparse.Namespace) -> None:
+def test_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Send a test to a hook's URL now. Its value2 is "test", and "test" is true. The command prints the response's
     status, and exits with 1 unless that is 2xx."""
-    with existing_store(arguments) as store:
-        pattern, url = store.hook_url(arguments.id)
+    pattern, url = store.hook_url(arguments.id)
     members = {"value1": pattern, "value2": "test", "value3": None, "test": True}
     answer = deliver(url, secrets.token_hex(IDEMPOTENCY_KEY_BYTES), members)
     print(answer.text, flush=True)
@@ -4404,23 +4375,22 @@ def back_up(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.file}")
 
 
-def export_pairs(arguments: argparse.Namespace) -> None:
+def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
     """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
     if sys.stdout is None:
         raise CommandError("standard output is closed")
-    with existing_store(arguments) as store:
-        for *texts, updated, expires in store.all_pairs(arguments.name or "", arguments.name or LAST_NAME):
-            members = dict(zip(PAIR_FIELDS, (*texts, format_time(updated), format_time(expires))))
-            sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
-        sys.stdout.flush()
+    for *texts, updated, expires in store.all_pairs(arguments.name or "", arguments.name or LAST_NAME):
+        members = dict(zip(PAIR_FIELDS, (*texts, format_time(updated), format_time(expires))))
+        sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
+    sys.stdout.flush()
 
 
-def import_database(arguments: argparse.Namespace) -> None:
-    users, values, left_out = read_foreign_database(arguments.file)
+def import_database(path: str, database: str, merge: bool) -> None:
+    users, values, left_out = read_foreign_database(path)
     pairs = ((name, key, value, time.time(), None) for (name, key), value in values.items())
-    with contextlib.closing(open_store(database_path(arguments))) as store:
+    with contextlib.closing(open_store(database)) as store:
         merged = [name for name in sorted(users) if store.user(name)]
-        if merged and not arguments.merge:
+        if merged and not merge:
             what = "nothing was imported. With --merge they get the values, and keep their password and role"
             raise CommandError(f"these users exist already: {join_names(merged)}; {what}")
         stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
@@ -4439,13 +4409,14 @@ def import_database(arguments: argparse.Namespace) -> None:
 def import_pairs(arguments: argparse.Namespace) -> None:
     """Store an export, or move in from IoT Persistence Api. The command stores all or nothing, and replaces values
     that have the same key."""
-    with contextlib.ExitStack() as on_exit:
-        file = standard_input() if arguments.file == "-" else on_exit.enter_context(open(arguments.file, "rb"))
+    path, database = arguments.file, database_path(arguments)
+    with contextlib.nullcontext(standard_input()) if path == "-" else open(path, "rb") as file:
         if isinstance(file, io.BufferedReader) and file.peek(len(SQLITE_MAGIC)).startswith(SQLITE_MAGIC):
-            import_database(arguments)
-        else:
-            stored, expired = on_exit.enter_context(existing_store(arguments)).import_all([], read_export(file))
-            print(f"imported values: {stored}, left out because they have expired: {expired}")
+            import_database(path, database, arguments.merge)
+            return
+        with contextlib.closing(open_store(database, create=False)) as store:
+            stored, expired = store.import_all((), read_export(file))
+    print(f"imported values: {stored}, left out because they have expired: {expired}")
 
 
 def notify_ready() -> None:
@@ -4513,13 +4484,6 @@ def serve(arguments: argparse.Namespace) -> None:
             os._exit(0)  # a commit hangs on its disk; it has no response yet, so no promise is broken
 
 
-def parse_id(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError("an ID is a number, the one in the first column of the list")
-    return int(text)
-
-
-HELP = "A small key-value server over HTTP, for things that cannot keep values themselves. To begin: %(prog)s serve"
 MORE_HELP = """
 COMMAND --help explains a command. All commands except serve also work while the server runs, and take effect at once.
 Each flag of serve can also come from the environment (--max-db-mb as KVSERVER_MAX_DB_MB), or from the JSON file that
@@ -4530,16 +4494,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "NAME": {"dest": "name", "help": "1 to 64 printable ASCII characters without a colon"},
     "USER": {"dest": "name", "help": "the user's name"},
     "[USER]": {"dest": "name", "metavar": "USER", "nargs": "?", "help": "only this user (default: all users)"},
-    "TOKEN": {"dest": "id", "metavar": "ID", "type": parse_id, "help": "number in the first column of: tokens USER"},
-    "HOOK": {"dest": "id", "metavar": "ID", "type": parse_id, "help": "number in the first column of: hooks"},
+    "TOKEN": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of: tokens USER"},
+    "HOOK": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of: hooks"},
     "KEY": {"dest": "key", "help": "a key, or PREFIX* for all keys that begin with PREFIX, or * for all keys"},
     "URL": {"dest": "url", "help": "http://... or https://...; - reads it from standard input, to keep it secret"},
-    "COPY": {"dest": "file", "metavar": "FILE", "help": "file to write, readable by its owner only"},
-    "LINES": {
-        "dest": "file",
-        "metavar": "FILE",
-        "help": "an export (- for standard input), or database.db of IoT Persistence Api",
-    },
+    "FILE": {"dest": "file", "help": "file to write, readable by its owner only"},
+    "EXPORT": {"dest": "file", "help": "lines of export (- for standard input), or database.db of IoT Persistence Api"},
     "--admin": {"action": "store_true", "help": "the user manages other users"},
     "--config": {"metavar": "FILE", "help": "JSON file with settings, named like these flags, with _ for -"},
     "--force": {"action": "store_true", "help": "overwrite the file if it exists"},
@@ -4564,15 +4524,17 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
     ("hooks", list_hooks, "[USER]"),
     ("delhook", delete_hook, "HOOK"),
     ("testhook", test_hook, "HOOK"),
-    ("backup", back_up, "COPY", "--force"),
+    ("backup", back_up, "FILE", "--force"),
     ("export", export_pairs, "[USER]"),
-    ("import", import_pairs, "LINES", "--merge"),
+    ("import", import_pairs, "EXPORT", "--merge"),
 )
+OPENS_DATABASE = (serve, add_user, back_up, import_pairs)  # the other commands get an open store
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=HELP, epilog=MORE_HELP, allow_abbrev=False)
+    description = "A small key-value server over HTTP, for things that cannot keep values. To begin: %(prog)s serve"
+    parser = argparse.ArgumentParser(description=description, epilog=MORE_HELP, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kvserver {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, *its_arguments in COMMANDS:
@@ -4585,16 +4547,14 @@ def build_parser() -> argparse.ArgumentParser:
             else:
                 command.add_argument(**{"metavar": argument, **ARGUMENTS[argument]})
         for setting in SETTINGS if run is serve else (DATABASE,):
-            options: dict[str, Any] = {"help": setting.help}
-            if setting.default and setting is not DATABASE:
-                options["help"] += f" (default: {setting.default})"
-            if isinstance(setting.default, bool):
-                options["action"] = argparse.BooleanOptionalAction
-            else:
-                options |= {"type": setting.parse, "metavar": setting.metavar}
+            has_default = setting.default and setting is not DATABASE
+            options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar}
             if isinstance(setting.default, tuple):
                 options["action"] = "extend"
-            command.add_argument("--" + setting.name.replace("_", "-"), **options)
+            if isinstance(setting.default, bool):
+                options = {"action": argparse.BooleanOptionalAction}
+            text = f"{setting.help} (default: {setting.default})" if has_default else setting.help
+            command.add_argument("--" + setting.name.replace("_", "-"), help=text, **options)
     return parser
 
 
@@ -4604,7 +4564,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # not if it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # a label or a path may not be in its encoding
     try:
-        arguments.run(arguments)
+        if arguments.run in OPENS_DATABASE:
+            arguments.run(arguments)
+            return 0
+        with contextlib.closing(open_store(database_path(arguments), create=False)) as store:
+            name = getattr(arguments, "name", None)
+            if name is not None and not store.user(name):
+                raise NoSuchUser(name)
+            arguments.run(arguments, store)
         return 0
     except (CommandError, BadCredential, BadHook, BadCertificate, StoreError, HTTPError) as error:
         message = str(error)
