@@ -703,11 +703,9 @@ class Store:
 
     def all_pairs(self, first: str = "", last: str = LAST_NAME) -> Iterator[UserPair]:
         """Return the pairs of the users with names from first to last, sorted by name and key."""
-        return self._execute(
-            f"""SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id
-            WHERE name BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key""",
-            *(first, last, time.time()),
-        )
+        select = f"""SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id
+            WHERE name BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key"""
+        return self._execute(select, first, last, time.time())
 
     def import_all(self, users: Iterable[User], pairs: Iterable[UserPair]) -> tuple[int, int]:
         """Add users and store pairs, or nothing at all; return how many pairs are stored, and how many had expired.
@@ -725,30 +723,21 @@ class Store:
             for user in users:
                 self.add_user(user.name, user.password_hash, user.is_admin)
             unknown = self._execute("SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)")
-            names = join_names([name for (name,) in unknown])
-            if names:
+            if names := join_names([name for (name,) in unknown]):
                 raise StoreError(f"nothing was imported: {NoSuchUser(names)}")
             expired = self._execute("DELETE FROM imported WHERE expires <= ?", time.time())
-            stored = self._execute(
-                f"""INSERT INTO pair (user_id, key, value, updated, expires) SELECT id, key, value, updated, expires
-                FROM imported JOIN user USING (name) WHERE TRUE {REPLACE}"""
-            )
-            return stored.rowcount, expired.rowcount
+            insert = f"""INSERT INTO pair (user_id, key, value, updated, expires)
+                SELECT id, key, value, updated, expires FROM imported JOIN user USING (name) WHERE TRUE {REPLACE}"""
+            return self._execute(insert).rowcount, expired.rowcount
 
         return cast("tuple[int, int]", self.transact(store_all))
 
-    def counts(self) -> tuple[int, int]:
-        """Return the number of users and of pairs."""
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Return the number of users and of pairs, and the bytes of the database and of its write-ahead log."""
         select = "SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair WHERE ifnull(expires > ?, TRUE))"
         users, pairs = self._execute(select, time.time()).fetchone()
-        return users, pairs
-
-    def file_bytes(self) -> tuple[int, int]:
-        """Return the sizes of the database and of its write-ahead log."""
         path = os.path.realpath(self.path)
-        with contextlib.suppress(FileNotFoundError):
-            return os.path.getsize(path), os.path.getsize(path + "-wal")
-        return os.path.getsize(path), 0
+        return users, pairs, os.path.getsize(path), os.path.getsize(path + "-wal")
 
     def _change_users(self, statement: str, *parameters: Any) -> int:
         self.changed_pairs = None
@@ -791,7 +780,7 @@ class Store:
         delete = f"DELETE FROM user WHERE name = ? AND {KEEPS_AN_ADMIN}"
         if not self._change_users(delete, name, even_last_admin, name):
             raise self._last_admin(name)
-        self._drop_idle_triggers()
+        self._renew_triggers()
 
     def _last_admin(self, name: str) -> StoreError:
         if not self.user(name):
@@ -872,13 +861,10 @@ class Store:
         rows = self._execute(select, 4 * (VALUE_SHOWN_CHARACTERS_MAX + 1), *page)  # a character has up to 4 bytes
         return [(key, start.decode("utf-8", "ignore"), updated, expires) for key, start, updated, expires in rows]
 
-    def _note_change(self, user_id: int, key: str) -> None:
-        if self.changed_pairs is not None:
-            self.changed_pairs.add((user_id, key))
-
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
         """Store a value under a key until expires (unix seconds); raise NoSuchUser if the user was deleted."""
-        self._note_change(user_id, key)
+        if self.changed_pairs is not None:
+            self.changed_pairs.add((user_id, key))
         try:
             self._execute(SET_VALUE, user_id, key, value, time.time(), expires)
         except sqlite3.IntegrityError:
@@ -895,7 +881,8 @@ class Store:
 
     def delete_pair(self, user_id: int, key: str) -> bool:
         """Delete a key and its value; return whether it existed."""
-        self._note_change(user_id, key)
+        if self.changed_pairs is not None:
+            self.changed_pairs.add((user_id, key))
         delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
         return self._delete(delete, user_id, key, time.time()) == 1
 
@@ -918,21 +905,21 @@ class Store:
         cursor = self._execute(insert, pattern, url, origin, value, label, name)
         if not cursor.rowcount or not cursor.lastrowid:
             raise NoSuchUser(name)
-        for trigger, text in TRIGGERS.items():
-            self._execute(f"DROP TRIGGER IF EXISTS {trigger}")  # an older one may have other limits
-            self._execute(f"CREATE TRIGGER {trigger} {text}")
+        self._renew_triggers()
         return cursor.lastrowid
 
     def delete_hook(self, hook_id: int) -> None:
         """Delete a hook and its pending deliveries, within a transaction; raise StoreError if it doesn't exist."""
         self.hook_url(hook_id)
         self._execute("DELETE FROM hook WHERE id = ?", hook_id)
-        self._drop_idle_triggers()
+        self._renew_triggers()
 
-    def _drop_idle_triggers(self) -> None:
-        if not self.has_hooks():  # without triggers, a change takes less time
-            for trigger in TRIGGERS:
-                self._execute(f"DROP TRIGGER IF EXISTS {trigger}")
+    def _renew_triggers(self) -> None:
+        has_hooks = self.has_hooks()  # without triggers, a change takes less time
+        for trigger, text in TRIGGERS.items():
+            self._execute(f"DROP TRIGGER IF EXISTS {trigger}")  # an older one may have other limits
+            if has_hooks:
+                self._execute(f"CREATE TRIGGER {trigger} {text}")
 
     def has_hooks(self) -> bool:
         """Return whether any hook exists."""
@@ -956,10 +943,7 @@ class Store:
         return cast(int, self._execute("SELECT count(*) FROM delivery").fetchone()[0])
 
     def new_deliveries(self, newest: int) -> list[tuple[int, str, bool, int]]:
-        """Return the hooks that have deliveries with ids above newest.
-
-        Each has its id, its origin, whether its last delivery arrived, and the id of its newest delivery.
-        """
+        """Return id, origin, success of the last try and newest delivery of the hooks with deliveries after newest."""
         # With an index, SQLite would read all pending deliveries.
         select = """SELECT hook_id, receiver, ifnull(result GLOB '2*', FALSE), max(delivery.id)
             FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"""
@@ -1018,18 +1002,14 @@ class CachingStore(Store):
         """Return the number of pages in the write-ahead log."""
         return int.from_bytes(self._shared[16:20], sys.byteorder)
 
-    def is_one_commit(self, state_before: bytes, state: bytes) -> bool:
-        """Return whether exactly one commit, of any process, lies between two states."""
+    def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> bool:
+        """Return whether only one commit lies between two states; if it was ours, keep all rows but the changed pairs."""
         before, after = (int.from_bytes(header[8:12], sys.byteorder) for header in (state_before, state))
-        return after == before + 1
-
-    def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> None:
-        """Keep all rows but the changed pairs, if only our own commit lies between two states."""
-        is_ours = self._rows_state == state_before and self.is_one_commit(state_before, state)
-        if is_ours and changed_pairs is not None:
+        if after == before + 1 and self._rows_state == state_before and changed_pairs is not None:
             for pair in changed_pairs:
                 self._rows.pop(pair, None)
             self._rows_state = state
+        return after == before + 1
 
     def _current_rows(self) -> dict[Any, Any]:
         state = self.state()
@@ -2070,7 +2050,7 @@ class Metrics:
 
     def text(self, store: Store) -> str:
         """Return all counters and the sizes of a store in the text format of Prometheus."""
-        (users, pairs), (database_bytes, log_bytes) = store.counts(), store.file_bytes()
+        users, pairs, database_bytes, log_bytes = store.sizes()
         requests, durations, by_endpoint = list[str](), list[str](), dict[str, list[float]]()
         for (endpoint, status), numbers in list(self._answers.items()):  # a copy: the loop goes on counting
             requests.append(f'{{endpoint="{endpoint}",status="{status}"}} {sum(numbers[:-1])}')
@@ -3915,12 +3895,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.metrics.commits = self.writer.commits
         self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
         pairs, state = self.writer.changed_pairs, self.reader.state()
-        self.reader.keep_rows(state_before, state, pairs)
-        if self._polls_state == state_before and self.reader.is_one_commit(state_before, state):
+        if self.reader.keep_rows(state_before, state, pairs) and self._polls_state == state_before:
             self._polls_state = state  # nothing else has changed since
         self._wake_polls(pairs)
         if self.outbox.has_hooks:
-            with contextlib.suppress(sqlite3.Error):  # it looks again soon
+            with contextlib.suppress(StoreError, sqlite3.Error):  # it looks again soon
                 self.outbox.look()
 
     async def _restart_long_log(self) -> None:
