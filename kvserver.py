@@ -1093,7 +1093,8 @@ FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 # Either a part of the first line, or that line, whole fields, and a part of another one.
 FIRST_LINE_SO_FAR = r"(?:[!-~][ -~\x80-\xff]*)?\r?"
 HEAD_SO_FAR = re.compile(rf"(?:\r\n)?(?:{FIRST_LINE_SO_FAR}|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+TRAILERS = re.compile(rf"(?:{FIELD.pattern}\r\n)*\r\n".encode("iso-8859-1"))
 ENTITY_TAGS = re.compile(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+')
 ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
 # Sent twice, these could change whose request it is or where it ends. Other repeated headers are joined with a comma.
@@ -1101,6 +1102,7 @@ SINGLE_FIELDS = frozenset(("authorization", "content-length", "content-type", "h
 
 ADDRESS_TOO_LONG = f"the address is longer than {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body"
 HEADERS_TOO_LARGE = f"the headers are over {HEADER_FIELDS_MAX} lines or {HEADERS_BYTES_MAX} bytes; send fewer"
+MALFORMED_CHUNKS = "the chunked body is malformed"
 BODY_TOO_LARGE = f"the body is over {BODY_BYTES_MAX} bytes; send a value alone, of up to {VALUE_BYTES_MAX} bytes"
 
 Headers = tuple[tuple[str, str], ...]
@@ -1237,8 +1239,8 @@ class Route(NamedTuple):
     body: str = PARAMETERS
 
 
-def parse_lines(text: str) -> dict[str, str]:
-    """Return header fields by lower-case name (RFC 9112 section 5); raise HTTPError."""
+def parse_fields(text: str, is_http_1_0: bool) -> Fields:
+    """Return the header fields of a request (RFC 9112 sections 5 and 6); raise HTTPError."""
     lines = text.split("\r\n") if text else ()
     if len(lines) > HEADER_FIELDS_MAX or len(text) + 2 > HEADERS_BYTES_MAX:
         raise HTTPError(431, HEADERS_TOO_LARGE)
@@ -1253,12 +1255,6 @@ def parse_lines(text: str) -> dict[str, str]:
                 raise HTTPError(400, f"the header {name} is repeated; send it once")
             value = f"{headers[name]}, {value}"
         headers[name] = value
-    return headers
-
-
-def parse_fields(text: str, is_http_1_0: bool) -> Fields:
-    """Return the header fields of a request, with the length of its body (RFC 9112 section 6); raise HTTPError."""
-    headers = parse_lines(text)
     if not HOST.fullmatch(headers.get("host", "" if is_http_1_0 else " ")):
         raise HTTPError(400, "the header Host is missing or malformed; send a name or an address, perhaps with a port")
     if headers.get("expect", "100-continue").lower() != "100-continue":
@@ -1323,30 +1319,28 @@ def check_incomplete_head(received: bytearray, checked: int) -> int:
 def take_chunks(received: bytearray, body: bytearray) -> bool:
     """Move whole chunks from received to body (RFC 9112 section 7.1); raise HTTPError.
 
-    Returns whether that was the last chunk. Trailers are checked and discarded.
+    Returns whether that was the last chunk. Trailers are discarded.
     """
-    match = CHUNK_SIZE.match(received)
-    while match:
-        begin, size = match.end(), int(match[1], 16)
-        end = begin + size
+    while True:
+        match = CHUNK_HEAD.match(received)
+        begin, size = (match.end(), int(match[1], 16)) if match else (0, 0)
         if size == 0:
-            trailers, is_complete, rest = received[begin - 2 :].partition(b"\r\n\r\n")
-            if is_complete or len(trailers) > HEADERS_BYTES_MAX:
-                parse_lines(trailers[2:].decode("iso-8859-1"))
-                received[:] = rest
-            return bool(is_complete)
+            break
+        end = begin + size
         if len(body) + size > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE)
         if len(received) < end + 2:
             return False
         if not received.startswith(b"\r\n", end):
-            break
+            raise HTTPError(400, MALFORMED_CHUNKS)
         body += received[begin:end]
         del received[: end + 2]
-        match = CHUNK_SIZE.match(received)
-    if b"\n" in received or len(received) > HEADERS_BYTES_MAX:
-        raise HTTPError(400, "the chunked body is malformed")
-    return False
+    trailers = TRAILERS.match(received, begin) if match else None
+    if trailers:
+        del received[: trailers.end()]
+    elif (b"\r\n\r\n" if match else b"\n") in received or len(received) > HEADERS_BYTES_MAX:
+        raise HTTPError(400, MALFORMED_CHUNKS)
+    return trailers is not None
 
 
 format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
