@@ -5,13 +5,12 @@ Applets, home automations, shortcuts, chips and shell scripts store a value unde
 it back with another. Each user has their own keys. Each request carries a password (HTTP Basic) or a token. The server
 confirms a write only after it is on the disk.
 
-    python kvserver.py serve            run the server; the first start adds the user admin and prints its password
-    python kvserver.py adduser NAME     add a user; see also passwd, deluser, users
-    python kvserver.py addtoken USER    add a token for a device; see also tokens, deltoken
-    python kvserver.py addhook USER KEY URL
-                                        call a URL when a value changes; see also hooks, delhook, testhook
-    python kvserver.py backup FILE      copy the database to a file
-    python kvserver.py export [USER]    print values as lines of JSON; import FILE stores them
+    python kvserver.py serve                  run the server; its first start adds the user admin and prints a password
+    python kvserver.py adduser NAME           add a user; see also passwd, deluser, users
+    python kvserver.py addtoken USER          add a token for a device; see also tokens, deltoken
+    python kvserver.py addhook USER KEY URL   call a URL when a value changes; see also hooks, delhook, testhook
+    python kvserver.py backup FILE            copy the database to a file
+    python kvserver.py export [USER]          print values as lines of JSON; import FILE stores them
 
     request                      response
     GET /set?key=K&value=V       200 Success; ttl=SECONDS; nx=1 (409 if the key exists); old=V (409 if it differs)
@@ -1110,23 +1109,17 @@ RETRY_AFTER = (("Retry-After", "5"),)
 
 
 class Response(NamedTuple):
-    """A response without its length, its date and the headers that every response has.
-
-    With wait_until, in monotonic seconds, the request waits for a change of its pair instead.
-    """
+    """A response, without the headers that every response has. With wait_until, the request waits for a change first."""
 
     body: bytes = b""
     status: int = 200
     content_type: str = TEXT
     headers: Headers = ()
-    wait_until: float = 0.0
+    wait_until: float = 0.0  # monotonic seconds
 
 
 class HTTPError(Exception):
-    """The request is refused. Raise it anywhere; one place makes it a response.
-
-    The message is one line that tells the client what to do, and never contains a value or a credential.
-    """
+    """A request is refused. The message is one line that says what to do, and contains no value and no credential."""
 
     def __init__(self, status: int, message: str, headers: Headers = ()) -> None:
         super().__init__(message)
@@ -1206,16 +1199,13 @@ class Request:
         return "text/html" in self.fields.headers.get("accept", "").lower()
 
     def names_etag(self, header: str, etag: str) -> bool:
-        """Return whether the header if-match or if-none-match names an entity tag, "" for a missing pair.
-
-        Weak tags match in If-None-Match only (RFC 9110 sections 8.8.3.2, 13.1.1 and 13.1.2). Raises HTTPError.
-        """
+        """Return whether if-match or if-none-match names an entity tag, "" for a missing pair; raise HTTPError."""
         condition = self.fields.headers.get(header)
         if condition is None or condition == "*":
             return condition == "*" and etag != ""
         if not ENTITY_TAGS.fullmatch(condition):
             raise HTTPError(400, f'the header {header} is malformed; send * or the ETag of a response, as in "0a1b"')
-        tags = ENTITY_TAG.findall(condition)
+        tags = ENTITY_TAG.findall(condition)  # weak ones match in If-None-Match only (RFC 9110 section 13.1)
         return any(tag == etag and (header != "if-match" or not weak) for weak, tag in tags)
 
 
@@ -1225,10 +1215,7 @@ ANYTHING = ("*",)  # the parameters of a route that takes any
 
 
 class Route(NamedTuple):
-    """A row of the table of routes. A path that ends in KEY matches every key there.
-
-    Requests need a key if it is the route's first parameter.
-    """
+    """A row of the table of routes. KEY at the end of a path matches every key. A key as first parameter is required."""
 
     path: str
     methods: tuple[str, ...]
@@ -1272,10 +1259,7 @@ def parse_fields(text: str, is_http_1_0: bool) -> Fields:
 
 
 def parse_head(head: bytes, known: Fields | None = None) -> Request:
-    """Return the request that begins with a head, without the empty line at its end; raise HTTPError.
-
-    Most clients repeat their header fields. If they equal the known ones, they aren't parsed again.
-    """
+    """Return the request with a head, given without its last line; raise HTTPError. Known fields aren't parsed again."""
     # ISO 8859-1 loses no byte. An empty line before a request is ignored (RFC 9112 section 2.2).
     line, _, text = head.decode("iso-8859-1").removeprefix("\r\n").partition("\r\n")
     if len(line) > REQUEST_LINE_BYTES_MAX:
@@ -1301,10 +1285,7 @@ def parse_head(head: bytes, known: Fields | None = None) -> Request:
 
 
 def check_incomplete_head(received: bytearray, checked: int) -> int:
-    """Raise HTTPError if bytes cannot become a head, instead of waiting for more.
-
-    Returns the length of the whole lines, to be passed as checked next time. They are checked again after a new line.
-    """
+    """Raise HTTPError if bytes cannot become a head. Return the length of the whole lines, the next call's checked."""
     end = received.rfind(b"\n") + 1
     is_first_line = end <= 2  # perhaps after an empty one
     if (is_first_line or end > checked) and not HEAD_SO_FAR.fullmatch(received.decode("iso-8859-1")):
@@ -1317,10 +1298,7 @@ def check_incomplete_head(received: bytearray, checked: int) -> int:
 
 
 def take_chunks(received: bytearray, body: bytearray) -> bool:
-    """Move whole chunks from received to body (RFC 9112 section 7.1); raise HTTPError.
-
-    Returns whether that was the last chunk. Trailers are discarded.
-    """
+    """Move whole chunks to body, and return whether the last one has come (RFC 9112 section 7.1); raise HTTPError."""
     while True:
         match = CHUNK_HEAD.match(received)
         begin, size = (match.end(), int(match[1], 16)) if match else (0, 0)
@@ -1347,10 +1325,7 @@ format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 def encode_response(response: Response, date: str, connection: str, with_body: bool) -> bytes:
-    """Return a response as bytes, for one write: a second one would wait until the client acknowledges the first.
-
-    date and connection are values of these headers; an empty connection adds none.
-    """
+    """Return a response as bytes for one write: a second write would wait until the client acknowledges the first."""
     body, status, content_type, headers, _ = response
     entity = "" if status in (204, 304) else f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
     more = "".join([f"{name}: {value}\r\n" for name, value in headers])
@@ -1454,10 +1429,9 @@ def shorten(name: str) -> str:
 
 
 def parse_form(text: str) -> list[tuple[str, str]]:
-    """Return the names and values of a query or a form body; raise HTTPError.
+    """Return the names and values of a query or a form body (WHATWG URL standard); raise HTTPError.
 
-    As in HTML forms (WHATWG URL standard), "+" is a space, and a "%" without two hexadecimal digits is a "%". A name
-    without "=" is refused: a typing error must not store an empty value.
+    A name without "=" is refused: a typing error must not store an empty value.
     """
     if text.count("&") >= PARAMETERS_MAX:
         raise HTTPError(400, f"there are more than {PARAMETERS_MAX} parameters; send fewer")
@@ -1485,10 +1459,8 @@ def unique_names(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text; raise ValueError, or HTTPError for repeated names.
-
-    CPython 3.12 and 3.13 follow deep nesting until the small stack of a thread overflows, and the process dies.
-    """
+    """Return the value of a JSON text; raise ValueError, or HTTPError for repeated names."""
+    # CPython 3.12 and 3.13 follow deep nesting until the small stack of a thread overflows, and the process dies.
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
         brackets = re.sub(r"[^][{}]", "", JSON_STRING.sub("", text))
         depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
@@ -1518,14 +1490,12 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
 
 
 def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> list[tuple[str, str]]:
-    """Return the parameters in a body, or the value that it is; raise HTTPError.
-
-    Programs label bodies carelessly. So where EITHER is possible, only a form with a field "value" is a form.
-    """
+    """Return the parameters in a body, or the value that it is; raise HTTPError."""
     content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == MULTIPART:
         raise HTTPError(415, f"a body of the type {MULTIPART} is not supported; send {FORM}, or the value alone")
     is_form, text = content_type == FORM, decode_utf8(request.body, "the body")
+    # Programs label bodies carelessly, so only a form with a field "value" is certainly a form.
     may_be_value = body == EITHER and "key" in in_query and "value" not in in_query
     if may_be_value and not (is_form and FORM_WITH_VALUE.search(text)):
         return [("value", text)]
@@ -1548,14 +1518,11 @@ def require_key(key: str | None, token: Token | None = None) -> str:
 
 
 def parse_parameters(request: Request, route: Route) -> dict[str, str]:
-    """Return the parameters of a request, checked against its route, with a checked key; raise HTTPError.
-
-    One named "_" is discarded: scripts in browsers send it to bypass caches.
-    """
+    """Return the parameters of a request, with a checked key; raise HTTPError if its route doesn't take them."""
     parameters = unique_names(parse_form(request.query)) if request.query else {}
     if request.body and route.body != VALUE:
         parameters = unique_names([*parameters.items(), *parse_body(request, parameters, route.body)])
-    parameters.pop("_", None)
+    parameters.pop("_", None)  # scripts in browsers send it to bypass caches
     in_path, key = request.key_in_path, parameters.get("key")
     if in_path:
         key = decode_utf8(urllib.parse.unquote_to_bytes(in_path), "the key")
