@@ -1921,11 +1921,6 @@ class Throttled(ServerCase):
         """Log in from an address, and return the status."""
         return self.fetch("/list", user=basic(name, password), X_Forwarded_For=address)[0]
 
-    def login_at_once(self, passwords: Sequence[str], address: str = "192.0.2.1") -> list[int]:
-        """Try passwords at the same time; return the statuses."""
-        with concurrent.futures.ThreadPoolExecutor(len(passwords)) as pool:
-            return sorted(pool.map(self.login, passwords, itertools.repeat(address)))
-
     def fail_often(self, address: str = "192.0.2.1") -> None:
         """Fail as often as an address may."""
         for number in range(kvserver.FAILURES_MAX):
@@ -1935,9 +1930,8 @@ class Throttled(ServerCase):
         self.assertEqual(200, self.login(PASSWORDS["bob"], name="bob"))
         self.fail_often()
         with mock.patch.object(kvserver, "scrypt") as scrypt:
-            headers = {"Authorization": basic("alice", "wrong password"), "X-Forwarded-For": "192.0.2.1"}
-            answer = self.request("GET", "/list", user=None, headers=headers)
-            self.assertEqual(429, answer.status)
+            headers = {"X-Forwarded-For": "192.0.2.1"}
+            answer = self.check(429, "GET", "/list", user=basic("alice", "wrong password"), headers=headers)
             self.assertLessEqual(int(answer.headers["retry-after"]), kvserver.FAILURE_SECONDS)
             self.assertEqual(429, self.login(PASSWORDS["alice"]), "right, but not known")
             self.assertEqual(200, self.login(PASSWORDS["bob"], name="bob"), "known")
@@ -1960,23 +1954,31 @@ class Throttled(ServerCase):
             self.assertEqual(200, self.login(f"password {number}"))
 
     def test_only_guesses_are_charged(self) -> None:
-        for _ in range(2 * kvserver.FAILURES_MAX):
-            self.assertEqual(401, self.fetch("/list", user=None)[0])
-            self.assertEqual(401, self.fetch("/list", user="Digest x")[0])
         with mock.patch.object(kvserver, "scrypt") as scrypt:
-            for status in [401] * kvserver.FAILURES_MAX + [429]:
-                self.assertEqual(status, self.fetch("/list", user="Basic !!!!")[0])
+            for user, status, count in (
+                (None, 401, 2 * kvserver.FAILURES_MAX),
+                ("Digest x", 401, 2 * kvserver.FAILURES_MAX),
+                ("Basic !!!!", 401, kvserver.FAILURES_MAX),
+                ("Basic !!!!", 429, 1),
+                (None, 401, 1),
+                ("Digest x", 401, 1),
+            ):
+                for _ in range(count):
+                    self.check(status, "GET", "/list", user=user)
             scrypt.assert_not_called()
-        self.assertEqual(401, self.fetch("/list", user=None)[0])
-        self.assertEqual(401, self.fetch("/list", user="Digest x")[0])
 
-    def test_parallel_guesses_stay_within_the_limit(self) -> None:
+    def test_parallel_guesses_stay_within_the_limit_and_parallel_logins_pass(self) -> None:
         expected = [401] * kvserver.FAILURES_MAX + [429] * (40 - kvserver.FAILURES_MAX)
-        self.assertEqual(expected, self.login_at_once([f"guess {number}" for number in range(40)]))
-        self.assertEqual(expected, self.login_at_once(["the same guess"] * 40, "192.0.2.2"))
-
-    def test_parallel_requests_of_one_client_all_pass(self) -> None:
-        self.assertEqual([200] * 40, self.login_at_once([PASSWORDS["alice"]] * 40))
+        with concurrent.futures.ThreadPoolExecutor(40) as pool:
+            for number, (passwords, statuses) in enumerate(
+                (
+                    ([f"guess {number}" for number in range(40)], expected),
+                    (["the same guess"] * 40, expected),
+                    ([PASSWORDS["alice"]] * 40, [200] * 40),
+                )
+            ):
+                address = itertools.repeat(f"192.0.2.{number}")
+                self.assertEqual(statuses, sorted(pool.map(self.login, passwords, address)))
 
     def test_addresses_are_counted_apart_and_ipv6_by_network(self) -> None:
         self.fail_often("192.0.2.1")
@@ -2012,13 +2014,11 @@ class Throttled(ServerCase):
                 self.assertEqual(expected, str(kvserver.client_address(peer, forwarded_for, proxies)))
 
     def test_few_addresses_are_remembered(self) -> None:
-        self.enter(mock.patch.object(kvserver, "THROTTLED_ADDRESSES_MAX", 3))
-        self.fail_often("192.0.2.1")
-        for number in (2, 3):
+        self.patch("THROTTLED_ADDRESSES_MAX", 3)
+        for number in (1, 2, 3):
             self.fail_often(f"192.0.2.{number}")
-        self.assertEqual(429, self.login("wrong password", "192.0.2.1"))
-        self.login("wrong password", "192.0.2.4")
-        self.assertEqual(401, self.login("wrong password", "192.0.2.1"))
+        for number, status in ((1, 429), (4, 401), (1, 401)):
+            self.assertEqual(status, self.login("wrong password", f"192.0.2.{number}"))
 
     def test_an_unknown_user_costs_the_same_work_as_a_wrong_password(self) -> None:
         with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
@@ -2031,9 +2031,9 @@ class Throttled(ServerCase):
 class Sites(ServerCase):
     """Requests that a browser sends for a page of this site or of another one."""
 
-    def status(self, target: str = "/set?key=a&value=1", method: str = "GET", **headers: str) -> int:
-        """Return the status of a response to a request with these headers."""
-        return self.fetch(target, method, **headers)[0]
+    def status(self, **headers: str) -> int:
+        """Return the status of a response to a change with these headers."""
+        return self.fetch("/set?key=a&value=1", **headers)[0]
 
     def test_sec_fetch_site_decides_before_origin(self) -> None:
         for site in ("same-origin", "none"):
@@ -2042,38 +2042,31 @@ class Sites(ServerCase):
             self.assertEqual(403, self.status(Sec_Fetch_Site=site, Origin="http://x", Host="x"), site)
 
     def test_a_foreign_origin_or_else_referer_is_refused(self) -> None:
-        for host, url, status in (
-            ("kv.example", "http://kv.example", 200),
-            ("kv.example", "https://kv.example", 200),
-            ("KV.example", "http://kv.EXAMPLE", 200),
-            ("kv.example:80", "http://kv.example", 200),
-            ("kv.example:443", "https://kv.example", 200),
-            ("kv.example:", "http://kv.example:80", 200),
-            ("kv.example:8080", "http://kv.example:8080", 200),
-            ("[::1]:8080", "http://[::1]:8080", 200),
-            ("[::1]", "http://[::1]", 200),
-            ("kv.example:443", "http://kv.example", 403),
-            ("kv.example:8080", "http://kv.example", 403),
-            ("kv.example", "http://kv.example:8080", 403),
-            ("kv.example", "http://other.example", 403),
-            ("kv.example", "http://kv.example.other.example", 403),
-            ("kv.example", "http://kv.example@other.example", 403),
-            ("kv.example", "chrome-extension://kv.example", 403),
-            ("kv.example", "kv.example", 403),
-            ("kv.example", "null", 403),
-            ("kv.example", "", 403),
-            ("[::1]", "http://[::2]", 403),
+        others = "other.example http://other.example http://kv.example.other.example http://kv.example@other.example"
+        for host, allowed, refused in (
+            ("kv.example", "http://kv.example https://kv.example", f"{others} http://kv.example:8080 kv.example null"),
+            ("localhost", "http://localhost", "chrome-extension://localhost"),
+            ("KV.example", "http://kv.EXAMPLE", ""),
+            ("kv.example:", "http://kv.example:80", ""),
+            ("kv.example:80", "http://kv.example", "https://kv.example"),
+            ("kv.example:443", "https://kv.example", "http://kv.example"),
+            ("kv.example:8080", "http://kv.example:8080", "http://kv.example"),
+            ("[::1]:8080", "http://[::1]:8080", ""),
+            ("[::1]", "http://[::1]", "http://[::2]"),
         ):
-            with self.subTest(host=host, url=url):
-                self.assertEqual(status, self.status(Host=host, Origin=url))
-                self.assertEqual(status, self.status(Host=host, Origin=url, Referer="http://another.example/"))
-                self.assertEqual(status, self.status(Host=host, Referer=url + "/page?query#fragment" if url else url))
+            for status, origins in ((200, allowed.split()), (403, refused.split())):
+                for origin in origins:
+                    with self.subTest(host=host, origin=origin):
+                        self.assertEqual(status, self.status(Host=host, Origin=origin, Referer="http://other.example/"))
+                        self.assertEqual(status, self.status(Host=host, Referer=origin + "/page?query#fragment"))
+        self.assertEqual(403, self.status(Host="kv.example", Origin="", Referer="http://kv.example/"))
+        self.assertEqual(403, self.status(Host="kv.example", Referer=""))
 
     def test_a_refused_request_changes_nothing(self) -> None:
-        self.assertEqual(200, self.status())
+        self.fetch("/set?key=a&value=1")
         for method in ("GET", "POST", "PUT"):
             for target in ("/set?key=a&value=2", "/del?key=a", "/iotpersistenceapi/set?key=a&value=2"):
-                self.assertEqual(403, self.status(target, method, Origin="http://other.example"))
+                self.assertEqual(403, self.fetch(target, method, Origin="http://other.example")[0])
         self.assertEqual((200, "1"), self.fetch("/get?key=a", Origin="http://other.example"))
 
     def test_login_comes_first_and_no_body_is_asked_for(self) -> None:
@@ -2083,9 +2076,9 @@ class Sites(ServerCase):
         self.assertTrue(response.startswith(b"HTTP/1.1 403 "))
 
     def test_the_host_of_an_absolute_target_counts(self) -> None:
-        for host, status in (("kv.example", b"200"), ("localhost", b"403")):
+        for host, status in (("kv.example", 200), ("localhost", 403)):
             lines = (f"GET http://{host}/set?key=a&value=1 HTTP/1.1", "Origin: http://kv.example", "Connection: close")
-            self.assertEqual([status], re.findall(rb"HTTP/1.1 (\d+)", self.exchange(self.raw(*lines))))
+            self.assertEqual([status], statuses(self.exchange(self.raw(*lines))))
 
 
 class Values(ServerCase):
@@ -2113,25 +2106,15 @@ class Values(ServerCase):
         self.assertEqual(404, self.fetch("/del?key=a")[0])
 
     def test_incr_counts_exactly(self) -> None:
+        self.assertEqual((200, "1"), self.fetch("/incr?key=b"))
+        self.assertEqual((200, "-2.5"), self.fetch("/incr?key=c&by=-2.50"))
+        sums = ["0.1+0.2=0.3", "1.50+1.50=3", "-1+1=0", "-0.0+0=0", "100+0=100", "007+1=8", "0.1+-0.1=0"]
         nines, zeros = "9" * 100, "0" * 98
-        for stored, by, number in (
-            (None, None, "1"),
-            (None, "-2.50", "-2.5"),
-            ("0.1", "0.2", "0.3"),
-            ("1.50", "1.50", "3"),
-            ("-1", "1", "0"),
-            ("-0.0", "0", "0"),
-            ("100", "0", "100"),
-            ("007", "1", "8"),
-            ("0.1", "-0.1", "0"),
-            (nines, "-1", nines[1:] + "8"),
-            ("1" + zeros, "0.1", "1" + zeros + ".1"),
-            ("0." + zeros + "1", "1", "1." + zeros + "1"),
-        ):
-            with self.subTest(stored=stored, by=by):
-                self.fetch(f"/set?key=a&value={stored}" if stored else "/del?key=a&missing=ok")
-                self.assertEqual((200, number), self.fetch("/incr?key=a" + (f"&by={by}" if by else "")))
-                self.assertEqual((200, number), self.fetch("/get?key=a"))
+        for case in (*sums, f"{nines}+-1={nines[1:]}8", f"1{zeros}+0.1=1{zeros}.1", f"0.{zeros}1+1=1.{zeros}1"):
+            stored, by, number = re.split("[+=]", case)
+            self.store.set_value(1, "a", stored)
+            self.assertEqual((200, number), self.fetch(url("/incr", key="a", by=by)), case)
+            self.assertEqual((200, number), self.fetch("/get?key=a"))
 
     def test_incr_refuses_other_text_and_long_numbers(self) -> None:
         for stored in ("", "x", "1e3", "+1", " 1", "1.", ".5", "١", "9" * 100, "1" * 101, "0x1", "NaN", "1\n"):
@@ -2144,30 +2127,30 @@ class Values(ServerCase):
             self.assertEqual(400, self.fetch(f"/incr?key=b&by={by}")[0], by)
         self.assertIsNone(self.get("b"))
 
-    def test_toggle_has_two_words(self) -> None:
+    def test_toggle_has_two_words_of_the_length_of_a_value(self) -> None:
         self.assertEqual(["on", "off", "on"], [self.fetch("/toggle?key=a")[1] for _ in range(3)])
         self.assertEqual(["auf", "zu", "auf"], [self.fetch("/toggle?key=a&values=auf,zu")[1] for _ in range(3)])
         self.assertEqual((200, "auf"), self.fetch("/get?key=a"))
         for words in ("on", "on,on", "on,", ",on", "a,b,c", ""):
             self.assertEqual(400, self.fetch(f"/toggle?key=a&values={words}")[0], words)
-
-    def test_a_word_may_be_as_long_as_a_value(self) -> None:
-        for extra, status in ((0, 200), (1, 413)):
-            form = f"key={extra}&values={'x' * (kvserver.VALUE_BYTES_MAX + extra)},b"
+        for extra, status in ((1, 413), (0, 200)):
+            form = f"key=b&values={'x' * (kvserver.VALUE_BYTES_MAX + extra)},b"
             self.assertEqual(status, self.fetch("/toggle", "POST", form, Content_Type=kvserver.FORM)[0])
-        self.assertIsNone(self.get("1"))
 
     def test_only_a_value_can_be_an_array_or_an_object(self) -> None:
         for member in ('["a", "b"]', '{"a": 1}'):
-            self.store.set_value(1, "a", "0")
-            for path, members, expected, stored in (
-                ("/toggle", f'"values": {member}', (400, "values in the JSON body"), "0"),
-                ("/set", f'"value": {member}', (200, "Success"), member),
-                ("/set", f'"value": 1, "old": {member}', (200, "Success"), "1"),
-            ):
-                status, text = self.fetch(path, "POST", f'{{"key": "a", {members}}}', Content_Type=kvserver.JSON)
-                self.assertEqual(expected, (status, text[: len(expected[1])]), members)
-                self.assertEqual({"a": stored}, self.pairs())
+            self.assertEqual(
+                (400, 200, 200),
+                tuple(
+                    self.fetch(path, "POST", f'{{"key": "a", {members}}}', Content_Type=kvserver.JSON)[0]
+                    for path, members in (
+                        ("/toggle", f'"values": {member}'),
+                        ("/set", f'"value": {member}'),
+                        ("/set", f'"value": {member}, "old": {member}'),
+                    )
+                ),
+            )
+            self.assertEqual({"a": member}, self.pairs())
 
     def test_incr_and_toggle_take_form_and_json(self) -> None:
         for path, body, content_type, expected in (
@@ -2177,7 +2160,7 @@ class Values(ServerCase):
             ("/toggle", '{"key": "t", "values": "b,c"}', kvserver.JSON, "c"),
         ):
             self.assertEqual((200, expected), self.fetch(path, "POST", body, Content_Type=content_type))
-        self.assertEqual(405, self.fetch("/incr?key=a", "PUT")[0])
+            self.assertEqual(405, self.fetch(f"{path}?key=a", "PUT")[0])
 
     def test_nx_and_old_guard_a_value(self) -> None:
         for query, status, text, stored in (
@@ -2200,10 +2183,9 @@ class Values(ServerCase):
             self.assertEqual(200, self.fetch(target + "315360000")[0])
             self.assertIsNotNone(self.get("a"))
             self.expire()
-            self.assertEqual([404] * 2, [self.fetch(f"/{path}?key=a")[0] for path in ("get", "del")])
-            self.assertEqual(404, self.fetch("/kv/a", "DELETE")[0])
-            self.assertEqual({}, self.pairs())
-            self.assertEqual([0, 0], [user.pairs for user in self.store.users()])
+            for method, path in (("GET", "/get?key=a"), ("GET", "/del?key=a"), ("DELETE", "/kv/a")):
+                self.assertEqual(404, self.fetch(path, method)[0])
+            self.assertEqual(({}, [0, 0]), (self.pairs(), [user.pairs for user in self.store.users()]))
         for target, expected in (("/incr?key=a", (200, "1")), ("/set?key=a&value=6&nx=1", (200, "Success"))):
             self.fetch("/set?key=a&value=5&ttl=100")
             self.expire()
@@ -2216,36 +2198,30 @@ class Values(ServerCase):
             self.assertEqual(404, self.fetch("/get?key=a")[0])
 
     def test_set_clears_the_ttl_and_incr_and_toggle_keep_it(self) -> None:
-        self.fetch("/set?key=a&value=1&ttl=1000")
-        expires = self.members()["expires"]
-        self.assertRegex(expires, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")
         for path in ("/incr", "/toggle"):
+            self.fetch("/set?key=a&value=1&ttl=1000")
+            expires = self.members()["expires"]
+            self.assertRegex(expires, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")
             self.fetch(f"{path}?key=a")
             self.assertEqual(expires, self.members()["expires"])
             self.fetch(f"{path}?key=a&ttl=2000")
             self.assertGreater(self.members()["expires"], expires)
             self.fetch("/set?key=a&value=1")
             self.assertIsNone(self.members()["expires"])
-            self.fetch("/set?key=a&value=1&ttl=1000")
-            expires = self.members()["expires"]
 
     def test_expired_pairs_leave_the_disk_with_later_writes(self) -> None:
         for number in range(5):
             self.store.set_value(1, str(number), "x", time.time() - 1)
-        with contextlib.closing(sqlite3.connect(self.database)) as connection:
 
-            def are_gone() -> bool:
-                self.fetch("/set?key=a&value=1", user="bob")
-                return connection.execute("SELECT key FROM pair").fetchall() == [("a",)]
+        def are_gone() -> bool:
+            self.fetch("/set?key=a&value=1", user="bob")
+            return self.store._execute("SELECT key FROM pair").fetchall() == [("a",)]
 
-            wait_until(are_gone)
-            plan = str(connection.execute("EXPLAIN QUERY PLAN " + kvserver.DELETE_EXPIRED, (0, 1)).fetchall())
-        self.assertIn("pair_expires", plan)
-        self.assertNotIn("SCAN pair", plan.replace("SCAN pair USING", ""))
+        wait_until(are_gone)
 
     def test_format_json_and_age(self) -> None:
-        before = time.time()
-        self.fetch("/set?key=a%22", "POST", 'é\0"', Content_Type="text/plain")
+        before, form = time.time(), {"Content_Type": "text/plain"}
+        self.fetch("/set?key=a%22", "POST", 'é\0"', **form)
         members = self.members("a%22")
         self.assertEqual(["key", "value", "updated", "age", "expires"], list(members))
         self.assertEqual(('a"', 'é\0"', 0, None), tuple(members[name] for name in ("key", "value", "age", "expires")))
@@ -2253,16 +2229,15 @@ class Values(ServerCase):
         self.assertTrue(before - 0.01 <= updated <= time.time() + 0.01)
         execute(self.database, "UPDATE pair SET updated = updated - 90.5")
         self.assertEqual((200, "90"), self.fetch("/get?key=a%22&format=age"))
-        self.assertEqual(90, json.loads(self.fetch("/list?format=json")[1])['a"']["age"])
+        self.assertEqual({'a"': self.members("a%22")}, json.loads(self.fetch("/list?format=json&limit=5")[1]))
         etag = self.request("GET", "/get?key=a%22").headers["etag"]
-        for form in ("age", "json"):
-            self.assertNotIn("etag", self.request("GET", f"/get?key=a%22&format={form}").headers)
-            self.assertEqual(404, self.fetch(f"/get?key=b&format={form}")[0])
-            # The client may know the value, but not its age.
-            for wait in ("", "&wait=0.01"):
-                self.assertEqual(200, self.fetch(f"/get?key=a%22&format={form}{wait}", If_None_Match=etag)[0])
+        for format in ("age", "json"):
+            self.assertNotIn("etag", self.request("GET", f"/get?key=a%22&format={format}").headers)
+            self.assertEqual(404, self.fetch(f"/get?key=b&format={format}")[0])
+            for wait in ("", "&wait=0.01"):  # the client may know the value, but not its age
+                self.assertEqual(200, self.fetch(f"/get?key=a%22&format={format}{wait}", If_None_Match=etag)[0])
         self.assertEqual(400, self.fetch("/get?key=a%22&format=xml")[0])
-        self.fetch("/set?key=a%22", "POST", 'é\0"', Content_Type="text/plain")
+        self.fetch("/set?key=a%22", "POST", 'é\0"', **form)
         self.assertEqual((200, "0"), self.fetch("/get?key=a%22&format=age"), "the same value again is an update")
 
     def test_unknown_parameters_are_400_everywhere(self) -> None:
@@ -2301,11 +2276,6 @@ class Values(ServerCase):
         for wrong in ("0", "-1", "x", "", "10001", "1.5"):
             self.assertEqual(400, self.fetch(f"/list?limit={wrong}")[0], wrong)
 
-    def test_a_list_of_objects(self) -> None:
-        self.store.set_value(1, "a", "[1]", time.time() + 100)
-        listed = json.loads(self.fetch("/list?format=json&limit=5")[1])
-        self.assertEqual((self.members(), "[1]"), (listed["a"], listed["a"]["value"]))
-
 
 class Waiting(ServerCase):
     """Long polls."""
@@ -2323,7 +2293,7 @@ class Waiting(ServerCase):
             status, _, body = connection.recv(65536).decode().partition("\r\n\r\n")
             self.assertEqual(expected, (int(status.split()[1]), body))
 
-    def test_a_value_that_differs_is_sent_at_once(self) -> None:
+    def test_another_value_is_sent_at_once(self) -> None:
         self.fetch("/set?key=a&value=1")
         self.assertEqual((200, "1"), self.fetch("/get?key=a&wait=60&unless=0"))
         self.assertEqual((200, "1"), self.fetch("/get?key=a&wait=60", If_None_Match='"x"'))
@@ -2345,15 +2315,13 @@ class Waiting(ServerCase):
         self.assert_answers((200, "0"), age)
         self.assertEqual({}, self.server.polls)
 
-    def test_a_missing_key_is_waited_for(self) -> None:
+    def test_a_new_key_and_a_change_by_another_process_end_the_wait(self) -> None:
         waiting = self.wait()
         self.fetch("/kv/a", "PUT", "2")
         self.assert_answers((200, "2"), waiting)
-
-    def test_a_change_by_another_process_ends_the_wait(self) -> None:
-        waiting = self.wait()
-        self.store.set_value(1, "a", "2")
-        self.assert_answers((200, "2"), waiting)
+        waiting = self.wait("key=a&wait=60&unless=2")
+        self.store.set_value(1, "a", "3")
+        self.assert_answers((200, "3"), waiting)
 
     def test_a_deletion_or_an_expiry_ends_the_wait(self) -> None:
         for default, expected in (("", (404, kvserver.UNKNOWN_KEY)), ("&default=x", (200, "x"))):
@@ -2375,10 +2343,10 @@ class Waiting(ServerCase):
             ("key=b&unless=1&default=x", (), (200, "x")),
         ):
             begun = time.monotonic()
-            raw = self.raw(f"GET /get?{query}&wait=0.05 HTTP/1.1", *lines)
-            self.assert_answers(expected, self.connect(raw))
-            self.assertGreaterEqual(time.monotonic() - begun, 0.05)
-        self.assertEqual((200, "1"), self.fetch("/get?key=a&wait=0&unless=1"))
+            for seconds in (0, 0.05):
+                request = self.raw(f"GET /get?{query}&wait={seconds} HTTP/1.1", *lines)
+                self.assert_answers(expected, self.connect(request))
+                self.assertGreaterEqual(time.monotonic() - begun, seconds)
 
     def test_wait_and_unless_need_each_other(self) -> None:
         for query in ("wait=1", "unless=1", *(f"wait={wait}&unless=1" for wait in ("61", "-1", "x", ""))):
@@ -2417,9 +2385,7 @@ class Waiting(ServerCase):
         waiting = self.wait()
         waiting.sendall(self.raw("GET /health HTTP/1.1", "Connection: close"))
         self.fetch("/set?key=a&value=2")
-        answers = b"".join(iter(lambda: waiting.recv(65536), b""))
-        self.assertTrue(answers.endswith(b"\r\n\r\nok"))
-        self.assertIn(b"\r\n\r\n2HTTP/1.1 200", answers)
+        self.assertRegex(read_all(waiting), rb"(?s)\r\n\r\n2HTTP/1.1 200 .*\r\n\r\nok\Z")
 
     def test_a_stop_ends_the_wait(self) -> None:
         self.fetch("/set?key=a&value=1")
@@ -2442,11 +2408,11 @@ class Resources(ServerCase):
     """Values as resources below /kv/."""
 
     def test_put_get_and_delete(self) -> None:
-        for prefix in ("", "/iotpersistenceapi"):
+        for prefix, content_type in (("", kvserver.FORM), ("", kvserver.JSON), ("/iotpersistenceapi", "text/plain")):
             path = prefix + "/kv/a%2Fb/c%20d+%25%C3%A9"
             for method, body, expected in (
-                ("PUT", "é & ☃", (201, "Success")),
-                ("GET", None, (200, "é & ☃")),
+                ("PUT", "é=☃", (201, "Success")),
+                ("GET", None, (200, "é=☃")),
                 ("HEAD", None, (200, "")),
                 ("PUT", None, (200, "Success")),
                 ("GET", None, (200, "")),
@@ -2454,14 +2420,9 @@ class Resources(ServerCase):
                 ("DELETE", None, (404, kvserver.UNKNOWN_KEY)),
                 ("GET", None, (404, kvserver.UNKNOWN_KEY)),
             ):
-                self.assertEqual(expected, self.fetch(path, method, body), method)
+                self.assertEqual(expected, self.fetch(path, method, body, Content_Type=content_type), method)
                 if body:
                     self.assertEqual({"a/b/c d+%é": body}, self.pairs())
-
-    def test_the_body_is_the_value_whatever_its_type(self) -> None:
-        for content_type in (kvserver.FORM, kvserver.JSON, "text/plain"):
-            self.fetch("/kv/a", "PUT", "value=" + content_type, Content_Type=content_type)
-            self.assertEqual({"a": "value=" + content_type}, self.pairs())
 
     def test_paths_without_a_key_are_404(self) -> None:
         for path in ("/kv", "/kv/", "/iotpersistenceapi/kv/"):
@@ -2583,24 +2544,24 @@ class Tokens(ServerCase):
         token = "Bearer " + self.add_token(prefix="p/")
         for key in ("p/1", "p/2", "q"):
             self.store.set_value(1, key, "1")
-        for key in ("q", "none", "p"):  # nobody learns which keys exist, also not by mistakes in other parameters
-            for target in ("get", "get&wait=x", "get&tll=1", "set", "del", "incr&by=x", "toggle"):
-                path, _, more = target.partition("&")
-                self.assertEqual(403, self.status(f"/{path}?key={key}&{more}".rstrip("&"), token), target)
-            for method, query in (("GET", ""), ("PUT", ""), ("DELETE", "?x=1")):
-                self.assertEqual(403, self.status(f"/kv/{key}{query}", token, method), method)
+        for key in ("q", "none", "p"):  # mistakes in other parameters don't tell either whether a key exists
+            for target in ("get?key=", "get?wait=x&key=", "get?tll=1&key=", "set?key=", "del?key=", "incr?by=x&key="):
+                self.assertEqual(403, self.status(f"/{target}{key}", token), target)
+            self.assertEqual(403, self.status(f"/toggle?key={key}", token))
+            for method in ("GET", "PUT", "DELETE"):
+                self.assertEqual(403, self.status(f"/kv/{key}?x=1", token, method), method)
         for target, status in (("get?key=%00", 400), ("get", 400), ("set?key=p/3&value=1", 200), ("del?key=p/3", 200)):
             self.assertEqual(status, self.status("/" + target, token), target)
         for query, keys in (
-            ("", ["p/1", "p/2"]),
-            ("?prefix=p", ["p/1", "p/2"]),
-            ("?prefix=p/2", ["p/2"]),
-            ("?prefix=q", []),
-            ("?after=p/1", ["p/2"]),
-            ("?after=a", ["p/1", "p/2"]),
-            ("?after=q", []),
+            ("", "p/1 p/2"),
+            ("?prefix=p", "p/1 p/2"),
+            ("?prefix=p/2", "p/2"),
+            ("?prefix=q", ""),
+            ("?after=p/1", "p/2"),
+            ("?after=a", "p/1 p/2"),
+            ("?after=q", ""),
         ):
-            self.assertEqual(keys, list(json.loads(self.fetch("/list" + query, user=token)[1])))
+            self.assertEqual(keys.split(), list(json.loads(self.fetch("/list" + query, user=token)[1])), query)
 
     def test_the_day_of_the_last_use_is_stored_once(self) -> None:
         token = "Bearer " + self.add_token()
