@@ -721,9 +721,10 @@ class Store:
         def store_all(store: Store) -> tuple[int, int]:
             for user in users:
                 self.add_user(user.name, user.password_hash, user.is_admin)
-            unknown = self._execute("SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)")
-            if names := join_names([name for (name,) in unknown]):
-                raise StoreError(f"nothing was imported: {NoSuchUser(names)}")
+            rows = self._execute("SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)")
+            unknown = [name for (name,) in rows]
+            if unknown:
+                raise StoreError(f"nothing was imported: {NoSuchUser(join_names(unknown))}")
             expired = self._execute("DELETE FROM imported WHERE expires <= ?", time.time())
             insert = f"""INSERT INTO pair (user_id, key, value, updated, expires)
                 SELECT id, key, value, updated, expires FROM imported JOIN user USING (name) WHERE TRUE {REPLACE}"""
