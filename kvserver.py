@@ -4000,7 +4000,7 @@ def read_settings(arguments: argparse.Namespace, settings: Sequence[Setting]) ->
 # ---- Backup, export and import ---------------------------------------------------------------------------------------
 # A backup is a copy of the whole database; an export is lines of JSON. An import is checked before it changes anything.
 
-SIDE_FILES = ("-wal", "-shm", "-journal")  # SQLite's files beside a database
+SIDE_FILES = ("-wal", "-shm", "-journal")  # of a database that is in use
 PAIR_FIELDS = ("user", "key", "value", "updated", "expires")
 LINE_BYTES_MAX = 8 * 1024 * 1024  # a value in which every character is escaped, and the rest of the line
 END_OF_TIME = 253402300800  # unix seconds at the end of the year 9999
@@ -4013,17 +4013,14 @@ SELECT_FOREIGN_PAIRS = "SELECT state.user, state.key, state.value FROM state ORD
 def check_backup_path(path: str, database: str, force: bool) -> None:
     """Raise CommandError if a backup to path would destroy something."""
     in_use = [os.path.realpath(database) + suffix for suffix in ("", *SIDE_FILES)]
-    if os.path.islink(path):
-        raise CommandError(f"{path} is a symbolic link; name the file it leads to")
     if os.path.realpath(path) in in_use or (os.path.exists(path) and os.path.samefile(path, database)):
         raise CommandError(f"{path} is the database itself; name another file")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise CommandError(f"{path} is not a file; name another one")
+    if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        raise CommandError(f"{path} is not a plain file; name another one")
     if os.path.exists(path) and not force:
         raise CommandError(f"{path} exists; to overwrite it, add --force")
-    for suffix in SIDE_FILES:
-        if os.path.lexists(path + suffix):
-            raise CommandError(f"{path} is a database in use, because {path}{suffix} exists; name another file")
+    if any(os.path.exists(path + suffix) for suffix in SIDE_FILES):
+        raise CommandError(f"{path} is a database in use, as the files beside it show; name another file")
 
 
 def write_backup(store: Store, path: str, force: bool) -> None:
@@ -4031,30 +4028,29 @@ def write_backup(store: Store, path: str, force: bool) -> None:
     import tempfile
 
     check_backup_path(path, store.path, force)
-    folder, copy = os.path.dirname(os.path.abspath(path)), ""
+    folder, name = os.path.split(os.path.abspath(path))
     try:
-        descriptor, copy = tempfile.mkstemp(".part", os.path.basename(path) + ".", folder)
-        with open(descriptor, "rb") as file:
-            store.back_up(copy)
-            os.fsync(file.fileno())
-        check_backup_path(path, store.path, force)  # somebody may have created it meanwhile
-        os.replace(copy, path)
+        descriptor, copy = tempfile.mkstemp(".part", name + ".", folder)
+        try:
+            with open(descriptor, "rb") as file:
+                store.back_up(copy)
+                os.fsync(file.fileno())
+            check_backup_path(path, store.path, force)  # somebody may have created it meanwhile
+            os.replace(copy, path)
+        finally:
+            for suffix in ("", *SIDE_FILES):
+                with contextlib.suppress(OSError):
+                    os.remove(copy + suffix)
         with contextlib.suppress(OSError):  # Windows cannot open folders
             descriptor = os.open(folder, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
     except (OSError, sqlite3.Error) as error:
         raise CommandError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        for suffix in ("", *SIDE_FILES):
-            with contextlib.suppress(OSError):
-                os.remove(copy + suffix)
 
 
-def format_time(seconds: float | None) -> str | None:
+def format_time(seconds: float) -> str:
     """Return unix seconds as RFC 3339 in UTC, with microseconds."""
-    if seconds is None:
-        return None
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
@@ -4321,7 +4317,7 @@ def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
     if sys.stdout is None:
         raise CommandError("standard output is closed")
     for *texts, updated, expires in store.all_pairs(arguments.name or "", arguments.name or LAST_NAME):
-        members = dict(zip(PAIR_FIELDS, (*texts, format_time(updated), format_time(expires))))
+        members = dict(zip(PAIR_FIELDS, (*texts, format_time(updated), expires and format_time(expires))))
         sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
     sys.stdout.flush()
 

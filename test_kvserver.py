@@ -5945,14 +5945,14 @@ class Backups(CommandCase):
         self.write("used-wal", "")
         names = os.listdir(self.folder)
         for path, message in (
-            ("link", "link is a symbolic link"),
-            ("dangling", "dangling is a symbolic link"),
+            ("link", "link is the database itself"),
+            ("dangling", "dangling is not a plain file"),
             ("test.db", "test.db is the database itself"),
             ("test.db-wal", "test.db-wal is the database itself"),
             ("sub/folder/test.db", "is the database itself"),
             ("same", "same is the database itself"),
-            ("sub", "sub is not a file"),
-            ("pipe", "pipe is not a file"),
+            ("sub", "sub is not a plain file"),
+            ("pipe", "pipe is not a plain file"),
             ("used", "used is a database in use"),
             ("nowhere/backup.db", "cannot write nowhere/backup.db: No such file or directory"),
         ):
