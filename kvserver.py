@@ -4148,10 +4148,6 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
 # ---- Command line ----------------------------------------------------------------------------------------------------
 # Each command is a function, and its docstring is the help for it. COMMANDS names the arguments of each.
 
-KEY_SHOWN_CHARACTERS_MAX = 80
-FIRST_PASSWORD_BYTES = 15  # random ones, as 20 characters
-THREAD_STACK_BYTES = 512 * 1024  # the usual 8 MiB per thread are a lot for a small machine
-
 
 def database_path(arguments: argparse.Namespace) -> str:
     return str(read_settings(arguments, [DATABASE])[DATABASE.name])
@@ -4260,25 +4256,26 @@ def delete_token(arguments: argparse.Namespace, store: Store) -> None:
 
 def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Call a URL when a value changes. The command prints the hook's ID. The next change is the first one sent."""
-    name, key, url, value, label = (getattr(arguments, field) for field in ("name", "key", "url", "value", "label"))
-    if key != "*":
-        require_key(key.removesuffix("*"))
-    check_value(value or "")
-    check_label_and_prefix(label, "")
+    if arguments.key != "*":
+        require_key(arguments.key.removesuffix("*"))
+    check_value(arguments.value or "")
+    check_label_and_prefix(arguments.label, "")
+    url = arguments.url
     if url == "-":
         if standard_input().isatty():
             print("Type the URL and press Enter:", file=sys.stderr)
         url = standard_input().readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
     parts = parse_hook_url(url)
     origin = f"{parts.scheme}://{authority(parts)}"
-    print(store.transact(lambda store: store.add_hook(name, key, url, origin, value, label)))
+    hook = (arguments.name, arguments.key, url, origin, arguments.value, arguments.label)
+    print(store.transact(lambda store: store.add_hook(*hook)))
 
 
 def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
     rows = [("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST RESULT")]
     for hook in store.hooks(arguments.name or "", arguments.name or LAST_NAME):
-        key = escape_unprintable(cut_off(hook.pattern, KEY_SHOWN_CHARACTERS_MAX))
+        key = escape_unprintable(cut_off(hook.pattern, 80))
         value = "any" if hook.value is None else escape_unprintable(hook.short_value())
         result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result_time else "never tried"
         texts = (hook.user_name, key, value, hook.label or "-", hook.origin)
@@ -4356,25 +4353,14 @@ def import_pairs(arguments: argparse.Namespace) -> None:
     print(f"imported values: {stored}, left out because they have expired: {expired}")
 
 
-def notify_ready() -> None:
-    """Tell systemd that the server listens, if it wants to know (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    try:
-        if address:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
-                notify_socket.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
-    except OSError as error:
-        log("ERROR", f"cannot tell systemd that the server is ready: {error.strerror}")
-
-
 def announce(server: Server, store: Store) -> None:
-    """Print where the server listens. If there are no users, add admin and print a command to try the server."""
-    address = parse_address(server.server_name)
-    if not (address and address.is_loopback) and not server.certificate:
+    """Print where the server listens, and tell systemd. If there are no users, add admin and print how to try it."""
+    host = parse_address(server.server_name)
+    if not (host and host.is_loopback) and not server.certificate:
         log("WARNING", "plain HTTP shows passwords to the network; use --tls-cert, or --host 127.0.0.1 and a TLS proxy")
     with contextlib.suppress(UserExists):  # another process was quicker
         if not store.users():
-            password = secrets.token_urlsafe(FIRST_PASSWORD_BYTES)
+            password = secrets.token_urlsafe(15)
             store.add_user("admin", hash_password(password), is_admin=True)
             url = server.url("127.0.0.1" if server.server_name in ("::", "0.0.0.0") else server.server_name)
             curl = "curl -k" if server.certificate else "curl"  # few certificates name an address
@@ -4385,6 +4371,13 @@ def announce(server: Server, store: Store) -> None:
                 store.transact(lambda store: store.delete_user("admin", even_last_admin=True))
                 raise
     print(f"listening on {server.url(server.server_name)}", flush=True)
+    address = os.environ.get("NOTIFY_SOCKET", "")  # sd_notify(3)
+    try:
+        if address:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
+                notify_socket.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+    except OSError as error:
+        log("ERROR", f"cannot tell systemd that the server is ready: {error.strerror}")
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -4394,7 +4387,7 @@ def serve(arguments: argparse.Namespace) -> None:
     if any(tls_paths) and not all(tls_paths):
         arguments.parser.error("--tls-cert and --tls-key go together: the certificate and its private key")
     certificate = Certificate(*tls_paths) if any(tls_paths) else None
-    threading.stack_size(THREAD_STACK_BYTES)
+    threading.stack_size(512 * 1024)  # the usual 8 MiB per thread are a lot for a small machine
     with contextlib.closing(open_store(settings.pop("db"), mb_max=settings["max_db_mb"])) as store:
         try:
             server = Server(store.path, certificate=certificate, **settings)
@@ -4409,7 +4402,6 @@ def serve(arguments: argparse.Namespace) -> None:
             signal.signal(signal.SIGHUP, lambda *_: renew())
         log("INFO", f"started: database={store.path}")
         announce(server, store)
-        notify_ready()
         gc.collect()
         gc.freeze()  # modules and classes stay: looking at them again and again would take a quarter of the time
         gc.set_threshold(20_000, 20, 100)
