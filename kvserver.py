@@ -298,12 +298,14 @@ VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
 LAST_NAME = "\x7f"  # sorts after every user name
 NEXT_KEY = "\0"  # key + NEXT_KEY is the next possible key, because keys contain no NUL
 LAST_KEY = "\U0010ffff" * (KEY_BYTES_MAX // 4)  # prefix + LAST_KEY sorts after every key with the same prefix
+APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id marks our files
 
 # One entry per schema version: the statements that lead to it from the version before. PRAGMA user_version holds the
 # version of a file. Never change an entry after its release; add another one. AUTOINCREMENT never reuses an id: a
 # request of a deleted user must not write as the next user. WITHOUT ROWID finds a pair in one search instead of two.
 MIGRATIONS = (
     (
+        f"PRAGMA application_id = {APPLICATION_ID}",
         """CREATE TABLE user (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
             password_hash TEXT NOT NULL, is_admin INTEGER NOT NULL)""",
         """CREATE TABLE pair (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
@@ -346,7 +348,6 @@ MIGRATIONS = (
             INSERT INTO prefix_length SELECT n FROM counter""",
     ),
 )
-APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id marks our files
 # Every connection runs these first. (WAL mode is a property of the file.)
 PRAGMAS = (
     "PRAGMA synchronous = FULL",  # in WAL mode only FULL syncs each commit, so that it survives a power cut
@@ -394,6 +395,7 @@ TRIGGERS = {
 
 # Pieces that several statements share. Their parameters are the time now, and a page's user, first and last key.
 NOT_EXPIRED = "(expires IS NULL OR expires > ?)"
+SELECT_PAIR = f"SELECT CAST(value AS BLOB), updated, expires FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
 PAGE = f"""(SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ? AND {NOT_EXPIRED}
     ORDER BY key LIMIT ?)"""
 PAIR_AS_JSON = """json_object('key', key, 'value', value, 'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'),
@@ -514,16 +516,12 @@ class StoreFull(StoreError):
     """A change finds no room."""
 
 
-class TooMuch(StoreError):
-    """A response or a user would exceed a limit."""
+class Conflict(StoreError):
+    """A limit forbids it, or the rule that an admin must remain."""
 
 
 class NoSuchToken(StoreError):
     """The user has no token with this id, or no longer."""
-
-
-class LastAdmin(StoreError):
-    """The user is the only admin."""
 
 
 class NoSuchUser(StoreError):
@@ -551,10 +549,9 @@ def join_names(names: Sequence[str]) -> str:
 
 
 class Store:
-    """Users and their pairs in an SQLite file, through one connection. One thread at a time may use it.
+    """Users and their pairs in an SQLite file, for one thread at a time. Methods raise StoreError and sqlite3.Error.
 
-    A change is on the disk when its method returns, or after begin, when commit returns. Any method raises sqlite3.Error
-    when the disk fails, StoreBusy when another process keeps the database locked, and StoreFull.
+    A change is on the disk when its method returns, but within a transaction only when commit returns.
     """
 
     def __init__(
@@ -608,11 +605,9 @@ class Store:
             if version > len(MIGRATIONS):
                 known = f"it has schema version {version}, this program knows up to {len(MIGRATIONS)}"
                 raise StoreError(f"{self.path} was written by a newer kvserver.py ({known}); use that")
-            for statement in itertools.chain(*MIGRATIONS[version:]):
-                self._execute(statement)
-            if version < len(MIGRATIONS):
-                self._execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                self._execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            for number, statements in enumerate(MIGRATIONS[version:], version + 1):
+                for statement in (*statements, f"PRAGMA user_version = {number}"):
+                    self._execute(statement)
         give_up = time.monotonic() + DATABASE_LOCK_SECONDS
         while True:
             try:
@@ -632,11 +627,9 @@ class Store:
         raise StoreError(f"{self.path} has been deleted or replaced; stop the server before, and start it now")
 
     def checkpoint(self) -> bool:
-        """Copy the whole write-ahead log into the database; return whether the next commit restarts the log.
-
-        SQLite's own checkpoint, every 1,000 pages, does not wait for readers. If some reader is always active, the log
-        would grow without limit (SQLite's documentation, "Write-Ahead Logging", section 6).
-        """
+        """Copy the whole write-ahead log into the database; return whether the next commit restarts the log."""
+        # SQLite's own checkpoint, every 1,000 pages, doesn't wait for readers. With a reader at every moment, the log
+        # would grow without limit (SQLite's documentation, "Write-Ahead Logging", section 6).
         with contextlib.closing(Store(self.path, CHECKPOINT_SECONDS)) as store:
             return not store._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
 
@@ -718,7 +711,8 @@ class Store:
             self._execute("BEGIN")
             self._connection.executemany("INSERT OR REPLACE INTO imported VALUES (?, ?, ?, ?, ?)", pairs)
 
-        def store_all(store: Store) -> tuple[int, int]:
+        self.begin()
+        with self._connection:  # commits, or rolls back after an error
             for user in users:
                 self.add_user(user.name, user.password_hash, user.is_admin)
             rows = self._execute("SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)")
@@ -730,14 +724,13 @@ class Store:
                 SELECT id, key, value, updated, expires FROM imported JOIN user USING (name) WHERE TRUE {REPLACE}"""
             return self._execute(insert).rowcount, expired.rowcount
 
-        return cast("tuple[int, int]", self.transact(store_all))
-
     def sizes(self) -> tuple[int, int, int, int]:
         """Return the number of users and of pairs, and the bytes of the database and of its write-ahead log."""
-        select = "SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair WHERE ifnull(expires > ?, TRUE))"
-        users, pairs = self._execute(select, time.time()).fetchone()
+        # One condition in one count would read all values.
+        pairs = "(SELECT count(*) FROM pair) - (SELECT count(*) FROM pair WHERE expires <= ?)"
+        row = self._execute(f"SELECT (SELECT count(*) FROM user), {pairs}", time.time()).fetchone()
         path = os.path.realpath(self.path)
-        return users, pairs, os.path.getsize(path), os.path.getsize(path + "-wal")
+        return *row, os.path.getsize(path), os.path.getsize(path + "-wal")
 
     def _change_users(self, statement: str, *parameters: Any) -> int:
         self.changed_pairs = None
@@ -770,13 +763,13 @@ class Store:
             raise NoSuchUser(name)
 
     def set_admin(self, name: str, is_admin: bool) -> None:
-        """Give a user the admin role, or take it away; raise NoSuchUser or LastAdmin."""
+        """Give a user the admin role, or take it away; raise NoSuchUser or Conflict."""
         update = f"UPDATE user SET is_admin = ? WHERE name = ? AND {KEEPS_AN_ADMIN}"
         if not self._change_users(update, is_admin, name, is_admin, name):
             raise self._last_admin(name)
 
     def delete_user(self, name: str, even_last_admin: bool) -> None:
-        """Delete a user and everything of theirs, within a transaction; raise NoSuchUser or LastAdmin."""
+        """Delete a user and everything of theirs, within a transaction; raise NoSuchUser or Conflict."""
         delete = f"DELETE FROM user WHERE name = ? AND {KEEPS_AN_ADMIN}"
         if not self._change_users(delete, name, even_last_admin, name):
             raise self._last_admin(name)
@@ -785,7 +778,7 @@ class Store:
     def _last_admin(self, name: str) -> StoreError:
         if not self.user(name):
             return NoSuchUser(name)
-        return LastAdmin(f"the last admin is {name}; make somebody else an admin first")
+        return Conflict(f"the last admin is {name}; make somebody else an admin first")
 
     def tokens(self, name: str) -> list[Token]:
         """Return a user's tokens, the oldest first."""
@@ -799,12 +792,12 @@ class Store:
         return User(*row[:4])._replace(token=Token(*row[4:])) if row else None
 
     def add_token(self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str) -> None:
-        """Add a token of a user; raise NoSuchUser, or TooMuch if they have TOKENS_MAX."""
+        """Add a token of a user; raise NoSuchUser, or Conflict if they have TOKENS_MAX."""
         insert = """INSERT INTO token (user_id, digest, label, is_read_only, prefix, created)
             SELECT id, ?, ?, ?, ?, ? FROM user
             WHERE name = ? AND (SELECT count(*) FROM token WHERE user_id = user.id) < ?"""
         if not self._change_users(insert, digest, label, is_read_only, prefix, time.time(), name, TOKENS_MAX):
-            too_many = TooMuch(f"a user has at most {TOKENS_MAX} tokens; delete one that is no longer used")
+            too_many = Conflict(f"a user has at most {TOKENS_MAX} tokens; delete one that is no longer used")
             raise too_many if self.user(name) else NoSuchUser(name)
 
     def note_token_use(self, token_id: int, day: int) -> None:
@@ -819,17 +812,13 @@ class Store:
 
     def pair(self, user_id: int, key: str) -> Pair | None:
         """Return the user's pair with this key."""
-        # The cast returns the UTF-8 bytes on the disk, which the response sends as they are.
-        select = (
-            f"SELECT CAST(value AS BLOB), updated, expires FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
-        )
-        row = self._execute(select, user_id, key, time.time()).fetchone()
+        row = self._execute(SELECT_PAIR, user_id, key, time.time()).fetchone()
         return Pair(row[0], row[1], row[2], entity_tag(row[0])) if row else None
 
     def as_json(self, key: str, pair: Pair) -> bytes:
         """Return a pair with its times as a JSON object in UTF-8."""
-        row = "(SELECT ? AS key, CAST(? AS TEXT) AS value, ? AS updated, ? AS expires)"
-        select = f"SELECT CAST({PAIR_AS_JSON} AS BLOB) FROM {row}"
+        select = f"""SELECT CAST({PAIR_AS_JSON} AS BLOB)
+            FROM (SELECT ? AS key, CAST(? AS TEXT) AS value, ? AS updated, ? AS expires)"""
         return cast(bytes, self._execute(select, time.time(), key, *pair[:3]).fetchone()[0])
 
     def page_as_json(
@@ -838,7 +827,7 @@ class Store:
         """Return a user's pairs as a JSON object in UTF-8, and the last key if more pairs follow.
 
         Their keys begin with prefix, come after the key after, and are sorted by their UTF-8 bytes. A negative limit
-        means all. With times, each value is an object like that of as_json. Raises TooMuch above LIST_BYTES_MAX.
+        means all. With times, each value is an object like that of as_json. Raises Conflict above LIST_BYTES_MAX.
         """
         now = time.time()
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, now)
@@ -849,7 +838,7 @@ class Store:
         try:
             objects = self._execute(select, *times, *page, limit).fetchone()[0] or b"{}"
         except sqlite3.DataError:
-            raise TooMuch(f"the list would have more than {LIST_BYTES_MAX} bytes; use limit=N") from None
+            raise Conflict(f"the list would have more than {LIST_BYTES_MAX} bytes; use limit=N") from None
         last_and_next = f"SELECT key FROM {PAGE} LIMIT 2 OFFSET ?"
         keys = self._execute(last_and_next, *page, limit + 1, limit - 1).fetchall() if limit > 0 else ()
         return objects.replace(b"}\n{", b","), keys[0][0] if len(keys) == 2 else None
@@ -972,9 +961,9 @@ class Store:
 class CachingStore(Store):
     """A store to read from. It remembers rows until the next commit of any process.
 
-    All processes share SQLite's state of the write-ahead log, the file ending in -shm. It begins with two copies of a
-    header. Every commit changes them after its data is on the disk and before it returns (SQLite's documentation,
-    "WAL-mode File Format", section 2). Comparing them takes a fiftieth of the time of a SELECT.
+    SQLite shares the state of the write-ahead log in the file ending in -shm. It begins with two copies of a header.
+    Every commit changes them after its data is on the disk and before it returns (SQLite's documentation, "WAL-mode File
+    Format", section 2). Comparing them takes a fiftieth of the time of a SELECT.
     """
 
     def __init__(self, path: str) -> None:
@@ -1144,7 +1133,7 @@ def as_refusal(error: Exception) -> HTTPError | None:
         return HTTPError(401, "the user has been deleted")
     if isinstance(error, NoSuchToken):
         return HTTPError(404, "there is no such token, or no longer")
-    if isinstance(error, (LastAdmin, TooMuch)):
+    if isinstance(error, Conflict):
         return HTTPError(409, str(error))
     if isinstance(error, StoreBusy):
         return HTTPError(503, f"{error}; try again", RETRY_AFTER)
@@ -2967,7 +2956,7 @@ def answer_form(store: Store, request: Request) -> Response:
     request.refusal = None
     try:
         done = (change_own if is_own else change_user)(store, request, required(request, "action"))
-    except (HTTPError, BadCredential, LastAdmin, NoSuchToken, TooMuch) as error:  # nothing has changed yet
+    except (HTTPError, BadCredential, Conflict, NoSuchToken) as error:  # nothing has changed yet
         if is_program:
             raise
         request.refusal = as_refusal(error)
