@@ -3929,7 +3929,7 @@ DATABASE_HELP = (
 DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", DATABASE_HELP)
 SETTINGS = (
     Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
-    Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port, 0 for any free"),
+    Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port; 0 picks one"),
     DATABASE,
     Setting("base_path", parse_base_path, DEFAULT_BASE_PATH, "P", "all paths also exist below this prefix; / for none"),
     Setting("log_requests", parse_switch, False, "", "log a line for each request, without values"),
@@ -4048,7 +4048,7 @@ def parse_time(text: object) -> float:
     """Return the unix seconds of a time in RFC 3339; raise ValueError."""
     with contextlib.suppress(ValueError):
         moment = datetime.datetime.fromisoformat(str(text).upper())
-        if isinstance(text, str) and moment.tzinfo and 0 <= moment.timestamp() < END_OF_TIME:
+        if moment.tzinfo and 0 <= moment.timestamp() < END_OF_TIME:
             return moment.timestamp()
     raise ValueError("a time is like 2030-01-31T23:59:59Z, with a time zone, in the years 1970 to 9999")
 
@@ -4135,7 +4135,7 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-# Each command is a function, and its docstring is the help for it. COMMANDS names the arguments of each.
+# Each command is a function whose docstring is its help. COMMANDS lists the commands and their arguments.
 
 
 def database_path(arguments: argparse.Namespace) -> str:
@@ -4417,7 +4417,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "KEY": {"dest": "key", "help": "a key, or PREFIX* for all keys that begin with PREFIX, or * for all keys"},
     "URL": {"dest": "url", "help": "http://... or https://...; - reads it from standard input, to keep it secret"},
     "FILE": {"dest": "file", "help": "file to write, readable by its owner only"},
-    "EXPORT": {"dest": "file", "help": "lines of export (- for standard input), or database.db of IoT Persistence Api"},
+    "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or a database.db"},
     "--admin": {"action": "store_true", "help": "the user manages other users"},
     "--config": {"metavar": "FILE", "help": "JSON file with settings, named like these flags, with _ for -"},
     "--force": {"action": "store_true", "help": "overwrite the file if it exists"},

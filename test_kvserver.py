@@ -6446,6 +6446,14 @@ class Terminal(CommandCase):
                 self.assertEqual((code, question), (exit_code, output[: len(question)]))
                 self.assertEqual(code == 1, "bob" in self.succeed("users"))
 
+    def test_addhook_asks_for_the_url(self) -> None:
+        self.add_user("alice")
+        terminal, end = os.openpty()
+        with open(terminal, "wb", buffering=0) as keyboard, os.fdopen(end) as stdin:
+            keyboard.write(b"http://h/SECRET\n")
+            result = self.run_program("addhook", "alice", "door", "-", stdin=stdin)
+        self.assertEqual((0, "1\n", "Type the URL and press Enter:\n"), result)
+
 
 class Certificates(CommandCase):
     """The files that TLS needs, and their renewal."""
