@@ -1575,7 +1575,6 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER = math.inf  # as a deadline
-DEADLINE_STEP_SECONDS = 0.01  # between two checks of all deadlines, at least
 RECEIVE_BYTES = 64 * 1024  # at a time
 
 
@@ -1646,10 +1645,12 @@ async def receive(connection: Any, size: int, deadline: float) -> bytes:
 
 
 class Loop:
-    """Resumes tasks when their connection is ready, when their Wakeup is called, and at their deadline."""
+    """Resumes tasks when their connection is ready, when their Wakeup is called, and at their deadline.
+
+    It passes each exception that ends a task to report.
+    """
 
     def __init__(self, report: Callable[[Exception], object]) -> None:
-        """Pass each exception that ends a task to report."""
         self._report, self._tasks, self._selector = report, set[Task](), selectors.DefaultSelector()
         self.current = Task(cast(Any, None))  # while no task runs
         self.soon: collections.deque[tuple[Wakeup, Any]] = collections.deque()
@@ -1717,8 +1718,7 @@ class Loop:
             for task in [task for task in self._tasks if task.deadline <= now]:
                 if task.deadline <= now:  # still
                     self._resume(task, error=TimeoutError())
-            earliest = min((task.deadline for task in self._tasks), default=NEVER)
-            self._next_check = max(earliest, now + DEADLINE_STEP_SECONDS)
+            self._next_check = min((task.deadline for task in self._tasks), default=NEVER)
         return bool(resumed or events)
 
     def _resume(self, task: Task, result: Any = None, error: BaseException | None = None) -> None:
@@ -1985,8 +1985,7 @@ class Metrics:
         """Start at zero. The text also reports the lengths of connections and polls."""
         self._connections, self._polls = connections, polls
         self._started = time.monotonic()
-        # By endpoint and status: how many responses took up to each of DURATION_SECONDS but longer than the one before,
-        # how many took longer than all, and the seconds of all together.
+        # By endpoint and status: a count for each of DURATION_SECONDS and one for longer responses, then all seconds.
         self._answers: dict[tuple[str, int], list[float]] = {}
         self.failed_logins = self.commits = self.writes = 0
         self.deliveries = self.failed_deliveries = self.dropped_deliveries = 0
@@ -2045,11 +2044,7 @@ CHECK_SECONDS = 10  # that a request waits for that
 THROTTLED_ADDRESSES_MAX = 10_000
 USUAL_PORTS = {"http": ":80", "https": ":443"}
 ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
-FOREIGN = (
-    "this comes from another site's page, or a proxy has changed the header Host; open the page here, and try again"
-)
-LOG_IN = "log in with a user name and a password by HTTP Basic authentication, or a Bearer token"
-# Who may send a request. ANYONE: no login. BROWSER: no login, but only for HTML, else the path does not exist. USER: a
+# Visitors of a route. ANYONE: no login. BROWSER: no login, but only for HTML, else the path does not exist. USER: a
 # login. PERSON: a login with a password, since a token does not open pages. ADMIN: a PERSON who is an admin. OPERATOR:
 # an admin's program, with a password or a token without restrictions.
 ANYONE, BROWSER, USER, PERSON, ADMIN, OPERATOR = "anyone", "browser", "user", "person", "admin", "operator"
@@ -2077,7 +2072,8 @@ def check_same_site(headers: Mapping[str, str]) -> None:
         theirs, ours = (host.lower().removesuffix(port).removesuffix(":") for host in hosts)
         is_foreign = not origin or theirs != ours
     if is_foreign:
-        raise HTTPError(403, FOREIGN)
+        message = "this comes from another site's page, or a proxy has changed the header Host"
+        raise HTTPError(403, f"{message}; open the page here, and try again")
 
 
 def check_visitor(user: User, who: str) -> None:
@@ -2194,7 +2190,9 @@ class Authenticator:
     async def authenticate(self, authorization: str | None, find_address: Callable[[], Address | None]) -> User:
         """Return the user whose credentials an Authorization header holds; raise HTTPError."""
         if authorization is None:
-            raise HTTPError(401, LOG_IN)
+            raise HTTPError(
+                401, "log in with a user name and a password by HTTP Basic authentication, or a Bearer token"
+            )
         user = self._known_user(authorization)
         while not user:
             await self._check(authorization, find_address())
@@ -2213,11 +2211,8 @@ class Authenticator:
         return user if user and owner in (None, user.name) else None
 
     async def _check(self, authorization: str, address: Address | None) -> None:
-        """Check a password, and remember it if it is right; raise HTTPError if it is wrong.
-
-        Requests with equal headers share a check. We charge a failure beforehand: otherwise all guesses that come
-        before the first one has failed would be free.
-        """
+        # Requests with equal headers share a check. We charge a failure beforehand: otherwise all guesses that come
+        # before the first one has failed would be free.
         name, password = decode_credentials(authorization)
         if not name or not password:
             self._throttle.charge(address)
@@ -2242,7 +2237,7 @@ class Authenticator:
             raise self._failure(name, address)
 
     async def _verify(self, check: tuple[bytes, User | None], password: str, address: Address | None) -> None:
-        """Run a check, and pass its result to all requests that wait for it: None if none waited in the end."""
+        # The result is None if no request waited in the end.
         digest, user = check
         stored = user.password_hash if user else self._unknown_user_hash
         result: bool | Exception | None
@@ -2265,7 +2260,7 @@ class Authenticator:
             wakeup(result)
 
     async def _renew_hash(self, user: User, password: str) -> str:
-        """Return the stored hash, or our own in place of one by another program or with other parameters."""
+        # Replaces a hash by another program or with other parameters, and returns the hash that is stored then.
         if not user.password_hash.startswith(hash_parameters()):
             try:
                 password_hash = await self.hash_password(password, "checks")
@@ -3066,7 +3061,7 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> 
 LINGER_SECONDS = 2
 QUICK_BODY_BYTES_MAX = 16 * 1024  # to parse a longer body may take up to a second, during which others are served
 NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # for one that cannot be parsed
-# What a connection does while its task waits. When there are too many, this decides which ones give way.
+# What a connection does while its task waits. Of too many connections, this decides which ones give way.
 IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
 
 
@@ -3133,7 +3128,6 @@ class RequestHandler:
         return keep_alive
 
     async def _receive_request(self) -> Request:
-        """Return the next request, without its body; raise ConnectionError if none comes."""
         if self.fields is None:  # the first one may have come already
             if self.server.certificate:
                 await self._shake_hands(self.server.certificate)
@@ -3261,7 +3255,6 @@ class RequestHandler:
         return cast(Response, await self.server.threads.run(run, request.user.id))
 
     async def _wait_for_change(self, request: Request, deadline: float) -> None:
-        """Wait until the request's pair may have changed; raise ConnectionError if the client goes."""
         polls, is_over = self.server.polls, self.server.stopping
         if len(polls) >= self.server.max_connections // 2:
             raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
@@ -3281,7 +3274,6 @@ class RequestHandler:
         request.may_wait = not self.server.stopping
 
     async def _send(self, data: bytes) -> None:
-        """Send bytes; raise ConnectionError when the client has gone, or takes none for SEND_SECONDS."""
         unsent: bytes | memoryview = data
         try:
             while True:
@@ -3299,10 +3291,8 @@ class RequestHandler:
         self.unsent_bytes = 0
 
     async def _linger(self) -> None:
-        """Discard the rest of a request until the client has read the response and closes.
-
-        To close a connection with unread bytes is to reset it, which takes the response with it (RFC 9112 section 9.6).
-        """
+        # Discards the rest of a request until the client has read the response and closes. To close a connection with
+        # unread bytes would reset it, and the client would lose the response (RFC 9112 section 9.6).
         self.state, deadline = RECEIVING, time.monotonic() + (0 if self.server.stopping else LINGER_SECONDS)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
@@ -3310,7 +3300,6 @@ class RequestHandler:
                 pass
 
     def _note_answer(self, request: Request, status: int) -> None:
-        """Count a response, and log it if that is wanted: its key, but neither its value nor its query."""
         route, seconds = self.route, time.monotonic() - self.started
         if route is None:  # another method of the path counts
             route = next(iter(self.server.find_routes(request.path)[0].values()), None)
@@ -3333,7 +3322,7 @@ HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that its sender sees 
 HOOK_ANSWER_BYTES_MAX = 4 * 1024
 HOOK_RETRY_SECONDS_MAX = 3600
 HOOK_GRACE_SECONDS = 300  # after a start nothing is too old: after a power cut, the network may be late
-LONG_EXCHANGES_MAX = 2  # beside EXCHANGES_MAX, for long values: JSON takes six times as much memory
+LONG_EXCHANGES_MAX = 2  # with long values, beyond EXCHANGES_MAX: JSON takes six times as much memory
 LONG_DELIVERY_BYTES = 64 * 1024
 DROPPED_SECONDS = 10  # until we log again that deliveries were dropped
 
@@ -3570,7 +3559,7 @@ WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log begins again, even
 CHECKPOINT_RETRY_SECONDS, CHECKPOINT_RETRY_SECONDS_MAX = 10, 600  # doubles after each failed checkpoint
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
 POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
-SHORT_POLL_SECONDS = 0.02  # between two looks for room for a connection, or for the end of the last request
+SHORT_POLL_SECONDS = 0.02  # between two looks for room, or for the last request's end
 # After the stop: incomplete requests are dropped, then all connections closed; then the process ends in any case.
 STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5
 
@@ -3804,7 +3793,6 @@ class Server(http.server.ThreadingHTTPServer):
         return taken
 
     async def _commit_round(self) -> None:
-        """Make the waiting changes in one transaction, resume their tasks, and restart a long write-ahead log."""
         self._is_committing, changes = True, list[Change]()
         try:
             self.writer.begin()
@@ -3854,7 +3842,6 @@ class Server(http.server.ThreadingHTTPServer):
                 self.outbox.look()
 
     async def _restart_long_log(self) -> None:
-        """Have the write-ahead log begin again if it has become long; reads go on, and changes wait."""
         now, is_done = time.monotonic(), False
         if self.reader.wal_pages() <= WAL_PAGES_MAX or now < self._next_checkpoint:
             return
@@ -3868,7 +3855,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._next_checkpoint = now + self._checkpoint_pause
 
     def _bound_unsent(self) -> None:
-        """Close connections of the user with the longest unsent responses while all of these are too long together."""
+        # The user with the longest unsent responses loses connections.
         while sum(handler.unsent_bytes for handler in self.connections.values()) > UNSENT_BYTES_MAX:
             unsent: collections.Counter[int] = collections.Counter()
             for handler in self.connections.values():
