@@ -2471,6 +2471,7 @@ OWN_FIELDS = ("action", "key", "value", "current", "password", "label", "readonl
 UNSEEN = (*range(32), 127, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
 VISIBLE = {**dict.fromkeys(UNSEEN, "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
 NOT_IN_QUERY, NOT_IN_HEADER = r"[^\w/:.~-]", "[^!-~]"
+Hidden = Mapping[str, object]  # fields of a form that people do not see
 TOKEN_ID = re.compile("[0-9]{1,18}")
 NO_KEY = "this key does not exist; it may have been deleted"
 
@@ -2482,33 +2483,29 @@ class Markup(str):
 STYLE = Markup("""
 :root{color-scheme:light dark;--text:#1b1f23;--quiet:#59636e;--back:#fff;--card:#f4f6f8;--line:#d3d9df;--link:#0a5cc2;
 --bad:#b3261e}@media(prefers-color-scheme:dark){:root{--text:#e6e9ec;--quiet:#9aa5b1;--back:#131619;--card:#1c2125;
---line:#363d44;--link:#82b8ff;--bad:#ff8d85}}*{box-sizing:border-box}
+--line:#363d44;--link:#82b8ff;--bad:#ff8d85}}*{box-sizing:border-box}[hidden]{display:none}
 body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:var(--text);
 background:var(--back)}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid var(--line)}
 nav span{margin-left:auto}nav span,th,small,.quiet{color:var(--quiet)}a,summary{color:var(--link)}
-a[aria-current=page]{color:inherit;font-weight:600;text-decoration:none}
-h1,h2,p,code,pre,td,span,button{overflow-wrap:anywhere;unicode-bidi:isolate}
-h1{font-size:1.6rem;line-height:1.25;margin:1.5rem 0 .75rem}h2{font-size:1.15rem;margin:2.25rem 0 .5rem}
-table{width:100%;border-collapse:collapse;margin:.75rem 0}.values,.hooks{table-layout:fixed}
-th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-th,small{font-size:.875rem;font-weight:500}small,label,input,textarea{display:block}
-.values th:first-child{width:40%}.values th:last-child{width:10rem}.hooks th:first-child{width:20%}
+a[aria-current=page]{color:inherit;font-weight:600;text-decoration:none}h1{font-size:1.6rem;margin:1.5rem 0 .75rem}
+h2{font-size:1.15rem;margin:2.25rem 0 .5rem}h1,h2,p,code,pre,td,span,button{overflow-wrap:anywhere;unicode-bidi:isolate}
+table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.values th:first-child{width:40%}
+.values th:last-child{width:10rem}th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line)}
+th,td{text-align:left;vertical-align:top}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
 textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace;white-space:pre-wrap}
 td a{white-space:pre-wrap}time{position:relative}p time::after{content:" (" attr(datetime) ")"}
 td time:hover::after{content:attr(datetime);position:absolute;right:0;bottom:100%;padding:.1rem .5rem;
-white-space:nowrap;color:var(--back);background:var(--text);border-radius:.35rem}
-form,pre{padding:1rem;background:var(--card);border-radius:.5rem}label{margin-bottom:.75rem}
+white-space:nowrap;color:var(--back);background:var(--text)}form,pre{padding:1rem;background:var(--card)}
 form{max-width:32rem;margin:.75rem 0;border:1px solid var(--line)}.bare,.search{padding:0;background:none;border:0}
-.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}.search label{flex:1;margin:0}[hidden]{display:none}
-input,textarea{width:100%;padding:.5rem .6rem;font-size:1rem;color:inherit;background:var(--back);
-border:1px solid var(--quiet);border-radius:.35rem}
-input[type=checkbox]{display:inline-block;width:auto;margin:0 .5rem 0 0}
-button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:0;border-radius:.35rem}
-.bad{background:var(--bad)}td button{padding:.15rem .6rem}td .bare{margin:.35rem 0 0}
-[role=alert]{color:var(--bad);font-weight:600;margin-top:0;outline:0}
-#done{display:none;font-weight:600;scroll-margin-top:10rem}#done:target{display:block}
-@media(max-width:30rem){td,th,td code{padding-right:.4rem;font-size:.875rem}.values th:last-child{width:5.25rem}}
+.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
+input,textarea{display:block;width:100%;padding:.5rem .6rem;color:inherit;background:var(--back);font-size:1rem;
+border:1px solid var(--quiet)}input[type=checkbox]{display:inline-block;width:auto;margin:0 .5rem 0 0}
+button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:0}.bad{background:var(--bad)}
+form,pre,input,textarea,button{border-radius:.4rem}td button{padding:.15rem .6rem}td form{margin:.35rem 0 0}
+[role=alert]{color:var(--bad);margin-top:0;outline:0}[role=alert]::first-letter{text-transform:uppercase}
+[role=alert],#done{font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}@media(max-width:30rem){.values th:last-child{width:5.25rem}
+td,th,td code{padding-right:.4rem;font-size:.875rem}}
 """)
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = "default-src 'none'; style-src 'sha256-{}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -2516,7 +2513,7 @@ PAGE_HEADERS = (("Content-Security-Policy", POLICY.format(STYLE_DIGEST)), ("Refe
 SMALL = "<small>{}</small>"
 PAGE_HTML = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{head}</title><style>{style}</style></head>
+<title>{title} - kvserver</title><style>{style}</style></head>
 <body>{nav}<main><h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}
 {content}
 </main></body></html>
@@ -2525,12 +2522,13 @@ NAV = '<nav aria-label="Pages">{links}<span>{user}</span></nav>'
 NAV_LINK = '<a href="{}" aria-current="{}">{}</a>'
 FORM_HTML = """<form method="post" action="{url}" class="{kind}" autocapitalize="none" autocomplete="off"
 spellcheck="false">{alert}{hidden}{fields}</form>"""
+ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, browsers scroll to it and read it out
+HIDDEN = '<input type="hidden" name="{}" value="{}">'
 QUESTION = '<details><summary aria-label="{word} {what}">{word}…</summary>{form}</details>'
 BUTTON = '<button class="bad">{text}</button>'
 NEW_PASSWORD = """<label>New password, at least {characters} characters<input type="password" name="password" value=""
 required minlength="{characters}" autocomplete="new-password"></label>"""
-
-WELCOME_PAGE = """<p>This server keeps values for devices, applets and scripts. They store one under a key with</p>
+WELCOME_PAGE = """<p>This server, kvserver, keeps values for devices, applets and scripts. They store one under a key with</p>
 <pre>/set?key=door&amp;value=open</pre><p>and read it back with</p><pre>/get?key=door</pre>
 <p><a href="me/">Your values</a>: see and edit your values, make tokens for devices.</p>
 <p><a href="admin/">Users</a>: for admins.</p>"""
@@ -2547,7 +2545,6 @@ SET_PASSWORD = """<input name="username" value="{user}" autocomplete="username" 
 <button>Set the password</button>"""
 DELETION_PAGE = """<p>Deleted with the user, for ever: values: {pairs}, tokens: {tokens}, hooks: {hooks}.</p>{question}
 <p>{keep}</p>"""
-YOURSELF = "<p>You cannot delete yourself: ask another admin.</p>"
 VALUES_PAGE = """<p class="turns"><a href="#add">Add</a><a href="#tokens">Tokens</a><a href="#password">Password</a></p>
 <form class="search" role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <label>Keys that begin with<input type="search" name="prefix" value="{prefix}"></label><button>Search</button></form>
@@ -2587,11 +2584,6 @@ def make_visible(text: str) -> str:
     return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), text.translate(VISIBLE))
 
 
-def make_alert(message: str) -> Markup:
-    """Return a message as a sentence. It takes the focus, so browsers scroll to it and screen readers read it."""
-    return fill('<p role="alert" tabindex="-1" autofocus>{}.</p>', message[:1].upper() + message[1:])
-
-
 def make_page(request: Request, title: str, content: str) -> Response:
     """Return a page, with links to the main pages, and with the reason of a refusal if the content lacks it."""
     user, refusal, nav = request.user, request.refusal, ""
@@ -2601,11 +2593,9 @@ def make_page(request: Request, title: str, content: str) -> Response:
             current = "page" if request.path.endswith(f"/{path}") else "false"
             links.append(fill(NAV_LINK, root + path, current, name))
         nav = fill(NAV, links=links, user=user.name)
-    alert = make_alert(refusal.message) if refusal and 'role="alert"' not in content else ""
-    head = title if title == "kvserver" else f"{title} - kvserver"
-    page = fill(PAGE_HTML, head=head, style=STYLE, nav=nav, title=title, alert=alert, content=content)
-    status, more = (refusal.status, refusal.headers) if refusal else (200, ())
-    return Response(page.encode("utf-8"), status, HTML, PAGE_HEADERS + more)
+    alert = fill(ALERT, refusal.message) if refusal and 'role="alert"' not in content else ""
+    page = fill(PAGE_HTML, style=STYLE, nav=nav, title=title, alert=alert, content=content).encode("utf-8")
+    return Response(page, refusal.status if refusal else 200, HTML, PAGE_HEADERS + (refusal.headers if refusal else ()))
 
 
 def percent_encode(unsafe: str, text: str) -> str:
@@ -2619,7 +2609,6 @@ def url_to(path: str, **parameters: str) -> str:
 
 
 def make_link(text: str, path: str, **parameters: str) -> Markup:
-    """Return a link to a relative address with a query."""
     return fill('<a href="{}">{}</a>', url_to(path, **parameters), text)
 
 
@@ -2628,33 +2617,20 @@ def is_on(parameters: Mapping[str, str], name: str) -> bool:
     return parameters.get(name, "").lower() not in ("", "0", "false", "off")
 
 
-def make_form(
-    request: Request, action: str, fields: str, hidden: Mapping[str, object], url: str = "./", **values: object
-) -> Markup:
-    """Return a form from the template of its fields. If it was refused, it shows the reason and the typed text again.
-
-    A form that is only a button leaves the reason to its page.
-    """
+def make_form(request: Request, action: str, fields: str, hidden: Hidden, url: str = "./", **values: object) -> Markup:
+    """Return a form; a refused form has its alert and the typed text, but a lone button leaves the alert to the page."""
     is_bare = fields.startswith("<button")
     refusal = None if is_bare or request.parameters.get("action") != action else request.refusal
-    typed = request.parameters if refusal else {}
+    typed, kind = request.parameters if refusal else {}, "bare" if is_bare else ""
     texts = {**dict.fromkeys(USER_FIELDS + OWN_FIELDS, ""), **typed, **values}
     texts |= {name: "checked" if is_on(typed, name) else "" for name in ("isAdmin", "readonly")}
     texts["new_password"] = fill(NEW_PASSWORD, characters=PASSWORD_CHARACTERS_MIN)
-    inputs = {"action": action, **hidden}.items()
-    return fill(
-        FORM_HTML,
-        url=url,
-        kind="bare" if is_bare else "",
-        alert=make_alert(refusal.message) if refusal else "",
-        hidden=[fill('<input type="hidden" name="{}" value="{}">', name, value) for name, value in inputs],
-        fields=fill(fields, **texts),
-    )
+    inputs = [fill(HIDDEN, name, value) for name, value in {"action": action, **hidden}.items()]
+    alert = fill(ALERT, refusal.message) if refusal else ""
+    return fill(FORM_HTML, url=url, kind=kind, alert=alert, hidden=inputs, fields=fill(fields, **texts))
 
 
-def make_question(
-    request: Request, word: str, what: str, action: str, hidden: Mapping[str, object], url: str = "./"
-) -> Markup:
+def make_question(request: Request, word: str, what: str, action: str, hidden: Hidden, url: str = "./") -> Markup:
     """Return the button of a dangerous action, folded up so that nobody presses it by mistake."""
     form = make_form(request, action, BUTTON, hidden, url, text=f"{word} {what}")
     return fill(QUESTION, word=word, what=what, form=form)
@@ -2690,10 +2666,10 @@ def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -
     return fill('<p class="turns">{}</p>', links)
 
 
-def make_values(store: Store, user_id: int, after: str, path: str, **parameters: str) -> Markup:
-    """Return the table of a user's pairs. It is the visitor's own on the page ./ and has links to the pairs there."""
+def make_values(store: Store, request: Request, user_id: int, path: str, **parameters: str) -> Markup:
+    """Return the table of a user's pairs, with links to the pairs on the visitor's own page."""
+    after, rows = request.parameters.get("after", ""), []
     pairs = store.pairs(user_id, parameters.get("prefix", ""), after, PAGE_ROWS_MAX + 1)
-    rows = []
     for key, value, updated, expires in pairs[:PAGE_ROWS_MAX]:
         shown_key, value = make_visible(key), cut_off(make_visible(value), VALUE_SHOWN_CHARACTERS_MAX)
         changed = [make_time(updated), fill(SMALL, ["expires ", make_time(expires)]) if expires else ""]
@@ -2703,7 +2679,7 @@ def make_values(store: Store, user_id: int, after: str, path: str, **parameters:
     return fill("{}{}", make_table("values", ("Key", "Value", "Changed"), rows), turns)
 
 
-def make_tokens(store: Store, request: Request, user_name: str, hidden: Mapping[str, str]) -> Markup:
+def make_tokens(store: Store, request: Request, user_name: str, hidden: Hidden) -> Markup:
     """Return the table of a user's tokens, each with a form to delete it that sends the hidden fields too."""
     rows = []
     for token in store.tokens(user_name):
@@ -2714,24 +2690,15 @@ def make_tokens(store: Store, request: Request, user_name: str, hidden: Mapping[
 
 
 def add_slash(store: Store, request: Request) -> Response:
-    """Redirect from a path without a slash at its end to the path with it, before the browser asks for a password.
-
-    Browsers send a password unasked to all paths in the folder where they needed it first (RFC 7617 section 2.2).
-    """
+    """Redirect to a folder before a login: browsers send its password unasked to the folder (RFC 7617 section 2.2)."""
     if "action" in request.parameters:
         raise HTTPError(405, "send actions by POST", (("Allow", "POST, OPTIONS"),))
     url = request.path.rpartition("/")[2] + "/" + (f"?{request.query}" if request.query else "")
     return Response(status=301, headers=(("Location", percent_encode(NOT_IN_HEADER, url)),))
 
 
-def no_icon(store: Store, request: Request) -> Response:
-    """Return no icon, so that browsers stop asking for one."""
-    return Response(status=204)
-
-
 def welcome_page(store: Store, request: Request) -> Response:
-    """Show what this server is for."""
-    return make_page(request, "kvserver", fill(WELCOME_PAGE))
+    return make_page(request, "Welcome", fill(WELCOME_PAGE))
 
 
 def users_page(store: Store, request: Request) -> Response:
@@ -2739,22 +2706,16 @@ def users_page(store: Store, request: Request) -> Response:
     after, rows = request.parameters.get("after", ""), []
     users, hooks = store.users(after + NEXT_KEY, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
     for user in users[:PAGE_ROWS_MAX]:
-        link, role = (
-            make_link(make_visible(user.name), "user", username=user.name),
-            "admin" if user.is_admin else "user",
-        )
+        link = make_link(make_visible(user.name), "user", username=user.name)
         delete = make_link("Delete…", "delete", username=user.name) if user.id != request.user.id else ""
-        rows.append((link, role, user.pairs, make_time(user.newest), delete))
+        rows.append((link, "admin" if user.is_admin else "user", user.pairs, make_time(user.newest), delete))
     hook_rows = []
     for hook in hooks[:PAGE_ROWS_MAX]:
-        name, key = (
-            [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id} {hook.label}")],
-            [make_visible(hook.pattern)],
-        )
-        if hook.value is not None:
-            key.append(fill(SMALL, f"only when it becomes {make_visible(hook.short_value())}"))
+        name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id} {hook.label}")]
+        only = "" if hook.value is None else fill(SMALL, f"only when it becomes {make_visible(hook.short_value())}")
         result = [hook.result, fill(SMALL, make_time(hook.result_time))] if hook.result else ["never tried"]
-        hook_rows.append((name, key, hook.origin, [*result, fill(SMALL, f"pending: {hook.pending}")]))
+        result.append(fill(SMALL, f"pending: {hook.pending}"))
+        hook_rows.append((name, [make_visible(hook.pattern), only], hook.origin, result))
     page = fill(
         USERS_PAGE,
         users=make_table("users", ("Name", "Role", "Values", "Newest change", "Delete"), rows),
@@ -2767,7 +2728,6 @@ def users_page(store: Store, request: Request) -> Response:
 
 
 def find_user(store: Store, request: Request) -> UserSummary:
-    """Return the user with the name in the parameter username; raise HTTPError."""
     name = required(request, "username")
     for user in store.users(name, name):
         return user
@@ -2776,7 +2736,7 @@ def find_user(store: Store, request: Request) -> UserSummary:
 
 def user_page(store: Store, request: Request) -> Response:
     """Show a user, with forms to change the password and the role and to delete tokens."""
-    user, after = find_user(store, request), request.parameters.get("after", "")
+    user = find_user(store, request)
     name, hidden = user.name, {"username": user.name, "page": "user"}
     words = ("Take the admin role", "away") if user.is_admin else ("Make", "an admin")
     page = fill(
@@ -2788,7 +2748,7 @@ def user_page(store: Store, request: Request) -> Response:
         admin=make_question(request, *words, "setadmin", {"isAdmin": "" if user.is_admin else "1", **hidden}),
         delete=make_link("Delete this user…", "delete", username=name),
         tokens=make_tokens(store, request, name, hidden),
-        values=make_values(store, user.id, after, "user", username=name),
+        values=make_values(store, request, user.id, "user", username=name),
     )
     return make_page(request, make_visible(name), page)
 
@@ -2796,29 +2756,23 @@ def user_page(store: Store, request: Request) -> Response:
 def deletion_page(store: Store, request: Request) -> Response:
     """Show how much is lost with a user, and ask."""
     user = find_user(store, request)
-    title, hidden = f"Delete {make_visible(user.name)}", {"username": user.name, "page": "delete"}
-    form = make_form(request, "deluser", BUTTON, hidden, text=title)
-    page = fill(
-        DELETION_PAGE,
-        pairs=user.pairs,
-        tokens=len(store.tokens(user.name)),
-        hooks=len(store.hooks(user.name, user.name)),
-        question=form if user.id != request.user.id else fill(YOURSELF),
-        keep=make_link("Keep this user", "user", username=user.name),
-    )
+    name, tokens, hooks = user.name, len(store.tokens(user.name)), len(store.hooks(user.name, user.name))
+    title, keep = f"Delete {make_visible(name)}", make_link("Keep this user", "user", username=name)
+    question = make_form(request, "deluser", BUTTON, {"username": name, "page": "delete"}, text=title)
+    if user.id == request.user.id:
+        question = fill("<p>You cannot delete yourself: ask another admin.</p>")
+    page = fill(DELETION_PAGE, pairs=user.pairs, tokens=tokens, hooks=hooks, question=question, keep=keep)
     return make_page(request, title + "?", page)
 
 
 def values_page(store: Store, request: Request) -> Response:
     """Show the visitor's pairs, with forms to add one and to change tokens and password."""
-    user, parameters = request.user, {} if request.refusal else request.parameters
-    prefix = parameters.get("prefix", "")
-    only = {"prefix": prefix} if prefix else {}
+    user, prefix = request.user, "" if request.refusal else request.parameters.get("prefix", "")
     page = fill(
         VALUES_PAGE,
         prefix=prefix,
         all=fill('<p><a href="./">All values</a></p>') if prefix else "",
-        values=make_values(store, user.id, parameters.get("after", ""), "./", **only),
+        values=make_values(store, request, user.id, "./", prefix=prefix),
         add=make_form(request, "set", ADD_VALUE, {"page": "add", "etag": ""}),
         tokens=make_tokens(store, request, user.name, {}),
         add_token=make_form(request, "addtoken", ADD_TOKEN, {}, label_max=LABEL_CHARACTERS_MAX),
@@ -2855,12 +2809,6 @@ def value_page(store: Store, request: Request) -> Response:
     return make_page(request, make_visible(key), fill("{}", parts))
 
 
-def new_password_hash(request: Request) -> str:
-    """Return the hash of the password in a form; raise BadCredential."""
-    check_password(request.parameters.get("password", ""))
-    return request.password_hash
-
-
 def token_id(request: Request) -> int:
     """Return the id of a token in a form; 0, which no token has, for another text."""
     text = required(request, "id")
@@ -2876,13 +2824,13 @@ def change_user(store: Store, request: Request, action: str) -> str:
         check_user_name(name)
         if store.user(name):
             raise HTTPError(409, f"the name {name} is taken; choose another one")
-        store.add_user(name, new_password_hash(request), is_admin)
+        store.add_user(name, request.password_hash, is_admin)
     elif action == "deluser":
         if name == request.user.name:
             raise HTTPError(409, "nobody can delete themselves; ask another admin")
         store.delete_user(name, even_last_admin=False)
     elif action == "setpassword":
-        store.set_password_hash(name, new_password_hash(request))
+        store.set_password_hash(name, request.password_hash)
     elif action == "setadmin":
         store.set_admin(name, is_admin)
         if name == request.user.name and not is_admin:
@@ -2894,40 +2842,37 @@ def change_user(store: Store, request: Request, action: str) -> str:
     return url_to("user", username=name) if request.parameters.get("page") == "user" else "./"
 
 
-def change_pair(store: Store, request: Request, action: str) -> str:
-    """Store or delete a pair of the visitor. With an entity tag, the pair must still have it; empty means no pair."""
-    key, page = require_key(request.parameters.get("key")), request.parameters.get("page", "")
-    if action == "del":
-        if not store.delete_pair(request.user.id, key):
-            raise HTTPError(404, NO_KEY)
-        return "./"
-    value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")  # browsers send all line ends as CR LF
-    pair = store.pair(request.user.id, key)
-    etag = pair.etag if pair else ""
-    if request.parameters.get("etag", etag) != etag:
-        change = "another value is stored" if pair else "no value is stored any longer"
-        raise HTTPError(409, f"under this key, {change}; save again to store this one all the same")
-    store.set_value(request.user.id, key, value, pair.expires if pair and page == "state" else None)
-    return {"state": url_to("state", key=key), "add": url_to("./", prefix=key)}.get(page, "./")
-
-
 def change_own(store: Store, request: Request, action: str) -> str | Response:
-    """Run an action on the visitor's pairs, tokens or password, and return the address of the form's page."""
-    name, parameters = request.user.name, request.parameters
-    if action in ("set", "del"):
-        return change_pair(store, request, action)
-    if action == "passwd":
+    """Run an action on the visitor's pairs, tokens or password, and return the address of the form's page.
+
+    To set with an entity tag, the stored value must still have it; with an empty one, no value may be stored.
+    """
+    user, parameters, page = request.user, request.parameters, request.parameters.get("page", "")
+    if action == "set":
+        key = require_key(parameters.get("key"))
+        pair = store.pair(user.id, key)
+        etag = pair.etag if pair else ""
+        value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")  # browsers send line ends as CR LF
+        if parameters.get("etag", etag) != etag:
+            change = "another value is stored" if pair else "no value is stored any longer"
+            raise HTTPError(409, f"under this key, {change}; save again to store this one all the same")
+        store.set_value(user.id, key, value, pair.expires if pair and page == "state" else None)
+        return {"state": url_to("state", key=key), "add": url_to("./", prefix=key)}.get(page, "./")
+    if action == "addtoken":
+        label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
+        check_label_and_prefix(label, prefix)
+        store.add_token(user.name, hash_token(token), label, is_on(parameters, "readonly"), prefix)
+        return make_page(request, "New token", fill(TOKEN_PAGE, token=token))
+    if action == "del":
+        if not store.delete_pair(user.id, require_key(parameters.get("key"))):
+            raise HTTPError(404, NO_KEY)
+    elif action == "passwd":
         _, password = decode_credentials(request.fields.headers["authorization"])  # this one has been checked
         if not secrets.compare_digest(required(request, "current").encode("utf-8"), password.encode("utf-8")):
             raise HTTPError(400, "the current password is wrong")
-        store.set_password_hash(name, new_password_hash(request))
-    elif action == "addtoken":
-        label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
-        check_label_and_prefix(label, prefix)
-        store.add_token(name, hash_token(token), label, is_on(parameters, "readonly"), prefix)
-        return make_page(request, "New token", fill(TOKEN_PAGE, token=token))
+        store.set_password_hash(user.name, request.password_hash)
     elif action == "deltoken":
-        store.delete_token(name, token_id(request))
+        store.delete_token(user.name, token_id(request))
     else:
         raise HTTPError(400, "the parameter action can be: set, del, passwd, addtoken, deltoken")
     return "./"
@@ -2937,29 +2882,30 @@ class RefusedForm(Exception):
     """A form is refused. The argument is the page that shows it again, which the transaction need not wait for."""
 
 
-OWN_PAGES = {"": values_page, "state": value_page, "add": value_page}
-USER_PAGES = {"": users_page, "user": user_page, "delete": deletion_page}
-
-
 def answer_form(store: Store, request: Request) -> Response:
     """Run the action of a form; raise RefusedForm with the page that its field page names, or the main page."""
-    is_own, is_program = request.path.endswith("/me/"), request.path.endswith("/admin")
-    user, pages = store.user(request.user.name), OWN_PAGES if is_own else USER_PAGES
+    if request.path.endswith("/me/"):
+        who, change, pages = PERSON, change_own, {"": values_page, "state": value_page, "add": value_page}
+    else:
+        who, change, pages = ADMIN, change_user, {"": users_page, "user": user_page, "delete": deletion_page}
+    user, action = store.user(request.user.name), required(request, "action")
     if user is None or user.id != request.user.id:  # deleted while the password was hashed
         raise NoSuchUser(request.user.name)
-    check_visitor(user, PERSON if is_own else ADMIN)
+    check_visitor(user, who)
     request.refusal = None
     try:
-        done = (change_own if is_own else change_user)(store, request, required(request, "action"))
-    except (HTTPError, BadCredential, Conflict, NoSuchToken) as error:  # nothing has changed yet
-        if is_program:
+        if action in ("adduser", "setpassword", "passwd"):
+            check_password(request.parameters.get("password", ""))
+        done = change(store, request, action)
+    except (HTTPError, BadCredential, Conflict, NoSuchToken) as error:
+        if request.path.endswith("/admin"):  # a program, which wants no page
             raise
         request.refusal = as_refusal(error)
         raise RefusedForm(pages.get(request.parameters.get("page", ""), pages[""])) from None
     if isinstance(done, Response):
         return done
-    url = "admin/" if is_program else percent_encode(NOT_IN_HEADER, f"{done}#done")
-    return Response(status=303, headers=(("Location", url),))
+    url = percent_encode(NOT_IN_HEADER, done) + "#done"
+    return Response(status=303, headers=(("Location", "admin/" if request.path.endswith("/admin") else url),))
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
@@ -2985,7 +2931,7 @@ ROUTES = (
     Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
     Route("", READ, add_slash, ANYONE, HERE, ANYTHING),
     Route("/", READ, welcome_page, BROWSER, HERE),
-    Route("/favicon.ico", READ, no_icon, ANYONE, HERE),
+    Route("/favicon.ico", READ, lambda store, request: Response(status=204), ANYONE, HERE),
     Route("/admin", READ, add_slash, ANYONE, HERE, ANYTHING),
     Route("/admin", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS),
     Route("/admin/", READ, users_page, ADMIN, THREAD, ("after",)),

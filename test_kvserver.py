@@ -4731,7 +4731,7 @@ class UserPages(PageCase):
             (404, "/admin/", {"action": "setpassword", "username": "nobody", "password": "a password"}),
             (409, "/admin/", {"action": "deluser", "username": "alice"}),
             (409, "/admin/", {"action": "setadmin", "username": "alice"}),
-            (409, "/admin/", {"action": "adduser", "username": "bob", "page": "user"}),
+            (409, "/admin/", {"action": "adduser", "username": "bob", "password": "a password", "page": "user"}),
             (400, "/admin/", {"action": "setpassword", "username": "bob", "password": "short"}),
             (400, "/admin/", {"action": "deltoken", "username": "bob", "page": "user"}),
             *((404, "/admin/", {"action": "deltoken", "username": "bob", "id": i}) for i in ("1", "x", "9" * 30, "-1")),
