@@ -4382,13 +4382,13 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
 OPENS_DATABASE = (serve, add_user, back_up, import_pairs)  # the other commands get an open store
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def build_parser(only: str = "") -> argparse.ArgumentParser:
+    """Return the parser of all commands, or of only one: a start that needs one doesn't wait for the others."""
     description = "A small key-value server over HTTP, for things that cannot keep values. To begin: %(prog)s serve"
     parser = argparse.ArgumentParser(description=description, epilog=MORE_HELP, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kvserver {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, run, *its_arguments in COMMANDS:
+    for name, run, *its_arguments in [row for row in COMMANDS if row[0] == only] or COMMANDS:
         text = run.__doc__ or ""
         command = commands.add_parser(name, help=text.partition(".")[0], description=text, allow_abbrev=False)
         command.set_defaults(run=run, parser=command)
@@ -4411,7 +4411,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done, 1 failed. Wrong usage exits with 2."""
-    arguments = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(*argv[:1]).parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not if it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # a label or a path may not be in its encoding
     try:
