@@ -3645,11 +3645,14 @@ class Server(http.server.ThreadingHTTPServer):
             if handler.state == IDLE and not handler.received:
                 self.loop.throw(handler.task, Cancelled())
         for seconds in (STOP_REQUEST_SECONDS, STOP_SECONDS):
-            while (self.connections or self.outbox.busy) and time.monotonic() < begun + seconds:
+            while self._is_busy() and time.monotonic() < begun + seconds:
                 await sleep(SHORT_POLL_SECONDS)
             late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
             for task in (*late, *(wakeup.task for _, wakeup, _ in self.changes)):
                 self.loop.throw(task, TimeoutError())
+
+    def _is_busy(self) -> bool:
+        return bool(self.connections or self.outbox.busy or self.changes or self._is_committing)
 
     async def _accept(self) -> None:
         self.loop.use(self.socket)
