@@ -6965,18 +6965,7 @@ class Durable(CommandCase):
     def test_the_log_is_synced_before_each_response(self) -> None:
         self.add_user("alice")
         calls = "pwrite64,fdatasync,fsync,sendto,ftruncate"
-        command = [
-            "strace",
-            "-f",
-            "-y",
-            "-s",
-            "20",
-            "-e",
-            f"trace={calls}",
-            "-o",
-            self.folder / "trace",
-            *CHEAP_PROGRAM,
-        ]
+        command = [*f"strace -f -y -s 20 -e trace={calls} -o {self.folder}/trace".split(), *CHEAP_PROGRAM]
         count = 50 if LONG else 20
         with self.serving(command=command) as (process, port, _):
             for number in range(count):
