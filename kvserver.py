@@ -3729,7 +3729,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _may_commit(self) -> bool:
         # Expired pairs wait for changes, unless hooks must hear of them.
-        return not self._is_committing and bool(self.changes or (self._has_expired and self.outbox.has_hooks))
+        is_late = self._has_expired and self.outbox.has_hooks and not self.stopping
+        return not self._is_committing and bool(self.changes or is_late)
 
     def _take_changes(self) -> list[Change]:
         # A transaction is in the write-ahead log at once, so a bound for one is a bound for the other.
