@@ -4075,23 +4075,13 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
 # Each command is a function whose docstring is its help. COMMANDS lists the commands and their arguments.
 
 
-def database_path(arguments: argparse.Namespace) -> str:
-    return str(read_settings(arguments, [DATABASE])[DATABASE.name])
-
-
-def standard_input() -> BinaryIO:
-    if sys.stdin is None:
-        raise CommandError("standard input is closed")
-    return sys.stdin.buffer
-
-
 def read_password(arguments: argparse.Namespace) -> str:
     """Return a new password. It is never an argument, because all users of a machine can see those."""
     try:
         if arguments.password_stdin:
-            password = standard_input().readline(64 * 1024).decode("utf-8")
+            password = sys.stdin.buffer.readline(64 * 1024).decode("utf-8")
             password = password[:-2] if password.endswith("\r\n") else password.removesuffix("\n")
-        elif not standard_input().isatty():
+        elif not sys.stdin.isatty():
             raise CommandError("there is no terminal to ask for the password; pipe it in and add --password-stdin")
         else:
             import getpass
@@ -4119,13 +4109,12 @@ def print_table(*rows: Sequence[str]) -> None:
 def add_user(arguments: argparse.Namespace) -> None:
     """Add a user. The command asks for the password."""
     check_user_name(arguments.name)
-    path = database_path(arguments)
-    if os.path.exists(path):  # complain before anybody types a password
-        with contextlib.closing(open_store(path, create=False)) as store:
+    if os.path.exists(arguments.db):  # complain before anybody types a password
+        with contextlib.closing(open_store(arguments.db, create=False)) as store:
             if store.user(arguments.name):
                 raise UserExists(arguments.name)
     password_hash = hash_password(read_password(arguments))
-    with contextlib.closing(open_store(path)) as store:
+    with contextlib.closing(open_store(arguments.db)) as store:
         store.add_user(arguments.name, password_hash, arguments.admin)
     print(f"added the {'admin' if arguments.admin else 'user'} {arguments.name}")
 
@@ -4145,7 +4134,7 @@ def delete_user(arguments: argparse.Namespace, store: Store) -> None:
     if not arguments.yes:
         if [user.name for user in users if user.is_admin] == [name]:
             raise CommandError(f"{name} is the last admin; to delete it all the same, add --yes")
-        if not standard_input().isatty():
+        if not sys.stdin.isatty():
             raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
         if input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
             raise CommandError("nothing was deleted")
@@ -4188,9 +4177,9 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     check_label_and_prefix(arguments.label, "")
     url = arguments.url
     if url == "-":
-        if standard_input().isatty():
+        if sys.stdin.isatty():
             print("Type the URL and press Enter:", file=sys.stderr)
-        url = standard_input().readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
+        url = sys.stdin.buffer.readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
     parts = parse_hook_url(url)
     origin = f"{parts.scheme}://{authority(parts)}"
     hook = (arguments.name, arguments.key, url, origin, arguments.value, arguments.label)
@@ -4230,7 +4219,7 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
 def back_up(arguments: argparse.Namespace) -> None:
     """Copy the database to a file, even while the server runs. The file is complete, or does not appear."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete file
-    with contextlib.closing(open_store(database_path(arguments), create=False, migrate=False)) as store:
+    with contextlib.closing(open_store(arguments.db, create=False, migrate=False)) as store:
         write_backup(store, arguments.file, arguments.force)
     print(f"wrote {arguments.file}")
 
@@ -4245,12 +4234,12 @@ def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
     sys.stdout.flush()
 
 
-def import_database(path: str, database: str, merge: bool) -> None:
-    users, values, left_out = read_foreign_database(path)
+def import_database(arguments: argparse.Namespace) -> None:
+    users, values, left_out = read_foreign_database(arguments.file)
     pairs = ((name, key, value, time.time(), None) for (name, key), value in values.items())
-    with contextlib.closing(open_store(database)) as store:
+    with contextlib.closing(open_store(arguments.db)) as store:
         merged = [name for name in sorted(users) if store.user(name)]
-        if merged and not merge:
+        if merged and not arguments.merge:
             what = "nothing was imported. With --merge they get the values, and keep their password and role"
             raise CommandError(f"these users exist already: {join_names(merged)}; {what}")
         stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
@@ -4269,12 +4258,11 @@ def import_database(path: str, database: str, merge: bool) -> None:
 def import_pairs(arguments: argparse.Namespace) -> None:
     """Store an export, or move in from IoT Persistence Api. The command stores all or nothing, and replaces values
     that have the same key."""
-    path, database = arguments.file, database_path(arguments)
-    with contextlib.nullcontext(standard_input()) if path == "-" else open(path, "rb") as file:
+    with contextlib.nullcontext(sys.stdin.buffer) if arguments.file == "-" else open(arguments.file, "rb") as file:
         if isinstance(file, io.BufferedReader) and file.peek(len(SQLITE_MAGIC)).startswith(SQLITE_MAGIC):
-            import_database(path, database, arguments.merge)
+            import_database(arguments)
             return
-        with contextlib.closing(open_store(database, create=False)) as store:
+        with contextlib.closing(open_store(arguments.db, create=False)) as store:
             stored, expired = store.import_all((), read_export(file))
     print(f"imported values: {stored}, left out because they have expired: {expired}")
 
@@ -4419,11 +4407,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser(*argv[:1]).parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not if it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # a label or a path may not be in its encoding
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - it was closed
     try:
+        arguments.db = read_settings(arguments, [DATABASE])[DATABASE.name]
         if arguments.run in OPENS_DATABASE:
             arguments.run(arguments)
             return 0
-        with contextlib.closing(open_store(database_path(arguments), create=False)) as store:
+        with contextlib.closing(open_store(arguments.db, create=False)) as store:
             name = getattr(arguments, "name", None)
             if name is not None and not store.user(name):
                 raise NoSuchUser(name)
