@@ -41,6 +41,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unittest
@@ -65,55 +66,47 @@ CHEAP_PROGRAM = [
 WAIT_SECONDS = 20  # how long a test waits for what should come at once
 # The long evidence (random requests, histories, kills) runs a short round unless KVSERVER_TEST_LONG is set.
 LONG = bool(os.environ.get("KVSERVER_TEST_LONG"))
+
+
+def pem(kind: str, text: str) -> str:
+    """Return base64 text as a file in PEM format (RFC 7468)."""
+    lines = [f"-----BEGIN {kind}-----", *textwrap.wrap(text, 64), f"-----END {kind}-----", ""]
+    return "\n".join(lines)
+
+
 # Two certificates for localhost and 127.0.0.1 with their keys, and the first key encrypted. They are for tests only.
-CERTIFICATE = """\
------BEGIN CERTIFICATE-----
-MIIBejCCASCgAwIBAgIUW41TSLLc3YB1Uxn3V+hGPYr1FbwwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTAwMDEwMTAwMDAwMFoYDzIyMDAwMTAx
-MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAASIyhCd8CB9Sd1AbdXimIGqJQv3rDnP3oqnpGVZ5vjCXY+Q1qNpHwu/
-uMGHUQA5BYQW1Hm2NKuFAJ3gwHZaxKSOo04wTDAaBgNVHREEEzARgglsb2NhbGhv
-c3SHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAdBgNVHQ4EFgQUMS357Hb/+cMPAXtU
-wFmCgA+f9PowCgYIKoZIzj0EAwIDSAAwRQIgH6tHJSwve2qlBxgLrh3ySugk42Qd
-v3y+3qcIr7PSXxMCIQD053RLanPTvsjvt7htpeWuJgb8FhQeLoQ0eLwq+BqznQ==
------END CERTIFICATE-----
-"""
-KEY = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg2a6daiEjeHNXsfwn
-HOEIOjJdPlTWVOOmU4T25fL8BHihRANCAASIyhCd8CB9Sd1AbdXimIGqJQv3rDnP
-3oqnpGVZ5vjCXY+Q1qNpHwu/uMGHUQA5BYQW1Hm2NKuFAJ3gwHZaxKSO
------END PRIVATE KEY-----
-"""
-OTHER_CERTIFICATE = """\
------BEGIN CERTIFICATE-----
-MIIBezCCASCgAwIBAgIUXknCluheeBhN/5bOFDB7RjgVOzAwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTAwMDEwMTAwMDAwMFoYDzIyMDAwMTAx
-MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAASdz94T7GexL92VAsDkbPz3GOnf/Jle5m9o3tIx7htmVhDyUqg9ULhg
-O2D4mU6RQ8A5WF+yd5JU5NmwYPOjJplgo04wTDAaBgNVHREEEzARgglsb2NhbGhv
-c3SHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAdBgNVHQ4EFgQUHArEwf3hQ4l69kQJ
-98sVkJRrLR8wCgYIKoZIzj0EAwIDSQAwRgIhAKONkoBjLGIouIFlnEiSVpoN9N5w
-QbStHobUfRLiZfHhAiEAsCvtCRvfqVBuaN4S4itcwYSj9wXE1pEYA97Lmwii66c=
------END CERTIFICATE-----
-"""
-OTHER_KEY = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg0QHAesVMgdD/Fen8
-2IcLGpqei0SPJ/HgX9ofVhjG6nChRANCAASdz94T7GexL92VAsDkbPz3GOnf/Jle
-5m9o3tIx7htmVhDyUqg9ULhgO2D4mU6RQ8A5WF+yd5JU5NmwYPOjJplg
------END PRIVATE KEY-----
-"""
-ENCRYPTED_KEY = """\
------BEGIN ENCRYPTED PRIVATE KEY-----
-MIH0MF8GCSqGSIb3DQEFDTBSMDEGCSqGSIb3DQEFDDAkBBCezmeDNS45i6+2LNxi
-gye5AgIIADAMBggqhkiG9w0CCQUAMB0GCWCGSAFlAwQBKgQQl7I8u9uPUCAD3IqG
-XHv7EASBkIwFJ2hp9wa0Q+Pnnl5jtw1bW3hBJUHnxTiVIOcFXwKHeofTlvvpCZ4D
-a1bLoRNs7iItLTPVMrU3SCLYgSPzgQrrydxugvtTbi+nOEddLEOQAxzgP+x8O4qz
-qoyI5yn+BzZG76LDhjWMtlE5Py7GiV+e6NA4M6ae9Dv9t9N9hHipWkXT3ksOqta/
-VNnq5WSySA==
------END ENCRYPTED PRIVATE KEY-----
-"""
+CERTIFICATE = pem(
+    "CERTIFICATE",
+    "MIIBejCCASCgAwIBAgIUW41TSLLc3YB1Uxn3V+hGPYr1FbwwCgYIKoZIzj0EAwIwFDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTAwMDEwMTAwMDAw"
+    "MFoYDzIyMDAwMTAxMDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASIyhCd8CB9Sd1AbdXimIGq"
+    "JQv3rDnP3oqnpGVZ5vjCXY+Q1qNpHwu/uMGHUQA5BYQW1Hm2NKuFAJ3gwHZaxKSOo04wTDAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwDwYD"
+    "VR0TAQH/BAUwAwEB/zAdBgNVHQ4EFgQUMS357Hb/+cMPAXtUwFmCgA+f9PowCgYIKoZIzj0EAwIDSAAwRQIgH6tHJSwve2qlBxgLrh3ySugk42Qd"
+    "v3y+3qcIr7PSXxMCIQD053RLanPTvsjvt7htpeWuJgb8FhQeLoQ0eLwq+BqznQ==",
+)
+KEY = pem(
+    "PRIVATE KEY",
+    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg2a6daiEjeHNXsfwnHOEIOjJdPlTWVOOmU4T25fL8BHihRANCAASIyhCd8CB9Sd1A"
+    "bdXimIGqJQv3rDnP3oqnpGVZ5vjCXY+Q1qNpHwu/uMGHUQA5BYQW1Hm2NKuFAJ3gwHZaxKSO",
+)
+OTHER_CERTIFICATE = pem(
+    "CERTIFICATE",
+    "MIIBezCCASCgAwIBAgIUXknCluheeBhN/5bOFDB7RjgVOzAwCgYIKoZIzj0EAwIwFDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTAwMDEwMTAwMDAw"
+    "MFoYDzIyMDAwMTAxMDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASdz94T7GexL92VAsDkbPz3"
+    "GOnf/Jle5m9o3tIx7htmVhDyUqg9ULhgO2D4mU6RQ8A5WF+yd5JU5NmwYPOjJplgo04wTDAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwDwYD"
+    "VR0TAQH/BAUwAwEB/zAdBgNVHQ4EFgQUHArEwf3hQ4l69kQJ98sVkJRrLR8wCgYIKoZIzj0EAwIDSQAwRgIhAKONkoBjLGIouIFlnEiSVpoN9N5w"
+    "QbStHobUfRLiZfHhAiEAsCvtCRvfqVBuaN4S4itcwYSj9wXE1pEYA97Lmwii66c=",
+)
+OTHER_KEY = pem(
+    "PRIVATE KEY",
+    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg0QHAesVMgdD/Fen82IcLGpqei0SPJ/HgX9ofVhjG6nChRANCAASdz94T7GexL92V"
+    "AsDkbPz3GOnf/Jle5m9o3tIx7htmVhDyUqg9ULhgO2D4mU6RQ8A5WF+yd5JU5NmwYPOjJplg",
+)
+ENCRYPTED_KEY = pem(
+    "ENCRYPTED PRIVATE KEY",
+    "MIH0MF8GCSqGSIb3DQEFDTBSMDEGCSqGSIb3DQEFDDAkBBCezmeDNS45i6+2LNxigye5AgIIADAMBggqhkiG9w0CCQUAMB0GCWCGSAFlAwQBKgQQ"
+    "l7I8u9uPUCAD3IqGXHv7EASBkIwFJ2hp9wa0Q+Pnnl5jtw1bW3hBJUHnxTiVIOcFXwKHeofTlvvpCZ4Da1bLoRNs7iItLTPVMrU3SCLYgSPzgQrr"
+    "ydxugvtTbi+nOEddLEOQAxzgP+x8O4qzqoyI5yn+BzZG76LDhjWMtlE5Py7GiV+e6NA4M6ae9Dv9t9N9hHipWkXT3ksOqta/VNnq5WSySA==",
+)
 PASSWORDS = {"alice": "alice's password", "bob": "bob's pässword ☃"}
 # Made by Werkzeug 3.1 from two passwords, with its default method and with the one before.
 WERKZEUG_HASHES = {
@@ -266,10 +259,6 @@ class ServerCase(unittest.TestCase):
         for name, password in PASSWORDS.items():
             self.store.add_user(name, kvserver.hash_password(password), name == "alice")
 
-    def enter(self, context: contextlib.AbstractContextManager[Any]) -> Any:
-        """Enter a context until the test ends."""
-        return self.enterContext(context)
-
     def patch(self, name: str, value: object) -> None:
         """Replace a constant or a function of the program until the test ends."""
         self.enterContext(mock.patch.object(kvserver, name, value))
@@ -278,16 +267,9 @@ class ServerCase(unittest.TestCase):
         """Start a server on the database."""
         self.store = kvserver.open_store(self.database)
         self.addCleanup(self.store.close)
-        self.server = kvserver.Server(
-            self.database,
-            "127.0.0.1",
-            0,
-            self.base_path,
-            self.log_requests,
-            max_db_mb=self.max_db_mb,
-            trusted_proxy=self.trusted_proxy,
-            certificate=self.certificate,
-        )
+        basics = (self.database, "127.0.0.1", 0, self.base_path, self.log_requests)
+        limits = (kvserver.DEFAULT_CONNECTIONS_MAX, self.max_db_mb, self.trusted_proxy)
+        self.server = kvserver.Server(*basics, *limits, certificate=self.certificate)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
@@ -315,10 +297,7 @@ class ServerCase(unittest.TestCase):
         headers: Mapping[str, str] | None = None,
         connection: http.client.HTTPConnection | None = None,
     ) -> Answer:
-        """Send a request, on a new connection unless one is given.
-
-        user may be the name of a user with a known password, or the value of an Authorization header.
-        """
+        """Send a request. user is a name with a known password, or the value of an Authorization header."""
         sent = dict(headers or {})
         if user:
             sent["Authorization"] = basic(user, PASSWORDS[user]) if user in PASSWORDS else user
@@ -1156,15 +1135,6 @@ class Commits(ServerCase):
         self.check(200, "GET", "/set?key=a&value=new")
         self.assertEqual(b"new", self.get("a"))
 
-    def test_changes_by_other_processes_are_read_at_once(self) -> None:
-        for number in map(str, range(30)):
-            self.store.set_value(1, "a", number)
-            self.assertEqual(number.encode(), self.get("a"))
-            self.store.set_value(1, "b", number)
-            self.check(200, "GET", "/set?key=c&value=" + number)
-            self.assertEqual({"a": number, "b": number, "c": number}, self.pairs())
-            self.assertEqual(number.encode(), self.get("b"))
-
     def test_remembered_rows_are_bounded(self) -> None:
         reader = kvserver.CachingStore(self.database)
         self.addCleanup(reader.close)
@@ -1363,56 +1333,11 @@ class Loops(unittest.TestCase):
         self.run_until(lambda: len(self.notes) == 6)
         self.assertEqual([mistake], self.errors)
 
-    def test_a_deadline_is_kept_where_the_task_waits(self) -> None:
-        ours, _ = self.pair()
-
-        async def wait() -> None:
-            self.loop.use(ours)
-            for events in (0, kvserver.READABLE) * 2:
-                deadline = time.monotonic() + 0.05
-                with self.assertRaises(TimeoutError):
-                    await kvserver.ready(events, deadline)
-                self.notes.append(time.monotonic() - deadline)
-
-        self.run_to_end(self.loop.start(wait()))
-        self.assertEqual([], self.errors)
-        self.assertTrue(len(self.notes) == 4 and all(0 <= late < WAIT_SECONDS / 4 for late in self.notes), self.notes)
-
     def test_sleeping_tasks_cost_nothing(self) -> None:
         for _ in range(1000):
             self.loop.start(kvserver.sleep(WAIT_SECONDS))
         self.run_to_end(self.loop.start(kvserver.sleep(0)))  # all deadlines have been checked once
         self.assertLess(self.run_to_end(self.loop.start(kvserver.sleep(0.1))), 10)
-
-    def test_an_exception_from_outside_arrives_where_the_task_waits(self) -> None:
-        error, cancelled = KeyError("an error"), kvserver.Cancelled()
-        for thrown in (error, cancelled):
-            task = self.loop.start(self.wait())
-            for _ in range(2):  # the second time, it has ended
-                self.loop.throw(task, thrown)
-        self.assertEqual(([error, cancelled], [error]), (self.notes, self.errors))
-
-    def test_the_end_of_the_loop_ends_its_tasks(self) -> None:
-        loop = kvserver.Loop(self.errors.append)
-        loop.start(self.wait())
-        loop.close()
-        self.assertIsInstance(self.notes[0], kvserver.Cancelled)
-        self.assertEqual([], self.errors)
-
-    def test_a_task_that_takes_its_turn_lets_others_go_first(self) -> None:
-        ours, theirs = self.pair()
-
-        async def take_turns() -> None:
-            for number in range(3):
-                self.notes.append(number)
-                await self.loop.turn()
-
-        for coroutine in (self.receive(ours), take_turns(), take_turns()):
-            self.loop.start(coroutine)
-        theirs.sendall(b"x")
-        self.run_until(lambda: len(self.notes) == 7)
-        self.assertLess(self.notes.index(b"x"), 5)
-        self.assertEqual([0, 0, 1, 1, 2, 2], [note for note in self.notes if note != b"x"])
 
     def test_a_round_waits_only_while_no_task_can_go_on(self) -> None:
         waits, select = list[float](), self.loop._selector.select
@@ -2355,7 +2280,7 @@ class Waiting(ServerCase):
             self.assertEqual(400, self.fetch(f"/get?key=a&{query}")[0], query)
 
     def test_changes_of_other_keys_cost_nothing(self) -> None:
-        self.enter(mock.patch.object(kvserver, "QUICK_COMMIT_SECONDS", 1000))  # the loop commits
+        self.enterContext(mock.patch.object(kvserver, "QUICK_COMMIT_SECONDS", 1000))  # the loop commits
         self.fetch("/set?key=b&value=0")
         with mock.patch.object(self.server.reader, "pair", wraps=self.server.reader.pair) as pair:
             waiting = self.wait()
