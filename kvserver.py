@@ -2470,7 +2470,8 @@ OWN_FIELDS = ("action", "key", "value", "current", "password", "label", "readonl
 # Signs replace characters that are invisible or reverse the text around them (Unicode standard annex 9).
 UNSEEN = (*range(32), 127, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
 VISIBLE = {**dict.fromkeys(UNSEEN, "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
-NOT_IN_QUERY, NOT_IN_HEADER = r"[^\w/:.~-]", "[^!-~]"
+NOT_IN_QUERY = re.compile(r"[^\w/:.~-]")
+SAFE_IN_LOCATION = "%&=+?/:#"
 Hidden = Mapping[str, object]  # fields of a form that people do not see
 TOKEN_ID = re.compile("[0-9]{1,18}")
 NO_KEY = "this key does not exist; it may have been deleted"
@@ -2489,7 +2490,8 @@ background:var(--back)}:focus-visible{outline:3px solid var(--link);outline-offs
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid var(--line)}
 nav span{margin-left:auto}nav span,th,small,.quiet{color:var(--quiet)}a,summary{color:var(--link)}
 a[aria-current=page]{color:inherit;font-weight:600;text-decoration:none}h1{font-size:1.6rem;margin:1.5rem 0 .75rem}
-h2{font-size:1.15rem;margin:2.25rem 0 .5rem}h1,h2,p,code,pre,td,span,button{overflow-wrap:anywhere;unicode-bidi:isolate}
+h2{font-size:1.15rem;margin:2.25rem 0 .5rem}h1,h2,p,code,pre,td{unicode-bidi:isolate}
+h1,h2,p,code,pre,span,button,td:first-child,.values td,.hooks td{overflow-wrap:anywhere}td:first-child{min-width:4rem}
 table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.values th:first-child{width:40%}
 .values th:last-child{width:10rem}th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line)}
 th,td{text-align:left;vertical-align:top}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
@@ -2499,13 +2501,13 @@ td time:hover::after{content:attr(datetime);position:absolute;right:0;bottom:100
 white-space:nowrap;color:var(--back);background:var(--text)}form,pre{padding:1rem;background:var(--card)}
 form{max-width:32rem;margin:.75rem 0;border:1px solid var(--line)}.bare,.search{padding:0;background:none;border:0}
 .search,.turns{display:flex;align-items:end;gap:.5rem 1rem}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
-input,textarea{display:block;width:100%;padding:.5rem .6rem;color:inherit;background:var(--back);font-size:1rem;
+input,textarea{display:block;width:100%;padding:.5rem .6rem;color:inherit;background:var(--back);
 border:1px solid var(--quiet)}input[type=checkbox]{display:inline-block;width:auto;margin:0 .5rem 0 0}
-button{padding:.5rem 1rem;font:inherit;color:var(--back);background:var(--link);border:0}.bad{background:var(--bad)}
-form,pre,input,textarea,button{border-radius:.4rem}td button{padding:.15rem .6rem}td form{margin:.35rem 0 0}
+input,button{font:inherit}button{padding:.5rem 1rem;color:var(--back);background:var(--link);border:0}
+.bad{background:var(--bad)}form,pre,input,textarea,button{border-radius:.4rem}td button{padding:.15rem .6rem}
+td form{margin:.35rem 0 0}[role=alert],#done{font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
 [role=alert]{color:var(--bad);margin-top:0;outline:0}[role=alert]::first-letter{text-transform:uppercase}
-[role=alert],#done{font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}@media(max-width:30rem){.values th:last-child{width:5.25rem}
-td,th,td code{padding-right:.4rem;font-size:.875rem}}
+@media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
 """)
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = "default-src 'none'; style-src 'sha256-{}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -2525,10 +2527,11 @@ spellcheck="false">{alert}{hidden}{fields}</form>"""
 ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, browsers scroll to it and read it out
 HIDDEN = '<input type="hidden" name="{}" value="{}">'
 QUESTION = '<details><summary aria-label="{word} {what}">{word}…</summary>{form}</details>'
+DELETE = '<a href="{}" aria-label="Delete {}">Delete…</a>'
 BUTTON = '<button class="bad">{text}</button>'
 NEW_PASSWORD = """<label>New password, at least {characters} characters<input type="password" name="password" value=""
 required minlength="{characters}" autocomplete="new-password"></label>"""
-WELCOME_PAGE = """<p>This server, kvserver, keeps values for devices, applets and scripts. They store one under a key with</p>
+WELCOME_PAGE = """<p>This kvserver keeps values for devices, applets and scripts. They store one under a key with</p>
 <pre>/set?key=door&amp;value=open</pre><p>and read it back with</p><pre>/get?key=door</pre>
 <p><a href="me/">Your values</a>: see and edit your values, make tokens for devices.</p>
 <p><a href="admin/">Users</a>: for admins.</p>"""
@@ -2598,14 +2601,10 @@ def make_page(request: Request, title: str, content: str) -> Response:
     return Response(page, refusal.status if refusal else 200, HTML, PAGE_HEADERS + (refusal.headers if refusal else ()))
 
 
-def percent_encode(unsafe: str, text: str) -> str:
-    """Return a text with all matches of a regular expression percent-encoded."""
-    return re.sub(unsafe, lambda match: urllib.parse.quote(match[0]), text)
-
-
 def url_to(path: str, **parameters: str) -> str:
     """Return a relative address with a query; letters stay as they are, since pages with long names are long enough."""
-    return f"{path}?" + "&".join(f"{name}={percent_encode(NOT_IN_QUERY, text)}" for name, text in parameters.items())
+    texts = {name: NOT_IN_QUERY.sub(lambda c: urllib.parse.quote(c[0]), text) for name, text in parameters.items()}
+    return f"{path}?" + "&".join(f"{name}={text}" for name, text in texts.items())
 
 
 def make_link(text: str, path: str, **parameters: str) -> Markup:
@@ -2618,7 +2617,7 @@ def is_on(parameters: Mapping[str, str], name: str) -> bool:
 
 
 def make_form(request: Request, action: str, fields: str, hidden: Hidden, url: str = "./", **values: object) -> Markup:
-    """Return a form; a refused form has its alert and the typed text, but a lone button leaves the alert to the page."""
+    """Return a form, after a refusal with an alert and the typed text; a lone button leaves the alert to its page."""
     is_bare = fields.startswith("<button")
     refusal = None if is_bare or request.parameters.get("action") != action else request.refusal
     typed, kind = request.parameters if refusal else {}, "bare" if is_bare else ""
@@ -2694,7 +2693,7 @@ def add_slash(store: Store, request: Request) -> Response:
     if "action" in request.parameters:
         raise HTTPError(405, "send actions by POST", (("Allow", "POST, OPTIONS"),))
     url = request.path.rpartition("/")[2] + "/" + (f"?{request.query}" if request.query else "")
-    return Response(status=301, headers=(("Location", percent_encode(NOT_IN_HEADER, url)),))
+    return Response(status=301, headers=(("Location", urllib.parse.quote(url, SAFE_IN_LOCATION)),))
 
 
 def welcome_page(store: Store, request: Request) -> Response:
@@ -2707,7 +2706,7 @@ def users_page(store: Store, request: Request) -> Response:
     users, hooks = store.users(after + NEXT_KEY, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
     for user in users[:PAGE_ROWS_MAX]:
         link = make_link(make_visible(user.name), "user", username=user.name)
-        delete = make_link("Delete…", "delete", username=user.name) if user.id != request.user.id else ""
+        delete = fill(DELETE, url_to("delete", username=user.name), user.name) if user.id != request.user.id else ""
         rows.append((link, "admin" if user.is_admin else "user", user.pairs, make_time(user.newest), delete))
     hook_rows = []
     for hook in hooks[:PAGE_ROWS_MAX]:
@@ -2738,7 +2737,8 @@ def user_page(store: Store, request: Request) -> Response:
     """Show a user, with forms to change the password and the role and to delete tokens."""
     user = find_user(store, request)
     name, hidden = user.name, {"username": user.name, "page": "user"}
-    words = ("Take the admin role", "away") if user.is_admin else ("Make", "an admin")
+    word, direction = ("Take", "from") if user.is_admin else ("Give", "to")
+    words = (f"{word} the admin role", f"{direction} {make_visible(name)}")
     page = fill(
         USER_PAGE,
         role="admin" if user.is_admin else "user",
@@ -2904,7 +2904,7 @@ def answer_form(store: Store, request: Request) -> Response:
         raise RefusedForm(pages.get(request.parameters.get("page", ""), pages[""])) from None
     if isinstance(done, Response):
         return done
-    url = percent_encode(NOT_IN_HEADER, done) + "#done"
+    url = urllib.parse.quote(done, SAFE_IN_LOCATION) + "#done"
     return Response(status=303, headers=(("Location", "admin/" if request.path.endswith("/admin") else url),))
 
 
