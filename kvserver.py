@@ -736,10 +736,13 @@ class Store:
         self.changed_pairs = None
         return self._execute(statement, *parameters).rowcount
 
-    def user(self, name: str) -> User | None:
-        """Return the user with this name."""
-        row = self._execute(f"SELECT {USER_ROW} FROM user WHERE name = ?", name).fetchone()
-        return User(*row) if row else None
+    def user(self, login: str | bytes) -> User | None:
+        """Return the user with this name, or the user and the token with this digest."""
+        select = f"SELECT {USER_ROW} FROM user WHERE name = ?"
+        if isinstance(login, bytes):
+            select = f"SELECT {USER_ROW}, {TOKEN_ROW} FROM token JOIN user ON user.id = user_id WHERE digest = ?"
+        row = self._execute(select, login).fetchone()
+        return User(*row[:4])._replace(token=Token(*row[4:]) if row[4:] else None) if row else None
 
     def users(self, first: str = "", last: str = LAST_NAME, limit: int = -1) -> list[UserSummary]:
         """Return the users with names from first to last, sorted by name; a negative limit means all."""
@@ -785,20 +788,14 @@ class Store:
         select = f"SELECT {TOKEN_ROW} FROM token JOIN user ON user.id = user_id WHERE name = ? ORDER BY token.id"
         return [Token(*row) for row in self._execute(select, name)]
 
-    def token_user(self, digest: bytes) -> User | None:
-        """Return the user whose token has this digest, with the token."""
-        select = f"SELECT {USER_ROW}, {TOKEN_ROW} FROM token JOIN user ON user.id = user_id WHERE digest = ?"
-        row = self._execute(select, digest).fetchone()
-        return User(*row[:4])._replace(token=Token(*row[4:])) if row else None
-
     def add_token(self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str) -> None:
         """Add a token of a user; raise NoSuchUser, or Conflict if they have TOKENS_MAX."""
+        if len(self.tokens(name)) >= TOKENS_MAX:
+            raise Conflict(f"a user has at most {TOKENS_MAX} tokens; delete one that is no longer used")
         insert = """INSERT INTO token (user_id, digest, label, is_read_only, prefix, created)
-            SELECT id, ?, ?, ?, ?, ? FROM user
-            WHERE name = ? AND (SELECT count(*) FROM token WHERE user_id = user.id) < ?"""
-        if not self._change_users(insert, digest, label, is_read_only, prefix, time.time(), name, TOKENS_MAX):
-            too_many = Conflict(f"a user has at most {TOKENS_MAX} tokens; delete one that is no longer used")
-            raise too_many if self.user(name) else NoSuchUser(name)
+            SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"""
+        if not self._change_users(insert, digest, label, is_read_only, prefix, time.time(), name):
+            raise NoSuchUser(name)
 
     def note_token_use(self, token_id: int, day: int) -> None:
         """Store the day of a token's last use, in days since 1970."""
@@ -1008,20 +1005,13 @@ class CachingStore(Store):
             self._rows, self._rows_state, self._rows_bytes = {}, state, 0
         return self._rows
 
-    def _user(self, key: Any, read: Callable[[Any], User | None]) -> User | None:
+    def user(self, login: str | bytes) -> User | None:
+        """Return the user with this name, or the user and the token with this digest."""
         rows = self._current_rows()
-        user: User | None = rows.get(key) or read(key)
+        user: User | None = rows.get(login) or super().user(login)
         if user:
-            rows[key] = user
+            rows[login] = user
         return user
-
-    def user(self, name: str) -> User | None:
-        """Return the user with this name."""
-        return self._user(name, super().user)
-
-    def token_user(self, digest: bytes) -> User | None:
-        """Return the user whose token has this digest, with the token."""
-        return self._user(digest, super().token_user)
 
     def is_current(self, user: User) -> bool:
         """Return whether a user that was read here is still stored unchanged: then it is the same object."""
@@ -2207,7 +2197,7 @@ class Authenticator:
             user = self._store.user(name)
             return user if user and user.password_hash == password_hash else None
         owner, token = decode_credentials(authorization)
-        user = self._store.token_user(hash_token(token)) if token.startswith(TOKEN_PREFIX) else None
+        user = self._store.user(hash_token(token)) if token.startswith(TOKEN_PREFIX) else None
         return user if user and owner in (None, user.name) else None
 
     async def _check(self, authorization: str, address: Address | None) -> None:
