@@ -450,16 +450,7 @@ class User(NamedTuple):
 
 
 NOBODY = User(0, "", "", False)  # SQLite's ids begin with 1
-
-
-class UserSummary(NamedTuple):
-    """A user in a list."""
-
-    id: int
-    name: str
-    is_admin: bool
-    pairs: int
-    newest: float | None  # unix seconds when the newest pair was set
+UserSummary = tuple[User, int, float | None]  # with the number of pairs, and when the newest was set (unix seconds)
 
 
 class Pair(NamedTuple):
@@ -541,11 +532,6 @@ class UserExists(StoreError):
 def entity_tag(value: bytes) -> str:
     """Return the entity tag of a value."""
     return f'"{hashlib.blake2b(value, digest_size=16).hexdigest()}"'
-
-
-def join_names(names: Sequence[str]) -> str:
-    """Return names for a message: 20 of them."""
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 class Store:
@@ -718,7 +704,7 @@ class Store:
             rows = self._execute("SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)")
             unknown = [name for (name,) in rows]
             if unknown:
-                raise StoreError(f"nothing was imported: {NoSuchUser(join_names(unknown))}")
+                raise StoreError(f"nothing was imported: {NoSuchUser(', '.join(unknown))}")
             expired = self._execute("DELETE FROM imported WHERE expires <= ?", time.time())
             insert = f"""INSERT INTO pair (user_id, key, value, updated, expires)
                 SELECT id, key, value, updated, expires FROM imported JOIN user USING (name) WHERE TRUE {REPLACE}"""
@@ -730,7 +716,7 @@ class Store:
         pairs = "(SELECT count(*) FROM pair) - (SELECT count(*) FROM pair WHERE expires <= ?)"
         row = self._execute(f"SELECT (SELECT count(*) FROM user), {pairs}", time.time()).fetchone()
         path = os.path.realpath(self.path)
-        return *row, os.path.getsize(path), os.path.getsize(path + "-wal")
+        return (*row, os.path.getsize(path), os.path.getsize(path + "-wal"))
 
     def _change_users(self, statement: str, *parameters: Any) -> int:
         self.changed_pairs = None
@@ -746,10 +732,10 @@ class Store:
 
     def users(self, first: str = "", last: str = LAST_NAME, limit: int = -1) -> list[UserSummary]:
         """Return the users with names from first to last, sorted by name; a negative limit means all."""
-        select = f"""SELECT user.id, name, is_admin, count(key), max(updated)
+        select = f"""SELECT {USER_ROW}, count(key), max(updated)
             FROM user LEFT JOIN pair ON user_id = user.id AND {NOT_EXPIRED}
             WHERE name BETWEEN ? AND ? GROUP BY name ORDER BY name LIMIT ?"""
-        return [UserSummary(*row) for row in self._execute(select, time.time(), first, last, limit)]
+        return [(User(*row[:4]), *row[4:]) for row in self._execute(select, time.time(), first, last, limit)]
 
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
         """Add a user; raise UserExists."""
@@ -2694,10 +2680,10 @@ def users_page(store: Store, request: Request) -> Response:
     """Show all users, a form to add one, and all hooks."""
     after, rows = request.parameters.get("after", ""), []
     users, hooks = store.users(after + NEXT_KEY, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
-    for user in users[:PAGE_ROWS_MAX]:
+    for user, pairs, newest in users[:PAGE_ROWS_MAX]:
         link = make_link(make_visible(user.name), "user", username=user.name)
         delete = fill(DELETE, url_to("delete", username=user.name), user.name) if user.id != request.user.id else ""
-        rows.append((link, "admin" if user.is_admin else "user", user.pairs, make_time(user.newest), delete))
+        rows.append((link, "admin" if user.is_admin else "user", pairs, make_time(newest), delete))
     hook_rows = []
     for hook in hooks[:PAGE_ROWS_MAX]:
         name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id} {hook.label}")]
@@ -2708,7 +2694,7 @@ def users_page(store: Store, request: Request) -> Response:
     page = fill(
         USERS_PAGE,
         users=make_table("users", ("Name", "Role", "Values", "Newest change", "Delete"), rows),
-        turns=make_turns("./", [user.name for user in users], after),
+        turns=make_turns("./", [user.name for user, *_ in users], after),
         form=make_form(request, "adduser", ADD_USER, {}),
         hooks=make_table("hooks", ("User", "Key", "URL", "Last result"), hook_rows),
         more=fill(MORE_HOOKS) if len(hooks) > PAGE_ROWS_MAX else "",
@@ -2718,22 +2704,22 @@ def users_page(store: Store, request: Request) -> Response:
 
 def find_user(store: Store, request: Request) -> UserSummary:
     name = required(request, "username")
-    for user in store.users(name, name):
-        return user
+    for summary in store.users(name, name):
+        return summary
     raise HTTPError(404, "this user does not exist; it may have been deleted")
 
 
 def user_page(store: Store, request: Request) -> Response:
     """Show a user, with forms to change the password and the role and to delete tokens."""
-    user = find_user(store, request)
+    user, pairs, newest = find_user(store, request)
     name, hidden = user.name, {"username": user.name, "page": "user"}
     word, direction = ("Take", "from") if user.is_admin else ("Give", "to")
     words = (f"{word} the admin role", f"{direction} {make_visible(name)}")
     page = fill(
         USER_PAGE,
         role="admin" if user.is_admin else "user",
-        pairs=user.pairs,
-        newest=make_time(user.newest),
+        pairs=pairs,
+        newest=make_time(newest),
         password=make_form(request, "setpassword", SET_PASSWORD, {"page": "user"}, user=name),
         admin=make_question(request, *words, "setadmin", {"isAdmin": "" if user.is_admin else "1", **hidden}),
         delete=make_link("Delete this user…", "delete", username=name),
@@ -2745,13 +2731,13 @@ def user_page(store: Store, request: Request) -> Response:
 
 def deletion_page(store: Store, request: Request) -> Response:
     """Show how much is lost with a user, and ask."""
-    user = find_user(store, request)
+    user, pairs, _ = find_user(store, request)
     name, tokens, hooks = user.name, len(store.tokens(user.name)), len(store.hooks(user.name, user.name))
     title, keep = f"Delete {make_visible(name)}", make_link("Keep this user", "user", username=name)
     question = make_form(request, "deluser", BUTTON, {"username": name, "page": "delete"}, text=title)
     if user.id == request.user.id:
         question = fill("<p>You cannot delete yourself: ask another admin.</p>")
-    page = fill(DELETION_PAGE, pairs=user.pairs, tokens=tokens, hooks=hooks, question=question, keep=keep)
+    page = fill(DELETION_PAGE, pairs=pairs, tokens=tokens, hooks=hooks, question=question, keep=keep)
     return make_page(request, title + "?", page)
 
 
@@ -4040,7 +4026,7 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
             unknown.append(name)
     if unknown:
         raise CommandError(
-            f"nothing was imported: the password hash of {join_names(unknown)} is of an unknown kind."
+            f"nothing was imported: the password hash of {', '.join(unknown)} is of an unknown kind."
             " In IoT Persistence Api, delete these users and add them again, with passwords"
         )
     for name, key, value in pair_rows:
@@ -4118,11 +4104,11 @@ def set_password(arguments: argparse.Namespace, store: Store) -> None:
 def delete_user(arguments: argparse.Namespace, store: Store) -> None:
     """Delete a user, with all values, tokens and hooks. The command asks first."""
     name, users = arguments.name, store.users()
-    values = sum(user.pairs for user in users if user.name == name)
+    values = sum(pairs for user, pairs, _ in users if user.name == name)
     tokens, hooks = len(store.tokens(name)), len(store.hooks(name, name))
     what = f"the user {name} and all they have (values: {values}, tokens: {tokens}, hooks: {hooks})"
     if not arguments.yes:
-        if [user.name for user in users if user.is_admin] == [name]:
+        if [user.name for user, *_ in users if user.is_admin] == [name]:
             raise CommandError(f"{name} is the last admin; to delete it all the same, add --yes")
         if not sys.stdin.isatty():
             raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
@@ -4134,7 +4120,7 @@ def delete_user(arguments: argparse.Namespace, store: Store) -> None:
 
 def list_users(arguments: argparse.Namespace, store: Store) -> None:
     """List the users, with their roles and numbers of values."""
-    rows = ((user.name, "admin" if user.is_admin else "user", str(user.pairs)) for user in store.users())
+    rows = ((user.name, "admin" if user.is_admin else "user", str(pairs)) for user, pairs, _ in store.users())
     print_table(("NAME", "ROLE", "VALUES"), *rows)
 
 
@@ -4231,9 +4217,9 @@ def import_database(arguments: argparse.Namespace) -> None:
         merged = [name for name in sorted(users) if store.user(name)]
         if merged and not arguments.merge:
             what = "nothing was imported. With --merge they get the values, and keep their password and role"
-            raise CommandError(f"these users exist already: {join_names(merged)}; {what}")
+            raise CommandError(f"these users exist already: {', '.join(merged)}; {what}")
         stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
-        has_admin = any(user.is_admin for user in store.users())
+        has_admin = any(user.is_admin for user, *_ in store.users())
     for line in left_out:
         print(f"left out: {line}")
     print(f"imported users: {len(users) - len(merged)}, values: {stored}; left out: {len(left_out)}")

@@ -514,7 +514,7 @@ class Api(ServerCase):
             self.store.delete_user("bob", even_last_admin=False)
             self.store.add_user("carol", "hash", False)
             self.check(401, "GET", "/set?key=a&value=1", user="bob")
-        self.assertEqual([("alice", 0), ("carol", 0)], [(user.name, user.pairs) for user in self.store.users()])
+        self.assertEqual([("alice", 0), ("carol", 0)], [(user.name, pairs) for user, pairs, _ in self.store.users()])
 
     def test_every_response_carries_the_same_headers(self) -> None:
         for user, method, target in (
@@ -2033,7 +2033,7 @@ class Values(ServerCase):
             self.expire()
             for method, path in (("GET", "/get?key=a"), ("GET", "/del?key=a"), ("DELETE", "/kv/a")):
                 self.assertEqual(404, self.fetch(path, method)[0])
-            self.assertEqual(({}, [0, 0]), (self.pairs(), [user.pairs for user in self.store.users()]))
+            self.assertEqual(({}, [0, 0]), (self.pairs(), [pairs for _, pairs, _ in self.store.users()]))
         for target, expected in (("/incr?key=a", (200, "1")), ("/set?key=a&value=6&nx=1", (200, "Success"))):
             self.fetch("/set?key=a&value=5&ttl=100")
             self.expire()
@@ -4172,7 +4172,7 @@ class PageCase(ServerCase):
 
     def names(self) -> list[str]:
         """Return the names of all users."""
-        return [user.name for user in self.store.users()]
+        return [user.name for user, *_ in self.store.users()]
 
     def follow(self, target: str) -> list[list[str]]:
         """Return the rows of a table over all its pages."""
@@ -4227,7 +4227,7 @@ class Visits(PageCase):
             self.send(403, path, "bob", action="setadmin", username="bob", isAdmin="1")
         self.assertNotIn("admin/", str(self.page("/me/", "bob").links))
         self.assertIn("../admin/", self.page("/me/").links.values())
-        self.assertFalse(self.store.users()[1].is_admin)
+        self.assertFalse(self.store.users()[1][0].is_admin)
 
     def test_tokens_open_no_page(self) -> None:
         token = kvserver.make_token()
@@ -4348,7 +4348,7 @@ class UserPages(PageCase):
             for text in texts:
                 name = f"x{text}"
                 self.send(303, "/admin/", action="adduser", username=name, password="a password", isAdmin=text)
-                self.assertEqual([is_admin], [bool(user.is_admin) for user in self.store.users(name, name)])
+                self.assertEqual([is_admin], [bool(user.is_admin) for user, *_ in self.store.users(name, name)])
 
     def test_a_form_comes_back_with_everything_typed_but_the_password(self) -> None:
         for status, username, password in (
@@ -4426,7 +4426,7 @@ class UserPages(PageCase):
                 self.store.set_admin(name, True)
             barrier = threading.Barrier(2)
             results = join(in_threads(send, [("alice", "bob", fields, barrier), ("bob", "alice", fields, barrier)]))
-            self.assertEqual(1, sum(bool(user.is_admin) for user in self.store.users()), results)
+            self.assertEqual(1, sum(bool(user.is_admin) for user, *_ in self.store.users()), results)
             self.assertEqual(1, results.count(303))
 
     def test_setpassword_counts_at_once_and_tokens_stay(self) -> None:
@@ -4462,7 +4462,7 @@ class UserPages(PageCase):
             answer = self.send(409, add, username="carol", password="a password")
             self.assertEqual(path[:-5] + "me/", urllib.parse.urljoin(path, Page(answer).links["Your values"]))
             self.send(303, add, username="dave", password="a password")
-            self.assertEqual([True, False], [bool(user.is_admin) for user in self.store.users("carol", "dave")])
+            self.assertEqual([True, False], [bool(user.is_admin) for user, *_ in self.store.users("carol", "dave")])
             self.send(303, delete + "&username=carol")
             self.send(303, delete, username="dave")
             for user in (None, "alice"):
@@ -4491,7 +4491,7 @@ class UserPages(PageCase):
                 self.send(403, path, headers={name: origin}, **fields)
         self.assertEqual((["alice", "bob"], {}), (self.names(), self.pairs()))
         self.assertEqual(1, len(self.store.tokens("alice")))
-        self.assertEqual([True, False], [bool(user.is_admin) for user in self.store.users()])
+        self.assertEqual([True, False], [bool(user.is_admin) for user, *_ in self.store.users()])
         self.send(303, "/me/", headers={"Sec-Fetch-Site": "same-origin"}, action="set", key="a", value="1")
 
     def test_a_password_is_hashed_while_others_are_served(self) -> None:
