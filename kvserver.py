@@ -3335,7 +3335,7 @@ class Outbox:
 
     def __init__(self, store: Store, loop: Loop, commit: Commit, metrics: Metrics, errors: ErrorLog) -> None:
         self._store, self._loop, self._commit, self._metrics, self._errors = store, loop, commit, metrics, errors
-        self._threads = Threads(loop, EXCHANGES_MAX)
+        self._threads = Threads(loop, EXCHANGES_MAX + LONG_EXCHANGES_MAX)
         self._gate = Gate(loop)
         self.has_hooks = self._is_sender = self._is_stopped = False
         self.busy: set[int] = set()  # hooks with an exchange under way, or its result not yet stored
