@@ -3229,11 +3229,10 @@ class RequestHandler:
         if self.server.log_requests:
             method = request.method if request.method in METHODS else ""
             path = request.path.removesuffix(request.key_in_path) if route else ""  # an unknown one may be a value
-            key, user = request.parameters.get("key", "")[:KEY_BYTES_MAX], request.user.name
-            line = (
-                f"request: method={method} path={path!r} key={key!r} status={status} milliseconds={seconds * 1000:.1f}"
-            )
-            log("INFO", f"{line} user={user!r} address={self._address(request)}")
+            key = request.parameters.get("key", "")[:KEY_BYTES_MAX]
+            line = f"request: method={method} path={path!r} key={key!r} status={status}"
+            line += f" milliseconds={seconds * 1000:.1f} user={request.user.name!r} address={self._address(request)}"
+            log("INFO", line)
 
 
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
@@ -3708,21 +3707,16 @@ class Server(http.server.ThreadingHTTPServer):
         is_late = self._has_expired and self.outbox.has_hooks and not self.stopping
         return not self._is_committing and bool(self.changes or is_late)
 
-    def _take_changes(self) -> list[Change]:
-        # A transaction is in the write-ahead log at once, so a bound for one is a bound for the other.
-        taken, size = list[Change](), 0.0
-        while self.changes and size < TRANSACTION_BYTES_MAX:
-            taken.append(self.changes.popleft())
-            _, wakeup, change_size = taken[-1]
-            wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
-            size += change_size
-        return taken
-
     async def _commit_round(self) -> None:
-        self._is_committing, changes = True, list[Change]()
+        self._is_committing, changes, size = True, list[Change](), 0.0
         try:
             self.writer.begin()
-            changes = self._take_changes()
+            # A transaction is in the write-ahead log at once, so a bound for one is a bound for the other.
+            while self.changes and size < TRANSACTION_BYTES_MAX:
+                _, wakeup, change_size = change = self.changes.popleft()
+                wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
+                changes.append(change)
+                size += change_size
             await self._commit(changes)
             await self._restart_long_log()
         except StoreBusy:  # another process is writing, and the changes wait
@@ -3730,7 +3724,8 @@ class Server(http.server.ThreadingHTTPServer):
         except Exception as error:  # noqa: BLE001 - the tasks raise it
             as_http_error(error, self.errors)
             self._has_expired = False  # until the next look
-            for _, wakeup, _ in changes or self._take_changes():
+            failed, self.changes = (changes, self.changes) if changes else (self.changes, collections.deque())
+            for _, wakeup, _ in failed:
                 wakeup(error)
         finally:
             self._is_committing = False
