@@ -1725,39 +1725,21 @@ class Gate:
     """Bounds how many tasks hold a key at once. Further ones wait in line."""
 
     def __init__(self, loop: Loop) -> None:
-        self._loop, self._taken = loop, collections.Counter[Hashable]()
-        self._line: list[tuple[Mapping[Hashable, int], Wakeup]] = []
+        self._loop, self._taken, self._line = loop, collections.Counter[Hashable](), list[Wakeup]()
 
     async def enter(self, bounds: Mapping[Hashable, int], deadline: float = NEVER) -> None:
         """Take keys, each at most as often as bounds says; wait for that if needed. Leave with the same bounds."""
-        if self._take(bounds):
-            return
-        place = (bounds, Wakeup(self._loop))
-        self._line.append(place)
-        try:
+        while not all(self._taken[key] < most for key, most in bounds.items()):
+            self._line.append(Wakeup(self._loop))
             await ready(0, deadline)
-        except BaseException:
-            if place in self._line:
-                self._line.remove(place)
-            else:  # it has been let in just now
-                self.leave(bounds)
-            raise
-
-    def _take(self, bounds: Mapping[Hashable, int]) -> bool:
-        is_free = all(self._taken[key] < most for key, most in bounds.items())
-        if is_free:
-            self._taken.update(bounds.keys())
-        return is_free
+        self._taken.update(bounds.keys())
 
     def leave(self, bounds: Mapping[Hashable, int]) -> None:
-        """Give keys back, and let in the tasks that can pass now."""
+        """Give keys back. The waiting tasks try again in their order."""
         self._taken -= collections.Counter(bounds.keys())
         line, self._line = self._line, []
-        for place in line:
-            if self._take(place[0]):
-                place[1]()
-            else:
-                self._line.append(place)
+        for wakeup in line:
+            wakeup()
 
 
 class Threads:
@@ -3632,23 +3614,20 @@ class Server(http.server.ThreadingHTTPServer):
     async def _accept(self) -> None:
         self.loop.use(self.socket)
         while True:
-            has_room = False
             try:
                 await ready(READABLE)
-                for _ in range(TURN_CONNECTIONS):
-                    has_room = len(self.connections) < self.max_connections or self._make_room()
-                    if has_room:
+                if len(self.connections) < self.max_connections or self._make_room():
+                    for _ in range(min(TURN_CONNECTIONS, self.max_connections - len(self.connections))):
                         self.process_request(*self.get_request())
-                    if len(self.connections) >= self.max_connections:  # first see whether somebody has gone
-                        break
+                    continue
             except (BlockingIOError, ConnectionError):  # none is left, or the client did not wait
                 continue
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
                 reason = error.strerror if isinstance(error, OSError) else type(error).__name__
                 self.errors.write(f"cannot accept a connection: {reason}")
-                has_room = isinstance(error, OSError) and error.errno == errno.EMFILE and self._make_room()
-            if not has_room:  # further connections wait in the listen queue
-                await sleep(SHORT_POLL_SECONDS)
+                if isinstance(error, OSError) and error.errno == errno.EMFILE and self._make_room():
+                    continue
+            await sleep(SHORT_POLL_SECONDS)  # further connections wait in the listen queue
 
     def _make_room(self) -> bool:
         first = min(self.connections.values(), key=RequestHandler.rank, default=None)
