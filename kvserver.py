@@ -1725,21 +1725,39 @@ class Gate:
     """Bounds how many tasks hold a key at once. Further ones wait in line."""
 
     def __init__(self, loop: Loop) -> None:
-        self._loop, self._taken, self._line = loop, collections.Counter[Hashable](), list[Wakeup]()
+        self._loop, self._taken = loop, collections.Counter[Hashable]()
+        self._line: list[tuple[Mapping[Hashable, int], Wakeup]] = []
 
     async def enter(self, bounds: Mapping[Hashable, int], deadline: float = NEVER) -> None:
         """Take keys, each at most as often as bounds says; wait for that if needed. Leave with the same bounds."""
-        while not all(self._taken[key] < most for key, most in bounds.items()):
-            self._line.append(Wakeup(self._loop))
+        if self._take(bounds):
+            return
+        place = (bounds, Wakeup(self._loop))
+        self._line.append(place)
+        try:
             await ready(0, deadline)
-        self._taken.update(bounds.keys())
+        except BaseException:
+            if place in self._line:
+                self._line.remove(place)
+            else:  # it has been let in just now
+                self.leave(bounds)
+            raise
+
+    def _take(self, bounds: Mapping[Hashable, int]) -> bool:
+        is_free = all(self._taken[key] < most for key, most in bounds.items())
+        if is_free:
+            self._taken.update(bounds.keys())
+        return is_free
 
     def leave(self, bounds: Mapping[Hashable, int]) -> None:
-        """Give keys back. The waiting tasks try again in their order."""
+        """Give keys back, and let in the tasks that can pass now."""
         self._taken -= collections.Counter(bounds.keys())
         line, self._line = self._line, []
-        for wakeup in line:
-            wakeup()
+        for place in line:
+            if self._take(place[0]):
+                place[1]()
+            else:
+                self._line.append(place)
 
 
 class Threads:
