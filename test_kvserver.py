@@ -5611,17 +5611,11 @@ class Exports(CommandCase):
         self.add_user("bob")
 
     def test_an_export_comes_back_as_it_was(self) -> None:
-        expected = []
+        names, expected = ("user", "key", "value", "updated", "expires"), []
         for number, text in enumerate(["open", "", "a\nb\r\n", "\0", "\u2028\x85", "☃ 😀", '"\\', "\ufeff", " "]):
             key = f"{number} {text}".strip("\0")
             self.sql(INSERT_PAIR, (1, key, text, 1577934245.5, None), (2, key, text, 1577934245.5, 16725223800 + 1 / 7))
-            line = {
-                "user": "alice",
-                "key": key,
-                "value": text,
-                "updated": "2020-01-02T03:04:05.500000Z",
-                "expires": None,
-            }
+            line = dict(zip(names, ("alice", key, text, "2020-01-02T03:04:05.500000Z", None)))
             expected += [line, {**line, "user": "bob", "expires": "2499-12-31T23:30:00.142857Z"}]
         self.sql(INSERT_PAIR, (2, "gone", "1", 1577934245.5, time.time() - 1))
         output = self.succeed("export")
@@ -6216,19 +6210,9 @@ class Serving(CommandCase):
         self.assertEqual(["config.json"], os.listdir(self.folder))
 
     def test_wrong_usage_exits_with_2(self) -> None:
-        for line in (
-            *(
-                "",
-                "fly",
-                "serve --port 65536",
-                "serve --port -1",
-                "serve --port x",
-                "serve --base-path /%",
-                "serve --x",
-            ),
-            *("serve extra", "users --port 1", "adduser"),
-            *("adduser alice password", "adduser alice --password password"),  # everybody can see a process's arguments
-        ):
+        bad_flags = ("--port 65536", "--port -1", "--port x", "--base-path /%", "--x", "extra")
+        exposed = ("adduser alice password", "adduser alice --password password")  # in the list of processes
+        for line in ("", "fly", "users --port 1", "adduser", *exposed, *("serve " + flag for flag in bad_flags)):
             with self.subTest(line):
                 code, output, errors = self.run_program(*line.split())
                 self.assertEqual((2, ""), (code, output))
