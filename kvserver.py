@@ -2460,7 +2460,7 @@ class Markup(str):
 STYLE = Markup("""
 :root{color-scheme:light dark;--text:#1b1f23;--quiet:#59636e;--back:#fff;--card:#f4f6f8;--line:#d3d9df;--link:#0a5cc2;
 --bad:#b3261e}@media(prefers-color-scheme:dark){:root{--text:#e6e9ec;--quiet:#9aa5b1;--back:#131619;--card:#1c2125;
---line:#363d44;--link:#82b8ff;--bad:#ff8d85}}*{box-sizing:border-box}[hidden]{display:none}
+--line:#363d44;--link:#82b8ff;--bad:#ff8d85}}*{box-sizing:border-box}
 body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:var(--text);
 background:var(--back)}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid var(--line)}
@@ -2469,17 +2469,16 @@ a[aria-current=page]{color:inherit;font-weight:600;text-decoration:none}h1{font-
 h2{font-size:1.15rem;margin:2.25rem 0 .5rem}h1,h2,p,code,pre,td{unicode-bidi:isolate}
 h1,h2,p,code,pre,span,button,td:first-child,.values td,.hooks td{overflow-wrap:anywhere}td:first-child{min-width:4rem}
 table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.values th:first-child{width:40%}
-.values th:last-child{width:10rem}th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line)}
-th,td{text-align:left;vertical-align:top}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
-textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace;white-space:pre-wrap}
-td a{white-space:pre-wrap}time{position:relative}p time::after{content:" (" attr(datetime) ")"}
-td time:hover::after{content:attr(datetime);position:absolute;right:0;bottom:100%;padding:.1rem .5rem;
-white-space:nowrap;color:var(--back);background:var(--text)}form,pre{padding:1rem;background:var(--card)}
-form{max-width:32rem;margin:.75rem 0;border:1px solid var(--line)}.bare,.search{padding:0;background:none;border:0}
-.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
-input,textarea{display:block;width:100%;padding:.5rem .6rem;color:inherit;background:var(--back);
-border:1px solid var(--quiet)}input[type=checkbox]{display:inline-block;width:auto;margin:0 .5rem 0 0}
-input,button{font:inherit}button{padding:.5rem 1rem;color:var(--back);background:var(--link);border:0}
+.values th:last-child{width:10rem}th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);
+text-align:left;vertical-align:top}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
+textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace}td,pre,code{white-space:pre-wrap}
+time{position:relative}p time::after{content:" (" attr(datetime) ")"}td time:hover::after{content:attr(datetime);
+position:absolute;right:0;bottom:100%;padding:.1rem .5rem;white-space:nowrap;color:var(--back);background:var(--text)}
+form,pre{padding:1rem;background:var(--card)}form{max-width:32rem;margin:.75rem 0;border:1px solid var(--line)}
+.bare,.search{padding:0;background:none;border:0}.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}
+label{margin-bottom:.75rem}.search label{flex:1;margin:0}input,textarea{padding:.5rem .6rem;color:inherit;
+background:var(--back);border:1px solid var(--quiet)}input:not([type=checkbox],[hidden]),textarea{display:block;
+width:100%}input,button{font:inherit}button{padding:.5rem 1rem;color:var(--back);background:var(--link);border:0}
 .bad{background:var(--bad)}form,pre,input,textarea,button{border-radius:.4rem}td button{padding:.15rem .6rem}
 td form{margin:.35rem 0 0}[role=alert],#done{font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
 [role=alert]{color:var(--bad);margin-top:0;outline:0}[role=alert]::first-letter{text-transform:uppercase}
@@ -2493,9 +2492,7 @@ PAGE_HTML = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title} - kvserver</title><style>{style}</style></head>
 <body>{nav}<main><h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}
-{content}
-</main></body></html>
-"""
+{content}</main></body></html>"""
 NAV = '<nav aria-label="Pages">{links}<span>{user}</span></nav>'
 NAV_LINK = '<a href="{}" aria-current="{}">{}</a>'
 FORM_HTML = """<form method="post" action="{url}" class="{kind}" autocapitalize="none" autocomplete="off"
@@ -2516,7 +2513,7 @@ USERS_PAGE = """{users}{turns}<h2>Add a user</h2>{form}<h2 id="hooks">Hooks</h2>
 {hooks}{more}"""
 MORE_HOOKS = "<p>There are more: <code>kvserver.py hooks</code></p>"
 ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
-<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}>May manage users (admin)</label><button>Add</button>"""
+<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> May manage users (admin)</label><button>Add</button>"""
 USER_PAGE = """<p>Role: {role}, values: {pairs}, newest change: {newest}</p>{password}
 <p class="quiet">The tokens stay as they are when the password changes.</p>{admin}<p>{delete}</p>
 <h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
@@ -2534,14 +2531,14 @@ ADD_VALUE = """<label>Key<input name="key" value="{key}" required></label><label
 {value}</textarea></label><button>Add</button>"""
 ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>
 <label>Only keys that begin with (empty for all)<input name="prefix" value="{prefix}"></label>
-<label><input type="checkbox" name="readonly" value="1" {readonly}>May only read</label><button>Add a token</button>"""
+<label><input type="checkbox" name="readonly" value="1" {readonly}> May only read</label><button>Add a token</button>"""
 SET_OWN_PASSWORD = """<input value="{user}" autocomplete="username" hidden>
 <label>Current password<input type="password" name="current" value="" required autocomplete="current-password"></label>
 {new_password}<button>Change the password</button>"""
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
 EDIT_VALUE = """<label>Value<textarea name="value" rows="{rows}">
 {value}</textarea></label><button>Save</button>"""
-STORED_VALUE = "<p>Stored now:</p><pre>\n{value}</pre>"
+STORED_VALUE = "<p>Stored now:</p><pre>\n{}</pre>"
 TOKEN_PAGE = """<p>Copy it to the device now: it is shown only once, and reloading this page makes another one.</p>
 <pre>{token}</pre><p>Send it in the header Authorization: Bearer TOKEN, or instead of your password.</p>
 <p><a href="./">Back to your values</a></p>"""
@@ -2559,7 +2556,6 @@ def fill(template: str, *values: object, **names: object) -> Markup:
 
 
 def make_visible(text: str) -> str:
-    """Return a text as one line without invisible characters."""
     return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), text.translate(VISIBLE))
 
 
@@ -2655,7 +2651,6 @@ def make_values(store: Store, request: Request, user_id: int, path: str, **param
 
 
 def make_tokens(store: Store, request: Request, user_name: str, hidden: Hidden) -> Markup:
-    """Return the table of a user's tokens, each with a form to delete it that sends the hidden fields too."""
     rows = []
     for token in store.tokens(user_name):
         label, rights = token.label or f"token {token.id}", fill("<code>{}</code>", token.rights())
@@ -2673,6 +2668,7 @@ def add_slash(store: Store, request: Request) -> Response:
 
 
 def welcome_page(store: Store, request: Request) -> Response:
+    """Show what this server is for."""
     return make_page(request, "Welcome", fill(WELCOME_PAGE))
 
 
@@ -2778,8 +2774,7 @@ def value_page(store: Store, request: Request) -> Response:
     else:
         parts.append(fill("<p>Edit this value by /set: a form cannot send it unchanged.</p>"))
     if pair and (request.refusal or not is_editable):
-        shown = value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"})
-        parts.append(fill(STORED_VALUE, value=shown))
+        parts.append(fill(STORED_VALUE, value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"})))
     if pair:
         parts.append(make_question(request, "Delete", "this value", "del", {"page": "state"}, url))
     return make_page(request, make_visible(key), fill("{}", parts))
