@@ -2493,29 +2493,24 @@ PAGE_HTML = """<!DOCTYPE html>
 <title>{title} - kvserver</title><style>{style}</style></head>
 <body>{nav}<main><h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}
 {content}</main></body></html>"""
-NAV = '<nav aria-label="Pages">{links}<span>{user}</span></nav>'
-NAV_LINK = '<a href="{}" aria-current="{}">{}</a>'
 FORM_HTML = """<form method="post" action="{url}" class="{kind}" autocapitalize="none" autocomplete="off"
 spellcheck="false">{alert}{hidden}{fields}</form>"""
 ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, browsers scroll to it and read it out
 HIDDEN = '<input type="hidden" name="{}" value="{}">'
-QUESTION = '<details><summary aria-label="{word} {what}">{word}…</summary>{form}</details>'
 DELETE = '<a href="{}" aria-label="Delete {}">Delete…</a>'
 BUTTON = '<button class="bad">{text}</button>'
 NEW_PASSWORD = """<label>New password, at least {characters} characters<input type="password" name="password" value=""
 required minlength="{characters}" autocomplete="new-password"></label>"""
 WELCOME_PAGE = """<p>This kvserver keeps values for devices, applets and scripts. They store one under a key with</p>
 <pre>/set?key=door&amp;value=open</pre><p>and read it back with</p><pre>/get?key=door</pre>
-<p><a href="me/">Your values</a>: see and edit your values, make tokens for devices.</p>
-<p><a href="admin/">Users</a>: for admins.</p>"""
+<p><a href="me/">Your values</a>: see and edit your values, make tokens for devices.</p><p><a href="admin/">Users</a>: for admins.</p>"""
 USERS_PAGE = """{users}{turns}<h2>Add a user</h2>{form}<h2 id="hooks">Hooks</h2>
 <p>A hook calls a URL when a value changes. To add or delete hooks, use a shell: <code>kvserver.py addhook</code></p>
 {hooks}{more}"""
-MORE_HOOKS = "<p>There are more: <code>kvserver.py hooks</code></p>"
 ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
-<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> May manage users (admin)</label><button>Add</button>"""
+<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> May manage users</label><button>Add</button>"""
 USER_PAGE = """<p>Role: {role}, values: {pairs}, newest change: {newest}</p>{password}
-<p class="quiet">The tokens stay as they are when the password changes.</p>{admin}<p>{delete}</p>
+<p class="quiet">The tokens stay as they are when the password changes.</p>{change_role}<p>{delete}</p>
 <h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
 SET_PASSWORD = """<input name="username" value="{user}" autocomplete="username" hidden>{new_password}
 <button>Set the password</button>"""
@@ -2538,7 +2533,6 @@ SET_OWN_PASSWORD = """<input value="{user}" autocomplete="username" hidden>
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
 EDIT_VALUE = """<label>Value<textarea name="value" rows="{rows}">
 {value}</textarea></label><button>Save</button>"""
-STORED_VALUE = "<p>Stored now:</p><pre>\n{}</pre>"
 TOKEN_PAGE = """<p>Copy it to the device now: it is shown only once, and reloading this page makes another one.</p>
 <pre>{token}</pre><p>Send it in the header Authorization: Bearer TOKEN, or instead of your password.</p>
 <p><a href="./">Back to your values</a></p>"""
@@ -2566,8 +2560,8 @@ def make_page(request: Request, title: str, content: str) -> Response:
         root, links = "" if request.path.endswith("/admin") else "../", []
         for name, path in (("Your values", "me/"), ("Users", "admin/"))[: 1 + user.is_admin]:
             current = "page" if request.path.endswith(f"/{path}") else "false"
-            links.append(fill(NAV_LINK, root + path, current, name))
-        nav = fill(NAV, links=links, user=user.name)
+            links.append(fill('<a href="{}" aria-current="{}">{}</a>', root + path, current, name))
+        nav = fill('<nav aria-label="Pages">{}<span>{}</span></nav>', links, user.name)
     alert = fill(ALERT, refusal.message) if refusal and 'role="alert"' not in content else ""
     page = fill(PAGE_HTML, style=STYLE, nav=nav, title=title, alert=alert, content=content).encode("utf-8")
     return Response(page, refusal.status if refusal else 200, HTML, PAGE_HEADERS + (refusal.headers if refusal else ()))
@@ -2604,7 +2598,7 @@ def make_form(request: Request, action: str, fields: str, hidden: Hidden, url: s
 def make_question(request: Request, word: str, what: str, action: str, hidden: Hidden, url: str = "./") -> Markup:
     """Return the button of a dangerous action, folded up so that nobody presses it by mistake."""
     form = make_form(request, action, BUTTON, hidden, url, text=f"{word} {what}")
-    return fill(QUESTION, word=word, what=what, form=form)
+    return fill('<details><summary aria-label="{0} {1}">{0}…</summary>{2}</details>', word, what, form)
 
 
 def make_time(seconds: float | None) -> str:
@@ -2693,7 +2687,7 @@ def users_page(store: Store, request: Request) -> Response:
         turns=make_turns("./", [user.name for user, *_ in users], after),
         form=make_form(request, "adduser", ADD_USER, {}),
         hooks=make_table("hooks", ("User", "Key", "URL", "Last result"), hook_rows),
-        more=fill(MORE_HOOKS) if len(hooks) > PAGE_ROWS_MAX else "",
+        more=fill("<p>There are more: <code>kvserver.py hooks</code></p>") if len(hooks) > PAGE_ROWS_MAX else "",
     )
     return make_page(request, "Users", page)
 
@@ -2709,15 +2703,15 @@ def user_page(store: Store, request: Request) -> Response:
     """Show a user, with forms to change the password and the role and to delete tokens."""
     user, pairs, newest = find_user(store, request)
     name, hidden = user.name, {"username": user.name, "page": "user"}
-    word, direction = ("Take", "from") if user.is_admin else ("Give", "to")
-    words = (f"{word} the admin role", f"{direction} {make_visible(name)}")
+    role_fields = {"isAdmin": "" if user.is_admin else "1", **hidden}
+    role, other = ("admin", "user") if user.is_admin else ("user", "admin")
     page = fill(
         USER_PAGE,
-        role="admin" if user.is_admin else "user",
+        role=role,
         pairs=pairs,
         newest=make_time(newest),
         password=make_form(request, "setpassword", SET_PASSWORD, {"page": "user"}, user=name),
-        admin=make_question(request, *words, "setadmin", {"isAdmin": "" if user.is_admin else "1", **hidden}),
+        change_role=make_question(request, "Change the role", f"to {other}", "setadmin", role_fields),
         delete=make_link("Delete this user…", "delete", username=name),
         tokens=make_tokens(store, request, name, hidden),
         values=make_values(store, request, user.id, "user", username=name),
@@ -2774,7 +2768,8 @@ def value_page(store: Store, request: Request) -> Response:
     else:
         parts.append(fill("<p>Edit this value by /set: a form cannot send it unchanged.</p>"))
     if pair and (request.refusal or not is_editable):
-        parts.append(fill(STORED_VALUE, value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"})))
+        shown = value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"})
+        parts.append(fill("<p>Stored now:</p><pre>\n{}</pre>", shown))
     if pair:
         parts.append(make_question(request, "Delete", "this value", "del", {"page": "state"}, url))
     return make_page(request, make_visible(key), fill("{}", parts))
@@ -2825,8 +2820,7 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
         etag = pair.etag if pair else ""
         value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")  # browsers send line ends as CR LF
         if parameters.get("etag", etag) != etag:
-            change = "another value is stored" if pair else "no value is stored any longer"
-            raise HTTPError(409, f"under this key, {change}; save again to store this one all the same")
+            raise HTTPError(409, "the key has another value now, or none; save again to store this one all the same")
         store.set_value(user.id, key, value, pair.expires if pair and page == "state" else None)
         return {"state": url_to("state", key=key), "add": url_to("./", prefix=key)}.get(page, "./")
     if action == "addtoken":
