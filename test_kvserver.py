@@ -157,11 +157,9 @@ class CapturedLog:
         self.lines: list[str] = []
 
     def write(self, level: str, message: str) -> None:
-        """Replace kvserver.log."""
         self.lines.append(message)
 
     def text(self) -> str:
-        """Return the whole log."""
         return "\n".join(self.lines)
 
 
@@ -264,7 +262,6 @@ class ServerCase(unittest.TestCase):
         self.enterContext(mock.patch.object(kvserver, name, value))
 
     def start(self) -> None:
-        """Start a server on the database."""
         self.store = kvserver.open_store(self.database)
         self.addCleanup(self.store.close)
         basics = (self.database, "127.0.0.1", 0, self.base_path, self.log_requests)
@@ -276,13 +273,11 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(self.stop)
 
     def stop(self) -> None:
-        """Stop the server and wait for its end."""
         self.server.stop()
         self.thread.join(WAIT_SECONDS)
         self.assertFalse(self.thread.is_alive(), "the server does not stop")
 
     def new_connection(self) -> http.client.HTTPConnection:
-        """Return a connection for requests."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
         self.addCleanup(connection.close)
         return connection
@@ -325,13 +320,11 @@ class ServerCase(unittest.TestCase):
         return answer.status, answer.body.decode()
 
     def get(self, key: str, user: str = "alice") -> bytes | None:
-        """Return the value of a key, or None."""
         answer = self.request("GET", url("/get", key=key), user=user)
         self.assertIn(answer.status, (200, 404))
         return answer.body if answer.status == 200 else None
 
     def pairs(self, user: str = "alice") -> dict[str, str]:
-        """Return all pairs of a user."""
         return cast("dict[str, str]", json.loads(self.request("GET", "/list", user=user).body))
 
     def fill(self, count: int, user_id: int = 1) -> dict[str, str]:
@@ -729,11 +722,9 @@ class Logins(ServerCase):
     """Passwords that let people in, and all others."""
 
     def try_password(self, status: int, name: str, password: str) -> None:
-        """Check the status of a request with a password."""
         self.check(status, "GET", "/list", user=basic(name, password))
 
     def count_scrypt(self) -> mock.Mock:
-        """Return a mock that counts the calls of scrypt."""
         return cast("mock.Mock", self.enterContext(mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt)))
 
     def test_no_and_bad_credentials_are_401(self) -> None:
@@ -872,15 +863,10 @@ class Checks(ServerCase):
     def test_requests_with_the_same_header_share_one_check(self) -> None:
         connections = [self.login(PASSWORDS["alice"]) for _ in range(20)]
         wait_until(lambda: len(self.server.connections) >= 20 and self.checked)
+        self.check(200, "GET", "/set?key=a&value=1", user="bob")  # known clients do not wait
         self.release.set()
         self.assert_answered(404, *connections)
         self.assertEqual(1, len(self.checked))
-
-    def test_known_clients_do_not_wait(self) -> None:
-        connection = self.login(PASSWORDS["alice"])
-        self.check(200, "GET", "/set?key=a&value=1", user="bob")
-        self.release.set()
-        self.assert_answered(404, connection)
 
     def test_all_spellings_of_the_scheme_share_one_check(self) -> None:
         self.release.set()
@@ -889,19 +875,14 @@ class Checks(ServerCase):
             self.check(200, "GET", "/list", user=spelling)
         self.assertEqual(1, len(self.checked))
 
-    def test_one_thread_makes_all_checks(self) -> None:
-        self.release.set()
-        for number in range(10):
-            self.assert_answered(401, self.login(f"wrong {number}"))
-        self.assertEqual(1, len({thread for _, thread in self.checked}))
-
-    def test_one_login_too_many_is_503_at_once(self) -> None:
+    def test_one_thread_makes_all_checks_and_one_login_too_many_is_503_at_once(self) -> None:
         waiting = [self.login(f"wrong {number}") for number in range(kvserver.CHECKS_MAX)]
         wait_until(lambda: len(self.server.authenticator._waiting) == kvserver.CHECKS_MAX)
         self.assert_answered(503, self.login("one more"))
         self.release.set()
         self.assert_answered(401, *waiting)
         self.assert_answered(401, self.login("one more"))
+        self.assertEqual(1, len({thread for _, thread in self.checked}))
 
     def test_a_check_that_takes_too_long_is_503_and_counts_for_the_next_try(self) -> None:
         with mock.patch.object(kvserver, "CHECK_SECONDS", 0.05):
@@ -1122,16 +1103,14 @@ class Hashes(unittest.TestCase):
         self.assertEqual([True, False, False], verified)
 
     def test_expensive_hashes_are_not_computed(self) -> None:
+        scrypt = "$salt$" + "0" * 128  # up to 64 MiB, and N is less than 2^(128 r / 8) (RFC 7914 section 2)
+        for method in ("scrypt:65536:8:1", "scrypt:8192:8:10", "scrypt:2:1:16"):
+            parsed = kvserver.parse_hash(method + scrypt)
+            self.assertEqual(64, len(parsed[1](b"a password")) if parsed else 0)
+        self.assertIsNotNone(kvserver.parse_hash("pbkdf2:sha256:10000000$salt$" + "0" * 64))
         for rest, methods in (
-            # Up to 64 MiB, and N is less than 2^(128 r / 8) (RFC 7914 section 2).
-            ("$salt$" + "0" * 128, "scrypt:65536:8:1 scrypt:8192:8:10 scrypt:2:1:16"),
-            ("$salt$" + "0" * 64, "pbkdf2:sha256:10000000"),
-        ):
-            for method in methods.split():
-                self.assertIsNotNone(kvserver.parse_hash(method + rest), method)
-        for rest, methods in (
-            ("$salt$" + "0" * 128, "scrypt:131072:8:1 scrypt:2:1:17 scrypt:2:1:0 scrypt:32767:8:1 scrypt:65536:1:1"),
-            ("$salt$" + "0" * 128, "scrypt:1:8:1 scrypt:0:8:1 scrypt:2:0:1"),
+            (scrypt, "scrypt:131072:8:1 scrypt:2:1:17 scrypt:2:1:0 scrypt:32767:8:1 scrypt:65536:1:1"),
+            (scrypt, "scrypt:1:8:1 scrypt:0:8:1 scrypt:2:0:1"),
             ("$salt$" + "0" * 64, "pbkdf2:sha256:10000001 pbkdf2:sha256:0 pbkdf2:sha1:1000"),
             ("$salt$" + "0" * 63, "pbkdf2:sha256:1000"),
             ("$$" + "0" * 64, "pbkdf2:sha256:1000"),
@@ -1142,9 +1121,6 @@ class Hashes(unittest.TestCase):
             for method in methods.split():
                 self.assertIsNone(kvserver.parse_hash(method + rest), method)
                 self.assertFalse(kvserver.verify_password("password", method + rest))
-        for method in ("scrypt:65536:8:1", "scrypt:2:1:16"):  # and these can be computed
-            parsed = kvserver.parse_hash(method + "$salt$" + "0" * 128)
-            self.assertEqual(64, len(parsed[1](b"a password")) if parsed else 0)
 
 
 class Loops(unittest.TestCase):
@@ -1169,7 +1145,6 @@ class Loops(unittest.TestCase):
         raise AssertionError
 
     def run_to_end(self, task: kvserver.Task) -> int:
-        """Run the loop until a task has ended, and return how many rounds that took."""
         return self.run_until(lambda: task not in self.loop._tasks)
 
     async def wait(self, deadline: float = kvserver.NEVER) -> None:
@@ -1188,9 +1163,7 @@ class Loops(unittest.TestCase):
 
     def pair(self) -> tuple[socket.socket, socket.socket]:
         """Return two connected sockets; the first is for a task."""
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        self.addCleanup(theirs.close)
+        ours, theirs = (self.enterContext(each) for each in socket.socketpair())
         ours.setblocking(False)
         return ours, theirs
 
@@ -1222,25 +1195,22 @@ class Loops(unittest.TestCase):
 
     def test_a_finished_task_leaves_no_registration_behind(self) -> None:
         async def receive_and_raise(connection: socket.socket, error: Exception | None) -> None:
-            with contextlib.closing(connection):
+            with connection:
                 await self.receive(connection)
-                if error:
-                    raise error
+                raise error or EOFError
 
-        registered, mistake = self.loop._selector.get_map(), ValueError("a mistake")
-        before = len(registered)
-        for sent, error in ((b"x", None), (b"x", mistake), (b"", None)):
+        mistake = ValueError("a mistake")
+        for sent, error in ((b"x", mistake), (b"", None)):
             ours, theirs = self.pair()
             task = self.loop.start(receive_and_raise(ours, error))
-            self.assertEqual(before + 1, len(registered))
+            self.assertEqual(2, len(self.loop._selector.get_map()))
             theirs.sendall(sent)
             theirs.close()
             self.run_to_end(task)
-            self.assertEqual(before, len(registered))
-        self.assertEqual(([b"x", b"x", b""], [mistake]), (self.notes, self.errors))
-        task = self.loop.start(receive_and_raise(self.pair()[0], None))
-        self.loop.throw(task, kvserver.Cancelled())
-        self.assertEqual(before, len(registered))
+            self.assertEqual(1, len(self.loop._selector.get_map()))
+        self.assertEqual(([b"x", b""], mistake), (self.notes, self.errors[0]))
+        self.loop.throw(self.loop.start(receive_and_raise(self.pair()[0], None)), kvserver.Cancelled())
+        self.assertEqual(1, len(self.loop._selector.get_map()))
 
     def test_bytes_for_a_busy_task_are_reported_once_and_not_lost(self) -> None:
         ours, theirs = self.pair()
@@ -1322,6 +1292,8 @@ class Connections(ServerCase):
         first = b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"
         answers = self.exchange(first + b"GET /health HTTP/1.0\r\n\r\n")
         self.assertEqual(([200, 200], 1), (statuses(answers), answers.count(b"Connection: keep-alive\r\n")))
+        for target, status in (("http://x:80/health", 200), ("HTTPS://x/health?_=1", 200), ("http://x", 404)):
+            self.assertEqual([status], statuses(self.exchange(f"GET {target} HTTP/1.0\r\n\r\n".encode())), target)
 
     def test_pipelined_requests_are_answered_in_order_even_if_the_client_has_ended(self) -> None:
         data = self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 1", body=b"1")
@@ -1436,7 +1408,10 @@ class Connections(ServerCase):
     def test_an_empty_line_behind_a_request_begins_no_other_one(self) -> None:
         connection = self.connect(self.raw("GET /get?key=a HTTP/1.1") + b"\r\n")
         self.assertEqual([404], statuses(connection.recv(65536)))
-        (handler,) = self.server.connections.values()
+        ((accepted, handler),) = self.server.connections.items()
+        self.assertTrue(
+            accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        )  # nothing waits for acknowledgements
         wait_until(lambda: not handler.received and handler.state == kvserver.IDLE)
         connection.sendall(b"\r\n" + self.raw("GET /get?key=a HTTP/1.1"))
         self.assertEqual([404], statuses(connection.recv(65536)))
@@ -1452,11 +1427,6 @@ class Connections(ServerCase):
         stranger = self.connect(self.raw(*post, "Content-Length: 1").replace(login, b"Basic !"))
         for status, connection in ((413, too_long), (400, too_short), (401, stranger)):
             self.assertEqual([status], statuses(connection.recv(65536)))
-
-    def test_absolute_target_is_served(self) -> None:
-        for target, status in (("http://x:80/health", 200), ("HTTPS://x/health?_=1", 200), ("http://x", 404)):
-            answer = self.exchange(f"GET {target} HTTP/1.1\r\nHost: y\r\nConnection: close\r\n\r\n".encode())
-            self.assertEqual([status], statuses(answer), target)
 
     def test_slow_clients_are_closed(self) -> None:
         half = self.raw("POST /set?key=a HTTP/1.1", "Content-Length: 9", body=b"1")
@@ -1509,11 +1479,6 @@ class Connections(ServerCase):
         self.check(200, "GET", "/list")
         self.stop()
         self.assertEqual("", self.log.text())
-
-    def test_responses_do_not_wait_for_acknowledgements(self) -> None:
-        self.assertEqual([404], statuses(self.begin("GET /nowhere HTTP/1.1").recv(65536)))
-        (accepted,) = self.server.connections
-        self.assertTrue(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_a_pipelining_client_gets_one_response_a_round(self) -> None:
         answered, waiting_bytes = list[str](), list[int]()
@@ -1570,10 +1535,6 @@ class Connections(ServerCase):
         wait_until(lambda: self.get("a") == b"1")
         wait_until(lambda: not self.server.connections)
 
-    def test_many_connections_at_once_are_served(self) -> None:
-        for connection in [self.begin("GET /list HTTP/1.1") for _ in range(100)]:
-            self.assertEqual([200], statuses(connection.recv(65536)))
-
 
 def trust(certificate: str) -> ssl.SSLContext:
     """Return what a client uses that trusts a certificate, and no other."""
@@ -1608,7 +1569,6 @@ class Secure(ServerCase):
         return tls
 
     def hello(self) -> bytes:
-        """Return a client's first bytes."""
         sent = ssl.MemoryBIO()
         with contextlib.suppress(ssl.SSLWantReadError):
             self.context.wrap_bio(ssl.MemoryBIO(), sent, server_hostname="localhost").do_handshake()
@@ -4076,14 +4036,13 @@ class PageCase(ServerCase):
         """Return a page that must exist."""
         return Page(self.see(200, target, user))
 
-    def send(self, status: int, target: str, user: str | None = "alice", **fields: Any) -> Answer:
+    def send(self, status: int, target: str, user: str | None = "alice", form: str = "", **fields: Any) -> Answer:
         """Send a form, with these headers if there is a field of that name, and check the status."""
         headers = {"Accept": "text/html,*/*;q=0.8", **fields.pop("headers", {})}
-        body = urllib.parse.urlencode(fields)
+        body = form or urllib.parse.urlencode(fields)
         return self.check(status, "POST", as_a_browser(target), body, kvserver.FORM, user, headers)
 
     def names(self) -> list[str]:
-        """Return the names of all users."""
         return [user.name for user, *_ in self.store.users()]
 
     def follow(self, target: str) -> list[list[str]]:
@@ -4301,29 +4260,19 @@ class UserPages(PageCase):
         self.assertEqual(["alice", "bob"], self.names())
 
     def test_a_refusal_is_told_even_if_its_form_is_not_on_the_page(self) -> None:
-        self.store.set_value(1, "a", "1")
-        for status, target, fields in (
-            (400, "/me/", {"action": "zzz"}),
-            (400, "/me/", {"key": "a", "value": "1"}),
-            (400, "/me/", {"action": "deltoken"}),
-            (404, "/me/", {"action": "deltoken", "id": "1"}),
-            (400, "/me/", {"action": "del"}),
-            (404, "/me/", {"action": "del", "key": "gone"}),
-            (404, "/me/", {"action": "del", "key": "gone", "page": "state"}),
-            (409, "/me/", {"action": "set", "key": "gone", "page": "state", "value": "1", "etag": '"a"'}),
-            (400, "/admin/", {"action": "zzz", "username": "bob"}),
-            (400, "/admin/", {"username": "bob"}),
-            (400, "/admin/", {"action": "deluser"}),
-            (404, "/admin/", {"action": "deluser", "username": "nobody"}),
-            (404, "/admin/", {"action": "setpassword", "username": "nobody", "password": "a password"}),
-            (409, "/admin/", {"action": "deluser", "username": "alice"}),
-            (409, "/admin/", {"action": "setadmin", "username": "alice"}),
-            (409, "/admin/", {"action": "adduser", "username": "bob", "password": "a password", "page": "user"}),
-            (400, "/admin/", {"action": "setpassword", "username": "bob", "password": "short"}),
-            (400, "/admin/", {"action": "deltoken", "username": "bob", "page": "user"}),
-            *((404, "/admin/", {"action": "deltoken", "username": "bob", "id": i}) for i in ("1", "x", "9" * 30, "-1")),
+        for status, target, forms in (
+            (400, "/me/", ("action=zzz", "key=a&value=1", "action=deltoken", "action=del")),
+            (404, "/me/", ("action=deltoken&id=1", "action=del&key=gone", "action=del&key=gone&page=state")),
+            (409, "/me/", ("action=set&key=gone&page=state&value=1&etag=a",)),
+            (400, "/admin/", ("action=zzz&username=bob", "username=bob", "action=deluser")),
+            (400, "/admin/", ("action=setpassword&username=bob&password=x", "action=deltoken&username=bob&page=user")),
+            (404, "/admin/", ("action=deluser&username=x", "action=setpassword&username=x&password=a+password")),
+            (404, "/admin/", [f"action=deltoken&username=bob&id={number}" for number in ("1", "x", "9" * 30, "-1")]),
+            (409, "/admin/", ("action=deluser&username=alice", "action=setadmin&username=alice")),
+            (409, "/admin/", ("action=adduser&username=bob&password=a+password&page=user",)),
         ):
-            self.assertTrue(Page(self.send(status, target, **fields)).has_alert(), fields)
+            for form in forms:
+                self.assertTrue(Page(self.send(status, target, form=form)).has_alert(), form)
 
     def test_two_admins_cannot_remove_each_other_at_once(self) -> None:
         def send(user: str, other: str, fields: Mapping[str, str], barrier: threading.Barrier) -> int:
@@ -4383,24 +4332,19 @@ class UserPages(PageCase):
 
     def test_another_site_changes_nothing(self) -> None:
         self.store.add_token("alice", b"1", "", False, "")
-        eve = {"action": "adduser", "username": "eve", "password": "a password", "isAdmin": "1"}
-        for path, fields in (
-            ("/admin/", eve),
-            ("/admin", eve),
-            ("/admin/", {"action": "deluser", "username": "bob"}),
-            ("/admin/", {"action": "setpassword", "username": "alice", "password": "a password"}),
-            ("/admin/", {"action": "setadmin", "username": "bob", "isAdmin": "1"}),
-            ("/admin/", {"action": "deltoken", "username": "alice", "id": "1"}),
-            ("/me/", {"action": "set", "key": "a", "value": "1"}),
-            ("/me/", {"action": "addtoken"}),
-            ("/me/", {"action": "deltoken", "id": "1"}),
-            ("/me/", {"action": "passwd", "current": PASSWORDS["alice"], "password": "a password"}),
+        eve = "action=adduser&username=eve&password=a+password&isAdmin=1"
+        password = url("action=passwd", current=PASSWORDS["alice"], password="a password").replace("?", "&")
+        for path, forms in (
+            ("/admin", (eve,)),
+            ("/admin/", (eve, "action=deluser&username=bob", "action=setpassword&username=alice&password=a+password")),
+            ("/admin/", ("action=setadmin&username=bob&isAdmin=1", "action=deltoken&username=alice&id=1")),
+            ("/me/", ("action=set&key=a&value=1", "action=addtoken", "action=deltoken&id=1", password)),
         ):
-            for name, origin in (
-                *(("Origin", "http://evil.example"), ("Sec-Fetch-Site", "same-site")),
-                ("Referer", "http://evil.example/"),
+            evil = "http://evil.example"
+            for form, headers in itertools.product(
+                forms, ({"Origin": evil}, {"Sec-Fetch-Site": "same-site"}, {"Referer": evil})
             ):
-                self.send(403, path, headers={name: origin}, **fields)
+                self.send(403, path, form=form, headers=headers)
         self.assertEqual((["alice", "bob"], {}), (self.names(), self.pairs()))
         self.assertEqual(1, len(self.store.tokens("alice")))
         self.assertEqual([True, False], [bool(user.is_admin) for user, *_ in self.store.users()])
@@ -4514,15 +4458,6 @@ class OwnPages(PageCase):
             self.assertIn(fields.get("key", ""), page.values(name="key"))
             self.assertIn("typed" if "value" in fields else "Value", page.text)
         self.assertEqual({}, self.pairs())
-
-    def test_a_form_saved_unchanged_leaves_the_value_unchanged(self) -> None:
-        for value in (
-            *("", "\n", "\n\na\n", " a \t", "<b>&amp;</b></textarea>", "😀é", "+%41&a=b"),
-            "\x01\x0b\x0c\x1b\x7f\x85\u2028\ufeff\ufffe",
-        ):
-            self.store.set_value(1, "a\n+&é", value)
-            self.edit("a\n+&é")
-            self.assertEqual({"a\n+&é": value}, self.pairs())
 
     def test_adding_and_editing_overwrite_only_what_was_shown(self) -> None:
         def set_shown(*etags: str | None) -> None:
@@ -4687,7 +4622,6 @@ class WebDriver:
             return json.load(answer)["value"]
 
     def get(self, path: str) -> Any:
-        """Return what the browser tells of itself."""
         return self._request("GET", path)
 
     def send(self, path: str, **arguments: Any) -> Any:
@@ -4695,7 +4629,6 @@ class WebDriver:
         return self._request("POST", path, json.dumps(arguments).encode())
 
     def close(self) -> None:
-        """End the browser."""
         with contextlib.suppress(OSError, AttributeError):
             self._request("DELETE", "")
         self._process.terminate()
@@ -4714,7 +4647,6 @@ class WebDriver:
         return f"/element/{self.send('/element', using='css selector', value=selector)[self.ELEMENT]}"
 
     def click(self, selector: str) -> None:
-        """Click on an element."""
         self.send(self._find(selector) + "/click")
 
     def follow(self, selector: str) -> None:
@@ -4730,7 +4662,6 @@ class WebDriver:
         self.send(path + "/value", text=text)
 
     def text(self, selector: str = "body") -> str:
-        """Return the text of an element as people see it."""
         return str(self.get(self._find(selector) + "/text"))
 
     def log(self, kind: str) -> list[Any]:
@@ -4827,36 +4758,6 @@ class Browser(PageCase):
         self.assertEqual(["alice", "bob"], self.names())
         self.assertTrue(browser.get("/url").endswith("/iotpersistenceapi/admin/#done"))
         self.assertEqual("The change is made.", browser.text("#done"))
-        self.assert_quiet()
-
-    def test_a_token_works_until_it_is_revoked(self) -> None:
-        self.open("/me/", "bob")
-        self.browser.type("[name=label]", "hall")
-        self.browser.click("[name=readonly]")
-        self.browser.follow("label:has([name=readonly]) ~ button")
-        token = "Bearer " + self.browser.text("pre")
-        self.check(200, "GET", "/list", user=token)
-        self.check(403, "GET", "/set?key=a&value=1", user=token)
-        self.browser.follow("main a")
-        self.browser.click("td summary")
-        self.browser.follow("td button")
-        self.check(401, "GET", "/list", user=token)
-        self.assert_quiet()
-
-    def test_markup_stays_text(self) -> None:
-        text = '"><img src=x onerror=alert(2)><script>alert(1)</script>'
-        self.store.add_user(text, kvserver.hash_password("a password"), False)
-        for user_id in (1, 3):
-            self.store.set_value(user_id, text, text)
-        self.store.add_token("alice", b"digest", text, False, text)
-        for target in (
-            *("/admin/", "/admin/user?username=alice", url("/admin/user", username=text)),
-            *(url("/admin/delete", username=text), "/me/", url("/me/", prefix=text), url("/me/state", key=text)),
-        ):
-            self.open(target, "alice" if target == "/admin/" else "")
-            self.assertIn(text, self.browser.run("return document.body.innerText"), target)
-            # With a dialogue open, this fails.
-            self.assertEqual(0, self.browser.run("return document.querySelectorAll('script, img, svg').length"))
         self.assert_quiet()
 
     def test_a_form_saved_unchanged_leaves_the_value_unchanged(self) -> None:
