@@ -2503,12 +2503,12 @@ NEW_PASSWORD = """<label>New password, at least {characters} characters<input ty
 required minlength="{characters}" autocomplete="new-password"></label>"""
 WELCOME_PAGE = """<p>This kvserver keeps values for devices, applets and scripts. They store one under a key with</p>
 <pre>/set?key=door&amp;value=open</pre><p>and read it back with</p><pre>/get?key=door</pre>
-<p><a href="me/">Your values</a>: see and edit your values, make tokens for devices.</p><p><a href="admin/">Users</a>: for admins.</p>"""
+<p><a href="me/">Your values</a>: edit values, add tokens.</p><p><a href="admin/">Users</a>: for admins.</p>"""
 USERS_PAGE = """{users}{turns}<h2>Add a user</h2>{form}<h2 id="hooks">Hooks</h2>
 <p>A hook calls a URL when a value changes. To add or delete hooks, use a shell: <code>kvserver.py addhook</code></p>
 {hooks}{more}"""
 ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
-<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> May manage users</label><button>Add</button>"""
+<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label><button>Add</button>"""
 USER_PAGE = """<p>Role: {role}, values: {pairs}, newest change: {newest}</p>{password}
 <p class="quiet">The tokens stay as they are when the password changes.</p>{change_role}<p>{delete}</p>
 <h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
