@@ -184,8 +184,8 @@ PASSWORD_TOO_LONG = f"a password has at most {PASSWORD_BYTES_MAX} bytes in UTF-8
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 BASE64 = "((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2,4})"  # without padding
 SCRYPT_HASH = re.compile(rf"\$scrypt\$ln=(\d{{1,2}}),r=(\d{{1,2}}),p=(\d{{1,2}})\${BASE64}\${BASE64}")
-WERKZEUG_SCRYPT = re.compile(r"scrypt:([0-9]{1,8}):([0-9]{1,4}):([0-9]{1,4})\$([^$]+)\$([0-9a-f]{128})")
-WERKZEUG_PBKDF2 = re.compile(r"pbkdf2:sha256:([0-9]{1,8})\$([^$]+)\$([0-9a-f]{64})")
+WERKZEUG_SCRYPT = r"scrypt:([0-9]{1,8}):([0-9]{1,4}):([0-9]{1,4})\$([^$]+)\$([0-9a-f]{128})"
+WERKZEUG_PBKDF2 = r"pbkdf2:sha256:([0-9]{1,8})\$([^$]+)\$([0-9a-f]{64})"
 
 
 class BadCredential(ValueError):
@@ -244,8 +244,8 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
 
     Returns None for an unknown form, and if the function would take too much memory or time.
     """
-    ours, pbkdf2 = SCRYPT_HASH.fullmatch(stored), WERKZEUG_PBKDF2.fullmatch(stored)
-    match = ours or pbkdf2 or WERKZEUG_SCRYPT.fullmatch(stored)
+    ours, pbkdf2 = SCRYPT_HASH.fullmatch(stored), re.fullmatch(WERKZEUG_PBKDF2, stored)
+    match = ours or pbkdf2 or re.fullmatch(WERKZEUG_SCRYPT, stored)
     if not match:
         return None
     *numbers, salt_text, digest_text = match.groups()
@@ -1049,6 +1049,7 @@ CHUNKED = -1  # the length of a body in chunks
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 
+# Rarely used patterns are texts, which re compiles on first use: the server starts faster.
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 REQUEST_LINE = re.compile(
@@ -1057,11 +1058,10 @@ REQUEST_LINE = re.compile(
 FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 # Either a part of the first line, or that line, whole fields, and a part of another one.
 FIRST_LINE_SO_FAR = r"(?:[!-~][ -~\x80-\xff]*)?\r?"
-HEAD_SO_FAR = re.compile(rf"(?:\r\n)?(?:{FIRST_LINE_SO_FAR}|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)")
+HEAD_SO_FAR = rf"(?:\r\n)?(?:{FIRST_LINE_SO_FAR}|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)"
 CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-TRAILERS = re.compile(rf"(?:{FIELD.pattern}\r\n)*\r\n".encode("iso-8859-1"))
-ENTITY_TAGS = re.compile(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+')
-ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
+TRAILERS = rf"(?:{FIELD.pattern}\r\n)*\r\n"
+ENTITY_TAGS = r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+'
 # Sent twice, these could change whose request it is or where it ends. Other repeated headers are joined with a comma.
 SINGLE_FIELDS = frozenset(("authorization", "content-length", "content-type", "host", "transfer-encoding"))
 
@@ -1169,9 +1169,9 @@ class Request:
         condition = self.fields.headers.get(header)
         if condition is None or condition == "*":
             return condition == "*" and etag != ""
-        if not ENTITY_TAGS.fullmatch(condition):
+        if not re.fullmatch(ENTITY_TAGS, condition):
             raise HTTPError(400, f'the header {header} is malformed; send * or the ETag of a response, as in "0a1b"')
-        tags = ENTITY_TAG.findall(condition)  # weak ones match in If-None-Match only (RFC 9110 section 13.1)
+        tags = re.findall(r'(W/)?("[^"]*")', condition)  # weak ones match in If-None-Match only (RFC 9110 section 13.1)
         return any(tag == etag and (header != "if-match" or not weak) for weak, tag in tags)
 
 
@@ -1254,7 +1254,7 @@ def check_incomplete_head(received: bytearray, checked: int) -> int:
     """Raise HTTPError if bytes cannot become a head. Return the length of the whole lines, the next call's checked."""
     end = received.rfind(b"\n") + 1
     is_first_line = end <= 2  # perhaps after an empty one
-    if (is_first_line or end > checked) and not HEAD_SO_FAR.fullmatch(received.decode("iso-8859-1")):
+    if (is_first_line or end > checked) and not re.fullmatch(HEAD_SO_FAR, received.decode("iso-8859-1")):
         raise HTTPError(400, "this is not HTTP/1.1, or a header is malformed; if it is TLS, use http:// instead")
     if is_first_line and len(received) > REQUEST_LINE_BYTES_MAX + 2:
         raise HTTPError(414, ADDRESS_TOO_LONG)
@@ -1279,9 +1279,9 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
             raise HTTPError(400, MALFORMED_CHUNKS)
         body += received[begin:end]
         del received[: end + 2]
-    trailers = TRAILERS.match(received, begin) if match else None
+    trailers = re.match(TRAILERS, received[begin:].decode("iso-8859-1")) if match else None
     if trailers:
-        del received[: trailers.end()]
+        del received[: begin + trailers.end()]
     elif (b"\r\n\r\n" if match else b"\n") in received or len(received) > HEADERS_BYTES_MAX:
         raise HTTPError(400, MALFORMED_CHUNKS)
     return trailers is not None
@@ -1307,11 +1307,11 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
 
 HOOK_PORTS = {"http": 80, "https": 443}
 # Interim responses (1xx) are skipped; then come the status line, the header lines so far, and their end.
-HEAD = re.compile(
+HEAD = (
     rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"
     rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)(\r?\n)?"
 )
-RETRY_AFTER_FIELD = re.compile(rb"^retry-after:[ \t]*([0-9]+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+RETRY_AFTER_FIELD = rb"(?im)^retry-after:[ \t]*([0-9]+)[ \t]*\r?$"
 
 
 class BadHook(ValueError):
@@ -1366,14 +1366,14 @@ class Answer(NamedTuple):
 
 def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
     """Return the answer, or None before its status line is whole, and whether the rest does not matter."""
-    head = HEAD.match(received)
+    head = re.match(HEAD, received)
     if not head:
         return None, False
     status = int(head[1])
     text = f"{status} {http.HTTPStatus(status).phrase}" if status in STATUS_LINES else str(status)
     if status not in (429, 503):
         return Answer(status, text), True
-    retry_after = RETRY_AFTER_FIELD.search(head[2])
+    retry_after = re.search(RETRY_AFTER_FIELD, head[2])
     return Answer(status, text, max(1.0, float(retry_after[1])) if retry_after else None), head[3] is not None
 
 
@@ -1385,7 +1385,7 @@ FORM = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
 FORM_WITH_VALUE = re.compile("(?:^|&)value=")
 SECONDS = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?")
-JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+JSON_STRING = r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?'
 JSON_DEPTH_MAX = 100
 
 
@@ -1428,7 +1428,7 @@ def parse_json(text: str) -> Any:
     """Return the value of a JSON text; raise ValueError, or HTTPError for repeated names."""
     # CPython 3.12 and 3.13 follow deep nesting until the small stack of a thread overflows, and the process dies.
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
-        brackets = re.sub(r"[^][{}]", "", JSON_STRING.sub("", text))
+        brackets = re.sub(r"[^][{}]", "", re.sub(JSON_STRING, "", text))
         depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
         if max(depths, default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
