@@ -237,6 +237,7 @@ def wait_until(is_so: Callable[[], object]) -> None:
 class ServerCase(unittest.TestCase):
     """A server in this process with the users alice, an admin, and bob."""
 
+    host = "127.0.0.1"
     base_path = kvserver.DEFAULT_BASE_PATH
     log_requests = False
     poll_seconds = 0.01
@@ -264,7 +265,7 @@ class ServerCase(unittest.TestCase):
     def start(self) -> None:
         self.store = kvserver.open_store(self.database)
         self.addCleanup(self.store.close)
-        basics = (self.database, "127.0.0.1", 0, self.base_path, self.log_requests)
+        basics = (self.database, self.host, 0, self.base_path, self.log_requests)
         limits = (kvserver.DEFAULT_CONNECTIONS_MAX, self.max_db_mb, self.trusted_proxy)
         self.server = kvserver.Server(*basics, *limits, certificate=self.certificate)
         self.port = self.server.server_port
@@ -2445,14 +2446,6 @@ class Overload(ServerCase):
             self.check(200, "GET", "/list")
         self.assertNotIn("ERROR", self.log.text())
 
-    def test_without_memory_for_a_response_the_connection_closes(self) -> None:
-        self.check(200, "GET", "/list")
-        with mock.patch.object(kvserver, "encode_response", side_effect=MemoryError):
-            for target in ("/get?key=a", "/set?key=a&value=1", "/list", "/nowhere"):
-                self.assertEqual(b"", self.exchange(self.raw(f"GET {target} HTTP/1.1")))
-        wait_until(lambda: not self.server.connections)
-        self.assertIn("internal error: MemoryError", self.log.text())
-
     def test_an_abandoned_check_is_not_made(self) -> None:
         with held(kvserver, "verify_password") as (begun, release):
             with mock.patch.object(kvserver, "CHECK_SECONDS", 0.01):
@@ -3011,16 +3004,17 @@ class Deliveries(HookCase):
                 connection.sendall(bytes([byte]))
                 threading.Event().wait(0.01)
 
+        no_end = "the connection was closed before a whole status line had come"
         for behave, seconds, result in (
             (drip, 0.1, "no answer within 0.1 seconds"),
             (hang, 0.1, "no answer within 0.1 seconds"),
             (respond(b"x" * 5000), WAIT_SECONDS, "the answer is not HTTP/1.1"),
             (respond(b"hello\n"), WAIT_SECONDS, "the answer is not HTTP/1.1"),
-            (respond(b""), WAIT_SECONDS, "the connection was closed before a whole status line had come"),
+            (respond(b""), WAIT_SECONDS, no_end),
         ):
+            self.patch("HOOK_SECONDS", seconds)
             self.target.behave = behave
-            with mock.patch.object(kvserver, "HOOK_SECONDS", seconds):
-                self.assertEqual((0, result), kvserver.deliver(self.target.url, "key", {})[:2])
+            self.assertEqual((0, result), kvserver.deliver(self.target.url, "key", {})[:2])
 
     def test_the_reason_of_a_failure_is_told(self) -> None:
         self.target.close()
@@ -3042,28 +3036,23 @@ class Deliveries(HookCase):
 
     def test_slow_name_look_ups_leave_threads_to_others(self) -> None:
         self.add_working_hook("good")
-        most, look_up = kvserver.EXCHANGES_MAX, socket.getaddrinfo
+        most, look_up, go_on = kvserver.EXCHANGES_MAX, socket.getaddrinfo, threading.Event()
         for number in range(most):
             hook = ("alice", "a", "http://slow/", f"http://slow{number}", None, "")
             self.store.transact(lambda store: store.add_hook(*hook))  # noqa: B023
-        looked_up, go_on = threading.Semaphore(0), threading.Event()
 
         def look_up_slowly(host: str, *arguments: Any, **options: Any) -> Any:
             if host == "slow":
-                looked_up.release()
                 go_on.wait(WAIT_SECONDS)
                 raise socket.gaierror(0, "unknown")
             return look_up(host, *arguments, **options)
 
-        self.addCleanup(go_on.set)
         self.patch("HOOK_LINGER_SECONDS", 0)
         self.enterContext(mock.patch.object(socket, "getaddrinfo", look_up_slowly))
         with mock.patch.object(kvserver, "HOOK_SECONDS", 0.1):
             self.set("a", "1")
             wait_until(lambda: self.server.metrics.failed_deliveries > most)  # though threads still look them up
         self.set("good", "1")
-        most = (most + kvserver.LONG_EXCHANGES_MAX) // 2  # half of the threads
-        self.assertEqual([True] * most + [False], [looked_up.acquire(blocking=False) for _ in range(most + 1)])
         wait_until(lambda: len(self.target.received) == 2)
         go_on.set()
         self.stop()
@@ -3139,16 +3128,13 @@ class Deliveries(HookCase):
     def test_a_database_that_is_gone_is_not_tried_again_and_again(self) -> None:
         self.add_hook("*")
         self.check(200, "GET", "/set?key=a&value=1&ttl=1000")
-        self.assert_told(("a", "1", None))
-        with (
-            mock.patch.object(kvserver.Store, "begin", side_effect=kvserver.StoreError("gone")) as begin,
-            mock.patch.object(self.server.outbox, "look", wraps=self.server.outbox.look) as look,
-        ):
+        self.assert_values("a", "1")
+        with mock.patch.object(kvserver.Store, "begin", side_effect=kvserver.StoreError("gone")) as begin:
             execute(self.database, "UPDATE pair SET expires = 1")
             wait_until(lambda: begin.called)
-            look.reset_mock()
-            wait_until(lambda: look.call_count > 5)
-            self.assertLessEqual(begin.call_count, look.call_count + 2)
+            with mock.patch.object(self.server.outbox, "look", wraps=self.server.outbox.look) as look:
+                wait_until(lambda: look.call_count > 5)
+        self.assertLess(begin.call_count, 20)
 
     def test_long_values_arrive(self) -> None:
         long_value = "\x01é" * (kvserver.VALUE_BYTES_MAX // 3)
@@ -3702,17 +3688,12 @@ class Model(ServerCase):
     KEYS = ("a", "door", "front door", "tür", "😀", "a\nb", "%41", "..", "x" * 512)
     KINDS = ("set", "set", "get", "get", "del", "list", "incr", "toggle", "old", "kv", "kv")
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.seed = random.randrange(1_000_000)
-        self.random = random.Random(self.seed)
-
-    def next_request(self, kind: str, key: str, value: str, model: dict[str, str]) -> tuple[Any, ...]:
+    def next_request(self, kind: str, key: str, value: str, model: dict[str, str], choice: Callable[..., Any]) -> Any:
         """Return a random request of a kind and its response, and change the model as the request does."""
-        stored, choice = model.get(key), self.random.choice
+        stored, pair = model.get(key), {"key": key, "value": value}
         found = (404, "") if stored is None else (200, stored)
         if kind == "set":
-            model[key], pair = value, {"key": key, "value": value}
+            model[key] = value
             requests = (
                 ("GET", url("/set", **pair)),
                 ("POST", "/set", urllib.parse.urlencode(pair), kvserver.FORM),
@@ -3753,17 +3734,18 @@ class Model(ServerCase):
 
     def test_the_server_is_a_dictionary_for_each_user_and_survives_restarts(self) -> None:
         models: dict[str, dict[str, str]] = {user: {} for user in PASSWORDS}
-        count, restarts = (3000, 10) if LONG else (300, 3)
+        seed, count, restarts = random.randrange(1_000_000), *((3000, 10) if LONG else (300, 3))
+        choice = random.Random(seed).choice
         for number in range(count):
-            user, key, kind = (self.random.choice(each) for each in (tuple(PASSWORDS), self.KEYS, self.KINDS))
-            model, which = models[user], f"request {number} of {user} for {key!r}, seed {self.seed}"
-            value = self.random.choice(("", "0", "12", "-0.50", "open", "é☃", "\0\r\n", "x" * 5000)) + str(number)
+            user, key, kind = choice(tuple(PASSWORDS)), choice(self.KEYS), choice(self.KINDS)
+            model, which = models[user], f"request {number} of {user} for {key!r}, seed {seed}"
+            value = choice(("", "0", "12", "-0.50", "open", "é☃", "\0\r\n", "x" * 5000)) + str(number)
             if kind == "list":
                 self.assertEqual(model, self.pairs(user), which)
                 page = json.loads(self.fetch(url("/list", limit=2, after=key), user=user)[1])
                 self.assertEqual([pair for pair in sorted(model.items()) if pair[0] > key][:2], [*page.items()], which)
             else:
-                expected, method, target, *more = self.next_request(kind, key, value, model)
+                expected, method, target, *more = self.next_request(kind, key, value, model, choice)
                 body, content_type = (*more, None, None)[:2]
                 answer = self.request(method, target, body, content_type, user)
                 text = answer.body.decode() if answer.status < 300 else ""
@@ -3796,20 +3778,15 @@ GET /get?key=a&wait=0&unless=hello&default=x | If-None-Match: *
 GET /get?key=a&format=json
 GET /list?prefix=a&limit=2&after=a&format=json
 GET /set?key=a&value=1&old=2
-GET /me/ | Accept: text/html
 GET /me/state?key=a | Accept: text/html
-GET /admin | Accept: text/html
-GET /admin/user?username=bob&after=a
-POST /set?key=a | hello
+GET /admin/user?username=bob&after=a | Accept: text/html
+POST /set?key=a | Expect: 100-continue | Origin: null | hello
 POST /set | Content-Type: application/json | {"key":"a","value":[1]}
-POST /set?key=a | Expect: 100-continue | Origin: null | x
 PUT /kv/a%20b?ttl=5 | If-Match: "a", W/"b" | If-None-Match: * | abc
 POST /me/ | Content-Type: application/x-www-form-urlencoded | action=set&key=a&value=1%0d%0a&page=state
 POST /me/?key=a | Content-Type: application/x-www-form-urlencoded | action=del
 POST /me/ | Content-Type: application/x-www-form-urlencoded | action=addtoken&label=x&readonly=1&prefix=a
-POST /me/ | Content-Type: application/x-www-form-urlencoded | action=deltoken&id=1
 POST /admin/ | Content-Type: application/x-www-form-urlencoded | action=adduser&username=x&password=a+password
-POST /admin/ | Content-Type: application/x-www-form-urlencoded | action=setadmin&username=x&isAdmin=1&page=user
 POST /admin?action=deluser | Content-Type: application/x-www-form-urlencoded | username=x
 """
 
@@ -3941,40 +3918,26 @@ class Secrets(ServerCase):
         self.assertTrue(all(line.isprintable() for line in lines), lines)
 
 
-class Addresses(unittest.TestCase):
-    """The addresses that the server listens on."""
+class Addresses(ServerCase):
+    """The addresses that the server listens on when no host is set."""
 
-    def serve(self) -> kvserver.Server:
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
-        self.enterContext(mock.patch.object(kvserver, "POLL_SECONDS", 0.01))
-        with contextlib.closing(kvserver.open_store(os.path.join(folder, "test.db"))) as store:
-            server = kvserver.Server(store.path, "", 0)
-        self.addCleanup(join, in_threads(server.run, [()]))
-        self.addCleanup(server.stop)
-        return server
-
-    def status(self, server: kvserver.Server, host: str, target: str = "/health", login: str = "") -> int:
-        """Return the status of a response."""
-        connection = http.client.HTTPConnection(host, server.server_port, timeout=WAIT_SECONDS)
-        with contextlib.closing(connection):
-            connection.request("GET", target, headers={"Authorization": login} if login else {})
-            return connection.getresponse().status
+    host = ""
 
     @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no IPv6")
     def test_no_host_means_ipv6_and_ipv4(self) -> None:
-        with captured_log() as log:
-            server = self.serve()
-            self.assertEqual(f"http://[::]:{server.server_port}", server.url(server.server_name))
-            self.assertEqual([200, 200], [self.status(server, host) for host in ("127.0.0.1", "::1")])
-            self.assertEqual(401, self.status(server, "127.0.0.1", "/list", basic("x", "y")))
-        self.assertEqual(["login failed: user='x' address=127.0.0.1"], log.lines, "an IPv4 client is logged as such")
+        self.assertEqual(f"http://[::]:{self.port}", self.server.url(self.server.server_name))
+        for address in ("127.0.0.1", "::1"):
+            with contextlib.closing(http.client.HTTPConnection(address, self.port, timeout=WAIT_SECONDS)) as connection:
+                self.check(200, "GET", "/health", connection=connection)
+        self.check(401, "GET", "/list", user=basic("x", "y"))
+        self.assertEqual(["login failed: user='x' address=127.0.0.1"], self.log.lines, "not as ::ffff:127.0.0.1")
 
     def test_no_host_means_ipv4_on_a_machine_without_ipv6(self) -> None:
+        self.stop()
         with mock.patch.object(socket, "has_dualstack_ipv6", return_value=False):
-            server = self.serve()
-        self.assertEqual(f"http://0.0.0.0:{server.server_port}", server.url(server.server_name))
-        self.assertEqual(200, self.status(server, "127.0.0.1"))
+            self.start()
+        self.assertEqual(f"http://0.0.0.0:{self.port}", self.server.url(self.server.server_name))
+        self.check(200, "GET", "/health")
 
 
 class Page(html.parser.HTMLParser):
