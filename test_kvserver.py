@@ -5329,6 +5329,11 @@ class Backups(CommandCase):
         self.succeed("backup", "backup.db", "--force")
         self.assertIn("alice", self.succeed("users", "--db", "backup.db"))
 
+    def test_a_file_created_meanwhile_is_not_overwritten_either(self) -> None:
+        with mock.patch.object(kvserver.Store, "back_up", lambda *_: self.write("backup.db", "precious")):
+            self.assert_fails("backup.db exists", "backup", "backup.db")
+        self.assertEqual(b"precious", (self.folder / "backup.db").read_bytes())
+
     def test_other_places_are_refused_even_with_force(self) -> None:
         os.symlink("test.db", self.folder / "link")
         os.symlink("nothing", self.folder / "dangling")
@@ -5414,12 +5419,15 @@ class Exports(CommandCase):
         self.assertNotRegex(self.succeed("export"), "label|scrypt")
         self.assert_fails("no user carol", "export", "carol")
 
-    def test_standard_output_may_be_closed_before_or_meanwhile(self) -> None:
+    def test_standard_input_and_output_may_be_closed(self) -> None:
         self.sql(INSERT_PAIR, *((1, str(number), "x" * 10_000, 0, None) for number in range(200)))
-        export = f"{shlex.join(CHEAP_PROGRAM)} export"
-        closed = (1, "", "kvserver: standard output is closed\n")
-        self.assertEqual(closed, run(f"{export} >&-", env=self.environment))
-        self.assertEqual((0, '{"user": "', ""), run(f"{export} | head -c 10", env=self.environment))
+        kvserver = shlex.join(CHEAP_PROGRAM)
+        for line, result in (
+            ("adduser carol --password-stdin <&-", (1, "", "kvserver: a password has at least 8 characters\n")),
+            ("export >&-", (1, "", "kvserver: standard output is closed\n")),
+            ("export | head -c 10", (0, '{"user": "', "")),
+        ):
+            self.assertEqual(result, run(f"{kvserver} {line}", env=self.environment))
 
     def test_the_file_wins_and_times_are_kept(self) -> None:
         before = time.time()
@@ -5905,7 +5913,7 @@ class Serving(CommandCase):
         cases: list[tuple[str, dict[str, str], str, bool]] = [
             ("", database, "/iotpersistenceapi", False),
             ("--log-requests", database, "/iotpersistenceapi", True),
-            ("", {"KVSERVER_CONFIG": config}, "/file", True),
+            ("", {"KVSERVER_CONFIG": config, "KVSERVER_BASE_PATH": ""}, "/file", True),
             (f"--config {config}", {}, "/file", True),
             (f"--config {config}", {"KVSERVER_BASE_PATH": "/environment"}, "/environment", True),
             (f"--config {config} --base-path flag/", {"KVSERVER_BASE_PATH": "/environment"}, "/flag", True),
@@ -6029,12 +6037,10 @@ def program(code: str = "", **constants: float) -> list[str]:
     return [sys.executable, "-c", f"import sys, threading, kvserver\n{code}{changes}sys.exit(kvserver.main())"]
 
 
-# Adds an endpoint that never returns.
-HANGING = """
-def hang(store, request):
+HANG = """
+def hang(*arguments):
     print("hanging", flush=True)
     threading.Event().wait()
-kvserver.ROUTES = (kvserver.Route("/hang", ("GET",), hang, kvserver.ANYONE, kvserver.THREAD),)
 """
 
 
@@ -6046,25 +6052,28 @@ class Stopping(CommandCase):
         self.add_user("alice")
 
     def test_signals_end_the_server_at_once_and_once_only(self) -> None:
-        patient = program(STOP_REQUEST_SECONDS=1000, STOP_SECONDS=1000, EXIT_SECONDS=1000)
-        for signals in ([signal.SIGTERM] * 2, [signal.SIGINT], [signal.SIGTERM, signal.SIGINT]):
-            with self.subTest(signals), self.serving(command=patient) as (process, port, _):
+        # Both signals come again while the interpreter ends.
+        again = "import atexit, os\nfor number in 2, 15: atexit.register(os.kill, os.getpid(), number)\n"
+        patient = program(again, STOP_REQUEST_SECONDS=1000, STOP_SECONDS=1000, EXIT_SECONDS=1000)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number), self.serving(command=patient) as (process, port, _):
                 idle = self.send(port, "")
                 process.send_signal(signal.SIGHUP)  # means nothing without TLS
                 self.assertEqual(200, self.request(port, "/set?key=a&value=1")[0])
-                for number in signals[:-1]:
-                    process.send_signal(number)
-                self.assertNotIn("ERROR", self.stop(process, signals[-1]))
+                self.assertNotIn("ERROR", self.stop(process, number))
                 self.assertEqual(b"", idle.recv(1))
                 self.assertEqual(["test.db"], os.listdir(self.folder))
 
-    def test_a_response_that_never_comes_is_not_waited_for(self) -> None:
-        hanging = program(HANGING, STOP_REQUEST_SECONDS=0.1, STOP_SECONDS=0.2, EXIT_SECONDS=0.4)
-        with self.serving(command=hanging) as (process, port, _):
-            self.send(port, "GET /hang HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert process.stdout
-            self.assertEqual("hanging\n", process.stdout.readline())
-            self.stop(process)
+    def test_a_response_and_a_commit_that_never_come_are_not_waited_for(self) -> None:
+        route = 'kvserver.ROUTES = (kvserver.Route("/list", ("GET",), hang, kvserver.ANYONE, kvserver.THREAD),)\n'
+        for change, target in ((route, "/list"), ("kvserver.Store.commit = hang\n", "/set?key=a&value=1")):
+            command = program(HANG + change, STOP_REQUEST_SECONDS=0.1, STOP_SECONDS=0.2, EXIT_SECONDS=0.4)
+            with self.subTest(change), self.serving(command=command) as (process, port, _):
+                login = basic("alice", "a password")
+                self.send(port, f"GET {target} HTTP/1.1\r\nHost: x\r\nAuthorization: {login}\r\n\r\n")
+                assert process.stdout
+                self.assertEqual("hanging\n", process.stdout.readline())
+                self.stop(process)
 
     def test_requests_under_way_are_finished(self) -> None:
         head = f"POST /set?key=a HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('alice', 'a password')}\r\n"
