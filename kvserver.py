@@ -179,8 +179,6 @@ SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024
 SCRYPT_PARALLELISM_MAX = 16
 PBKDF2_ITERATIONS_MAX = 10_000_000
 
-USER_NAME = re.compile(r"[ -9;-~]{1,64}")
-PASSWORD_TOO_LONG = f"a password has at most {PASSWORD_BYTES_MAX} bytes in UTF-8"
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 BASE64 = "((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2,4})"  # without padding
 SCRYPT_HASH = re.compile(rf"\$scrypt\$ln=(\d{{1,2}}),r=(\d{{1,2}}),p=(\d{{1,2}})\${BASE64}\${BASE64}")
@@ -194,7 +192,7 @@ class BadCredential(ValueError):
 
 def check_user_name(name: str) -> None:
     """Raise BadCredential unless a user can have this name. HTTP Basic ends it at a colon (RFC 7617 section 2)."""
-    if not USER_NAME.fullmatch(name):
+    if not re.fullmatch("[ -9;-~]{1,64}", name):
         raise BadCredential("a user name is 1 to 64 printable ASCII characters, without a colon")
 
 
@@ -203,7 +201,7 @@ def check_password(password: str) -> None:
     if len(password) < PASSWORD_CHARACTERS_MIN:
         raise BadCredential(f"a password has at least {PASSWORD_CHARACTERS_MIN} characters")
     if len(password.encode("utf-8")) > PASSWORD_BYTES_MAX:
-        raise BadCredential(PASSWORD_TOO_LONG)
+        raise BadCredential(f"a password has at most {PASSWORD_BYTES_MAX} bytes in UTF-8")
     if CONTROL_CHARACTER.search(password):
         raise BadCredential("a password has no control characters")
 
@@ -1060,8 +1058,6 @@ FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 FIRST_LINE_SO_FAR = r"(?:[!-~][ -~\x80-\xff]*)?\r?"
 HEAD_SO_FAR = rf"(?:\r\n)?(?:{FIRST_LINE_SO_FAR}|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)"
 CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-TRAILERS = rf"(?:{FIELD.pattern}\r\n)*\r\n"
-ENTITY_TAGS = r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+'
 # Sent twice, these could change whose request it is or where it ends. Other repeated headers are joined with a comma.
 SINGLE_FIELDS = frozenset(("authorization", "content-length", "content-type", "host", "transfer-encoding"))
 
@@ -1169,7 +1165,7 @@ class Request:
         condition = self.fields.headers.get(header)
         if condition is None or condition == "*":
             return condition == "*" and etag != ""
-        if not re.fullmatch(ENTITY_TAGS, condition):
+        if not re.fullmatch(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+', condition):
             raise HTTPError(400, f'the header {header} is malformed; send * or the ETag of a response, as in "0a1b"')
         tags = re.findall(r'(W/)?("[^"]*")', condition)  # weak ones match in If-None-Match only (RFC 9110 section 13.1)
         return any(tag == etag and (header != "if-match" or not weak) for weak, tag in tags)
@@ -1279,7 +1275,8 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
             raise HTTPError(400, MALFORMED_CHUNKS)
         body += received[begin:end]
         del received[: end + 2]
-    trailers = re.match(TRAILERS, received[begin:].decode("iso-8859-1")) if match else None
+    rest = received[begin:].decode("iso-8859-1")
+    trailers = re.match(rf"(?:{FIELD.pattern}\r\n)*\r\n", rest) if match else None
     if trailers:
         del received[: begin + trailers.end()]
     elif (b"\r\n\r\n" if match else b"\n") in received or len(received) > HEADERS_BYTES_MAX:
@@ -1311,7 +1308,6 @@ HEAD = (
     rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"
     rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)(\r?\n)?"
 )
-RETRY_AFTER_FIELD = rb"(?im)^retry-after:[ \t]*([0-9]+)[ \t]*\r?$"
 
 
 class BadHook(ValueError):
@@ -1373,7 +1369,7 @@ def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
     text = f"{status} {http.HTTPStatus(status).phrase}" if status in STATUS_LINES else str(status)
     if status not in (429, 503):
         return Answer(status, text), True
-    retry_after = re.search(RETRY_AFTER_FIELD, head[2])
+    retry_after = re.search(rb"(?im)^retry-after:[ \t]*([0-9]+)[ \t]*\r?$", head[2])
     return Answer(status, text, max(1.0, float(retry_after[1])) if retry_after else None), head[3] is not None
 
 
@@ -1383,9 +1379,7 @@ def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
 
 FORM = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
-FORM_WITH_VALUE = re.compile("(?:^|&)value=")
 SECONDS = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?")
-JSON_STRING = r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?'
 JSON_DEPTH_MAX = 100
 
 
@@ -1428,7 +1422,8 @@ def parse_json(text: str) -> Any:
     """Return the value of a JSON text; raise ValueError, or HTTPError for repeated names."""
     # CPython 3.12 and 3.13 follow deep nesting until the small stack of a thread overflows, and the process dies.
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
-        brackets = re.sub(r"[^][{}]", "", re.sub(JSON_STRING, "", text))
+        without_strings = re.sub(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?', "", text)
+        brackets = re.sub(r"[^][{}]", "", without_strings)
         depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
         if max(depths, default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
@@ -1463,7 +1458,7 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> list
     is_form, text = content_type == FORM, decode_utf8(request.body, "the body")
     # Programs label bodies carelessly, so only a form with a field "value" is certainly a form.
     may_be_value = body == EITHER and "key" in in_query and "value" not in in_query
-    if may_be_value and not (is_form and FORM_WITH_VALUE.search(text)):
+    if may_be_value and not (is_form and re.search("(?:^|&)value=", text)):
         return [("value", text)]
     if is_form:
         return parse_form(text)
