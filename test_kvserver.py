@@ -250,8 +250,7 @@ class ServerCase(unittest.TestCase):
         self.patch("SCRYPT_COST_LOG2", 1)
         self.patch("POLL_SECONDS", self.poll_seconds)
         self.patch("FAILURES_MAX", self.failures_max)
-        self.folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.folder)
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
         self.database = os.path.join(self.folder, "test.db")
         self.log = self.enterContext(captured_log())
         self.start()
@@ -335,35 +334,19 @@ class ServerCase(unittest.TestCase):
             self.store.set_value(user_id, key, value)
         return pairs
 
-    def connect(self, data: bytes = b"") -> socket.socket:
-        """Return a raw connection, after sending these bytes."""
-        connection = socket.create_connection(("127.0.0.1", self.port), WAIT_SECONDS)
-        self.addCleanup(connection.close)
+    def connect(self, data: bytes = b"", has_small_buffer: bool = False) -> socket.socket:
+        """Return a raw connection, after sending these bytes. A small buffer takes few bytes before they are read."""
+        connection = self.enterContext(socket.socket())
+        if has_small_buffer:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        connection.settimeout(WAIT_SECONDS)
+        connection.connect(("127.0.0.1", self.port))
         connection.sendall(data)
         return connection
 
     def begin(self, request_line: str, *lines: str, body: bytes = b"", user: str = "alice") -> socket.socket:
         """Send a user's request on a new connection, and leave the response to the caller."""
         return self.connect(self.raw(request_line, *lines, body=body, user=user))
-
-    def connect_with_small_buffer(self) -> socket.socket:
-        """Return a raw connection that takes few bytes before they are read."""
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
-        connection.settimeout(WAIT_SECONDS)
-        connection.connect(("127.0.0.1", self.port))
-        return connection
-
-    def read_slowly(self, connection: socket.socket, expected_size: int) -> None:
-        """Read a long list in small steps, over more than twice SEND_SECONDS; check that it comes whole."""
-        started, size = time.monotonic(), 0
-        connection.sendall(self.raw("GET /list HTTP/1.1", "Connection: close"))
-        while data := connection.recv(16384):
-            size += len(data)
-            due = started + size / expected_size * 2.2 * kvserver.SEND_SECONDS
-            threading.Event().wait(due - time.monotonic())
-        self.assertGreater(size, expected_size)
-        self.assertGreater(time.monotonic() - started, 2 * kvserver.SEND_SECONDS)
 
     def exchange(self, data: bytes, end: bool = False) -> bytes:
         """Send bytes, and return everything that comes until the server closes; end closes our direction."""
@@ -403,8 +386,7 @@ class Api(ServerCase):
         self.assertEqual(b"ok", self.check(200, "GET", "/health", user=None).body)
         self.check(200, "HEAD", "/health", user=None)
         self.check(400, "GET", "/health?a=1&a=2", user=None)
-        with contextlib.closing(sqlite3.connect(self.database)) as connection:
-            connection.execute("DROP TABLE pair")
+        execute(self.database, "DROP TABLE pair")
         self.check(503, "GET", "/health", user=None)
         with open(self.database, "r+b") as file:
             file.write(b"damaged" * 100)
@@ -472,19 +454,6 @@ class Api(ServerCase):
         self.check(400, "POST", "/set?value=1", b'{"key": "\\udfff"}', kvserver.JSON)
         self.assertEqual({}, self.pairs())
 
-    def test_each_user_has_keys_of_their_own(self) -> None:
-        for user, status, target in (
-            ("alice", 200, "/set?key=door&value=open"),
-            ("alice", 200, "/set?key=secret&value=1"),
-            ("bob", 200, "/set?key=door&value=closed"),
-            ("bob", 404, "/get?key=secret"),
-            ("bob", 404, "/del?key=secret"),
-        ):
-            self.check(status, "GET", target, user=user)
-        self.assertEqual(({"door": "closed"}, b"open"), (self.pairs("bob"), self.get("door")))
-        self.check(200, "GET", "/del?key=door", user="bob")
-        self.assertEqual({"door": "open", "secret": "1"}, self.pairs())
-
     def test_a_reused_name_starts_empty(self) -> None:
         self.check(200, "GET", "/set?key=door&value=open", user="bob")
         self.store.delete_user("bob", even_last_admin=False)
@@ -534,19 +503,16 @@ class Methods(ServerCase):
                 self.check(200, method, prefix + "/set?key=a&value=1")
                 self.check(200, method, prefix + "/del?key=a")
 
-    def test_head_is_get_without_the_body(self) -> None:
+    def test_head_is_get_without_the_body_and_never_writes(self) -> None:
         self.store.set_value(1, "a", "12345")
         for target in ("/get?key=a", "/list", "/health", "/get?key=unknown"):
             got, head = self.request("GET", target), self.request("HEAD", target)
             self.assertEqual((got.status, b""), (head.status, head.body), target)
             for name in ("content-length", "content-type"):
                 self.assertEqual(got.headers[name], head.headers[name])
-
-    def test_head_never_writes(self) -> None:
-        self.store.set_value(1, "a", "1")
         for target in ("/set?key=a&value=2", "/del?key=a"):
             self.assertEqual("GET, POST, PUT, OPTIONS", self.check(405, "HEAD", target).headers["allow"])
-        self.assertEqual({"a": "1"}, self.pairs())
+        self.assertEqual({"a": "12345"}, self.pairs())
 
     def test_refusals_need_no_login(self) -> None:
         for status, requests in (
@@ -699,6 +665,11 @@ class Bodies(ServerCase):
                 data = self.raw(f"POST /set?{query} HTTP/{version}", "Connection: close")
                 self.assertEqual([status], statuses(self.exchange(data)), query)
 
+    def test_chunked_body(self) -> None:
+        chunks = b'2;x="y"\r\nop\r\n2\r\nen\r\n0\r\nTrailer: x\r\n\r\n'
+        self.begin("POST /set?key=a HTTP/1.1", "Transfer-Encoding: chunked", body=chunks).recv(65536)
+        self.assertEqual({"a": "open"}, self.pairs())
+
     def test_a_long_body_is_read_while_others_are_served(self) -> None:
         body = b"key=a&value=" + b"%41" * kvserver.QUICK_BODY_BYTES_MAX
         head = ("POST /set HTTP/1.1", "Content-Type: " + kvserver.FORM, f"Content-Length: {len(body)}")
@@ -711,12 +682,6 @@ class Bodies(ServerCase):
             release.set()
             self.assertEqual([200], statuses(connection.recv(65536)))
         self.assertEqual(b"A" * kvserver.QUICK_BODY_BYTES_MAX, self.get("a"))
-
-    def test_chunked_body(self) -> None:
-        chunks = b'2;x="y"\r\nop\r\n2\r\nen\r\n0\r\nTrailer: x\r\n\r\n'
-        lines = ("POST /set?key=a HTTP/1.1", "Transfer-Encoding: chunked", "Connection: close")
-        self.assertEqual([200], statuses(self.exchange(self.raw(*lines, body=chunks))))
-        self.assertEqual({"a": "open"}, self.pairs())
 
 
 class Logins(ServerCase):
@@ -756,14 +721,11 @@ class Logins(ServerCase):
             self.try_password(status, "alice", password)
             self.assertEqual(count, scrypt.call_count)
 
-    def test_control_characters_cost_no_scrypt(self) -> None:
+    def test_unknown_user_costs_a_scrypt_like_a_wrong_password_and_control_characters_cost_none(self) -> None:
         scrypt = self.count_scrypt()
         for password in (PASSWORDS["alice"] + "\0", "\x7f" * 8, "tab\there"):
             self.try_password(401, "alice", password)
         scrypt.assert_not_called()
-
-    def test_unknown_user_costs_a_scrypt_like_a_wrong_password(self) -> None:
-        scrypt = self.count_scrypt()
         for name in ("nobody", "alice"):
             self.try_password(401, name, "wrong password")
         unknown, known = (call.args for call in scrypt.call_args_list)
@@ -996,17 +958,9 @@ class Commits(ServerCase):
             self.assertLess(time.monotonic() - begun, 1)
         self.assertEqual(([200] * 10, [1] * 10), (statuses(answers), self.sizes))
 
-    def test_one_thread_at_a_time_commits_and_no_write_is_lost(self) -> None:
-        inside, most, rates = [0], [0], random.Random(1)
-        commit = self.server.writer.commit
-
-        def watch_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
-            inside[0] += 1
-            most[0] = max(most[0], inside[0])
-            results = commit(operations)
-            inside[0] -= 1
-            self.server.writer.commit_seconds = rates.choice((0, 1))  # now a quick disk, now a slow one
-            return results
+    def test_writers_read_what_they_wrote_while_the_disk_is_now_quick_now_slow(self) -> None:
+        rates = random.Random(1)
+        self.after_commit = lambda: setattr(self.server.writer, "commit_seconds", rates.choice((0, 1)))
 
         def write(name: str) -> None:
             connection = self.new_connection()
@@ -1015,9 +969,7 @@ class Commits(ServerCase):
                 answer = self.check(200, "GET", f"/get?key={name}", connection=connection)
                 self.assertEqual(str(number).encode(), answer.body)
 
-        with mock.patch.object(self.server.writer, "commit", watch_and_commit):
-            join(in_threads(write, [(f"writer{number}",) for number in range(8)]))
-        self.assertEqual([1], most)
+        join(in_threads(write, [(f"writer{number}",) for number in range(8)]))
         self.assertEqual({f"writer{number}": "29" for number in range(8)}, self.pairs())
 
     def read_pairs(self, **expected: str) -> int:
@@ -1046,17 +998,13 @@ class Commits(ServerCase):
         self.check(200, "GET", "/set?key=a&value=4")
         self.assertEqual(2, self.read_pairs(a="4", b="3"))
 
-    def test_a_commit_that_fails_leaves_no_stale_row(self) -> None:
-        self.check(200, "GET", "/set?key=a&value=old")
-        self.assertEqual(b"old", self.get("a"))
-
         def fail(store: kvserver.Store) -> None:
             store._execute("ROLLBACK")  # as SQLite does when the disk is full
             raise sqlite3.OperationalError("database or disk is full")
 
         self.also.append(fail)
-        self.check(200, "GET", "/set?key=a&value=new")
-        self.assertEqual(b"new", self.get("a"))
+        self.check(200, "GET", "/set?key=a&value=5")
+        self.read_pairs(a="5", b="3")
 
     def test_remembered_rows_are_bounded(self) -> None:
         reader = kvserver.CachingStore(self.database)
@@ -1081,14 +1029,12 @@ class Commits(ServerCase):
 class Hashes(unittest.TestCase):
     """Stored passwords."""
 
-    def test_stored_hash_has_the_phc_form(self) -> None:
+    def test_stored_hash_has_the_phc_form_and_is_the_scrypt_of_rfc_7914(self) -> None:
         stored = kvserver.hash_password("a password")
         self.assertRegex(stored, r"\A\$scrypt\$ln=14,r=8,p=5\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}\Z")
         self.assertTrue(kvserver.verify_password("a password", stored))
         with mock.patch.object(kvserver, "SCRYPT_COST_LOG2", 1):
             self.assertNotEqual(kvserver.hash_password("x"), kvserver.hash_password("x"), "the salt is not random")
-
-    def test_hash_is_the_scrypt_of_rfc_7914(self) -> None:
         # The RFC's third test vector (section 12), cut to the 32 bytes that we store.
         salt = base64.b64encode(b"SodiumChloride").decode().rstrip("=")
         digest = bytes.fromhex("7023bdcb3afd7348461c06cd81fd38ebfda8fbba904f8e3ea9b543f6545da1f2")
@@ -1137,25 +1083,20 @@ class Loops(unittest.TestCase):
 
     def run_until(self, is_so: Callable[[], object]) -> int:
         """Run the loop until a condition holds, and return how many rounds that took."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        for rounds in itertools.count():
-            if is_so():
-                return rounds
+        deadline, rounds = time.monotonic() + WAIT_SECONDS, 0
+        while not is_so():
             self.assertLess(time.monotonic(), deadline, "this takes too long")
             self.loop.run_once()
-        raise AssertionError
+            rounds += 1
+        return rounds
 
     def run_to_end(self, task: kvserver.Task) -> int:
         return self.run_until(lambda: task not in self.loop._tasks)
 
     async def wait(self, deadline: float = kvserver.NEVER) -> None:
-        """Wait for a Wakeup or an exception, and note it."""
+        """Wait for a Wakeup, and note its result."""
         self.wakeups.append(kvserver.Wakeup(self.loop))
-        try:
-            self.notes.append(await kvserver.ready(0, deadline))
-        except BaseException as error:
-            self.notes.append(error)
-            raise
+        self.notes.append(await kvserver.ready(0, deadline))
 
     async def receive(self, connection: socket.socket) -> None:
         """Receive one byte, and note it."""
@@ -1172,7 +1113,6 @@ class Loops(unittest.TestCase):
         async def wait_twice() -> None:
             with contextlib.suppress(TimeoutError):
                 await self.wait(0)
-            self.notes.clear()
             await self.wait()
             await self.wait()
 
@@ -1231,19 +1171,17 @@ class Loops(unittest.TestCase):
         self.assertEqual([b"a", "woken", b"b"], self.notes)
 
     def test_an_error_in_one_task_ends_no_other_and_is_reported(self) -> None:
+        async def fail() -> None:
+            await self.loop.turn()
+            raise mistake
+
         mistake = ZeroDivisionError("a mistake")
-
-        async def take_turns(error: Exception | None = None) -> None:
-            for number in range(3):
-                await self.loop.turn()
-                if error:
-                    raise error
-                self.notes.append(number)
-
-        for error in (None, mistake, None):
-            self.loop.start(take_turns(error))
-        self.run_until(lambda: len(self.notes) == 6)
-        self.assertEqual([mistake], self.errors)
+        for coroutine in (self.wait(), fail()):
+            self.loop.start(coroutine)
+        self.run_until(lambda: self.errors)
+        self.wakeups[0]("on")
+        self.run_until(lambda: self.notes)
+        self.assertEqual((["on"], [mistake]), (self.notes, self.errors))
 
     def test_sleeping_tasks_cost_nothing(self) -> None:
         for _ in range(1000):
@@ -1276,11 +1214,9 @@ class Connections(ServerCase):
 
     def test_connection_is_kept_for_further_requests(self) -> None:
         connection, sockets = self.new_connection(), set()
-        for status, method, target in (
-            *((200, "POST", "/set?key=a&value=1"), (404, "GET", "/get?key=b"), (400, "GET", "/get")),
-            *((404, "GET", "/x"), (200, "GET", "/list")),
-        ):
-            self.check(status, method, target, connection=connection)
+        requests = ((200, "POST /set?key=a&value=1"), (404, "GET /get?key=b"), (400, "GET /get"), (404, "GET /x"))
+        for status, request in requests * 2:
+            self.check(status, *request.split(), connection=connection)
             sockets.add(connection.sock)
         self.assertEqual(1, len(sockets))
 
@@ -1376,16 +1312,13 @@ class Connections(ServerCase):
         def target(size: int) -> bytes:
             return head().replace(b" /health", b" /health?_=" + b"x" * (size - len("GET /health?_= HTTP/1.1")))
 
-        def line(size: int) -> bytes:
-            return b"X: " + b"x" * (size - 3) + b"\r\n"
-
-        left = kvserver.HEADERS_BYTES_MAX - len(b"Connection: close\r\nHost: x\r\n") - 2
+        left = kvserver.HEADERS_BYTES_MAX - len(b"Connection: close\r\nHost: x\r\nX: \r\n")
         fields = kvserver.HEADER_FIELDS_MAX - 2
         for most, too_much, status in (
             (target(kvserver.REQUEST_LINE_BYTES_MAX), target(kvserver.REQUEST_LINE_BYTES_MAX + 1), 414),
             (head(), b"G" * 100_000, 414),
             (head(), head(b"x" * 100_000), 431),
-            (head(line(left)), head(line(left + 1)), 431),
+            (head(b"X: " + b"x" * left + b"\r\n"), head(b"X: x" + b"x" * left + b"\r\n"), 431),
             (head(*[b"X: 1\r\n"] * fields), head(*[b"X: 1\r\n"] * (fields + 1)), 431),
         ):
             self.assertEqual([200], statuses(self.exchange(most)), most[:60])
@@ -1444,16 +1377,9 @@ class Connections(ServerCase):
     def test_client_that_takes_no_response_is_closed(self) -> None:
         self.patch("SEND_SECONDS", 0.05)
         self.fill(12)
-        with self.connect_with_small_buffer() as connection:
-            connection.sendall(self.raw("GET /list HTTP/1.1"))
-            wait_until(lambda: self.server.connections)
-            wait_until(lambda: not self.server.connections)
-
-    def test_slow_client_that_goes_on_reading_gets_the_whole_response(self) -> None:
-        self.fill(12)
-        self.patch("SEND_SECONDS", 0.3)
-        with self.connect_with_small_buffer() as connection:
-            self.read_slowly(connection, 12 * kvserver.VALUE_BYTES_MAX)
+        self.connect(self.raw("GET /list HTTP/1.1"), has_small_buffer=True)
+        wait_until(lambda: self.server.connections)
+        wait_until(lambda: not self.server.connections)
 
     def test_responses_that_wait_for_slow_clients_are_bounded(self) -> None:
         for user_id in (1, 2):
@@ -1512,27 +1438,11 @@ class Connections(ServerCase):
         self.assertEqual(([200, 200, 200, 200, 404], 3), (statuses(answers), answers.count(b"\r\n\r\n1")))
 
     def test_a_write_is_made_even_if_its_client_has_gone(self) -> None:
-        self.get("a")  # now the password is known
-        looked_at: list[kvserver.Task | None] = []
-        select = self.server.loop._selector.select
-
-        def select_and_note(seconds: float) -> list[tuple[selectors.SelectorKey, int]]:
-            found = select(seconds)
-            looked_at.extend(key.data for key, _ in found)
-            return found
-
-        self.enterContext(mock.patch.object(self.server.loop._selector, "select", select_and_note))
-        connection = self.begin("GET /get?key=a HTTP/1.1")
-        self.assertEqual([404], statuses(connection.recv(65536)))
         with locked(self.database):
-            connection.sendall(self.raw("GET /set?key=a&value=1 HTTP/1.1"))
+            connection = self.begin("GET /set?key=a&value=1 HTTP/1.1")
             wait_until(lambda: len(self.server.changes) == 1)
-            (task,) = (each.task for each in self.server.connections.values() if each.state == kvserver.WORKING)
-            looked_at.clear()
             connection.close()
-            for _ in range(20):
-                self.get("a")
-            self.assertLessEqual(looked_at.count(task), 1, "the server looks at it again and again")
+            self.assertIsNone(self.get("a"))
         wait_until(lambda: self.get("a") == b"1")
         wait_until(lambda: not self.server.connections)
 
@@ -1591,9 +1501,16 @@ class Secure(ServerCase):
         self.assertEqual(self.fill(8), self.pairs())  # longer than all buffers
 
     def test_slow_client_that_goes_on_reading_gets_the_whole_response(self) -> None:
-        size = sum(map(len, self.fill(16).values()))
+        expected_size = sum(map(len, self.fill(16).values()))
         self.patch("SEND_SECONDS", 0.3)
-        self.read_slowly(self.wrap(connection=self.connect_with_small_buffer()), size)
+        connection = self.wrap(self.raw("GET /list HTTP/1.0"), self.connect(has_small_buffer=True))
+        started, size = time.monotonic(), 0
+        while data := connection.recv(16384):
+            size += len(data)
+            due = started + size / expected_size * 2.2 * kvserver.SEND_SECONDS
+            threading.Event().wait(due - time.monotonic())
+        self.assertGreater(size, expected_size)
+        self.assertGreater(time.monotonic() - started, 2 * kvserver.SEND_SECONDS)
 
     def test_requests_that_come_in_one_piece_are_all_answered(self) -> None:
         put = self.raw("PUT /kv/a HTTP/1.1", "Content-Length: 40000", body=b"x" * 40000)
@@ -1627,6 +1544,8 @@ class Secure(ServerCase):
             self.fail("the handshake may take as long as bytes come")
         for connection in waiting:
             self.assertEqual(b"", connection.recv(1))
+        with held(ssl.SSLObject, "do_handshake"):  # computing takes too long
+            self.assertEqual(b"", self.connect(hello).recv(1))
         kept.close()
         self.assert_no_trace()
 
@@ -1642,15 +1561,6 @@ class Secure(ServerCase):
         self.assertIs(first, kept.sock)
         self.check(200, "GET", "/list")
 
-    def test_a_handshake_that_takes_too_long_is_abandoned(self) -> None:
-        self.patch("HANDSHAKE_SECONDS", 0.1)
-        hello = self.hello()
-        with held(ssl.SSLObject, "do_handshake"):
-            self.assertEqual(b"", self.connect(hello).recv(1))
-        self.patch("HANDSHAKE_SECONDS", WAIT_SECONDS)
-        self.check(200, "GET", "/list")
-        self.assert_no_trace()
-
     def test_records_without_data_have_an_end(self) -> None:
         self.patch("FIRST_BYTE_SECONDS", 10 * WAIT_SECONDS)
         connection = self.wrap()
@@ -1659,13 +1569,10 @@ class Secure(ServerCase):
                 socket.socket.sendall(connection, b"x" * 2 * kvserver.TLS_FRUITLESS_BYTES_MAX)
             wait_until(lambda: not self.server.connections)
 
-    def test_garbage_during_a_long_poll_is_no_mistake(self) -> None:
+    def test_garbage_and_early_ends_leave_nothing_behind(self) -> None:
         connection = self.wrap(self.raw("GET /get?key=a&wait=60&unless=1 HTTP/1.1"))
         wait_until(lambda: len(self.server.polls) == 1)
         socket.socket.sendall(connection, b"\x17\x03\x03\x00\x20" + b"x" * 32)
-        self.assert_no_trace()
-
-    def test_a_client_that_goes_during_the_handshake_leaves_nothing_behind(self) -> None:
         for data in (b"", b"\x16\x03\x01\x02\x00", bytes(range(256)) * 100):
             self.connect(data).close()
         self.check(200, "GET", "/list")
@@ -4058,8 +3965,14 @@ class Visits(PageCase):
         for path in ("/admin/", "/admin/user?username=alice", "/admin/delete?username=alice"):
             self.see(200, path)
             self.see(403, path, "bob")
-        for path in ("/admin", "/admin/"):
-            self.send(403, path, "bob", action="setadmin", username="bob", isAdmin="1")
+        with mock.patch.object(kvserver, "hash_password") as hash_password:
+            for status, path, user in (
+                *((403, path, "bob") for path in ("/admin", "/admin/")),
+                *((401, path, None) for path in ("/me/", "/admin/", "/admin")),
+            ):
+                self.send(status, path, user, action="passwd", password="a password")
+                self.send(status, path, user, action="setadmin", username="bob", isAdmin="1")
+        hash_password.assert_not_called()
         self.assertNotIn("admin/", str(self.page("/me/", "bob").links))
         self.assertIn("../admin/", self.page("/me/").links.values())
         self.assertFalse(self.store.users()[1][0].is_admin)
@@ -4104,13 +4017,9 @@ class Visits(PageCase):
             (style,) = re.findall(rb"<style>(.*?)</style>", answer.body, re.DOTALL)
             digest = base64.b64encode(hashlib.sha256(style).digest()).decode()
             policy = f"default-src 'none'; style-src 'sha256-{digest}'; form-action 'self'; frame-ancestors 'none';"
-            for name, expected in (
-                ("content-type", "text/html; charset=utf-8"),
-                ("content-security-policy", policy + " base-uri 'none'"),
-                ("referrer-policy", "same-origin"),
-                ("cache-control", "no-store"),
-            ):
-                self.assertEqual(expected, answer.headers[name])
+            names = ("content-type", "referrer-policy", "cache-control", "content-security-policy")
+            expected = ["text/html; charset=utf-8", "same-origin", "no-store", policy + " base-uri 'none'"]
+            self.assertEqual(expected, [answer.headers[name] for name in names])
 
     def test_a_refusal_is_a_page_in_a_browser_and_otherwise_a_line(self) -> None:
         for status, path in (
@@ -4155,19 +4064,15 @@ class Visits(PageCase):
 class UserPages(PageCase):
     """Pages for admins."""
 
-    def test_users_are_a_table(self) -> None:
+    def test_users_are_a_table_with_pages(self) -> None:
         for key, value, expires in (("a", "1", None), ("b", "2", None), ("c", "3", time.time() - 1)):
             self.store.set_value(2, key, value, expires)
-        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
-            connection.execute("UPDATE pair SET updated = updated - 86400 * 3 WHERE key = 'a'")
-            connection.execute("UPDATE pair SET updated = updated - 7201 WHERE key = 'b'")
+        execute(self.database, "UPDATE pair SET updated = updated - iif(key = 'b', 7201, 3 * 86400)")
         rows = self.page("/admin/").rows
         self.assertEqual(["Name", "Role", "Values", "Newest change", "Delete"], rows[0])
         self.assertEqual(
             [["alice", "admin", "0", "never"], ["bob", "user", "2", "2 hours ago"]], [r[:4] for r in rows[1:]]
         )
-
-    def test_users_have_pages(self) -> None:
         names = [f"user {number:03}" for number in range(203)]
         for name in names:
             self.store.add_user(name, "", False)
@@ -4270,8 +4175,7 @@ class UserPages(PageCase):
         for number in range(250):
             self.store.set_value(2, f"key {number:03}", f"value {number}")
         self.store.add_token("bob", b"1", "hall", True, "hall/")
-        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as connection:
-            connection.execute("UPDATE token SET last_used_day = 20000")
+        execute(self.database, "UPDATE token SET last_used_day = 20000")
         rows = [row[:2] for row in self.follow("/admin/user?username=bob") if row[0].startswith("key ")]
         self.assertEqual([[f"key {n:03}", f"value {n}"] for n in range(250)], rows)
         rows = self.page("/admin/user?username=bob").rows
@@ -4325,17 +4229,6 @@ class UserPages(PageCase):
             release.set()
             join(calls)
         self.assertEqual(["alice", "bob", "x", "y", "z"], self.names())
-
-    def test_strangers_have_no_password_hashed(self) -> None:
-        with mock.patch.object(kvserver, "hash_password") as hash_password:
-            for path in ("/me", "/admin", "/iotpersistenceapi"):
-                self.see(301, path + "?password=x", None)
-            for status, path, user in (
-                *((401, path, None) for path in ("/me/", "/admin/", "/admin")),
-                *((403, path, "bob") for path in ("/admin/", "/admin")),
-            ):
-                self.send(status, path, user, action="passwd", password="x")
-        hash_password.assert_not_called()
 
     def test_an_admin_who_loses_the_role_while_the_password_is_hashed_changes_nothing(self) -> None:
         hash_password, form = kvserver.hash_password, {"action": "adduser", "username": "x", "password": "a password"}
@@ -4401,15 +4294,12 @@ class OwnPages(PageCase):
         self.assertIn("There are none", self.page("/me/?prefix=x").text)
 
     def test_states_are_added_edited_and_deleted(self) -> None:
-        for target, fields, location, pairs in (
-            ("/me/", {"action": "set", "key": "a/b é", "value": "1\r\n2\r3\n"}, "./", {"a/b é": "1\n2\n3\n"}),
-            (
-                *("/me/?key=a%2Fb+%C3%A9", {"action": "set", "value": "2", "page": "state"}),
-                *("state?key=a/b%20%C3%A9", {"a/b é": "2"}),
-            ),
-            ("/me/", {"action": "del", "key": "a/b é", "page": "state"}, "./", {}),
+        for target, form, location, pairs in (
+            ("/me/", "action=set&key=a/b+%C3%A9&value=1%0D%0A2%0D3%0A", "./", {"a/b é": "1\n2\n3\n"}),
+            ("/me/?key=a%2Fb+%C3%A9", "action=set&value=2&page=state", "state?key=a/b%20%C3%A9", {"a/b é": "2"}),
+            ("/me/", "action=del&key=a/b+%C3%A9&page=state", "./", {}),
         ):
-            self.assertEqual(location + "#done", self.send(303, target, **fields).headers["location"])
+            self.assertEqual(location + "#done", self.send(303, target, form=form).headers["location"])
             self.assertEqual((pairs, {}), (self.pairs(), self.pairs("bob")))
 
     def test_a_form_comes_back_with_everything_typed(self) -> None:
@@ -4530,9 +4420,8 @@ class OwnPages(PageCase):
         self.store.commit([])
         for number in range(98):
             self.store.add_user(f"a user with a long name {number:03}", "", False)
-        for target in (
-            *("/me/", "/admin/", "/admin/user?username=bob", "/me/?prefix=sensor", "/admin/delete?username=bob"),
-        ):
+        targets = ("/me/", "/admin/", "/admin/user?username=bob", "/me/?prefix=sensor", "/admin/delete?username=bob")
+        for target in targets:
             seconds = []
             for _ in range(11):
                 # There is no disk to wait for: a quiet machine takes as long as the computing time.
@@ -4633,21 +4522,6 @@ class WebDriver:
         return list(self.send("/se/log", type=kind))
 
 
-class Elsewhere(http.server.BaseHTTPRequestHandler):
-    """Serves the pages of another site."""
-
-    pages: Mapping[str, str] = {}  # by path
-
-    def do_GET(self) -> None:
-        self.send_response(200 if self.path in self.pages else 404)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(self.pages.get(self.path, "").encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing."""
-
-
 @unittest.skipUnless(
     find_driver() or "CI" in os.environ,
     "chromedriver or Chromium is not installed; on Debian: apt-get install chromium chromium-driver",
@@ -4662,6 +4536,7 @@ class Browser(PageCase):
     def setUpClass(cls) -> None:
         cls.browser = WebDriver()
         cls.addClassCleanup(cls.browser.close)
+        cls.enterClassContext(mock.patch.object(http.server.SimpleHTTPRequestHandler, "log_message"))
 
     def setUp(self) -> None:
         super().setUp()
@@ -4699,7 +4574,6 @@ class Browser(PageCase):
         browser.type("[name=password]", "carol's password")
         browser.follow("form button")
         self.assertEqual(["alice", "bob", "carol"], self.names())
-        self.assertIn("carol", browser.text("table"))
         self.enterContext(mock.patch.dict(PASSWORDS, carol="carol's password"))
         self.open("/iotpersistenceapi/me/", "carol", "localhost")
         browser.type("[name=key]", "door/1 é")
@@ -4707,7 +4581,6 @@ class Browser(PageCase):
         browser.follow("form[method=post] button")
         self.assertEqual({"door/1 é": "open\nwide"}, self.pairs("carol"))
         browser.follow("tbody a")
-        self.assertEqual("door/1 é", browser.text("h1"))
         browser.type("textarea", "shut")
         browser.follow("form button")
         self.assertEqual({"door/1 é": "shut"}, self.pairs("carol"))
@@ -4740,19 +4613,23 @@ class Browser(PageCase):
         self.store.set_value(1, "a", "1")
         ours = f"http://127.0.0.1:{self.port}"
         submit = "<script>document.forms[0].submit()</script>"
-        Elsewhere.pages = {
-            "/state": f"""<form method=post action="{ours}/me/"><input name=action value=set>
+        pages = {
+            "state.html": f"""<form method=post action="{ours}/me/"><input name=action value=set>
                 <input name=key value=a><input name=value value=evil></form>{submit}""",
-            "/flask": f"""<form method=post action="{ours}/admin?action=deluser">
+            "flask.html": f"""<form method=post action="{ours}/admin?action=deluser">
                 <input name=username value=bob></form>{submit}""",
-            "/all": f"""<img src="{ours}/set?key=a&amp;value=evil"><iframe src="/state"></iframe>
+            "all.html": f"""<img src="{ours}/set?key=a&amp;value=evil"><iframe src="/state.html"></iframe>
                 <script>fetch("{ours}/me/", {{method: "POST", mode: "no-cors", credentials: "include",
                     headers: {{"Content-Type": "{kvserver.FORM}"}}, body: "action=del&key=a"}});</script>""",
         }
         for path in ("/me/", "/admin/"):
             self.open(path, "alice")
         self.addCleanup(self.close_windows)
-        server = self.enterContext(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere))
+        folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for name, text in pages.items():
+            (folder / name).write_text(text)
+        elsewhere = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+        server = self.enterContext(http.server.ThreadingHTTPServer(("127.0.0.1", 0), elsewhere))
         self.addCleanup(join, in_threads(server.serve_forever, [(0.01,)]))
         self.addCleanup(server.shutdown)
         lines = (
@@ -4763,8 +4640,8 @@ class Browser(PageCase):
         )
         for host in ("127.0.0.1", "localhost"):  # the same site with another origin, and another site
             self.log.lines.clear()
-            for page in Elsewhere.pages:
-                self.open_window(f"http://{host}:{server.server_address[1]}{page}")
+            for name in pages:
+                self.open_window(f"http://{host}:{server.server_address[1]}/{name}")
             wait_until(lambda: all(re.search(line, self.log.text()) for line in lines))
         self.assertEqual(({"a": "1"}, ["alice", "bob"]), (self.pairs(), self.names()))
 
@@ -4779,18 +4656,6 @@ class Browser(PageCase):
             return [box.top >= 0, box.bottom <= innerHeight, document.activeElement.getAttribute("role")]"""
         wait_until(lambda: self.browser.run(script) == [True, True, "alert"])
         self.assert_quiet()
-
-    def test_the_exact_time_shows_when_pointed_at(self) -> None:
-        self.store.set_value(1, "a", "1")
-        self.open("/me/", "alice")
-        shown = "return getComputedStyle(document.querySelector('td time'), '::after').content"
-        self.assertEqual("none", self.browser.run(shown))
-        box = self.browser.run("const b = document.querySelector('td time').getBoundingClientRect(); return [b.x, b.y]")
-        self.browser.command("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + 5, y=box[1] + 5)
-        (updated,) = (pair.updated for pair in [self.store.pair(1, "a")] if pair)
-        exact = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(updated))
-        # Chromium gives the rule or its result, depending on its version.
-        wait_until(lambda: self.browser.run(shown) in (f'"{exact}"', "attr(datetime)"))
 
     def test_credentials_of_the_pages_are_kept_from_the_api(self) -> None:
         for path in ("/admin", "/me/"):
