@@ -1673,31 +1673,19 @@ class Throttled(ServerCase):
             self.assertEqual(200, self.login(f"password {number}"))
 
     def test_only_guesses_are_charged(self) -> None:
+        free, guesses = [(None, 401), ("Digest x", 401)], [("Basic !!!!", 401)] * kvserver.FAILURES_MAX
         with mock.patch.object(kvserver, "scrypt") as scrypt:
-            for user, status, count in (
-                (None, 401, 2 * kvserver.FAILURES_MAX),
-                ("Digest x", 401, 2 * kvserver.FAILURES_MAX),
-                ("Basic !!!!", 401, kvserver.FAILURES_MAX),
-                ("Basic !!!!", 429, 1),
-                (None, 401, 1),
-                ("Digest x", 401, 1),
-            ):
-                for _ in range(count):
-                    self.check(status, "GET", "/list", user=user)
+            for user, status in (*free * 20, *guesses, ("Basic !!!!", 429), *free):
+                self.check(status, "GET", "/list", user=user)
             scrypt.assert_not_called()
 
     def test_parallel_guesses_stay_within_the_limit_and_parallel_logins_pass(self) -> None:
-        expected = [401] * kvserver.FAILURES_MAX + [429] * (40 - kvserver.FAILURES_MAX)
+        limited = [401] * kvserver.FAILURES_MAX + [429] * (40 - kvserver.FAILURES_MAX)
+        cases = [[f"guess {number}" for number in range(40)], ["the same guess"] * 40, [PASSWORDS["alice"]] * 40]
         with concurrent.futures.ThreadPoolExecutor(40) as pool:
-            for number, (passwords, statuses) in enumerate(
-                (
-                    ([f"guess {number}" for number in range(40)], expected),
-                    (["the same guess"] * 40, expected),
-                    ([PASSWORDS["alice"]] * 40, [200] * 40),
-                )
-            ):
-                address = itertools.repeat(f"192.0.2.{number}")
-                self.assertEqual(statuses, sorted(pool.map(self.login, passwords, address)))
+            for number, (passwords, expected) in enumerate(zip(cases, (limited, limited, [200] * 40))):
+                addresses = itertools.repeat(f"192.0.2.{number}")
+                self.assertEqual(expected, sorted(pool.map(self.login, passwords, addresses)))
 
     def test_addresses_are_counted_apart_and_ipv6_by_network(self) -> None:
         self.fail_often("192.0.2.1")
@@ -1804,17 +1792,15 @@ class Values(ServerCase):
     def members(self, key: str = "a") -> dict[str, Any]:
         return cast("dict[str, Any]", json.loads(self.fetch(f"/get?key={key}&format=json")[1]))
 
-    def test_get_has_a_default(self) -> None:
+    def test_a_missing_key_has_a_default_and_its_deletion_can_succeed(self) -> None:
         self.assertEqual((200, "off"), self.fetch("/get?key=a&default=off"))
         self.assertEqual((200, ""), self.fetch("/get?key=a&default="))
         self.assertNotIn("etag", self.request("GET", "/get?key=a&default=on").headers)
-        self.assertEqual(400, self.fetch("/get?key=a&default=off&format=json")[0])
-        self.fetch("/set?key=a&value=on")
-        self.assertEqual((200, "on"), self.fetch("/get?key=a&default=off"))
-
-    def test_del_of_a_missing_key_can_succeed(self) -> None:
+        self.check(400, "GET", "/get?key=a&default=off&format=json")
         for query, status in (("&missing=ok", 200), ("&missing=1", 400), ("", 404)):
             self.check(status, "GET", "/del?key=a" + query)
+        self.fetch("/set?key=a&value=on")
+        self.assertEqual((200, "on"), self.fetch("/get?key=a&default=off"))
 
     def test_incr_counts_exactly(self) -> None:
         self.assertEqual((200, "1"), self.fetch("/incr?key=b"))
@@ -2006,11 +1992,8 @@ class Waiting(ServerCase):
     def test_a_change_ends_the_wait(self) -> None:
         self.fetch("/set?key=a&value=1")
         tag = self.request("GET", "/get?key=a").headers["etag"]
-        waiting = [
-            self.wait(),
-            self.wait("key=a&wait=60", f"If-None-Match: W/{tag}"),
-            self.wait("key=a&wait=60&unless=1&default=x"),
-        ]
+        waiting = [self.wait(), self.wait("key=a&wait=60&unless=1&default=x")]
+        waiting.append(self.wait("key=a&wait=60", f"If-None-Match: W/{tag}"))
         age = self.wait("key=a&wait=60&unless=1&format=age")
         self.fetch("/set?key=b&value=2")
         self.fetch("/set?key=a&value=1")
@@ -2196,14 +2179,16 @@ class Tokens(ServerCase):
         with mock.patch.object(kvserver, "scrypt") as scrypt:
             for authorization in (f"Bearer {token}", f"bearer  {token}", basic("alice", token)):
                 self.assertEqual(200, self.status("/set?key=a&value=1", authorization))
-            self.assertEqual(401, self.status("/list", f"Bearer {token}x"))
-            self.assertEqual(401, self.status("/list", f"Digest {token}"))
+            for authorization in (f"Bearer {token}x", f"Digest {token}"):
+                self.assertEqual(401, self.status("/list", authorization))
             scrypt.assert_not_called()
         for authorization in (basic("bob", token), basic("", token), basic(token, ""), basic(token, "x")):
             self.assertEqual(401, self.status("/list", authorization))
         self.assertEqual({"a": "1"}, self.pairs())
         with open(self.database, "rb") as file, open(self.database + "-wal", "rb") as wal:
             self.assertNotIn(token.encode(), file.read() + wal.read())
+        self.store.set_password_hash("alice", kvserver.hash_password("kv_alice's password"))
+        self.assertEqual(200, self.status("/list", basic("alice", "kv_alice's password")), "it only looks like a token")
 
     def test_the_log_masks_tokens(self) -> None:
         token = self.add_token()
@@ -2212,10 +2197,6 @@ class Tokens(ServerCase):
                 self.assertEqual(401, self.status("/list", basic(name, password)))
         self.assertEqual(6, error.getvalue().count("kv_..."))
         self.assertNotIn(token[3:12], error.getvalue())
-
-    def test_a_password_may_look_like_a_token(self) -> None:
-        self.store.set_password_hash("alice", kvserver.hash_password("kv_alice's password"))
-        self.assertEqual(200, self.status("/list", basic("alice", "kv_alice's password")))
 
     def test_a_deleted_token_is_out_at_once(self) -> None:
         token, other = self.add_token(), self.add_token()
@@ -2461,9 +2442,7 @@ class RequestLog(ServerCase):
         self.stop()
         for line, (_, shown) in zip(self.log.lines, (*requests, ("", "path='/health' key='' status=200")), strict=True):
             self.assertIn(shown, line)
-            self.assertRegex(
-                line, r"\Arequest: method=.* status=... milliseconds=\d+\.\d user='.*' address=127.0.0.1\Z"
-            )
+            self.assertRegex(line, r"\Arequest: .* status=... milliseconds=\d+\.\d user='.*' address=127.0.0.1\Z")
         self.assertIn("user='alice'", self.log.lines[0])
         self.assertNotIn("s3cr3t", self.log.text())
 
@@ -2534,18 +2513,14 @@ class Observed(ServerCase):
         self.assertNotRegex(self.check(200, "GET", "/metrics").body, b"s3cr3t|alice")
 
     def test_they_are_for_admins_by_password_or_a_token_without_limits(self) -> None:
-        for user, is_read_only, prefix, status in (
-            ("alice", False, "", 200),
-            ("alice", True, "", 403),
-            ("alice", False, "a", 403),
-            ("bob", False, "", 403),
-        ):
+        tokens = (("alice", True, "", 403), ("alice", False, "a", 403), ("bob", False, "", 403), ("alice", False, "", 200))
+        for user, is_read_only, prefix, status in tokens:
             token = kvserver.make_token()
             self.store.add_token(user, kvserver.hash_token(token), "", is_read_only, prefix)
             self.check(status, "GET", "/metrics", user=f"Bearer {token}")
-        self.check(403, "GET", "/metrics", user="bob")
         self.check(200, "HEAD", "/metrics")
         self.check(200, "GET", "/iotpersistenceapi/metrics")
+        self.check(403, "GET", "/metrics", user="bob")
         answer = self.check(401, "GET", "/metrics", user=None)
         self.assertEqual('Basic realm="kvserver", charset="UTF-8"', answer.headers["www-authenticate"])
 
@@ -3323,10 +3298,7 @@ class Schedules(unittest.TestCase):
         for retry_after, seconds in ((120.0, 120), (7200.0, 3600), (1.0, 1)):
             started, before = self.seconds, len(self.tries)
             self.set(retry_after)
-            self.answers = [
-                kvserver.Answer(503, "503 Service Unavailable", retry_after),
-                kvserver.Answer(200, "200 OK"),
-            ]
+            self.answers = [kvserver.Answer(503, "503 Later", retry_after), kvserver.Answer(200, "200 OK")]
             self.run_until(started + seconds + 0.5)
             self.assertEqual([0, seconds], [round(at - started) for at, _ in self.tries[before:]])
             self.assertEqual(0, self.store.pending_count())
@@ -3349,15 +3321,8 @@ class Schedules(unittest.TestCase):
             answer = kvserver.Answer(status, "")
             expected = (status < 300, 300 <= status < 500 and status not in (408, 429))
             self.assertEqual(expected, (answer.is_success(), answer.is_refusal()), status)
-        for line in (
-            "HTTP/1.1 200 OK",
-            "HTTP/1.1 20",
-            "HTTP/2 200\r\n",
-            "HTTP/1.1 600 A\r\n",
-            "ICY 200 OK\r\n",
-            "\r\n",
-        ):
-            self.assertIsNone(kvserver.parse_answer(line.encode())[0], line)
+        for line in (b"HTTP/1.1 200 OK", b"HTTP/1.1 20", b"HTTP/2 200\r\n", b"HTTP/1.1 600 A\r\n", b"ICY 200 OK\r\n"):
+            self.assertIsNone(kvserver.parse_answer(line)[0], line)
 
     def test_the_oldest_make_room_for_the_newest(self) -> None:
         self.run_until(1)
