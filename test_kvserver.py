@@ -2513,7 +2513,12 @@ class Observed(ServerCase):
         self.assertNotRegex(self.check(200, "GET", "/metrics").body, b"s3cr3t|alice")
 
     def test_they_are_for_admins_by_password_or_a_token_without_limits(self) -> None:
-        tokens = (("alice", True, "", 403), ("alice", False, "a", 403), ("bob", False, "", 403), ("alice", False, "", 200))
+        tokens = (
+            ("alice", True, "", 403),
+            ("alice", False, "a", 403),
+            ("bob", False, "", 403),
+            ("alice", False, "", 200),
+        )
         for user, is_read_only, prefix, status in tokens:
             token = kvserver.make_token()
             self.store.add_token(user, kvserver.hash_token(token), "", is_read_only, prefix)
