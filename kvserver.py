@@ -181,8 +181,6 @@ PBKDF2_ITERATIONS_MAX = 10_000_000
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 BASE64 = "((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2,4})"  # without padding
 SCRYPT_HASH = re.compile(rf"\$scrypt\$ln=(\d{{1,2}}),r=(\d{{1,2}}),p=(\d{{1,2}})\${BASE64}\${BASE64}")
-WERKZEUG_SCRYPT = r"scrypt:([0-9]{1,8}):([0-9]{1,4}):([0-9]{1,4})\$([^$]+)\$([0-9a-f]{128})"
-WERKZEUG_PBKDF2 = r"pbkdf2:sha256:([0-9]{1,8})\$([^$]+)\$([0-9a-f]{64})"
 
 
 class BadCredential(ValueError):
@@ -243,8 +241,10 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
 
     Returns None for an unknown form, and if the function would take too much memory or time.
     """
-    ours, pbkdf2 = SCRYPT_HASH.fullmatch(stored), re.fullmatch(WERKZEUG_PBKDF2, stored)
-    match = ours or pbkdf2 or re.fullmatch(WERKZEUG_SCRYPT, stored)
+    ours = SCRYPT_HASH.fullmatch(stored)
+    pbkdf2 = re.fullmatch(r"pbkdf2:sha256:([0-9]{1,8})\$([^$]+)\$([0-9a-f]{64})", stored)
+    scrypt_of_werkzeug = r"scrypt:([0-9]{1,8}):([0-9]{1,4}):([0-9]{1,4})\$([^$]+)\$([0-9a-f]{128})"
+    match = ours or pbkdf2 or re.fullmatch(scrypt_of_werkzeug, stored)
     if not match:
         return None
     *numbers, salt_text, digest_text = match.groups()
@@ -256,8 +256,9 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
         import hashlib
 
         iterations = int(numbers[0])
-        is_allowed = 1 <= iterations <= PBKDF2_ITERATIONS_MAX
-        return (digest, lambda secret: hashlib.pbkdf2_hmac("sha256", secret, salt, iterations)) if is_allowed else None
+        if not 1 <= iterations <= PBKDF2_ITERATIONS_MAX:
+            return None
+        return digest, lambda secret: hashlib.pbkdf2_hmac("sha256", secret, salt, iterations)
     cost, block_size, parallelism = map(int, numbers)
     cost = 1 << cost if ours else cost
     is_power_of_2 = 1 < cost < 1 << 16 * block_size and cost & (cost - 1) == 0  # RFC 7914 section 2
@@ -1324,34 +1325,25 @@ HEAD = (
 )
 
 
-class BadHook(ValueError):
-    """A hook cannot be like this; the message names the rule."""
-
-
-def authority(parts: urllib.parse.SplitResult) -> str:
-    """Return host and port of a URL, without the login before them."""
-    return parts.netloc.rpartition("@")[2]
-
-
 def parse_hook_url(url: str) -> urllib.parse.SplitResult:
-    """Return the parts of a hook's URL; raise BadHook, whose message does not quote it."""
+    """Return the parts of a hook's URL; raise HTTPError, whose message does not quote it."""
     if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
-        raise BadHook(f"a URL has at most {HOOK_URL_BYTES_MAX} ASCII characters; percent-encode spaces and others")
+        raise HTTPError(400, f"a URL has at most {HOOK_URL_BYTES_MAX} ASCII characters; percent-encode the others")
     with contextlib.suppress(ValueError):  # no port can be that
         parts = urllib.parse.urlsplit(url)
         is_complete = parts.hostname and parts.port != 0 and not parts.netloc.endswith(":")
-        if parts.scheme in HOOK_PORTS and is_complete and HOST.fullmatch(authority(parts)):
+        if parts.scheme in HOOK_PORTS and is_complete and HOST.fullmatch(parts.netloc.rpartition("@")[2]):
             return parts
-    raise BadHook("a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
+    raise HTTPError(400, "a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
 
 
 def encode_delivery(url: urllib.parse.SplitResult, idempotency_key: str, members: Mapping[str, object]) -> bytes:
     """Return the request that posts the members of a JSON object, all ASCII."""
-    body, login = json.dumps(members).encode(), urllib.parse.unquote(url.netloc.rpartition("@")[0])
-    login += "" if ":" in login else ":"  # a name alone has an empty password (RFC 7617 section 2)
+    body, (login, _, host) = json.dumps(members).encode(), url.netloc.rpartition("@")
+    login = urllib.parse.unquote(login if ":" in login else login + ":")  # the password may be missing
     basic = f"Authorization: Basic {base64.b64encode(login.encode('utf-8')).decode()}\r\n" if login != ":" else ""
     head = (
-        f"POST {url.path or '/'}{'?' if url.query else ''}{url.query} HTTP/1.1\r\nHost: {authority(url)}\r\n"
+        f"POST {url.path or '/'}{'?' if url.query else ''}{url.query} HTTP/1.1\r\nHost: {host}\r\n"
         f"User-Agent: kvserver/{__version__}\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}\r\n"
         f"Idempotency-Key: {idempotency_key}\r\nConnection: close\r\n{basic}\r\n"
     )
@@ -4179,7 +4171,7 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
             print("Type the URL and press Enter:", file=sys.stderr)
         url = sys.stdin.buffer.readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
     parts = parse_hook_url(url)
-    origin = f"{parts.scheme}://{authority(parts)}"
+    origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     hook = (arguments.name, arguments.key, url, origin, arguments.value, arguments.label)
     print(store.transact(lambda store: store.add_hook(*hook)))
 
@@ -4421,7 +4413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise NoSuchUser(name)
             arguments.run(arguments, store)
         return 0
-    except (CommandError, BadCredential, BadHook, BadCertificate, StoreError, HTTPError) as error:
+    except (CommandError, BadCredential, BadCertificate, StoreError, HTTPError) as error:
         message = str(error)
     except UnicodeEncodeError:
         message = "an argument is not UTF-8 text"
