@@ -5890,7 +5890,8 @@ class Stopping(CommandCase):
     def test_signals_end_the_server_at_once_and_once_only(self) -> None:
         # Both signals come again while the interpreter ends.
         again = "import atexit, os\nfor number in 2, 15: atexit.register(os.kill, os.getpid(), number)\n"
-        patient = program(again, STOP_REQUEST_SECONDS=1000, STOP_SECONDS=1000, EXIT_SECONDS=1000)
+        names = ("FIRST_BYTE_SECONDS", "STOP_REQUEST_SECONDS", "STOP_SECONDS", "EXIT_SECONDS")
+        patient = program(again, **dict.fromkeys(names, 1000))
         for number in (signal.SIGTERM, signal.SIGINT):
             with self.subTest(number), self.serving(command=patient) as (process, port, _):
                 idle = self.send(port, "")
