@@ -586,7 +586,7 @@ class Store:
         except sqlite3.OperationalError as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code == sqlite3.SQLITE_BUSY:
-                raise StoreBusy("another process keeps the database locked") from error
+                raise StoreBusy("another process keeps the database locked; try again") from error
             if code == sqlite3.SQLITE_FULL:
                 raise StoreFull("the database has reached its limit, or the disk is full; delete something") from error
             raise
@@ -1107,21 +1107,16 @@ class HTTPError(Exception):
         return Response(json.dumps(problem).encode(), self.status, "application/problem+json", self.headers)
 
 
+REFUSALS = {BadCredential: 400, NoSuchUser: 401, NoSuchToken: 404, Conflict: 409, StoreBusy: 503}
+
+
 def as_refusal(error: Exception) -> HTTPError | None:
     """Return the HTTPError for an error that the client or a second try can correct, or None."""
-    if isinstance(error, HTTPError):
-        return error
-    if isinstance(error, BadCredential):
-        return HTTPError(400, str(error))
-    if isinstance(error, NoSuchUser):
-        return HTTPError(401, "the user has been deleted")
-    if isinstance(error, NoSuchToken):
-        return HTTPError(404, "there is no such token, or no longer")
-    if isinstance(error, Conflict):
-        return HTTPError(409, str(error))
-    if isinstance(error, StoreBusy):
-        return HTTPError(503, f"{error}; try again", RETRY_AFTER)
-    return None
+    status = REFUSALS.get(type(error))
+    if status is None:
+        return error if isinstance(error, HTTPError) else None
+    message = "the user has been deleted" if status == 401 else str(error)
+    return HTTPError(status, message, RETRY_AFTER if status == 503 else ())
 
 
 def decode_utf8(data: bytes, name: str) -> str:
@@ -2217,7 +2212,7 @@ class Authenticator:
         try:
             is_right = await ready(0, time.monotonic() + CHECK_SECONDS)
         except TimeoutError:
-            raise StoreBusy("the server is too busy") from None
+            raise StoreBusy("the server is too busy; try again") from None
         if is_right is False:
             if not is_first:
                 self._throttle.charge(address)
@@ -3719,7 +3714,7 @@ class Server(socketserver.TCPServer):
             return await ready(0, time.monotonic() + DATABASE_LOCK_SECONDS)
         except TimeoutError:
             self.changes.remove(change)
-            raise StoreBusy("the server is too busy") from None
+            raise StoreBusy("the server is too busy; try again") from None
 
     def _may_commit(self) -> bool:
         # Expired pairs wait for changes, unless hooks must hear of them.
