@@ -1627,7 +1627,6 @@ class Throttled(ServerCase):
     trusted_proxy = kvserver.parse_networks("127.0.0.0/8,::1")
 
     def login(self, password: str, address: str = "192.0.2.1", name: str = "alice") -> int:
-        """Log in from an address, and return the status."""
         return self.fetch("/list", user=basic(name, password), X_Forwarded_For=address)[0]
 
     def fail_often(self, address: str = "192.0.2.1") -> None:
@@ -2158,32 +2157,28 @@ class Tokens(ServerCase):
         self.store.add_token("alice", kvserver.hash_token(token), "", is_read_only, prefix)
         return token
 
-    def status(self, target: str, authorization: str, method: str = "GET") -> int:
-        """Return the status of a response."""
-        return self.fetch(target, method, user=authorization)[0]
-
     def test_a_token_is_a_login_and_costs_no_scrypt(self) -> None:
         token = self.add_token()
         self.assertRegex(token, r"\Akv_[A-Za-z0-9_-]{43}\Z")
         with mock.patch.object(kvserver, "scrypt") as scrypt:
             for authorization in (f"Bearer {token}", f"bearer  {token}", basic("alice", token)):
-                self.assertEqual(200, self.status("/set?key=a&value=1", authorization))
+                self.check(200, "GET", "/set?key=a&value=1", user=authorization)
             for authorization in (f"Bearer {token}x", f"Digest {token}"):
-                self.assertEqual(401, self.status("/list", authorization))
+                self.check(401, "GET", "/list", user=authorization)
             scrypt.assert_not_called()
         for authorization in (basic("bob", token), basic("", token), basic(token, ""), basic(token, "x")):
-            self.assertEqual(401, self.status("/list", authorization))
+            self.check(401, "GET", "/list", user=authorization)
         self.assertEqual({"a": "1"}, self.pairs())
         with open(self.database, "rb") as file, open(self.database + "-wal", "rb") as wal:
             self.assertNotIn(token.encode(), file.read() + wal.read())
         self.store.set_password_hash("alice", kvserver.hash_password("kv_alice's password"))
-        self.assertEqual(200, self.status("/list", basic("alice", "kv_alice's password")), "it only looks like a token")
+        self.check(200, "GET", "/list", user=basic("alice", "kv_alice's password"))
 
     def test_the_log_masks_tokens(self) -> None:
         token = self.add_token()
         with mock.patch.object(kvserver, "log", REAL_LOG), mock.patch("sys.stderr", io.StringIO()) as error:
             for name, password in itertools.product((token, "x" + token, token[:30]), ("", "x")):
-                self.assertEqual(401, self.status("/list", basic(name, password)))
+                self.check(401, "GET", "/list", user=basic(name, password))
         self.assertEqual(6, error.getvalue().count("kv_..."))
         self.assertNotIn(token[3:12], error.getvalue())
 
@@ -2194,9 +2189,9 @@ class Tokens(ServerCase):
         self.store.delete_token("alice", 1)
         self.check(401, "GET", "/list", user=f"Bearer {token}", connection=connection)
         self.store.set_password_hash("alice", kvserver.hash_password("another password"))
-        self.assertEqual(200, self.status("/list", f"Bearer {other}"))
+        self.check(200, "GET", "/list", user=f"Bearer {other}")
         self.store.delete_user("alice", even_last_admin=True)
-        self.assertEqual(401, self.status("/list", f"Bearer {other}"))
+        self.check(401, "GET", "/list", user=f"Bearer {other}")
 
     def test_read_only_tokens_change_nothing(self) -> None:
         token = "Bearer " + self.add_token(is_read_only=True)
@@ -2205,7 +2200,7 @@ class Tokens(ServerCase):
             for method in route.methods if route.who == kvserver.USER else ():
                 target = route.path.replace("KEY", "a") + ("?key=a" if "key" in route.parameters else "")
                 expected = 403 if route.where == kvserver.COMMIT else 200
-                self.assertEqual(expected, self.status(target, token, method), (method, target))
+                self.check(expected, method, target, user=token)
         self.assertEqual({"a": "1"}, self.pairs())
 
     def test_a_token_sees_only_its_prefix(self) -> None:
@@ -2214,12 +2209,12 @@ class Tokens(ServerCase):
             self.store.set_value(1, key, "1")
         for key in ("q", "none", "p"):  # mistakes in other parameters don't tell either whether a key exists
             for target in ("get?key=", "get?wait=x&key=", "get?tll=1&key=", "set?key=", "del?key=", "incr?by=x&key="):
-                self.assertEqual(403, self.status(f"/{target}{key}", token), target)
-            self.assertEqual(403, self.status(f"/toggle?key={key}", token))
+                self.check(403, "GET", f"/{target}{key}", user=token)
+            self.check(403, "GET", f"/toggle?key={key}", user=token)
             for method in ("GET", "PUT", "DELETE"):
-                self.assertEqual(403, self.status(f"/kv/{key}?x=1", token, method), method)
+                self.check(403, method, f"/kv/{key}?x=1", user=token)
         for target, status in (("get?key=%00", 400), ("get", 400), ("set?key=p/3&value=1", 200), ("del?key=p/3", 200)):
-            self.assertEqual(status, self.status("/" + target, token), target)
+            self.check(status, "GET", "/" + target, user=token)
         for query, keys in (
             ("", "p/1 p/2"),
             ("?prefix=p", "p/1 p/2"),
@@ -2234,7 +2229,7 @@ class Tokens(ServerCase):
     def test_the_day_of_the_last_use_is_stored_once(self) -> None:
         token = "Bearer " + self.add_token()
         for _ in range(3):
-            self.status("/get?key=a", token)
+            self.check(404, "GET", "/get?key=a", user=token)
         today = int(time.time() // 86400)
         wait_until(lambda: self.store.tokens("alice")[0].last_used_day in (today, today + 1))
         self.fetch("/set?key=a&value=1")  # its commit comes after theirs
@@ -2312,6 +2307,13 @@ class Overload(ServerCase):
             release.set()
             for connection in connections:
                 self.assertIn(b" 200 ", connection.recv(65536))
+
+    def test_threads_start_only_when_all_are_busy(self) -> None:
+        self.check(200, "GET", "/list")
+        count = threading.active_count()
+        for _ in range(5):
+            self.check(200, "GET", "/list")
+        self.assertEqual(count, threading.active_count())
 
     def test_a_machine_that_cannot_start_threads_still_serves(self) -> None:
         self.server.writer.commit_seconds = 1  # a slow disk: a thread would commit
@@ -3122,80 +3124,31 @@ class Deliveries(HookCase):
         self.assertEqual(expected | {"pending_deliveries": 1}, counted)
 
 
-class Threads(unittest.TestCase):
-    """Threads that run functions for tasks, and gates that limit how many tasks pass at once."""
+class Gates(unittest.TestCase):
+    """A gate limits how many tasks pass at once."""
 
-    def setUp(self) -> None:
-        self.results, mistakes = list[object](), list[Exception]()
-        self.loop = kvserver.Loop(mistakes.append)
-        self.addCleanup(self.loop.close)
-        self.addCleanup(lambda: self.assertEqual([], mistakes))
+    def test_a_cancelled_task_leaves_its_turn_to_the_next(self) -> None:
+        loop, passed = kvserver.Loop(self.fail), list[str]()
+        self.addCleanup(loop.close)
+        gate = kvserver.Gate(loop)
 
-    def start(self, function: Awaitable[object]) -> kvserver.Task:
-        """Start a task that keeps the result, and run the loop until nothing more happens."""
+        async def enter(name: str) -> None:
+            await gate.enter({"key": 1})
+            passed.append(name)
 
-        async def run() -> None:
-            self.results.append(await function)
+        def start(name: str) -> kvserver.Task:
+            task = loop.start(enter(name))
+            while loop.soon:
+                loop.run_once(may_wait=False)
+            return task
 
-        task = self.loop.start(run())
-        self.settle()
-        return task
-
-    def settle(self) -> None:
-        while self.loop.soon:
-            self.loop.run_once(may_wait=False)
-
-    def test_one_more_starts_only_when_all_are_busy(self) -> None:
-        threads, most = kvserver.Threads(self.loop, 3), 3
-
-        def run_all(count: int) -> None:
-            while len(self.results) < count:
-                self.loop.run_once()
-
-        for number in range(5):
-            self.start(threads.run(threading.get_ident))
-            run_all(number + 1)
-        self.assertEqual(1, len(set(self.results)))
-        all_run = threading.Barrier(most)
-
-        def wait_for_all() -> int:
-            all_run.wait(WAIT_SECONDS)
-            return threading.get_ident()
-
-        for _ in range(2 * most):
-            self.start(threads.run(wait_for_all))
-        run_all(5 + 2 * most)
-        self.assertEqual(most, len(set(self.results)))
-
-    def enter(self, gate: kvserver.Gate, name: str, *keys: str) -> kvserver.Task:
-        """Start a task that keeps its name when it has passed a gate, which lets each key be taken once."""
-
-        async def enter() -> str:
-            await gate.enter(dict.fromkeys(keys, 1))
-            return name
-
-        return self.start(enter())
-
-    def test_a_task_that_can_pass_a_gate_does_not_wait_for_others(self) -> None:
-        gate, expected = kvserver.Gate(self.loop), ["a", "b"]
-        for name in ("a", "b", "ab", "a-late", "b-late", "b-last"):
-            self.enter(gate, name, *name.partition("-")[0])
-        for left, passed in zip("bbbaba", (["b-late"], ["b-last"], [], ["ab"], [], ["a-late"])):
-            gate.leave({left: 1})
-            self.settle()
-            expected += passed
-            self.assertEqual(expected, self.results)
-
-    def test_a_cancelled_task_takes_nothing_at_a_gate(self) -> None:
-        gate = kvserver.Gate(self.loop)
-        self.enter(gate, "first", "a")
-        while_it_waits = self.enter(gate, "cancelled", "a")
-        self.loop.throw(while_it_waits, kvserver.Cancelled())
-        when_its_turn_has_just_come = self.enter(gate, "cancelled", "a")
-        gate.leave({"a": 1})
-        self.loop.throw(when_its_turn_has_just_come, kvserver.Cancelled())
-        self.enter(gate, "last", "a")
-        self.assertEqual(["first", "last"], self.results)
+        start("first")
+        loop.throw(start("cancelled while it waits"), kvserver.Cancelled())
+        task = start("cancelled when its turn has just come")
+        gate.leave({"key": 1})
+        loop.throw(task, kvserver.Cancelled())
+        start("last")
+        self.assertEqual(["first", "last"], passed)
 
 
 class Schedules(unittest.TestCase):
@@ -3243,7 +3196,6 @@ class Schedules(unittest.TestCase):
         return self.answers.pop(0) if self.answers else self.answer
 
     def kinds(self, index: int) -> list[bool]:
-        """Return of each try whether it counted as long (1) or as doubtful (2)."""
         return [call.args[index] for call in self.bounds.call_args_list]
 
     def run_until(self, seconds: float) -> None:
@@ -3662,15 +3614,11 @@ POST /admin?action=deluser | Content-Type: application/x-www-form-urlencoded | u
         for _ in range(chance.choice((0, 1, 1, 2, 3, 6))):
             begin = chance.randrange(len(mutated) + 1)
             end = min(len(mutated), begin + chance.choice((0, 1, 1, 2, 5, 20)))
-            kind = chance.random()
-            if kind < 0.4:
-                mutated[begin:end] = chance.choice(self.PIECES)
-            elif kind < 0.6:
-                mutated[begin:end] = chance.randbytes(chance.choice((1, 2, 4)))
-            elif kind < 0.8:
-                del mutated[begin:end]
-            else:
-                mutated[begin:begin] = mutated[begin:end] * chance.choice((1, 2, 50))
+            random_bytes, repeated = (
+                chance.randbytes(chance.choice((1, 2, 4))),
+                mutated[begin:end] * chance.choice((2, 50)),
+            )
+            mutated[begin:end] = chance.choice((b"", repeated, random_bytes, *[chance.choice(self.PIECES)] * 2))
         return bytes(mutated)
 
     def requests(self) -> list[bytes]:
