@@ -417,6 +417,7 @@ USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
 KEEPS_AN_ADMIN = "(? OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admin AND name <> ?))"
 
+USER_EXISTS = "the user {0} exists; set a password with: python kvserver.py passwd {0}"
 UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
 PairSummary = tuple[str, str, float, float | None]  # key, beginning of the value, updated, expires (unix seconds)
 
@@ -516,7 +517,7 @@ class StoreFull(StoreError):
 
 
 class Conflict(StoreError):
-    """A limit forbids it, or the rule that an admin must remain."""
+    """The user exists already, is the last admin, or would exceed a limit."""
 
 
 class NoSuchToken(StoreError):
@@ -528,13 +529,6 @@ class NoSuchUser(StoreError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"no user {name}; add one with: python kvserver.py adduser NAME")
-
-
-class UserExists(StoreError):
-    """The name is taken."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"the user {name} exists; set a password with: python kvserver.py passwd {name}")
 
 
 def entity_tag(value: bytes) -> str:
@@ -560,8 +554,7 @@ class Store:
         self._connection = sqlite3.connect(
             uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False
         )
-        self._pages_max = 0
-        self.may_exceed = False  # Deletes may exceed the page limit, because hooks store the deleted value.
+        self._pages_max = 2**30 - 1  # SQLite's own limit
         self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
         self.changed_pairs: set[tuple[int, str]] | None = set()  # in the transaction; None if it changed more
         try:
@@ -748,12 +741,12 @@ class Store:
         return [(User(*row[:4]), *row[4:]) for row in self._execute(select, time.time(), first, last, limit)]
 
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
-        """Add a user; raise UserExists."""
+        """Add a user; raise Conflict if the name is taken."""
         insert = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?)"
         try:
             self._change_users(insert, name, password_hash, is_admin)
         except sqlite3.IntegrityError:
-            raise UserExists(name) from None
+            raise Conflict(USER_EXISTS.format(name)) from None
 
     def set_password_hash(self, name: str, password_hash: str, old_hash: str | None = None) -> None:
         """Replace a user's password hash, or if old_hash is given, only that hash; raise NoSuchUser."""
@@ -853,9 +846,8 @@ class Store:
             raise NoSuchUser(f"with the id {user_id}") from None
 
     def _delete(self, statement: str, *parameters: Any) -> int:
-        if not (self.may_exceed and self._pages_max):
-            return self._execute(statement, *parameters).rowcount
-        self._execute(f"PRAGMA max_page_count = {2**30 - 1}")  # SQLite's own limit
+        # Deletes may exceed the limit, because hooks store the deleted value.
+        self._execute(f"PRAGMA max_page_count = {2**30 - 1}")
         try:
             return self._execute(statement, *parameters).rowcount
         finally:
@@ -3752,7 +3744,7 @@ class Server(socketserver.TCPServer):
         """
         deletions: list[Callable[[Store], Any]] = [Store.delete_expired] if self._has_expired else []  # they make room
         operations = [*deletions, *(operation for operation, _, _ in changes)]
-        state_before, self.writer.may_exceed = self.reader.state(), self.outbox.has_hooks
+        state_before = self.reader.state()
         is_short = sum(size for _, _, size in changes) < QUICK_CHANGES_BYTES_MAX
         is_quick = is_short and self.writer.commit_seconds < QUICK_COMMIT_SECONDS
         commit = functools.partial(self.writer.commit, operations)
@@ -4097,7 +4089,7 @@ def add_user(arguments: argparse.Namespace) -> None:
     if os.path.exists(arguments.db):  # complain before anybody types a password
         with contextlib.closing(open_store(arguments.db, create=False)) as store:
             if store.user(arguments.name):
-                raise UserExists(arguments.name)
+                raise Conflict(USER_EXISTS.format(arguments.name))
     password_hash = hash_password(read_password(arguments))
     with contextlib.closing(open_store(arguments.db)) as store:
         store.add_user(arguments.name, password_hash, arguments.admin)
@@ -4259,7 +4251,7 @@ def announce(server: Server, store: Store) -> None:
     host = parse_address(server.server_name)
     if not (host and host.is_loopback) and not server.certificate:
         log("WARNING", "plain HTTP shows passwords to the network; use --tls-cert, or --host 127.0.0.1 and a TLS proxy")
-    with contextlib.suppress(UserExists):  # another process was quicker
+    with contextlib.suppress(Conflict):  # another process was quicker
         if not store.users():
             import secrets
 

@@ -4045,7 +4045,7 @@ class UserPages(PageCase):
 
         for fields in [{"action": "deluser"}, {"action": "setadmin", "isAdmin": "0"}] * 5:
             for name, password in PASSWORDS.items():
-                with contextlib.suppress(kvserver.UserExists):
+                with contextlib.suppress(kvserver.Conflict):
                     self.store.add_user(name, kvserver.hash_password(password), True)
                 self.store.set_admin(name, True)
             barrier = threading.Barrier(2)
