@@ -48,7 +48,7 @@ import unittest
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, cast
 from unittest import mock
 
