@@ -58,11 +58,7 @@ PROGRAM = os.path.abspath(kvserver.__file__)
 REAL_LOG = kvserver.log
 README = os.path.join(os.path.dirname(PROGRAM), "README.md")
 # The program with cheap scrypt, for the tests that need a process of its own.
-CHEAP_PROGRAM = [
-    sys.executable,
-    "-c",
-    "import sys, kvserver; kvserver.SCRYPT_COST_LOG2 = 1; sys.exit(kvserver.main())",
-]
+CHEAP_PROGRAM = [sys.executable, "-c", "import sys, kvserver as k; k.SCRYPT_COST_LOG2 = 1; sys.exit(k.main())"]
 WAIT_SECONDS = 20  # how long a test waits for what should come at once
 # The long evidence (random requests, histories, kills) runs a short round unless KVSERVER_TEST_LONG is set.
 LONG = bool(os.environ.get("KVSERVER_TEST_LONG"))
@@ -460,21 +456,6 @@ class Api(ServerCase):
         self.check(400, "POST", "/set?value=1", b'{"key": "\\udfff"}', kvserver.JSON)
         self.assertEqual({}, self.pairs())
 
-    def test_a_reused_name_starts_empty(self) -> None:
-        self.check(200, "GET", "/set?key=door&value=open", user="bob")
-        self.store.delete_user("bob", even_last_admin=False)
-        self.store.add_user("bob", kvserver.hash_password(PASSWORDS["bob"]), False)
-        self.assertEqual({}, self.pairs("bob"))
-
-    def test_a_write_for_a_user_deleted_meanwhile_is_401(self) -> None:
-        bob = self.store.user("bob")
-        self.pairs("bob")  # now the credentials are remembered
-        with mock.patch.object(self.store, "user", return_value=bob):
-            self.store.delete_user("bob", even_last_admin=False)
-            self.store.add_user("carol", "hash", False)
-            self.check(401, "GET", "/set?key=a&value=1", user="bob")
-        self.assertEqual([("alice", 0), ("carol", 0)], [(user.name, pairs) for user, pairs, _ in self.store.users()])
-
     def test_every_response_carries_the_same_headers(self) -> None:
         for user, method, target in (
             *(("alice", method, "/get?key=a") for method in ("GET", "HEAD")),
@@ -578,12 +559,8 @@ class Bodies(ServerCase):
             (kvserver.JSON, {"a": "é"}, "/set?value=%C3%A9", '{"key": "a"}'),
         ):
             self.assert_stored(expected, target, body, content_type)
-
-    def test_json_value_that_is_no_string_is_stored_as_json(self) -> None:
-        values: list[Any] = [1, 1.5, True, None, [], {"ä": [1, "☃"]}, -0.0, 10**30, "", "1"]
-        for value in values:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            self.assert_stored({"a": text}, "/set", json.dumps({"key": "a", "value": value}), kvserver.JSON)
+        for value in ("1", "1.5", "true", "null", "[]", '{"ä": [1, "☃"]}', "-0.0", str(10**30)):  # stored as JSON
+            self.assert_stored({"a": value}, "/set", f'{{"key": "a", "value": {value}}}', kvserver.JSON)
 
     def test_bad_json_is_400(self) -> None:
         many = json.dumps({"key": "a", "value": "1", **{str(number): 1 for number in range(99)}})
@@ -867,13 +844,6 @@ class Checks(ServerCase):
         self.assert_answered(401, early)
         self.assert_answered(404, late)
 
-    def test_a_start_runs_no_scrypt(self) -> None:
-        self.stop()
-        with mock.patch.object(kvserver, "scrypt") as scrypt:
-            self.start()
-            self.check(200, "GET", "/health", user=None)
-        scrypt.assert_not_called()
-
 
 class Commits(ServerCase):
     """Writes that share a commit, reads meanwhile, and rows that are remembered."""
@@ -943,13 +913,6 @@ class Commits(ServerCase):
             # Nobody can know whether a commit under way will succeed, so its write is answered only when it ends.
             self.assertEqual([[200]] * 2, [statuses(connection.recv(65536)) for connection in connections])
         self.assertEqual({"a": "1", "c": "1"}, self.pairs())
-
-    def test_pipelined_writes_are_committed_one_by_one_without_a_pause(self) -> None:
-        with mock.patch.object(kvserver, "POLL_SECONDS", 0.2):
-            begun = time.monotonic()
-            answers = self.exchange(self.raw("GET /set?key=a&value=1 HTTP/1.1") * 10, end=True)
-            self.assertLess(time.monotonic() - begun, 1)
-        self.assertEqual(([200] * 10, [1] * 10), (statuses(answers), self.sizes))
 
     def test_writers_read_what_they_wrote_while_the_disk_is_now_quick_now_slow(self) -> None:
         rates = random.Random(1)
@@ -4006,6 +3969,8 @@ class UserPages(PageCase):
         answer = self.send(303, "/admin/", action="deluser", username="bob", page="delete")
         self.assertEqual(("./#done", ["alice"]), (answer.headers["location"], self.names()))
         self.check(401, "GET", "/list", user="bob")
+        self.store.add_user("bob", kvserver.hash_password(PASSWORDS["bob"]), False)
+        self.assertEqual({}, self.pairs("bob"))
 
     def test_nobody_deletes_themselves_nor_the_last_admin(self) -> None:
         page = self.page("/admin/delete?username=alice")
@@ -4346,16 +4311,10 @@ class WebDriver:
         """Start the browser."""
         driver, browser = find_driver() or ("chromedriver", "chromium")
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        port = None
-        for _ in range(5):  # it ends if somebody takes the free port before it listens there
-            self._process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
-            assert self._process.stdout
-            lines = (re.search(r"successfully on port (\d+)", line) for line in self._process.stdout)
-            port = next((match[1] for match in lines if match), None)
-            if port:
-                break
-            self.close()
-        assert port, "chromedriver does not start"
+        self._process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout
+        matches = (re.search(r"successfully on port (\d+)", line) for line in self._process.stdout)
+        port = next(match[1] for match in matches if match)
         self._url = f"http://127.0.0.1:{port}/session"
         arguments = "--headless=new --disable-gpu --disable-extensions --disable-dev-shm-usage --no-first-run"
         # Chromium's own sandbox does not work for root; it would protect us from our own pages.
