@@ -289,7 +289,8 @@ def hash_token(token: str) -> bytes:
 
 # ---- Storage ---------------------------------------------------------------------------------------------------------
 # The database: its schema, and the class that reads and changes it. A method that changes something returns after its
-# commit has reached the disk. Nothing here knows of HTTP.
+# commit has reached the disk. Readers use other connections, to which SQLite shows a commit only after that: no read
+# returns a value that a power cut takes back. Nothing here knows of HTTP.
 
 DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
 LOCK_POLL_SECONDS = 0.02
@@ -416,7 +417,6 @@ KEEPS_AN_ADMIN = "(? OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admi
 
 USER_EXISTS = "the user {0} exists; set a password with: python kvserver.py passwd {0}"
 UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
-PairSummary = tuple[str, str, float, float | None]  # key, beginning of the value, updated, expires (unix seconds)
 
 
 def utc_second(seconds: float) -> str:
@@ -826,8 +826,8 @@ class Store:
         keys = self._execute(last_and_next, *page, limit + 1, limit - 1).fetchall() if limit > 0 else ()
         return objects.replace(b"}\n{", b","), keys[0][0] if len(keys) == 2 else None
 
-    def pairs(self, user_id: int, prefix: str, after: str, limit: int) -> list[PairSummary]:
-        """Return up to limit pairs of a user, with keys that begin with prefix and come after the key after."""
+    def pairs(self, user_id: int, prefix: str, after: str, limit: int) -> list[tuple[str, str, float, float | None]]:
+        """Return key, beginning of the value, updated and expires of pairs, with keys like those of page_as_json."""
         select = f"SELECT key, ifnull(substr(CAST(value AS BLOB), 1, ?), x''), updated, expires FROM {PAGE}"
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time(), limit)
         rows = self._execute(select, 4 * (VALUE_SHOWN_CHARACTERS_MAX + 1), *page)  # a character has up to 4 bytes
