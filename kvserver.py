@@ -664,7 +664,7 @@ class Store:
         return outcomes
 
     def transact(self, operation: Callable[[Store], Any]) -> Any:
-        """Run an operation in a transaction of its own; return or raise its outcome."""
+        """Run an operation in its own transaction; return or raise its outcome."""
         self.begin()
         outcome = self.commit([operation])[0]
         if isinstance(outcome, Exception):
@@ -954,8 +954,8 @@ class CachingStore(Store):
         self._rows: dict[Any, Any] = {}
         self._rows_state = b""  # the state when _rows were read
         self._rows_bytes = 0  # of values
-        self.has_hooks()  # the first read creates the file
-        # It stays open: closing any descriptor of a file drops all locks that the process has on it (POSIX).
+        self.has_hooks()  # a first read creates the file.
+        # It stays open: closing any descriptor of a file drops all the locks of the process on it (POSIX).
         self._shared_file = open(os.path.realpath(self.path) + "-shm", "rb")  # noqa: SIM115
         self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both copies
 
@@ -1021,7 +1021,7 @@ def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = 
     path = os.path.abspath(path)
     try:
         if create:
-            # Only the owner may read it. SQLite gives the files beside it the same permissions.
+            # Only the owner may read it. SQLite gives its -wal and -shm files the same permissions.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         return Store(path, mb_max=mb_max, migrate=migrate)
