@@ -1935,11 +1935,6 @@ class Waiting(ServerCase):
             status, _, body = connection.recv(65536).decode().partition("\r\n\r\n")
             self.assertEqual(expected, (int(status.split()[1]), body))
 
-    def test_another_value_is_sent_at_once(self) -> None:
-        self.fetch("/set?key=a&value=1")
-        self.assertEqual((200, "1"), self.fetch("/get?key=a&wait=60&unless=0"))
-        self.assertEqual((200, "1"), self.fetch("/get?key=a&wait=60", If_None_Match='"x"'))
-
     def test_a_change_ends_the_wait(self) -> None:
         self.fetch("/set?key=a&value=1")
         tag = self.request("GET", "/get?key=a").headers["etag"]
@@ -1987,9 +1982,12 @@ class Waiting(ServerCase):
                 self.assert_answers(expected, self.connect(request))
                 self.assertGreaterEqual(time.monotonic() - begun, seconds)
 
-    def test_wait_and_unless_need_each_other(self) -> None:
+    def test_wait_needs_unless_or_an_entity_tag_and_another_value_is_sent_at_once(self) -> None:
+        self.fetch("/set?key=a&value=1")
         for query in ("wait=1", "unless=1", *(f"wait={wait}&unless=1" for wait in ("61", "-1", "x", ""))):
-            self.assertEqual(400, self.fetch(f"/get?key=a&{query}")[0], query)
+            self.check(400, "GET", f"/get?key=a&{query}")
+        self.assertEqual((200, "1"), self.fetch("/get?key=a&wait=60&unless=0"))
+        self.assertEqual((200, "1"), self.fetch("/get?key=a&wait=60", If_None_Match='"x"'))
 
     def test_changes_of_other_keys_cost_nothing(self) -> None:
         with mock.patch.object(self.server.reader, "pair", wraps=self.server.reader.pair) as pair:
@@ -2305,87 +2303,11 @@ class Overload(ServerCase):
 
     def test_the_same_error_is_logged_once_a_second(self) -> None:
         errors = kvserver.ErrorLog()
-        with mock.patch("time.monotonic") as now:
-            for seconds in (5.0, 5.0, 5.9, 6.0, 6.9):
-                now.return_value = seconds
-                errors.write("disk I/O error")
-                errors.write(f"another one at {seconds}")
-        self.assertEqual(2, self.log.lines.count("disk I/O error"))
-        self.assertLessEqual(len(errors._paused), 2 + 1, "old ones are forgotten")
-
-
-class Failures(ServerCase):
-    """Errors below, and how clients and the log learn of them."""
-
-    def test_a_failing_disk_is_503(self) -> None:
-        with mock.patch.object(kvserver.Store, "pair", side_effect=sqlite3.OperationalError("disk I/O error")):
-            self.check(503, "GET", "/get?key=a")
-        self.assertIn("the database failed: disk I/O error", self.log.text())
-
-    def test_a_write_waits_for_another_process_but_not_for_long(self) -> None:
-        self.check(200, "GET", "/set?key=a&value=1")
-        with locked(self.database):
-            waiting = self.connect(self.raw("GET /set?key=a&value=2 HTTP/1.1"))
-            wait_until(lambda: len(self.server.changes) == 1)
-        self.assertIn(b" 200 ", waiting.recv(65536))
-        with mock.patch.object(kvserver, "DATABASE_LOCK_SECONDS", 0.05), locked(self.database):
-            self.assertEqual("5", self.check(503, "GET", "/set?key=a&value=3").headers["retry-after"])
-            self.assertEqual({"a": "2"}, self.pairs())
-        self.check(200, "GET", "/set?key=a&value=4")
-        self.assertEqual({"a": "4"}, self.pairs())
-
-    def test_a_disk_that_refuses_even_the_rollback_is_503_until_it_recovers(self) -> None:
-        writer = self.server.writer
-        connection, broken = writer._connection, mock.Mock(in_transaction=True)
-        broken.execute.side_effect = sqlite3.OperationalError("disk I/O error")
-        with mock.patch.object(writer, "_connection", broken):
-            self.check(503, "GET", "/set?key=a&value=1")
-        connection.execute("BEGIN IMMEDIATE")  # a failed rollback leaves this
-        self.check(200, "GET", "/set?key=a&value=2")
-        self.assertEqual({"a": "2"}, self.pairs())
-
-    def test_every_commit_is_synced(self) -> None:
-        connection = self.server.writer._connection
-        self.assertEqual([("wal",)], connection.execute("PRAGMA journal_mode").fetchall())
-        self.assertEqual([(2,)], connection.execute("PRAGMA synchronous").fetchall())  # 2 is FULL
-
-
-class RequestLog(ServerCase):
-    """The log with a line for each request."""
-
-    log_requests = True
-
-    def test_a_line_names_the_key_and_no_value(self) -> None:
-        requests = (
-            ("GET /set?key=the+door&value=s3cr3t1", "method=GET path='/set' key='the door' status=200 "),
-            ("GET /set?key=a&value=s3cr3t1&old=s3cr3t2", "method=GET path='/set' key='a' status=409 "),
-            ("GET /get?key=b&default=s3cr3t3", "method=GET path='/get' key='b' status=200 "),
-            ("GET /get?key=b&wait=0&unless=s3cr3t4", "method=GET path='/get' key='b' status=404 "),
-            ("GET /toggle?key=a&values=s3cr3t5,s3cr3t6", "method=GET path='/toggle' key='a' status=200 "),
-            ("GET /set&key=a&value=s3cr3t7", "method=GET path='' key='' status=404 "),
-            ("GET /set%3Fkey=a&value=s3cr3t8", "method=GET path='' key='' status=404 "),
-            ("GET /a/s3cr3t9", "method=GET path='' key='' status=404 "),
-            ("GET /set?key=a&value=s3cr3t10&what=s3cr3t11", "status=400 "),
-            ("GET /set?key=a&s3cr3t12", "status=400 "),
-            ("GET /list?after=s3cr3t13&limit=s3cr3t14", "method=GET path='/list' key='' status=400 "),
-            ("PUT /kv/the/door?ttl=s3cr3t15", "method=PUT path='/kv/' key='the/door' status=400 "),
-            ("POST /set", "method=POST path='/set' key='a\\nb' status=200 "),
-            ("PUT /kv/the/door", "method=PUT path='/kv/' key='the/door' status=201 "),
-            ("s3cr3t16 /list", "method= path='/list' key='' status=501 "),
-            ("DELETE /iotpersistenceapi/set?key=a&value=s3cr3t17", "path='/iotpersistenceapi/set' key='' status=405 "),
-            ("GET /get?s3cr3t18 s3cr3t19", "method= path='' key='' status=400 "),
-        )
-        body = b'{"key": "a\\nb", "value": "s3cr3t"}'
-        for line, _ in requests:
-            fields = (f"Content-Type: {kvserver.JSON}", f"Content-Length: {len(body)}") if line[0] == "P" else ()
-            self.exchange(self.raw(line + " HTTP/1.1", *fields, body=body if fields else b""), end=True)
-        self.check(200, "GET", "/health", user=None)
-        self.stop()
-        for line, (_, shown) in zip(self.log.lines, (*requests, ("", "path='/health' key='' status=200")), strict=True):
-            self.assertIn(shown, line)
-            self.assertRegex(line, r"\Arequest: .* status=... milliseconds=\d+\.\d user='.*' address=127.0.0.1\Z")
-        self.assertIn("user='alice'", self.log.lines[0])
-        self.assertNotIn("s3cr3t", self.log.text())
+        with mock.patch("time.monotonic", side_effect=[5.0, 5.0, 5.9, 6.0, 6.9]):
+            for number in range(5):
+                errors.write("disk I/O error" if number != 1 else "another one")
+        self.assertEqual(["disk I/O error", "another one", "disk I/O error"], self.log.lines)
+        self.assertEqual(1, len(errors._paused), "old ones are forgotten")
 
 
 class Observed(ServerCase):
@@ -3194,26 +3116,25 @@ class Schedules(unittest.TestCase):
             self.assertEqual([0, seconds], [round(at - started) for at, _ in self.tries[before:]])
             self.assertEqual(0, self.store.pending_count())
 
-    def test_retry_after_is_read_in_seconds_from_429_and_503(self) -> None:
-        for head, retry_after in (
-            (b"HTTP/1.1 429 No\r\nA: b\r\nretry-AFTER:  90 \r\n\r\n", 90),
-            (b"HTTP/1.1 503 No\nRetry-After: 0\n\n", 1),
-            (b"HTTP/1.1 503 No\r\nRetry-After: Fri, 31 Dec 1999 23:59:59 GMT\r\n\r\n", None),
-            (b"HTTP/1.1 503 No\r\nA: b\r\n\r\nRetry-After: 5\r\n", None),
-            (b"HTTP/1.1 500 No\r\nRetry-After: 5\r\n\r\n", None),
-        ):
-            answer, is_complete = kvserver.parse_answer(head)
-            self.assertEqual((retry_after, True), (answer and answer.retry_after, is_complete), head)
-        answer, is_complete = kvserver.parse_answer(b"HTTP/1.1 503 No\r\nRetry-After: 5")
-        self.assertEqual((503, False), (answer and answer.status, is_complete))
-
-    def test_statuses_mean_success_refusal_or_a_further_try(self) -> None:
+    def test_a_status_means_success_refusal_or_a_further_try(self) -> None:
         for status in (200, 201, 204, 299, 300, 301, 399, 400, 404, 408, 410, 429, 499, 500, 503, 599):
             answer = kvserver.Answer(status, "")
             expected = (status < 300, 300 <= status < 500 and status not in (408, 429))
             self.assertEqual(expected, (answer.is_success(), answer.is_refusal()), status)
+
+    def test_status_line_and_retry_after_are_read(self) -> None:
         for line in (b"HTTP/1.1 200 OK", b"HTTP/1.1 20", b"HTTP/2 200\r\n", b"HTTP/1.1 600 A\r\n", b"ICY 200 OK\r\n"):
             self.assertIsNone(kvserver.parse_answer(line)[0], line)
+        for head, *expected in (
+            (b"429 No\r\nA: b\r\nretry-AFTER:  90 \r\n\r\n", 90, True),
+            (b"503 No\nRetry-After: 0\n\n", 1, True),
+            (b"503 No\r\nRetry-After: Fri, 31 Dec 1999 23:59:59 GMT\r\n\r\n", None, True),
+            (b"503 No\r\nA: b\r\n\r\nRetry-After: 5\r\n", None, True),
+            (b"500 No\r\nRetry-After: 5\r\n\r\n", None, True),
+            (b"503 No\r\nA: b\r\nRetry-After: 5", None, False),
+        ):
+            answer, is_complete = kvserver.parse_answer(b"HTTP/1.1 " + head)
+            self.assertEqual(expected, [answer and answer.retry_after, is_complete], head)
 
     def test_the_oldest_make_room_for_the_newest(self) -> None:
         self.run_until(1)
@@ -3253,8 +3174,6 @@ class Schedules(unittest.TestCase):
     def test_dropped_deliveries_are_logged_now_and_then(self) -> None:
         self.answer = kvserver.Answer(404, "404 Not Found")
         self.set(*range(5))
-        self.run_until(kvserver.DROPPED_SECONDS - 1)
-        self.assertEqual(1, len(self.log.lines), self.log.text())
         self.run_until(kvserver.DROPPED_SECONDS + 1)
         self.assertEqual(["1", "4"], re.findall(r"dropped deliveries: (\d+) \(404 Not Found\)", self.log.text()))
 
@@ -3283,6 +3202,38 @@ class Disk(ServerCase):
     """A disk that is full, broken or gone, and requests that still work then."""
 
     max_db_mb = 1
+
+    def test_a_failing_disk_is_503(self) -> None:
+        with mock.patch.object(kvserver.Store, "pair", side_effect=sqlite3.OperationalError("disk I/O error")):
+            self.check(503, "GET", "/get?key=a")
+        self.assertIn("the database failed: disk I/O error", self.log.text())
+
+    def test_a_write_waits_for_another_process_but_not_for_long(self) -> None:
+        self.check(200, "GET", "/set?key=a&value=1")
+        with locked(self.database):
+            waiting = self.connect(self.raw("GET /set?key=a&value=2 HTTP/1.1"))
+            wait_until(lambda: len(self.server.changes) == 1)
+        self.assertIn(b" 200 ", waiting.recv(65536))
+        with mock.patch.object(kvserver, "DATABASE_LOCK_SECONDS", 0.05), locked(self.database):
+            self.assertEqual("5", self.check(503, "GET", "/set?key=a&value=3").headers["retry-after"])
+            self.assertEqual({"a": "2"}, self.pairs())
+        self.check(200, "GET", "/set?key=a&value=4")
+        self.assertEqual({"a": "4"}, self.pairs())
+
+    def test_a_disk_that_refuses_even_the_rollback_is_503_until_it_recovers(self) -> None:
+        writer = self.server.writer
+        connection, broken = writer._connection, mock.Mock(in_transaction=True)
+        broken.execute.side_effect = sqlite3.OperationalError("disk I/O error")
+        with mock.patch.object(writer, "_connection", broken):
+            self.check(503, "GET", "/set?key=a&value=1")
+        connection.execute("BEGIN IMMEDIATE")  # a failed rollback leaves this
+        self.check(200, "GET", "/set?key=a&value=2")
+        self.assertEqual({"a": "2"}, self.pairs())
+
+    def test_every_commit_is_synced(self) -> None:
+        connection = self.server.writer._connection
+        self.assertEqual([("wal",)], connection.execute("PRAGMA journal_mode").fetchall())
+        self.assertEqual([(2,)], connection.execute("PRAGMA synchronous").fetchall())  # 2 is FULL
 
     def test_a_full_database_is_507_until_values_are_deleted_or_expire(self) -> None:
         value, stored = "x" * 50_000, 0
@@ -3620,6 +3571,38 @@ class Secrets(ServerCase):
     """Texts that must not come out."""
 
     log_requests = True
+
+    def test_a_line_names_the_key_and_no_value(self) -> None:
+        requests = (
+            ("GET /set?key=the+door&value=s3cr3t1", "method=GET path='/set' key='the door' status=200 "),
+            ("GET /set?key=a&value=s3cr3t1&old=s3cr3t2", "method=GET path='/set' key='a' status=409 "),
+            ("GET /get?key=b&default=s3cr3t3", "method=GET path='/get' key='b' status=200 "),
+            ("GET /get?key=b&wait=0&unless=s3cr3t4", "method=GET path='/get' key='b' status=404 "),
+            ("GET /toggle?key=a&values=s3cr3t5,s3cr3t6", "method=GET path='/toggle' key='a' status=200 "),
+            ("GET /set&key=a&value=s3cr3t7", "method=GET path='' key='' status=404 "),
+            ("GET /set%3Fkey=a&value=s3cr3t8", "method=GET path='' key='' status=404 "),
+            ("GET /a/s3cr3t9", "method=GET path='' key='' status=404 "),
+            ("GET /set?key=a&value=s3cr3t10&what=s3cr3t11", "status=400 "),
+            ("GET /set?key=a&s3cr3t12", "status=400 "),
+            ("GET /list?after=s3cr3t13&limit=s3cr3t14", "method=GET path='/list' key='' status=400 "),
+            ("PUT /kv/the/door?ttl=s3cr3t15", "method=PUT path='/kv/' key='the/door' status=400 "),
+            ("POST /set", "method=POST path='/set' key='a\\nb' status=200 "),
+            ("PUT /kv/the/door", "method=PUT path='/kv/' key='the/door' status=201 "),
+            ("s3cr3t16 /list", "method= path='/list' key='' status=501 "),
+            ("DELETE /iotpersistenceapi/set?key=a&value=s3cr3t17", "path='/iotpersistenceapi/set' key='' status=405 "),
+            ("GET /get?s3cr3t18 s3cr3t19", "method= path='' key='' status=400 "),
+        )
+        body = b'{"key": "a\\nb", "value": "s3cr3t"}'
+        for line, _ in requests:
+            fields = (f"Content-Type: {kvserver.JSON}", f"Content-Length: {len(body)}") if line[0] == "P" else ()
+            self.exchange(self.raw(line + " HTTP/1.1", *fields, body=body if fields else b""), end=True)
+        self.check(200, "GET", "/health", user=None)
+        self.stop()
+        for line, (_, shown) in zip(self.log.lines, (*requests, ("", "path='/health' key='' status=200")), strict=True):
+            self.assertIn(shown, line)
+            self.assertRegex(line, r"\Arequest: .* status=... milliseconds=\d+\.\d user='.*' address=127.0.0.1\Z")
+        self.assertIn("user='alice'", self.log.lines[0])
+        self.assertNotIn("s3cr3t", self.log.text())
 
     def test_no_path_tells_passwords_or_values(self) -> None:
         self.store.set_password_hash("alice", kvserver.hash_password("s3cr3t-password"))
