@@ -50,10 +50,13 @@ import bisect
 import collections
 import contextlib
 import datetime
+import email.utils
 import errno
 import functools
 import gc
-import http
+import hashlib
+import html
+import http.server
 import io
 import ipaddress
 import itertools
@@ -63,20 +66,19 @@ import mmap
 import os
 import queue
 import re
+import secrets
 import selectors
 import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import threading
 import time
 import types
 import urllib.parse
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
-
-if TYPE_CHECKING:  # ssl, hashlib and secrets take 5 MB and a tenth of the start, so functions import them
-    import ssl
+from typing import Any, BinaryIO, NamedTuple, cast
 
 __version__ = "0.1.0"
 
@@ -213,8 +215,6 @@ def check_label_and_prefix(label: str, prefix: str) -> None:
 
 def scrypt(secret: bytes, salt: bytes, cost: int, block_size: int, parallelism: int, length: int) -> bytes:
     """Return the scrypt digest of a secret (RFC 7914); this takes a good part of a second."""
-    import hashlib
-
     memory = SCRYPT_MEMORY_BYTES_MAX + 1024 * 1024  # OpenSSL needs a little more than the formula gives
     return hashlib.scrypt(secret, salt=salt, n=cost, r=block_size, p=parallelism, maxmem=memory, dklen=length)
 
@@ -231,7 +231,7 @@ def format_hash(salt: bytes, digest: bytes) -> str:
 
 def hash_password(password: str) -> str:
     """Return the hash to store for a password, with a random salt."""
-    secret, salt, cost = password.encode("utf-8"), os.urandom(SALT_BYTES), 1 << SCRYPT_COST_LOG2
+    secret, salt, cost = password.encode("utf-8"), secrets.token_bytes(SALT_BYTES), 1 << SCRYPT_COST_LOG2
     return format_hash(salt, scrypt(secret, salt, cost, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM, DIGEST_BYTES))
 
 
@@ -252,8 +252,6 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
     else:
         salt, digest = salt_text.encode("utf-8"), bytes.fromhex(digest_text)
     if pbkdf2:
-        import hashlib
-
         iterations = int(numbers[0])
         if not 1 <= iterations <= PBKDF2_ITERATIONS_MAX:
             return None
@@ -269,21 +267,17 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
 
 def verify_password(password: str, stored: str) -> bool:
     """Return whether the stored hash was made from this password."""
-    import secrets
-
     parsed = parse_hash(stored)
     return parsed is not None and secrets.compare_digest(parsed[0], parsed[1](password.encode("utf-8")))
 
 
 def make_token() -> str:
     """Return a new random token."""
-    return TOKEN_PREFIX + base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
+    return TOKEN_PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_token(token: str) -> bytes:
     """Return the SHA-256 digest to store for a token. A slow hash isn't needed: nobody can guess 256 random bits."""
-    import hashlib
-
     return hashlib.sha256(token.encode("utf-8")).digest()
 
 
@@ -530,8 +524,6 @@ class NoSuchUser(StoreError):
 
 def entity_tag(value: bytes) -> str:
     """Return the entity tag of a value."""
-    import hashlib
-
     return f'"{hashlib.blake2b(value, digest_size=16).hexdigest()}"'
 
 
@@ -1280,10 +1272,7 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
     return trailers is not None
 
 
-@functools.lru_cache(maxsize=1)
-def format_date(seconds: int) -> str:
-    """Return a time as the header Date has it (RFC 9110 section 5.6.7)."""
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(seconds))
+format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 def encode_response(response: Response, date: str, connection: str, with_body: bool) -> bytes:
@@ -1808,8 +1797,6 @@ class SecureSocket:
 
     def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
         """Take over a connection from a client."""
-        import ssl
-
         self._connection = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
@@ -1820,8 +1807,6 @@ class SecureSocket:
 
     async def shake_hands(self, threads: Threads, owner: Hashable, deadline: float) -> None:
         """Complete the handshake, which a thread computes; raise OSError or TimeoutError."""
-        import ssl
-
         while not self._is_open:
             data = await receive(self._connection, TLS_RECEIVE_BYTES, deadline)
             if not data:
@@ -1845,8 +1830,6 @@ class SecureSocket:
 
     def recv(self, size: int) -> bytes:
         """Return the bytes that have come, none at the end; raise BlockingIOError if none has come yet."""
-        import ssl
-
         data, parts, is_at_end = b"", list[bytes](), False
         with contextlib.suppress(BlockingIOError):  # some may have come together with the handshake
             data = self._connection.recv(TLS_RECEIVE_BYTES)
@@ -1915,8 +1898,6 @@ class Certificate:
             log("ERROR", f"the old certificate stays in use: {error}")
 
     def _load(self) -> ssl.SSLContext:
-        import ssl
-
         def refuse_password() -> str:
             raise BadCertificate(f"the key {self._key_path} is encrypted; name one that is not")
 
@@ -2143,17 +2124,15 @@ class Authenticator:
         self.scrypt = Threads(loop, 1)
         # We check unknown names against this hash, which no password matches. They take as long as a wrong password,
         # and so do not tell which names exist. (Only the first login with another program's hash takes another time.)
-        self._unknown_user_hash = format_hash(os.urandom(SALT_BYTES), os.urandom(DIGEST_BYTES))
+        self._unknown_user_hash = format_hash(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES))
         # From the keyed hash of an Authorization header to the user's name and the stored hash that it matches.
         self._verified: dict[bytes, tuple[str, str]] = {}
-        self._secret = os.urandom(32)
+        self._secret = secrets.token_bytes(32)
         # The requests that wait for a check, by the keyed hash of their header and the row that it is checked against.
         self._waiting: dict[tuple[bytes, User | None], list[Wakeup]] = {}
         self._throttle = Throttle()
 
     def _digest(self, authorization: str) -> bytes:
-        import hashlib
-
         scheme, _, credentials = authorization.partition(" ")
         spelling = f"{scheme.lower()} {credentials.strip(' ')}"  # one for all ways to write the same
         return hashlib.blake2b(spelling.encode("iso-8859-1"), key=self._secret).digest()
@@ -2479,18 +2458,9 @@ td form{margin:.35rem 0 0}[role=alert],#done{font-weight:600;scroll-margin-top:1
 [role=alert]{color:var(--bad);margin-top:0;outline:0}[role=alert]::first-letter{text-transform:uppercase}
 @media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
 """)
+STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = "default-src 'none'; style-src 'sha256-{}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-
-
-@functools.cache
-def page_headers() -> Headers:
-    """Return the headers of every page."""
-    import hashlib
-
-    style_digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    return ("Content-Security-Policy", POLICY.format(style_digest)), ("Referrer-Policy", "same-origin")
-
-
+PAGE_HEADERS = (("Content-Security-Policy", POLICY.format(STYLE_DIGEST)), ("Referrer-Policy", "same-origin"))
 SMALL = "<small>{}</small>"
 PAGE_HTML = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -2542,17 +2512,13 @@ TOKEN_PAGE = """<p>Copy it to the device now: it is shown only once, and reloadi
 <p><a href="./">Back to your values</a></p>"""
 
 
-# The html module, for its escape, would take a hundredth of the start.
-ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
-
-
 def fill(template: str, *values: object, **names: object) -> Markup:
     """Return a template with values for its {} and {names}: lists are joined, and all text but Markup is escaped."""
 
     def escape(value: object) -> str:
         if isinstance(value, list):
             return "".join(map(escape, value))
-        return value if isinstance(value, Markup) else str(value).translate(ESCAPES)
+        return value if isinstance(value, Markup) else html.escape(str(value))
 
     return Markup(template.format(*map(escape, values), **{name: escape(value) for name, value in names.items()}))
 
@@ -2572,9 +2538,7 @@ def make_page(request: Request, title: str, content: str) -> Response:
         nav = fill('<nav aria-label="Pages">{}<span>{}</span></nav>', links, user.name)
     alert = fill(ALERT, refusal.message) if refusal and 'role="alert"' not in content else ""
     page = fill(PAGE_HTML, style=STYLE, nav=nav, title=title, alert=alert, content=content).encode("utf-8")
-    return Response(
-        page, refusal.status if refusal else 200, HTML, page_headers() + (refusal.headers if refusal else ())
-    )
+    return Response(page, refusal.status if refusal else 200, HTML, PAGE_HEADERS + (refusal.headers if refusal else ()))
 
 
 def url_to(path: str, **parameters: str) -> str:
@@ -2842,8 +2806,6 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
         if not store.delete_pair(user.id, require_key(parameters.get("key"))):
             raise HTTPError(404, NO_KEY)
     elif action == "passwd":
-        import secrets
-
         _, password = decode_credentials(request.fields.headers["authorization"])  # this one has been checked
         if not secrets.compare_digest(required(request, "current").encode("utf-8"), password.encode("utf-8")):
             raise HTTPError(400, "the current password is wrong")
@@ -3041,7 +3003,7 @@ class RequestHandler:
         keep_alive = request.fields.keep_alive and not self.body_pending and not self.server.stopping
         connection = "close" if not keep_alive else "keep-alive" if request.fields.is_http_1_0 else ""
         self._note_answer(request, response.status)
-        date = format_date(int(time.time()))
+        date = format_date(int(time.time()), usegmt=True)
         data = encode_response(response, date, connection, with_body=request.method != "HEAD")
         del response  # its body may be long
         await self._send(data)
@@ -3248,19 +3210,11 @@ LONG_EXCHANGES_MAX = 2  # with long values, beyond EXCHANGES_MAX: JSON takes six
 LONG_DELIVERY_BYTES = 64 * 1024
 DROPPED_SECONDS = 10  # until we log again that deliveries were dropped
 
-
-@functools.cache
-def client_context() -> ssl.SSLContext:
-    """Return a context that verifies certificates; to make one takes long."""
-    import ssl
-
-    return ssl.create_default_context()
+client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # it verifies; to make one takes long
 
 
 def describe_failure(error: Exception) -> str:
     """Return in words why an exchange failed."""
-    import ssl
-
     if isinstance(error, TimeoutError):
         return f"no answer within {HOOK_SECONDS} seconds"
     if isinstance(error, UnicodeError):
@@ -3496,14 +3450,13 @@ STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5
 Change = tuple[Callable[[Store], Any], Wakeup, float]  # an operation, its task's Wakeup, bytes of its request or so
 
 
-class Server(socketserver.TCPServer):
-    """Serves each connection with a coroutine.
+class Server(http.server.ThreadingHTTPServer):
+    """Serves each connection with a coroutine, where ThreadingHTTPServer starts a thread.
 
     One thread runs the loop, which reads from the database; threads compute scrypt and do whatever takes long.
     """
 
     request_queue_size = 128
-    allow_reuse_address = True
     allow_reuse_port = False  # a second server on the port must fail, not take half of the connections
 
     def __init__(
@@ -3546,12 +3499,12 @@ class Server(socketserver.TCPServer):
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
-        """Bind the socket."""
+        """Bind the socket. HTTPServer's own method would ask the DNS for our name, which can take seconds."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
         # Every connection inherits this: a response must not wait until the client has acknowledged the one before.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        super().server_bind()
+        socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def server_close(self) -> None:
@@ -4185,8 +4138,6 @@ def delete_hook(arguments: argparse.Namespace, store: Store) -> None:
 def test_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Send a test to a hook's URL now. Its value2 is "test", and "test" is true. The command prints the response's
     status, and exits with 1 unless that is 2xx."""
-    import secrets
-
     pattern, url = store.hook_url(arguments.id)
     members = {"value1": pattern, "value2": "test", "value3": None, "test": True}
     answer = deliver(url, secrets.token_hex(IDEMPOTENCY_KEY_BYTES), members)
@@ -4254,8 +4205,6 @@ def announce(server: Server, store: Store) -> None:
         log("WARNING", "plain HTTP shows passwords to the network; use --tls-cert, or --host 127.0.0.1 and a TLS proxy")
     with contextlib.suppress(Conflict):  # another process was quicker
         if not store.users():
-            import secrets
-
             password = secrets.token_urlsafe(15)
             store.add_user("admin", hash_password(password), is_admin=True)
             url = server.url("127.0.0.1" if server.server_name in ("::", "0.0.0.0") else server.server_name)
