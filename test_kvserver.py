@@ -56,8 +56,6 @@ import kvserver
 PROGRAM = os.path.abspath(kvserver.__file__)
 REAL_LOG = kvserver.log
 README = os.path.join(os.path.dirname(PROGRAM), "README.md")
-# Runs the program with cheap scrypt in another process.
-CHEAP_PROGRAM = [sys.executable, "-c", "import sys, kvserver as k; k.SCRYPT_COST_LOG2 = 1; sys.exit(k.main())"]
 WAIT_SECONDS = 20  # a test waits so long for events that should come at once
 # The long evidence (random requests, histories, kills) runs a short round unless KVSERVER_TEST_LONG is set.
 LONG = bool(os.environ.get("KVSERVER_TEST_LONG"))
@@ -4506,11 +4504,18 @@ def run(command: str | Sequence[str], **options: Any) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def program(code: str = "", **constants: float) -> list[str]:
+    """Return a command that runs some code, and then the program with other constants and cheap scrypt."""
+    changes = "".join(f"kvserver.{name} = {number}\n" for name, number in {"SCRYPT_COST_LOG2": 1, **constants}.items())
+    return [sys.executable, "-c", f"import sys, threading, kvserver\n{code}{changes}sys.exit(kvserver.main())"]
+
+
+CHEAP_PROGRAM = program()
 INSERT_PAIR = "INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?)"
 
 
 class CommandCase(unittest.TestCase):
-    """The command line, on a database of its own: commands in this process, servers in processes or threads."""
+    """The command line: commands run in this process, and servers in processes or threads."""
 
     def setUp(self) -> None:
         self.folder = pathlib.Path(tempfile.mkdtemp())
@@ -5334,13 +5339,11 @@ class HookCommands(CommandCase):
             self.assertEqual(len(expected) + 1, len(target.received), "the delivery without a response comes again")
 
 
-# Makes standard input the controlling terminal, from which passwords are read, and runs the program.
+# Makes standard input the controlling terminal, from which passwords are read.
 ON_TERMINAL = """
-import fcntl, signal, sys, termios, kvserver
+import fcntl, signal, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-kvserver.SCRYPT_COST_LOG2 = 1
-sys.exit(kvserver.main())
 """
 
 
@@ -5348,10 +5351,10 @@ class Terminal(CommandCase):
     """The commands on a terminal."""
 
     def type_in(self, arguments: list[str], *answers: tuple[str, str]) -> tuple[int, str]:
-        """Run the program on a terminal of its own; answer each prompt. Return exit code and all that was shown."""
+        """Run the program on a new terminal and answer each prompt; return exit code and output."""
         terminal, end = os.openpty()
         streams: Any = {"stdin": end, "stdout": end, "stderr": end, "start_new_session": True}
-        command = [sys.executable, "-c", ON_TERMINAL, *arguments]
+        command = [*program(ON_TERMINAL), *arguments]
         with open(terminal, "r+b", buffering=0) as file:
             process = subprocess.Popen(command, env=self.environment, **streams)
             os.close(end)
@@ -5644,12 +5647,6 @@ class Serving(CommandCase):
                 self.assert_fails(f"cannot listen on {host}", "serve", "--host", host, "--port", port)
 
 
-def program(code: str = "", **constants: float) -> list[str]:
-    """Return a command that runs some code, and then the program with other constants and cheap scrypt."""
-    changes = "".join(f"kvserver.{name} = {number}\n" for name, number in {"SCRYPT_COST_LOG2": 1, **constants}.items())
-    return [sys.executable, "-c", f"import sys, threading, kvserver\n{code}{changes}sys.exit(kvserver.main())"]
-
-
 HANG = """
 def hang(*arguments):
     print("hanging", flush=True)
@@ -5658,7 +5655,7 @@ def hang(*arguments):
 
 
 class Stopping(CommandCase):
-    """What happens between a signal and the exit."""
+    """A server between a signal and its exit."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -5711,10 +5708,10 @@ class Stopping(CommandCase):
         self.assertEqual({("alice", "a"): "last"}, self.pairs())
 
 
-# A request of a history: when it was sent; when the response came, or infinity; its kind; the value to be set, or in the
-# response; whether it succeeded; the value to be replaced.
+# A request of a history: the times of request and response (infinity for none), the kind, the value that it set or
+# returned, its success, and the value to replace.
 Operation = tuple[float, float, str, str | None, bool, str | None]
-# What an operation does: whether it succeeds, and the value then, from the value before, its own, and the one to replace.
+# Each returns success and the next value, from the value before, the operation's own value, and the one to replace.
 EFFECTS: dict[str, Callable[[str | None, str | None, str | None], tuple[bool, str | None]]] = {
     "get": lambda before, value, old: (before is not None, before),
     "set": lambda before, value, old: (True, value),
@@ -5728,8 +5725,8 @@ EFFECTS: dict[str, Callable[[str | None, str | None, str | None], tuple[bool, st
 def is_linearizable(history: Sequence[Operation]) -> bool:
     """Tell whether one order of the operations on a key explains all responses.
 
-    An operation takes place at one moment between its request and its response; one without a response at any moment
-    after the request, or never (Herlihy and Wing, 1990). The search is that of Wing and Gong, and remembers its tries.
+    An operation happens at one moment between its request and its response (Herlihy and Wing, 1990). Without a
+    response, it happens at any later moment or never. The search is Wing and Gong's, and remembers its tries.
     """
     operations = sorted(operation for operation in history if operation[2] != "get" or operation[1] < math.inf)
     answered = sum(1 << i for i, operation in enumerate(operations) if operation[1] < math.inf)
@@ -5941,7 +5938,7 @@ class Durable(CommandCase):
 
 @unittest.skipUnless(os.path.exists(README), "README.md is not beside the tests")
 class Readme(CommandCase):
-    """What the README says."""
+    """The promises of the README."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -6016,7 +6013,7 @@ class Readme(CommandCase):
 
 
 class Source(unittest.TestCase):
-    """What is promised about the file itself."""
+    """The promises about the file itself."""
 
     def setUp(self) -> None:
         with open(PROGRAM, encoding="utf-8") as file:
