@@ -196,12 +196,6 @@ def execute(database: str, script: str) -> None:
         connection.executescript(script)
 
 
-def value(store: kvserver.Store, key: str) -> bytes | None:
-    """Return the value of a key of the first user, or None."""
-    pair = store.pair(1, key)
-    return pair.value if pair else None
-
-
 def in_threads(
     function: Callable[..., Any], arguments: Sequence[Sequence[Any]]
 ) -> list[concurrent.futures.Future[Any]]:
@@ -566,7 +560,7 @@ class Bodies(ServerCase):
         for value in ("NaN", "-Infinity", "[Infinity]", "1e999", "9" * 5000, '{"b": 1, "b": 2}', '"1", "value": "2"'):
             self.assert_refused(kvserver.JSON, "/set", f'{{"key": "a", "value": {value}}}')
 
-    def test_deeply_nested_json_is_400(self) -> None:
+    def test_deeply_nested_json_is_400_in_linear_time(self) -> None:
         deepest = kvserver.JSON_DEPTH_MAX - 1  # the object around it counts too
         many = json.dumps([[], {}] * 500 + ["[" * 500, '\\"{'])
         for value in ("[" * deepest + "]" * deepest, many):
@@ -574,11 +568,9 @@ class Bodies(ServerCase):
         for depth in (deepest + 1, 200_000):
             body = '{"key": "a", "value": ' + "[" * depth + "]" * depth + "}"
             self.assert_refused(kvserver.JSON, "/set", body, '{"a":' * depth)
-
-    def test_unfinished_json_strings_do_not_take_quadratic_time(self) -> None:
         started = time.process_time()
         self.assert_refused(kvserver.JSON, "/set", "[" * 101 + '"' + '\\"' * 400_000)
-        self.assertLess(time.process_time() - started, 5)
+        self.assertLess(time.process_time() - started, 5)  # quadratic time would be minutes
 
     def test_a_repeated_name_is_400(self) -> None:
         self.assert_refused(None, "/set?key=a&key=b&value=1", "")
@@ -797,12 +789,8 @@ class Checks(ServerCase):
         self.check(200, "GET", "/set?key=a&value=1", user="bob")  # known clients do not wait
         self.release.set()
         self.assert_answered(404, *connections)
-        self.assertEqual(1, len(self.checked))
-
-    def test_all_spellings_of_the_scheme_share_one_check(self) -> None:
-        self.release.set()
         login = basic("alice", PASSWORDS["alice"])
-        for spelling in (login, login.replace("Basic ", "bAsIc   "), login.replace("Basic", "BASIC")):
+        for spelling in (login.replace("Basic ", "bAsIc   "), login.replace("Basic", "BASIC")):
             self.check(200, "GET", "/list", user=spelling)
         self.assertEqual(1, len(self.checked))
 
@@ -967,14 +955,14 @@ class Commits(ServerCase):
             self.store.set_value(1, str(number), "x")
         self.store.commit([])
         for number in range(3 * kvserver.CACHED_ROWS_MAX):
-            self.assertEqual(b"x", value(reader, str(number)))
+            self.assertIsNotNone(reader.pair(1, str(number)))
             self.assertLessEqual(len(reader._rows), kvserver.CACHED_ROWS_MAX)
         longest = "x" * kvserver.VALUE_BYTES_MAX
         for key in "aaaaaaaabcdefgh":
             state = reader.state()
             self.store.set_value(1, key, longest)
             reader.keep_rows(state, reader.state(), {(1, key)})
-            self.assertEqual(longest.encode(), value(reader, key))
+            self.assertEqual(longest.encode(), getattr(reader.pair(1, key), "value", None))
             size = sum(len(row.value) for row in reader._rows.values())
             self.assertLess(size, kvserver.CACHED_BYTES_MAX + kvserver.VALUE_BYTES_MAX)
 
@@ -1306,10 +1294,8 @@ class Connections(ServerCase):
             with mock.patch.object(kvserver, name, 0.05):
                 self.assertEqual(expected, statuses(self.exchange(data)), name)
         self.assertEqual({}, self.pairs())
-
-    def test_client_that_takes_no_response_is_closed(self) -> None:
-        self.patch("SEND_SECONDS", 0.05)
         self.fill(12)
+        self.patch("SEND_SECONDS", 0.05)
         self.connect(self.raw("GET /list HTTP/1.1"), has_small_buffer=True)
         wait_until(lambda: self.server.connections)
         wait_until(lambda: not self.server.connections)
@@ -1443,11 +1429,16 @@ class Secure(ServerCase):
         self.assertGreater(size, expected_size)
         self.assertGreater(time.monotonic() - started, 2 * kvserver.SEND_SECONDS)
 
-    def test_requests_that_come_in_one_piece_are_all_answered(self) -> None:
+    def test_requests_in_one_piece_are_all_answered_even_if_the_client_has_ended(self) -> None:
         put = self.raw("PUT /kv/a HTTP/1.1", "Content-Length: 40000", body=b"x" * 40000)
         answers = read_all(self.wrap(put + self.raw("GET /kv/a HTTP/1.1") * 20 + self.raw("GET /nowhere HTTP/1.0")))
-        self.assertEqual([201, *[200] * 20, 404], statuses(answers))
-        self.assertEqual(20, answers.count(b"x" * 40000))
+        self.assertEqual(([201, *[200] * 20, 404], 20), (statuses(answers), answers.count(b"x" * 40000)))
+        for number in range(10):
+            data = (self.raw(f"PUT /kv/{key}{number} HTTP/1.1", "Content-Length: 1", body=b"1") for key in "abc")
+            connection = self.wrap(b"".join(data))
+            connection.shutdown(socket.SHUT_WR)  # also decrypts no more
+            read_all(connection)
+        self.assertEqual(31, len(self.pairs()))
 
     def test_versions_before_tls_1_2_are_refused(self) -> None:
         self.context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -1514,16 +1505,6 @@ class Secure(ServerCase):
             with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)) as plain:
                 answer = self.check(400, method, "/kv/a", body, connection=plain)
             self.assertEqual(b"this server speaks TLS; use https:// instead of http://", answer.body)
-
-    def test_a_client_that_ends_behind_several_requests_gets_all_responses(self) -> None:
-        requests = b"".join(self.raw(f"PUT /kv/{key} HTTP/1.1", "Content-Length: 1", body=b"1") for key in "abc")
-        for _ in range(10):
-            connection = self.wrap(requests)
-            connection.shutdown(socket.SHUT_WR)  # also decrypts no more
-            read_all(connection)
-            self.assertEqual({"a": "1", "b": "1", "c": "1"}, self.pairs())
-            for key in "abc":
-                self.store.delete_pair(1, key)
 
     def test_an_end_that_comes_together_with_a_request_is_seen(self) -> None:
         self.patch("IDLE_SECONDS", 10 * WAIT_SECONDS)
@@ -4059,13 +4040,18 @@ class OwnPages(PageCase):
         for key, value in {**shown, "empty": "", "lines": "\na\r\tb\0", "long": "é" * 41}.items():
             self.store.set_value(1, key, value, time.time() + 3601 if key == "motion" else None)
         self.store.set_value(1, "gone", "x", time.time() - 1)
-        self.store.set_value(2, "bob's", "x")
+        self.store.add_user(" ", "", False)
+        self.assertIn("␣", self.page("/admin/").links)
         answer = self.see(200, "/me/")
         rows = [row[:2] for row in Page(answer).rows if len(row) == 3]
         self.assertEqual([["Key", "Value"], *map(list, shown.items())], rows)
         times = re.findall(r'<time datetime="([^"]+)">([^<]+)</time>', answer.body.decode())
         self.assertRegex(times[0][0], r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ\Z")
         self.assertIn("in 1 hour", [words for _, words in times])
+        for key in (" ", " a", "a ", "\u202eabc", "\u200b"):  # invisible characters
+            self.store.set_value(2, key, key)
+        rows = [row[:2] for row in self.page("/me/", "bob").rows[1:]]
+        self.assertEqual([[text] * 2 for text in ("␣", "␣a", "a␣", "\ufffd", "\ufffdabc")], rows)
 
     def test_times_are_words(self) -> None:
         for seconds, words in (
@@ -4132,14 +4118,6 @@ class OwnPages(PageCase):
         page = Page(self.send(409, "/me/?key=a", action="set", value="typed", page="state", etag=etag))
         self.assertEqual((True, [""], {"b/é": "2"}), ("typed" in page.text, page.values(name="etag"), self.pairs()))
         set_shown("")
-
-    def test_invisible_characters_are_shown(self) -> None:
-        for key in (" ", " a", "a ", "\u202eabc", "\u200b"):
-            self.store.set_value(1, key, key)
-        self.store.add_user(" ", "", False)
-        rows = [row[:2] for row in self.page("/me/").rows[1:]]
-        self.assertEqual([[text] * 2 for text in ("␣", "␣a", "a␣", "\ufffd", "\ufffdabc")], rows)
-        self.assertIn("␣", self.page("/admin/").links)
 
     def test_tokens_of_a_user_are_bounded(self) -> None:
         for number in range(kvserver.TOKENS_MAX):
