@@ -4530,6 +4530,7 @@ class CommandCase(unittest.TestCase):
             mock.patch.multiple(sys, **cast(Any, streams)),
             mock.patch.multiple(kvserver, SCRYPT_COST_LOG2=1, POLL_SECONDS=0.01),
             mock.patch.multiple(gc, freeze=mock.DEFAULT, set_threshold=mock.DEFAULT),
+            warnings.catch_warnings(action="ignore", category=ResourceWarning),  # from garbage of other tests
             mock.patch("threading.stack_size"),
             mock.patch("os._exit", side_effect=AssertionError("the server has not ended in time")),
             mock.patch("signal.signal", handlers.__setitem__),
