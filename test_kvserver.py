@@ -4639,10 +4639,11 @@ class CommandCase(unittest.TestCase):
             response = connection.getresponse()
             return response.status, response.read()
 
-    def send(self, port: int, data: str) -> socket.socket:
-        """Return a connection on which data was sent."""
+    def send(self, port: int, request_line: str = "", *fields: str) -> socket.socket:
+        """Return a connection on which the head of a request was sent, or nothing."""
         connection = self.enterContext(socket.create_connection(("127.0.0.1", port), WAIT_SECONDS))
-        connection.sendall(data.encode())
+        head = (request_line, "Host: x", "Authorization: " + basic("alice", "a password"), *fields, "\r\n")
+        connection.sendall("\r\n".join(head).encode() if request_line else b"")
         return connection
 
     def assert_curl_works(self, lines: Sequence[str]) -> None:
@@ -4894,8 +4895,8 @@ class Schemas(CommandCase):
         for message, content in (
             ("database of another program", foreign),
             ("database of another program", (self.folder / "test.db").read_bytes()),
-            *(("cannot use the database", content) for content in (b"No database. " * 400, whole[:50_000])),
-            *(("cannot use the database", content) for content in (whole[:5000], whole[:100])),
+            ("cannot use the database", b"No database. " * 400),
+            *(("cannot use the database", whole[:size]) for size in (50_000, 5000, 100)),
         ):
             self.write("test.db", content)
             for arguments in (("users",), ("serve",)):
@@ -5395,7 +5396,6 @@ class Certificates(CommandCase):
         return connection
 
     def assert_serves(self, connection: http.client.HTTPConnection) -> None:
-        """Check that a request is answered."""
         connection.request("GET", "/health")
         self.assertEqual(200, read_answer(connection.getresponse()).status)
 
@@ -5613,7 +5613,7 @@ class Serving(CommandCase):
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
     def test_a_first_password_that_cannot_be_shown_is_taken_back(self) -> None:
-        command = shlex.join([*CHEAP_PROGRAM, "serve", "--host", "127.0.0.1", "--port", "0"])
+        command = shlex.join([*CHEAP_PROGRAM, "serve"])
         self.assertEqual(1, run(f"{command} >/dev/full", env=self.environment)[0])
         self.assertEqual("NAME  ROLE  VALUES\n", self.succeed("users"))
 
@@ -5647,7 +5647,7 @@ class Stopping(CommandCase):
         patient = program(again, **dict.fromkeys(names, 1000))
         for number in (signal.SIGTERM, signal.SIGINT):
             with self.subTest(number), self.serving(command=patient) as (process, port, _):
-                idle = self.send(port, "")
+                idle = self.send(port)
                 process.send_signal(signal.SIGHUP)  # means nothing without TLS
                 self.assertEqual(200, self.request(port, "/set?key=a&value=1")[0])
                 self.assertNotIn("ERROR", self.stop(process, number))
@@ -5659,17 +5659,15 @@ class Stopping(CommandCase):
         for change, target in ((route, "/list"), ("kvserver.Store.commit = hang\n", "/set?key=a&value=1")):
             command = program(HANG + change, STOP_REQUEST_SECONDS=0.1, STOP_SECONDS=0.2, EXIT_SECONDS=0.4)
             with self.subTest(change), self.serving(command=command) as (process, port, _):
-                login = basic("alice", "a password")
-                self.send(port, f"GET {target} HTTP/1.1\r\nHost: x\r\nAuthorization: {login}\r\n\r\n")
+                self.send(port, f"GET {target} HTTP/1.1")
                 assert process.stdout
                 self.assertEqual("hanging\n", process.stdout.readline())
                 self.stop(process)
 
     def test_requests_under_way_are_finished(self) -> None:
-        head = f"POST /set?key=a HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('alice', 'a password')}\r\n"
-        head += "Content-Length: 4\r\nExpect: 100-continue\r\n\r\n"
+        head = ("POST /set?key=a HTTP/1.1", "Content-Length: 4", "Expect: 100-continue")
         with self.serving(command=program(STOP_REQUEST_SECONDS=1.5)) as (process, port, _):
-            first, second = self.send(port, head), self.send(port, head)
+            first, second = self.send(port, *head), self.send(port, *head)
             for connection in (first, second):
                 self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", connection.recv(65536))
             started = time.monotonic()
@@ -5813,7 +5811,6 @@ class Exhausted(CommandCase):
         resource.prlimit(process.pid, kind, (hard_limit if limit == resource.RLIM_INFINITY else limit, hard_limit))
 
     def test_without_descriptors_it_neither_spins_nor_fills_the_log_and_recovers(self) -> None:
-        login = f"HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('alice', 'a password')}\r\n\r\n"
         with self.serving() as (process, port, _), locked(self.database):
 
             def cpu_seconds() -> float:
@@ -5822,12 +5819,12 @@ class Exhausted(CommandCase):
                 return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
             # It waits for its response, so it is not closed to make room.
-            self.send(port, f"GET /set?key=a&value=1 {login}")
+            self.send(port, "GET /set?key=a&value=1 HTTP/1.1")
             for _ in range(2):
                 self.assertEqual(404, self.request(port, "/get?key=a")[0])
             assert process.stderr
             self.limit(process, resource.RLIMIT_NOFILE, 3)
-            late = self.send(port, f"GET /nowhere {login}")
+            late = self.send(port, "GET /nowhere HTTP/1.1")
             lines = [process.stderr.readline() for _ in range(2)]
             begun, cpu_begun = time.monotonic(), cpu_seconds()
             lines.append(process.stderr.readline())
@@ -5921,8 +5918,7 @@ class Readme(CommandCase):
 
     def setUp(self) -> None:
         super().setUp()
-        with open(README, encoding="utf-8") as file:
-            self.text = file.read()
+        self.text = pathlib.Path(README).read_text("utf-8")
 
     @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
     def test_every_curl_line_gives_what_it_says(self) -> None:
@@ -5994,9 +5990,7 @@ class Readme(CommandCase):
 class Source(unittest.TestCase):
     """The promises about the file itself."""
 
-    def setUp(self) -> None:
-        with open(PROGRAM, encoding="utf-8") as file:
-            self.text = file.read()
+    text = pathlib.Path(PROGRAM).read_text("utf-8")
 
     def test_only_the_standard_library_is_imported(self) -> None:
         modules = set(re.findall(r"^ *(?:import|from) (\w+)", self.text, re.MULTILINE)) - {"__future__"}
