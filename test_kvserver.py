@@ -3686,7 +3686,7 @@ class PageCase(ServerCase):
     def send(
         self, status: int, target: str, user: str | None = "alice", form: str = "", location: str = "", **fields: Any
     ) -> Answer:
-        """Send a form, with these headers if there is a field of that name; check status and location."""
+        """Send a form, with the headers in the argument headers; check status and location."""
         headers = {"Accept": "text/html,*/*;q=0.8", **fields.pop("headers", {})}
         body = form or urllib.parse.urlencode(fields)
         answer = self.check(status, "POST", as_a_browser(target), body, kvserver.FORM, user, headers)
@@ -3710,7 +3710,7 @@ class PageCase(ServerCase):
 
 
 class Visits(PageCase):
-    """Which page a visitor gets."""
+    """The pages for each visitor."""
 
     def test_first_paths_lead_to_the_slash_before_any_login(self) -> None:
         for path in (
