@@ -39,10 +39,8 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 - older versions can parse this file, and then say what they need
-    version = ".".join(map(str, sys.version_info[:3]))
-    sys.exit(
-        f"kvserver needs Python 3.11 or newer; this is {version}. On Raspberry Pi OS, upgrade to Bookworm or newer."
-    )
+    this = "{}.{}.{}".format(*sys.version_info)
+    sys.exit(f"kvserver needs Python 3.11 or newer; this is {this}. On Raspberry Pi OS, upgrade to Bookworm or newer.")
 
 import argparse
 import base64
@@ -131,7 +129,6 @@ DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")
 # One line per event on standard error, without secrets. Importing the logging module would take a tenth of the start.
 
 TOKEN_PREFIX = "kv_"
-TOKEN_IN_TEXT = re.compile(TOKEN_PREFIX + "[A-Za-z0-9_-]{8,}")
 
 
 def escape_unprintable(text: str) -> str:
@@ -140,13 +137,12 @@ def escape_unprintable(text: str) -> str:
 
 
 def cut_off(text: str, characters: int) -> str:
-    """Shorten a long text, and mark the cut."""
     return text if len(text) <= characters else text[:characters] + "…"
 
 
 def log(level: str, message: str) -> None:
     """Write the time, the level and the message to standard error, as one line. Tokens are masked."""
-    line = escape_unprintable(TOKEN_IN_TEXT.sub(TOKEN_PREFIX + "...", message))
+    line = escape_unprintable(re.sub(TOKEN_PREFIX + "[A-Za-z0-9_-]{8,}", TOKEN_PREFIX + "...", message))
     with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # closed, or busy in a signal handler
         sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {line}\n")
         sys.stderr.flush()
@@ -159,7 +155,6 @@ class ErrorLog:
         self._paused: dict[str, float] = {}  # messages, and when they may be repeated, in monotonic seconds
 
     def write(self, message: str, pause_seconds: float = 1) -> None:
-        """Log an error, unless its pause lasts."""
         now = time.monotonic()
         self._paused = {paused: until for paused, until in self._paused.items() if until > now}
         if message not in self._paused:
@@ -172,13 +167,7 @@ class ErrorLog:
 # its own parameters, so it stays valid when the settings above change.
 
 PASSWORD_BYTES_MAX = 4096  # with a user name, in base64, this fits in one header line
-SALT_BYTES = 16
-DIGEST_BYTES = 32
-# Limits for hashes that another program made.
-SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024
-SCRYPT_PARALLELISM_MAX = 16
-PBKDF2_ITERATIONS_MAX = 10_000_000
-
+SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024  # for hashes that another program made
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 BASE64 = "((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2,4})"  # without padding
 SCRYPT_HASH = re.compile(rf"\$scrypt\$ln=(\d{{1,2}}),r=(\d{{1,2}}),p=(\d{{1,2}})\${BASE64}\${BASE64}")
@@ -196,12 +185,10 @@ def check_user_name(name: str) -> None:
 
 def check_password(password: str) -> None:
     """Raise BadCredential unless a user can have this password."""
-    if len(password) < PASSWORD_CHARACTERS_MIN:
-        raise BadCredential(f"a password has at least {PASSWORD_CHARACTERS_MIN} characters")
-    if len(password.encode("utf-8")) > PASSWORD_BYTES_MAX:
-        raise BadCredential(f"a password has at most {PASSWORD_BYTES_MAX} bytes in UTF-8")
-    if CONTROL_CHARACTER.search(password):
-        raise BadCredential("a password has no control characters")
+    is_short, is_long = len(password) < PASSWORD_CHARACTERS_MIN, len(password.encode("utf-8")) > PASSWORD_BYTES_MAX
+    if is_short or is_long or CONTROL_CHARACTER.search(password):
+        limits = f"at least {PASSWORD_CHARACTERS_MIN} characters, at most {PASSWORD_BYTES_MAX} bytes in UTF-8"
+        raise BadCredential(f"a password has {limits}, and no control characters")
 
 
 def check_label_and_prefix(label: str, prefix: str) -> None:
@@ -224,15 +211,13 @@ def hash_parameters() -> str:
     return f"$scrypt$ln={SCRYPT_COST_LOG2},r={SCRYPT_BLOCK_SIZE},p={SCRYPT_PARALLELISM}$"
 
 
-def format_hash(salt: bytes, digest: bytes) -> str:
-    """Return a hash in PHC format, to be stored: base64 without padding."""
+def hash_password(password: str | None) -> str:
+    """Return the hash to store for a password, in PHC format with a random salt; for None, one that nothing matches."""
+    salt, digest = secrets.token_bytes(16), secrets.token_bytes(32)
+    if password is not None:
+        cost = 1 << SCRYPT_COST_LOG2
+        digest = scrypt(password.encode("utf-8"), salt, cost, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM, len(digest))
     return hash_parameters() + "$".join(base64.b64encode(part).decode().rstrip("=") for part in (salt, digest))
-
-
-def hash_password(password: str) -> str:
-    """Return the hash to store for a password, with a random salt."""
-    secret, salt, cost = password.encode("utf-8"), secrets.token_bytes(SALT_BYTES), 1 << SCRYPT_COST_LOG2
-    return format_hash(salt, scrypt(secret, salt, cost, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM, DIGEST_BYTES))
 
 
 def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
@@ -241,7 +226,7 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
     Returns None for an unknown form, and if the function would take too much memory or time.
     """
     ours = SCRYPT_HASH.fullmatch(stored)
-    pbkdf2 = re.fullmatch(r"pbkdf2:sha256:([0-9]{1,8})\$([^$]+)\$([0-9a-f]{64})", stored)
+    pbkdf2 = re.fullmatch(r"pbkdf2:sha256:([1-9][0-9]{0,6})\$([^$]+)\$([0-9a-f]{64})", stored)
     scrypt_of_werkzeug = r"scrypt:([0-9]{1,8}):([0-9]{1,4}):([0-9]{1,4})\$([^$]+)\$([0-9a-f]{128})"
     match = ours or pbkdf2 or re.fullmatch(scrypt_of_werkzeug, stored)
     if not match:
@@ -252,15 +237,11 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
     else:
         salt, digest = salt_text.encode("utf-8"), bytes.fromhex(digest_text)
     if pbkdf2:
-        iterations = int(numbers[0])
-        if not 1 <= iterations <= PBKDF2_ITERATIONS_MAX:
-            return None
-        return digest, lambda secret: hashlib.pbkdf2_hmac("sha256", secret, salt, iterations)
+        return digest, lambda secret: hashlib.pbkdf2_hmac("sha256", secret, salt, int(numbers[0]))
     cost, block_size, parallelism = map(int, numbers)
     cost = 1 << cost if ours else cost
     is_power_of_2 = 1 < cost < 1 << 16 * block_size and cost & (cost - 1) == 0  # RFC 7914 section 2
-    is_small = 128 * cost * block_size <= SCRYPT_MEMORY_BYTES_MAX and 0 < parallelism <= SCRYPT_PARALLELISM_MAX
-    if not is_power_of_2 or not is_small:
+    if not is_power_of_2 or 128 * cost * block_size > SCRYPT_MEMORY_BYTES_MAX or not 0 < parallelism <= 16:
         return None
     return digest, lambda secret: scrypt(secret, salt, cost, block_size, parallelism, len(digest))
 
@@ -272,7 +253,6 @@ def verify_password(password: str, stored: str) -> bool:
 
 
 def make_token() -> str:
-    """Return a new random token."""
     return TOKEN_PREFIX + secrets.token_urlsafe(32)
 
 
@@ -1047,12 +1027,10 @@ REQUEST_LINE = re.compile(
     rf"({HTTP_TOKEN}) (?! )(?:(?i:https?)://(?=[^/?])({HOST.pattern}))?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])"
 )
 FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
-# Either a part of the first line, or that line, whole fields, and a part of another one.
-FIRST_LINE_SO_FAR = r"(?:[!-~][ -~\x80-\xff]*)?\r?"
-HEAD_SO_FAR = rf"(?:\r\n)?(?:{FIRST_LINE_SO_FAR}|{REQUEST_LINE.pattern}\r\n(?:{FIELD.pattern}\r\n)*[^\n]*)"
+NOT_IN_HEAD = rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n"
 CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 # Sent twice, these could change whose request it is or where it ends. Other repeated headers are joined with a comma.
-SINGLE_FIELDS = frozenset(("authorization", "content-length", "content-type", "host", "transfer-encoding"))
+SINGLE_FIELDS = ("authorization", "content-length", "content-type", "host", "transfer-encoding")
 
 ADDRESS_TOO_LONG = f"the address is longer than {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body"
 HEADERS_TOO_LARGE = f"the headers are over {HEADER_FIELDS_MAX} lines or {HEADERS_BYTES_MAX} bytes; send fewer"
@@ -1086,18 +1064,6 @@ class HTTPError(Exception):
             return Response(self.message.encode(), self.status, TEXT, self.headers)
         problem = {"title": http.HTTPStatus(self.status).phrase, "status": self.status, "detail": self.message}
         return Response(json.dumps(problem).encode(), self.status, "application/problem+json", self.headers)
-
-
-REFUSALS = {BadCredential: 400, NoSuchUser: 401, NoSuchToken: 404, Conflict: 409, StoreBusy: 503}
-
-
-def as_refusal(error: Exception) -> HTTPError | None:
-    """Return the HTTPError for an error that the client or a second try can correct, or None."""
-    status = REFUSALS.get(type(error))
-    if status is None:
-        return error if isinstance(error, HTTPError) else None
-    message = "the user has been deleted" if status == 401 else str(error)
-    return HTTPError(status, message, RETRY_AFTER if status == 503 else ())
 
 
 def decode_utf8(data: bytes, name: str) -> str:
@@ -1194,8 +1160,6 @@ def parse_fields(text: str, is_http_1_0: bool) -> Fields:
         headers[name] = value
     if not HOST.fullmatch(headers.get("host", "" if is_http_1_0 else " ")):
         raise HTTPError(400, "the header Host is missing or malformed; send a name or an address, perhaps with a port")
-    if headers.get("expect", "100-continue").lower() != "100-continue":
-        raise HTTPError(417, "this expectation is not supported; only 100-continue is")
     options = [option.strip() for option in headers.get("connection", "").lower().split(",")]
     keep_alive = "close" not in options and (not is_http_1_0 or "keep-alive" in options)
     length, coding = headers.get("content-length", "0"), headers.get("transfer-encoding")
@@ -1234,17 +1198,14 @@ def parse_head(head: bytes, known: Fields | None = None) -> Request:
     return Request(method, path, query, known)
 
 
-def check_incomplete_head(received: bytearray, checked: int) -> int:
-    """Raise HTTPError if bytes cannot become a head. Return the length of the whole lines, the next call's checked."""
-    end = received.rfind(b"\n") + 1
-    is_first_line = end <= 2  # perhaps after an empty one
-    if (is_first_line or end > checked) and not re.fullmatch(HEAD_SO_FAR, received.decode("iso-8859-1")):
+def check_incomplete_head(received: bytearray, begin: int) -> int:
+    """Raise HTTPError if the bytes from begin on cannot belong to a head. Return the begin for the next call."""
+    if re.compile(NOT_IN_HEAD).search(received, begin):
         raise HTTPError(400, "this is not HTTP/1.1, or a header is malformed; if it is TLS, use http:// instead")
-    if is_first_line and len(received) > REQUEST_LINE_BYTES_MAX + 2:
-        raise HTTPError(414, ADDRESS_TOO_LONG)
     if len(received) > REQUEST_LINE_BYTES_MAX + HEADERS_BYTES_MAX:
-        raise HTTPError(431, HEADERS_TOO_LARGE)
-    return end
+        is_one_line = received.find(b"\n", 2) < 0  # perhaps after an empty one
+        raise HTTPError(414, ADDRESS_TOO_LONG) if is_one_line else HTTPError(431, HEADERS_TOO_LARGE)
+    return max(len(received) - 3, 0)  # the empty line may have begun
 
 
 def take_chunks(received: bytearray, body: bytearray) -> bool:
@@ -2124,7 +2085,7 @@ class Authenticator:
         self.scrypt = Threads(loop, 1)
         # We check unknown names against this hash, which no password matches. They take as long as a wrong password,
         # and so do not tell which names exist. (Only the first login with another program's hash takes another time.)
-        self._unknown_user_hash = format_hash(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES))
+        self._unknown_user_hash = hash_password(None)
         # From the keyed hash of an Authorization header to the user's name and the stored hash that it matches.
         self._verified: dict[bytes, tuple[str, str]] = {}
         self._secret = secrets.token_bytes(32)
@@ -2818,7 +2779,7 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
 
 
 class RefusedForm(Exception):
-    """A form is refused. The argument is the page that shows it again, which the transaction need not wait for."""
+    """A form is refused. The arguments are the page that shows it again, outside the transaction, and the reason."""
 
 
 def answer_form(store: Store, request: Request) -> Response:
@@ -2831,7 +2792,6 @@ def answer_form(store: Store, request: Request) -> Response:
     if user is None or user.id != request.user.id:  # deleted while the password was hashed
         raise NoSuchUser(request.user.name)
     check_visitor(user, who)
-    request.refusal = None
     try:
         if action in ("adduser", "setpassword", "passwd"):
             check_password(request.parameters.get("password", ""))
@@ -2839,8 +2799,7 @@ def answer_form(store: Store, request: Request) -> Response:
     except (HTTPError, BadCredential, Conflict, NoSuchToken) as error:
         if request.path.endswith("/admin"):  # a program, which wants no page
             raise
-        request.refusal = as_refusal(error)
-        raise RefusedForm(pages.get(request.parameters.get("page", ""), pages[""])) from None
+        raise RefusedForm(pages.get(request.parameters.get("page", ""), pages[""]), error) from None
     if isinstance(done, Response):
         return done
     url = urllib.parse.quote(done, SAFE_IN_LOCATION) + "#done"
@@ -2884,6 +2843,15 @@ ROUTES = (
 )
 API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
+# Errors that the client or a second try can correct. Where the error's own message names a command, ours is for people
+# who have no command line.
+REFUSALS = {BadCredential: 400, NoSuchUser: 401, NoSuchToken: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
+PLAIN_MESSAGES = {
+    401: "the user has been deleted",
+    404: "this token has been deleted",
+    408: "the request came too slowly",
+}
+
 
 def route_table(base_path: str) -> dict[str, dict[str, Route]]:
     """Return the routes by path and method, below base_path and at the root."""
@@ -2909,11 +2877,11 @@ def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Resp
 
 def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
     """Return the HTTPError for an exception; log it if it is the server's fault."""
-    refusal = as_refusal(error)
-    if refusal:
-        return refusal
-    if isinstance(error, TimeoutError):
-        return HTTPError(408, "the request has not come in time")
+    if isinstance(error, HTTPError):
+        return error
+    status = REFUSALS.get(type(error))
+    if status:
+        return HTTPError(status, PLAIN_MESSAGES.get(status) or str(error), RETRY_AFTER if status == 503 else ())
     if isinstance(error, (StoreError, sqlite3.Error)):
         errors.write(f"the database failed: {error}")
         if isinstance(error, StoreFull):
@@ -3025,12 +2993,12 @@ class RequestHandler:
             except (TimeoutError, HTTPError) as error:
                 raise ConnectionAbortedError from error
         self.state, self.started = RECEIVING, time.monotonic()
-        self.deadline, checked = self.started + REQUEST_SECONDS, 0
+        self.deadline, begin = self.started + REQUEST_SECONDS, 0
         end = self.received.find(b"\r\n\r\n")
         while end < 0:
-            checked = check_incomplete_head(self.received, checked)
+            begin = check_incomplete_head(self.received, begin)
             await self._receive_more()
-            end = self.received.find(b"\r\n\r\n", max(checked - 2, 0))
+            end = self.received.find(b"\r\n\r\n", begin)
         head = bytes(self.received[:end])
         del self.received[: end + 4]
         known_head, known = self.last  # many clients send the same request again and again
@@ -3128,7 +3096,8 @@ class RequestHandler:
             try:
                 return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
             except RefusedForm as refused:
-                endpoint = refused.args[0]  # the page that shows the form again
+                endpoint, error = refused.args
+                request.refusal = as_http_error(error, self.server.errors)
 
         def run() -> Response:
             self.server.writer.check_file()

@@ -995,12 +995,12 @@ class Hashes(unittest.TestCase):
         for method in ("scrypt:65536:8:1", "scrypt:2:1:16"):
             parsed = kvserver.parse_hash(method + scrypt)
             self.assertEqual(64, len(parsed[1](b"a password")) if parsed else 0)
-        for stored in ("scrypt:8192:8:10" + scrypt, "pbkdf2:sha256:10000000$salt$" + "0" * 64):
+        for stored in ("scrypt:8192:8:10" + scrypt, "pbkdf2:sha256:9999999$salt$" + "0" * 64):
             self.assertIsNotNone(kvserver.parse_hash(stored))
         for rest, methods in (
             (scrypt, "scrypt:131072:8:1 scrypt:2:1:17 scrypt:2:1:0 scrypt:32767:8:1 scrypt:65536:1:1"),
             (scrypt, "scrypt:1:8:1 scrypt:0:8:1 scrypt:2:0:1"),
-            ("$salt$" + "0" * 64, "pbkdf2:sha256:10000001 pbkdf2:sha256:0 pbkdf2:sha1:1000"),
+            ("$salt$" + "0" * 64, "pbkdf2:sha256:10000000 pbkdf2:sha256:0 pbkdf2:sha1:1000"),
             ("$salt$" + "0" * 63, "pbkdf2:sha256:1000"),
             ("$$" + "0" * 64, "pbkdf2:sha256:1000"),
             ("$aGFzaA", "$scrypt$ln=14,r=8,p=5$a $scrypt$ln=1,r=8,p=1$ $scrypt$ln=99,r=8,p=1$c2FsdA"),
@@ -1205,7 +1205,6 @@ class Connections(ServerCase):
         lines += ["Content-Length: " + length for length in lengths]
         good = f"GET /set?key=a&value=1 HTTP/1.1\r\nHost: x\r\n{login}\r\n"
         cases += [(400, good + line + "\r\n\r\nhello") for line in lines]
-        cases += [(417, good + "Expect: everything\r\n\r\n")]
         cases += [(501, good + f"Transfer-Encoding: {coding}\r\n\r\n") for coding in ("gzip", "gzip, chunked")]
         cases += [(400, good.replace("1.1", "1.0") + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")]
         coding = "Transfer-Encoding: chunked\r\n\r\n"
@@ -1221,10 +1220,7 @@ class Connections(ServerCase):
 
     def test_hopeless_bytes_are_refused_without_waiting_for_more(self) -> None:
         self.patch("REQUEST_SECONDS", 10 * WAIT_SECONDS)
-        for data in (
-            *(b"\x16\x03\x01\x02\x00", b"\0", b"GET / HTTP/1.1\rHost: x\r\r", b"GET / HTTP/1.1\n", b"GET /\r\n"),
-            b"GET / HTTP/1.1\r\nHost : x\r\n",
-        ):
+        for data in (b"\x16\x03\x01\x02\x00", b"\0", b"GET / HTTP/1.1\rHost: x\r\r", b"GET / HTTP/1.1\n", b"\nGET"):
             self.assertEqual([400], statuses(self.exchange(data)), data)
 
     def test_sizes_have_limits(self) -> None:
@@ -4702,7 +4698,7 @@ class UserCommands(CommandCase):
         for message, *inputs in (
             ("a password has ", "", "\n", "1234567\n", "tab\there too\n", "12345678\r\r\n", "\x7f2345678\n"),
             ("a password has ", "nul\0 nul nul\n"),
-            ("a password has at most 4096", "ä" * 3000, "x" * (kvserver.PASSWORD_BYTES_MAX + 1), "x" * 100_000),
+            ("a password has ", "ä" * 3000, "x" * (kvserver.PASSWORD_BYTES_MAX + 1), "x" * 100_000),
             ("not UTF-8", b"\xff" * 9),
         ):
             for stdin in inputs:
@@ -5054,7 +5050,14 @@ class Exports(CommandCase):
         self.sql(INSERT_PAIR, *((1, str(number), "x" * 10_000, 0, None) for number in range(200)))
         kvserver = shlex.join(CHEAP_PROGRAM)
         for line, result in (
-            ("adduser carol --password-stdin <&-", (1, "", "kvserver: a password has at least 8 characters\n")),
+            (
+                "adduser carol --password-stdin <&-",
+                (
+                    1,
+                    "",
+                    "kvserver: a password has at least 8 characters, at most 4096 bytes in UTF-8, and no control characters\n",
+                ),
+            ),
             ("export >&-", (1, "", "kvserver: standard output is closed\n")),
             ("export | head -c 10", (0, '{"user": "', "")),
         ):
