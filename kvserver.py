@@ -389,7 +389,6 @@ USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
 KEEPS_AN_ADMIN = "(? OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admin AND name <> ?))"
 
-USER_EXISTS = "the user {0} exists; set a password with: python kvserver.py passwd {0}"
 UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
 
 
@@ -715,7 +714,7 @@ class Store:
         try:
             self._change_users(insert, name, password_hash, is_admin)
         except sqlite3.IntegrityError:
-            raise Conflict(USER_EXISTS.format(name)) from None
+            raise Conflict(f"the user {name} exists; choose another name") from None
 
     def set_password_hash(self, name: str, password_hash: str, old_hash: str | None = None) -> None:
         """Replace a user's password hash, or if old_hash is given, only that hash; raise NoSuchUser."""
@@ -2723,8 +2722,6 @@ def change_user(store: Store, request: Request, action: str) -> str:
         find_user(store, request)
     if action == "adduser":
         check_user_name(name)
-        if store.user(name):
-            raise HTTPError(409, f"the name {name} is taken; choose another one")
         store.add_user(name, request.password_hash, is_admin)
     elif action == "deluser":
         if name == request.user.name:
@@ -3759,11 +3756,7 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-DATABASE_HELP = (
-    "database file (default: $KVSERVER_DB, else db in the file that KVSERVER_CONFIG or --config names, else kvserver.db"
-    " in the first folder of $STATE_DIRECTORY, else kvserver.db beside the program)"
-)
-DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", DATABASE_HELP)
+DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", "database file (default: kvserver.db beside the program)")
 SETTINGS = (
     Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port; 0 picks one"),
@@ -3783,9 +3776,8 @@ def read_config(path: str) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             members = parse_json(file.read())
-    except (OSError, ValueError, HTTPError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CommandError(f"cannot read the configuration file {path}: {reason}") from None
+    except (ValueError, HTTPError) as error:
+        raise CommandError(f"cannot read the configuration file {path}: {error}") from None
     if not isinstance(members, dict):
         raise CommandError(f"the configuration file {path} is not a JSON object")
     settings, config = {setting.name: setting for setting in SETTINGS}, {}
@@ -3796,9 +3788,9 @@ def read_config(path: str) -> dict[str, str]:
             raise CommandError(f"{name} in {path} must be a JSON string, and is {json.dumps(member)}")
         if isinstance(settings[name].default, tuple) and isinstance(member, list):
             member = ",".join(map(str, member))
-        text = member if isinstance(member, str) else json.dumps(member)
-        is_path = settings[name].metavar == "FILE" and text
-        config[name] = os.path.join(os.path.dirname(path), text) if is_path else text
+        config[name] = member if isinstance(member, str) else json.dumps(member)
+        if settings[name].metavar == "FILE" and member:
+            config[name] = os.path.join(os.path.dirname(path), member)
     return config
 
 
@@ -3811,66 +3803,48 @@ def read_settings(arguments: argparse.Namespace, settings: Sequence[Setting]) ->
     path = getattr(arguments, "config", None) or os.environ.get(variables["config"])
     config, values = read_config(path) if path else {}, {}
     for name, parse, default, *_ in settings:
-        values[name] = getattr(arguments, name)
-        if values[name] is None:  # the flag is not given
-            text, source = os.environ.get(variables[name]), f"the environment variable {variables[name]}"
-            if not text:
-                text, source = config.get(name), f"{name} in the configuration file"
-            try:
+        text, source = os.environ.get(variables[name]), f"the environment variable {variables[name]}"
+        if not text:
+            text, source = config.get(name), f"{name} in the configuration file"
+        try:
+            values[name] = getattr(arguments, name)
+            if values[name] is None:  # the flag is not given
                 values[name] = default if text is None else parse(text)
-            except argparse.ArgumentTypeError as error:
-                raise CommandError(f"{source} is {text!r}; {error}") from None
+        except argparse.ArgumentTypeError as error:
+            raise CommandError(f"{source} is {text!r}; {error}") from None
     return values
 
 
 # ---- Backup, export and import ---------------------------------------------------------------------------------------
 # A backup is a copy of the whole database; an export is lines of JSON. An import is checked before it changes anything.
 
-SIDE_FILES = ("-wal", "-shm", "-journal")  # of a database that is in use
 PAIR_FIELDS = ("user", "key", "value", "updated", "expires")
 LINE_BYTES_MAX = 8 * 1024 * 1024  # a value in which every character is escaped, and the rest of the line
 END_OF_TIME = 253402300800  # unix seconds at the end of the year 9999
-SQLITE_MAGIC = b"SQLite format 3\0"
-# SQLite would read a missing column "isAdmin" as a text, if the table's name did not precede it.
-SELECT_FOREIGN_USERS = 'SELECT user.name, user."passwordHash", user."isAdmin" FROM user'
-SELECT_FOREIGN_PAIRS = "SELECT state.user, state.key, state.value FROM state ORDER BY state.rowid"
-
-
-def check_backup_path(path: str, database: str, force: bool) -> None:
-    """Raise CommandError if a backup to path would destroy something."""
-    in_use = [os.path.realpath(database) + suffix for suffix in ("", *SIDE_FILES)]
-    if os.path.realpath(path) in in_use or (os.path.exists(path) and os.path.samefile(path, database)):
-        raise CommandError(f"{path} is the database itself; name another file")
-    if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
-        raise CommandError(f"{path} is not a plain file; name another one")
-    if os.path.exists(path) and not force:
-        raise CommandError(f"{path} exists; to overwrite it, add --force")
-    if any(os.path.exists(path + suffix) for suffix in SIDE_FILES):
-        raise CommandError(f"{path} is a database in use, as the files beside it show; name another file")
 
 
 def write_backup(store: Store, path: str, force: bool) -> None:
     """Copy the database to path, readable by its owner only. The file appears when it is complete and on the disk."""
     import tempfile
 
-    check_backup_path(path, store.path, force)
+    suffixes = ("-wal", "-shm", "-journal")  # of the files beside a database in use
+    in_use = [os.path.realpath(store.path) + suffix for suffix in ("", *suffixes)]
+    if os.path.realpath(path) in in_use or (os.path.exists(path) and os.path.samefile(path, store.path)):
+        raise CommandError(f"{path} is the database itself; name another file")
+    if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        raise CommandError(f"{path} is not a plain file; name another one")
+    if os.path.exists(path) and not force:
+        raise CommandError(f"{path} exists; to overwrite it, add --force")
+    if any(os.path.exists(path + suffix) for suffix in suffixes):
+        raise CommandError(f"{path} is a database in use, as the files beside it show; name another file")
     folder, name = os.path.split(os.path.abspath(path))
     try:
-        descriptor, copy = tempfile.mkstemp(".part", name + ".", folder)
-        try:
+        with tempfile.TemporaryDirectory(".part", name + ".", folder) as temporary:
+            descriptor, copy = tempfile.mkstemp(dir=temporary)
             with open(descriptor, "rb") as file:
                 store.back_up(copy)
                 os.fsync(file.fileno())
-            check_backup_path(path, store.path, force)  # somebody may have created it meanwhile
             os.replace(copy, path)
-        finally:
-            for suffix in ("", *SIDE_FILES):
-                with contextlib.suppress(OSError):
-                    os.remove(copy + suffix)
-        with contextlib.suppress(OSError):  # Windows cannot open folders
-            descriptor = os.open(folder, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
     except (OSError, sqlite3.Error) as error:
         raise CommandError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -3890,29 +3864,25 @@ def parse_time(text: object) -> float:
     raise ValueError("a time is like 2030-01-31T23:59:59Z, with a time zone, in the years 1970 to 9999")
 
 
-def parse_pair(line: bytes) -> UserPair:
-    """Return the pair in a line of an export; raise ValueError or HTTPError."""
-    if len(line) > LINE_BYTES_MAX:
-        raise ValueError(f"a line has at most {LINE_BYTES_MAX} bytes")
-    members = parse_json(line.decode("utf-8-sig"))
-    if not isinstance(members, dict) or not set(PAIR_FIELDS[:3]) <= set(members) <= set(PAIR_FIELDS):
-        raise ValueError("a line is a JSON object with: " + ", ".join(PAIR_FIELDS))
-    fields: list[Any] = [members.get(field) for field in PAIR_FIELDS]
-    name, key, value, updated, expires = fields
-    if not all(isinstance(text, str) for text in fields[:3]):
-        raise ValueError("user, key and value are strings")
-    check_user_name(name)
-    check_value(value)
-    updated_seconds = time.time() if updated is None else parse_time(updated)
-    return name, require_key(key), value, updated_seconds, None if expires is None else parse_time(expires)
-
-
 def read_export(file: BinaryIO) -> Iterator[UserPair]:
     """Yield the pairs of an export; raise CommandError with the number of a bad line."""
     for number, line in enumerate(iter(functools.partial(file.readline, LINE_BYTES_MAX + 1), b""), 1):
         try:
-            if line.strip():
-                yield parse_pair(line)
+            if len(line) > LINE_BYTES_MAX:
+                raise ValueError(f"a line has at most {LINE_BYTES_MAX} bytes")
+            if not line.strip():
+                continue
+            members = parse_json(line.decode("utf-8-sig"))
+            if not isinstance(members, dict) or not set(PAIR_FIELDS[:3]) <= set(members) <= set(PAIR_FIELDS):
+                raise ValueError("a line is a JSON object with: " + ", ".join(PAIR_FIELDS))
+            fields: list[Any] = [members.get(field) for field in PAIR_FIELDS]
+            name, key, value, updated, expires = fields
+            if not all(isinstance(text, str) for text in fields[:3]):
+                raise ValueError("user, key and value are strings")
+            check_user_name(name)
+            check_value(value)
+            updated = time.time() if updated is None else parse_time(updated)
+            yield name, require_key(key), value, updated, None if expires is None else parse_time(expires)
         except (ValueError, HTTPError) as error:
             # The decoders' own messages may quote a value.
             is_quoting = isinstance(error, (json.JSONDecodeError, UnicodeError))
@@ -3920,22 +3890,19 @@ def read_export(file: BinaryIO) -> Iterator[UserPair]:
             raise CommandError(f"line {number}: {reason}; nothing was imported") from None
 
 
-def read_foreign_rows(path: str) -> tuple[list[Any], list[Any]]:
-    """Return the rows of users and pairs in a database of IoT Persistence Api; surrogates mark what is not UTF-8."""
+def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, str], str], list[str]]:
+    """Return the users by name and the values by user and key of an IoT Persistence Api, and the rows left out."""
     uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode=ro"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
             source.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
             if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
                 raise CommandError(f"{path} is a database of kvserver; to restore it, put it where the other one is")
-            return source.execute(SELECT_FOREIGN_USERS).fetchall(), source.execute(SELECT_FOREIGN_PAIRS).fetchall()
+            # SQLite would read a missing column "isAdmin" as a text, if the table's name did not precede it.
+            user_rows = source.execute('SELECT user.name, user."passwordHash", user."isAdmin" FROM user').fetchall()
+            pair_rows = source.execute("SELECT user, key, value FROM state ORDER BY rowid DESC").fetchall()
     except sqlite3.Error as error:
         raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
-
-
-def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, str], str], list[str]]:
-    """Return users by name, values by user and key, and which rows are left out and why; raise CommandError."""
-    user_rows, pair_rows = read_foreign_rows(path)
     users: dict[str, User] = {}
     values: dict[tuple[str, str], str] = {}
     left_out, unknown = [], []
@@ -3949,24 +3916,21 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
         if SCRYPT_HASH.match(str(stored)) or not str(stored).isascii() or not parse_hash(str(stored)):
             unknown.append(name)
     if unknown:
-        raise CommandError(
-            f"nothing was imported: the password hash of {', '.join(unknown)} is of an unknown kind."
-            " In IoT Persistence Api, delete these users and add them again, with passwords"
-        )
+        hint = "In IoT Persistence Api, delete these users and add them again, with passwords"
+        whose = f"the password hash of {', '.join(unknown)} is of an unknown kind"
+        raise CommandError(f"nothing was imported: {whose}. {hint}")
     for name, key, value in pair_rows:
-        reason = "another row has the same key, and is newer" if (name, key) in values else ""
         try:
             if name not in users:
-                raise HTTPError(400, "this user is not imported")
+                raise ValueError("this user is not imported")
             if not isinstance(key, str) or not isinstance(value, str):
                 raise UnicodeError
             check_value(value)
-            values[name, require_key(key)] = value
-        except HTTPError as error:
-            reason = str(error)
-        except UnicodeError:
-            reason = "the key or the value is not UTF-8 text"
-        if reason:
+            if (name, require_key(key)) in values:
+                raise ValueError("another row has the same key, and is newer")
+            values[name, key] = value
+        except (ValueError, HTTPError) as error:
+            reason = "the key or the value is not UTF-8 text" if isinstance(error, UnicodeError) else error
             left_out.append(f"user {name!r:.80}, key {key!r:.80}: {reason}")
     return users, values, left_out
 
@@ -3977,42 +3941,29 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
 
 def read_password(arguments: argparse.Namespace) -> str:
     """Return a new password. It is never an argument, because all users of a machine can see those."""
-    try:
-        if arguments.password_stdin:
-            password = sys.stdin.buffer.readline(64 * 1024).decode("utf-8")
-            password = password[:-2] if password.endswith("\r\n") else password.removesuffix("\n")
-        elif not sys.stdin.isatty():
-            raise CommandError("there is no terminal to ask for the password; pipe it in and add --password-stdin")
-        else:
-            import getpass
+    if arguments.password_stdin:
+        password = sys.stdin.buffer.readline(64 * 1024).decode("utf-8").removesuffix("\n").removesuffix("\r")
+    elif not sys.stdin.isatty():
+        raise CommandError("there is no terminal to ask for the password; pipe it in and add --password-stdin")
+    else:
+        import getpass
 
-            password = getpass.getpass(f"Password for {arguments.name}: ")
-            check_password(password)
-            if getpass.getpass("The same again: ") != password:
-                raise CommandError("the passwords differ; nothing was changed")
-    except UnicodeDecodeError:
-        raise CommandError("the password is not UTF-8; nothing was changed") from None
+        password = getpass.getpass(f"Password for {arguments.name}: ")
+        if getpass.getpass("The same again: ") != password:
+            raise CommandError("the passwords differ; nothing was changed")
     check_password(password)
     return password
 
 
 def print_table(*rows: Sequence[str]) -> None:
-    """Print rows below the headings in the first one, with columns of numbers aligned to the right."""
-    columns = []
-    for column in zip(*rows):
-        width, is_number = max(map(len, column)), all(map(str.isdigit, column[1:]))
-        columns.append([text.rjust(width) if is_number else text.ljust(width) for text in column])
-    for cells in zip(*columns):
-        print("  ".join(cells).rstrip())
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 def add_user(arguments: argparse.Namespace) -> None:
     """Add a user. The command asks for the password."""
     check_user_name(arguments.name)
-    if os.path.exists(arguments.db):  # complain before anybody types a password
-        with contextlib.closing(open_store(arguments.db, create=False)) as store:
-            if store.user(arguments.name):
-                raise Conflict(USER_EXISTS.format(arguments.name))
     password_hash = hash_password(read_password(arguments))
     with contextlib.closing(open_store(arguments.db)) as store:
         store.add_user(arguments.name, password_hash, arguments.admin)
@@ -4027,13 +3978,10 @@ def set_password(arguments: argparse.Namespace, store: Store) -> None:
 
 def delete_user(arguments: argparse.Namespace, store: Store) -> None:
     """Delete a user, with all values, tokens and hooks. The command asks first."""
-    name, users = arguments.name, store.users()
-    values = sum(pairs for user, pairs, _ in users if user.name == name)
-    tokens, hooks = len(store.tokens(name)), len(store.hooks(name, name))
-    what = f"the user {name} and all they have (values: {values}, tokens: {tokens}, hooks: {hooks})"
+    name = arguments.name
+    ((_, values, _),), tokens, hooks = store.users(name, name), store.tokens(name), store.hooks(name, name)
+    what = f"the user {name} and all they have (values: {values}, tokens: {len(tokens)}, hooks: {len(hooks)})"
     if not arguments.yes:
-        if [user.name for user, *_ in users if user.is_admin] == [name]:
-            raise CommandError(f"{name} is the last admin; to delete it all the same, add --yes")
         if not sys.stdin.isatty():
             raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
         if input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
@@ -4090,11 +4038,11 @@ def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
     rows = [("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST RESULT")]
     for hook in store.hooks(arguments.name or "", arguments.name or LAST_NAME):
-        key = escape_unprintable(cut_off(hook.pattern, 80))
-        value = "any" if hook.value is None else escape_unprintable(hook.short_value())
+        value = "any" if hook.value is None else hook.short_value()
+        key, value = (escape_unprintable(text) for text in (cut_off(hook.pattern, 80), value))
         result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result_time else "never tried"
-        texts = (hook.user_name, key, value, hook.label or "-", hook.origin)
-        rows.append((str(hook.id), *texts, str(hook.pending), result))
+        label, pending = hook.label or "-", str(hook.pending)
+        rows.append((str(hook.id), hook.user_name, key, value, label, hook.origin, pending, result))
     print_table(*rows)
 
 
@@ -4105,11 +4053,10 @@ def delete_hook(arguments: argparse.Namespace, store: Store) -> None:
 
 
 def test_hook(arguments: argparse.Namespace, store: Store) -> None:
-    """Send a test to a hook's URL now. Its value2 is "test", and "test" is true. The command prints the response's
-    status, and exits with 1 unless that is 2xx."""
+    """Send a test to a hook's URL now, and print the response's status. The command fails unless that is 2xx."""
     pattern, url = store.hook_url(arguments.id)
     members = {"value1": pattern, "value2": "test", "value3": None, "test": True}
-    answer = deliver(url, secrets.token_hex(IDEMPOTENCY_KEY_BYTES), members)
+    answer = deliver(url, os.urandom(IDEMPOTENCY_KEY_BYTES).hex(), members)
     print(answer.text, flush=True)
     if not answer.is_success():
         advice = "Check the program at the URL, then test again; to change the URL, use delhook and addhook"
@@ -4126,8 +4073,6 @@ def back_up(arguments: argparse.Namespace) -> None:
 
 def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
     """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
-    if sys.stdout is None:
-        raise CommandError("standard output is closed")
     for *texts, updated, expires in store.all_pairs(arguments.name or "", arguments.name or LAST_NAME):
         members = dict(zip(PAIR_FIELDS, (*texts, format_time(updated), expires and format_time(expires))))
         sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
@@ -4156,10 +4101,9 @@ def import_database(arguments: argparse.Namespace) -> None:
 
 
 def import_pairs(arguments: argparse.Namespace) -> None:
-    """Store an export, or move in from IoT Persistence Api. The command stores all or nothing, and replaces values
-    that have the same key."""
+    """Store an export, or move in from IoT Persistence Api: all or nothing. Values with the same key are replaced."""
     with contextlib.nullcontext(sys.stdin.buffer) if arguments.file == "-" else open(arguments.file, "rb") as file:
-        if isinstance(file, io.BufferedReader) and file.peek(len(SQLITE_MAGIC)).startswith(SQLITE_MAGIC):
+        if isinstance(file, io.BufferedReader) and file.peek(16).startswith(b"SQLite format 3\0"):
             import_database(arguments)
             return
         with contextlib.closing(open_store(arguments.db, create=False)) as store:
@@ -4169,25 +4113,24 @@ def import_pairs(arguments: argparse.Namespace) -> None:
 
 def announce(server: Server, store: Store) -> None:
     """Print where the server listens, and tell systemd. If there are no users, add admin and print how to try it."""
-    host = parse_address(server.server_name)
+    host, address = parse_address(server.server_name), os.environ.get("NOTIFY_SOCKET", "")
     if not (host and host.is_loopback) and not server.certificate:
         log("WARNING", "plain HTTP shows passwords to the network; use --tls-cert, or --host 127.0.0.1 and a TLS proxy")
-    with contextlib.suppress(Conflict):  # another process was quicker
-        if not store.users():
-            password = secrets.token_urlsafe(15)
-            store.add_user("admin", hash_password(password), is_admin=True)
-            url = server.url("127.0.0.1" if server.server_name in ("::", "0.0.0.0") else server.server_name)
-            curl = "curl -k" if server.certificate else "curl"  # few certificates name an address
-            try:
-                print(f"created the user admin with the password {password} (it is shown only now)")
-                print(f"try it: {curl} -u admin:{password} '{url}/set?key=door&value=open'", flush=True)
-            except OSError:  # nobody has seen the password
-                store.transact(lambda store: store.delete_user("admin", even_last_admin=True))
-                raise
+
+    def add_admin(store: Store) -> None:  # in a transaction: a password that cannot be printed is not stored
+        password = make_token()[-20:]
+        store.add_user("admin", hash_password(password), is_admin=True)
+        url = server.url("127.0.0.1" if server.server_name in ("::", "0.0.0.0") else server.server_name)
+        curl = "curl -k" if server.certificate else "curl"  # few certificates name an address
+        print(f"created the user admin with the password {password} (it is shown only now)")
+        print(f"try it: {curl} -u admin:{password} '{url}/set?key=door&value=open'", flush=True)
+
+    if not store.users():
+        with contextlib.suppress(Conflict):  # another process was quicker
+            store.transact(add_admin)
     print(f"listening on {server.url(server.server_name)}", flush=True)
-    address = os.environ.get("NOTIFY_SOCKET", "")  # sd_notify(3)
     try:
-        if address:
+        if address:  # sd_notify(3)
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
                 notify_socket.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
     except OSError as error:
@@ -4227,21 +4170,18 @@ def serve(arguments: argparse.Namespace) -> None:
             os._exit(0)  # a commit hangs on its disk; it has no response yet, so no promise is broken
 
 
-MORE_HELP = """
-COMMAND --help explains a command. All commands except serve also work while the server runs, and take effect at once.
-Each flag of serve can also come from the environment (--max-db-mb as KVSERVER_MAX_DB_MB), or from the JSON file that
---config or KVSERVER_CONFIG names ("max_db_mb"). A flag overrides the environment, which overrides the file. Exit codes:
-0 done, 1 failed, 2 wrong usage.
-"""
+MORE_HELP = """COMMAND --help explains a command. All but serve also work while the server runs, and take effect at once.
+Each flag of serve can also come from the environment (KVSERVER_MAX_DB_MB), or from the JSON file that --config or
+KVSERVER_CONFIG names ("max_db_mb"). Flags override the environment, which overrides the file. Exit codes: 0 done, 1
+failed, 2 wrong usage."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "NAME": {"dest": "name", "help": "1 to 64 printable ASCII characters without a colon"},
-    "USER": {"dest": "name", "help": "the user's name"},
+    "NAME": {"dest": "name", "metavar": "NAME", "help": "1 to 64 printable ASCII characters without a colon"},
+    "USER": {"dest": "name", "metavar": "USER", "help": "the user's name"},
     "[USER]": {"dest": "name", "metavar": "USER", "nargs": "?", "help": "only this user (default: all users)"},
-    "TOKEN": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of: tokens USER"},
-    "HOOK": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of: hooks"},
-    "KEY": {"dest": "key", "help": "a key, or PREFIX* for all keys that begin with PREFIX, or * for all keys"},
-    "URL": {"dest": "url", "help": "http://... or https://...; - reads it from standard input, to keep it secret"},
-    "FILE": {"dest": "file", "help": "file to write, readable by its owner only"},
+    "ID": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of the list"},
+    "KEY": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for all keys that begin so, or * for all keys"},
+    "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
+    "FILE": {"dest": "file", "metavar": "FILE", "help": "file to write, readable by its owner only"},
     "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or a database.db"},
     "--admin": {"action": "store_true", "help": "the user manages other users"},
     "--config": {"metavar": "FILE", "help": "JSON file with settings, named like these flags, with _ for -"},
@@ -4262,11 +4202,11 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
     ("users", list_users),
     ("addtoken", add_token, "USER", "--label", "--read-only", "--prefix"),
     ("tokens", list_tokens, "USER"),
-    ("deltoken", delete_token, "USER", "TOKEN"),
+    ("deltoken", delete_token, "USER", "ID"),
     ("addhook", add_hook, "USER", "KEY", "URL", "--value", "--label"),
     ("hooks", list_hooks, "[USER]"),
-    ("delhook", delete_hook, "HOOK"),
-    ("testhook", test_hook, "HOOK"),
+    ("delhook", delete_hook, "ID"),
+    ("testhook", test_hook, "ID"),
     ("backup", back_up, "FILE", "--force"),
     ("export", export_pairs, "[USER]"),
     ("import", import_pairs, "EXPORT", "--merge"),
@@ -4285,19 +4225,17 @@ def build_parser(only: str = "") -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text.partition(".")[0], description=text, allow_abbrev=False)
         command.set_defaults(run=run, parser=command)
         for argument in its_arguments:
-            if argument.startswith("--"):
-                command.add_argument(argument, **ARGUMENTS[argument])
-            else:
-                command.add_argument(**{"metavar": argument, **ARGUMENTS[argument]})
+            flags = [argument] if argument.startswith("--") else []
+            command.add_argument(*flags, **ARGUMENTS[argument])
         for setting in SETTINGS if run is serve else (DATABASE,):
-            has_default = setting.default and setting is not DATABASE
-            options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar}
+            options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar, "help": setting.help}
+            if setting.default and setting is not DATABASE:
+                options["help"] += f" (default: {setting.default})"
             if isinstance(setting.default, tuple):
                 options["action"] = "extend"
             if isinstance(setting.default, bool):
-                options = {"action": argparse.BooleanOptionalAction}
-            text = f"{setting.help} (default: {setting.default})" if has_default else setting.help
-            command.add_argument("--" + setting.name.replace("_", "-"), help=text, **options)
+                options = {"action": argparse.BooleanOptionalAction, "help": setting.help}
+            command.add_argument("--" + setting.name.replace("_", "-"), **options)
     return parser
 
 
@@ -4305,10 +4243,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done, 1 failed. Wrong usage exits with 2."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser(*argv[:1]).parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not if it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # a label or a path may not be in its encoding
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - it was closed
     try:
+        if not sys.stdin or not isinstance(sys.stdout, io.TextIOWrapper):
+            raise CommandError("standard input or output is closed; use /dev/null instead")
+        sys.stdout.reconfigure(errors="backslashreplace")  # a label or a path may not be in its encoding
         arguments.db = read_settings(arguments, [DATABASE])[DATABASE.name]
         if arguments.run in OPENS_DATABASE:
             arguments.run(arguments)
@@ -4321,8 +4259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (CommandError, BadCredential, BadCertificate, StoreError, HTTPError) as error:
         message = str(error)
-    except UnicodeEncodeError:
-        message = "an argument is not UTF-8 text"
+    except UnicodeError:
+        message = "an argument or the input is not UTF-8 text"
     except BrokenPipeError:  # the program that reads our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
         return 1
