@@ -9,8 +9,7 @@ confirms a write only after it is on the disk.
     python kvserver.py adduser NAME           add a user; see also passwd, deluser, users
     python kvserver.py addtoken USER          add a token for a device; see also tokens, deltoken
     python kvserver.py addhook USER KEY URL   call a URL when a value changes; see also hooks, delhook, testhook
-    python kvserver.py backup FILE            copy the database to a file
-    python kvserver.py export [USER]          print values as lines of JSON; import FILE stores them
+    python kvserver.py backup FILE            copy the database to a file; export and import copy values as JSON
 
     request                      response
     GET /set?key=K&value=V       200 Success; ttl=SECONDS; nx=1 (409 if the key exists); old=V (409 if it differs)
@@ -29,9 +28,9 @@ confirms a write only after it is on the disk.
 form or in a JSON object. The body of /set?key=K may be the value. All paths also exist below /iotpersistenceapi, or the
 prefix that --base-path sets. An error is one line of text that says what to do.
 
-The file has rooms, and each uses only the rooms above it: Limits and defaults; Log; Names, passwords and tokens;
-Storage; HTTP messages; Parameters; Loop; TLS; Metrics; Authentication; API; Pages; Routes; Connections; Hooks; Server;
-Settings; Backup, export and import; Command line.
+Each room of the file uses only the rooms above it: Limits and defaults; Log; Names, passwords and tokens; Storage; HTTP
+messages; Parameters; Loop; TLS; Metrics; Authentication; API; Pages; Routes; Connections; Hooks; Server; Settings;
+Backup, export and import; Command line.
 """
 
 from __future__ import annotations
@@ -1019,15 +1018,12 @@ CHUNKED = -1  # the length of a body in chunks
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 
-# Rarely used patterns are texts, which re compiles on first use: the server starts faster.
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 REQUEST_LINE = re.compile(
     rf"({HTTP_TOKEN}) (?! )(?:(?i:https?)://(?=[^/?])({HOST.pattern}))?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])"
 )
 FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
-NOT_IN_HEAD = rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n"
-CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 # Sent twice, these could change whose request it is or where it ends. Other repeated headers are joined with a comma.
 SINGLE_FIELDS = ("authorization", "content-length", "content-type", "host", "transfer-encoding")
 
@@ -1038,6 +1034,7 @@ BODY_TOO_LARGE = f"the body is over {BODY_BYTES_MAX} bytes; send a value alone, 
 
 Headers = tuple[tuple[str, str], ...]
 RETRY_AFTER = (("Retry-After", "5"),)
+NOT_PARSED: dict[str, str] = {}
 
 
 class Response(NamedTuple):
@@ -1057,13 +1054,6 @@ class HTTPError(Exception):
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers
 
-    def response(self, accept: str) -> Response:
-        """Return a line of text, or a problem (RFC 9457) if the Accept header names a kind of JSON."""
-        if JSON not in accept.lower() and "+json" not in accept.lower():
-            return Response(self.message.encode(), self.status, TEXT, self.headers)
-        problem = {"title": http.HTTPStatus(self.status).phrase, "status": self.status, "detail": self.message}
-        return Response(json.dumps(problem).encode(), self.status, "application/problem+json", self.headers)
-
 
 def decode_utf8(data: bytes, name: str) -> str:
     """Decode UTF-8; raise HTTPError, whose message contains the name of the data."""
@@ -1081,9 +1071,6 @@ class Fields(NamedTuple):
     is_http_1_0: bool
     keep_alive: bool
     body_length: int  # bytes, or CHUNKED
-
-
-NOT_PARSED: dict[str, str] = {}
 
 
 class Request:
@@ -1110,7 +1097,6 @@ class Request:
         return request
 
     def wants_html(self) -> bool:
-        """Return whether a browser sends this request to show the response."""
         return "text/html" in self.fields.headers.get("accept", "").lower()
 
     def names_etag(self, header: str, etag: str) -> bool:
@@ -1199,7 +1185,7 @@ def parse_head(head: bytes, known: Fields | None = None) -> Request:
 
 def check_incomplete_head(received: bytearray, begin: int) -> int:
     """Raise HTTPError if the bytes from begin on cannot belong to a head. Return the begin for the next call."""
-    if re.compile(NOT_IN_HEAD).search(received, begin):
+    if re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n").search(received, begin):
         raise HTTPError(400, "this is not HTTP/1.1, or a header is malformed; if it is TLS, use http:// instead")
     if len(received) > REQUEST_LINE_BYTES_MAX + HEADERS_BYTES_MAX:
         is_one_line = received.find(b"\n", 2) < 0  # perhaps after an empty one
@@ -1210,7 +1196,7 @@ def check_incomplete_head(received: bytearray, begin: int) -> int:
 def take_chunks(received: bytearray, body: bytearray) -> bool:
     """Move whole chunks to body, and return whether the last one has come (RFC 9112 section 7.1); raise HTTPError."""
     while True:
-        match = CHUNK_HEAD.match(received)
+        match = re.match(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n", received)
         begin, size = (match.end(), int(match[1], 16)) if match else (0, 0)
         if size == 0:
             break
@@ -1251,11 +1237,6 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
 # The other direction: a delivery is a request that we send to a hook's URL.
 
 HOOK_PORTS = {"http": 80, "https": 443}
-# Interim responses (1xx) are skipped; then come the status line, the header lines so far, and their end.
-HEAD = (
-    rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"
-    rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)(\r?\n)?"
-)
 
 
 def parse_hook_url(url: str) -> urllib.parse.SplitResult:
@@ -1291,17 +1272,17 @@ class Answer(NamedTuple):
     retry_after: float | None = None  # seconds
 
     def is_success(self) -> bool:
-        """Return whether the delivery has arrived."""
         return 200 <= self.status < 300
 
     def is_refusal(self) -> bool:
-        """Return whether another try is useless. We don't follow redirections."""
+        """Return whether another try is useless."""
         return 300 <= self.status < 500 and self.status not in (408, 429)
 
 
 def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
     """Return the answer, or None before its status line is whole, and whether the rest does not matter."""
-    head = re.match(HEAD, received)
+    interim = rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"  # responses that are skipped
+    head = re.match(interim + rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)(\r?\n)?", received)
     if not head:
         return None, False
     status = int(head[1])
@@ -1317,21 +1298,15 @@ def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
 # not UTF-8 and repeated names are refused, because a guess could store the wrong value.
 
 FORM = "application/x-www-form-urlencoded"
-MULTIPART = "multipart/form-data"
-SECONDS = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?")
 JSON_DEPTH_MAX = 100
 
 
 def shorten(name: str) -> str:
-    """Return a client's text so that it fits in a message of one line."""
-    return ascii(name if len(name) <= 40 else name[:40] + "...")[1:-1]
+    return escape_unprintable(cut_off(name, 40))
 
 
 def parse_form(text: str) -> list[tuple[str, str]]:
-    """Return the names and values of a query or a form body (WHATWG URL standard); raise HTTPError.
-
-    A name without "=" is refused: a typing error must not store an empty value.
-    """
+    """Return the names and values of a query or a form body (WHATWG URL standard); raise HTTPError."""
     if text.count("&") >= PARAMETERS_MAX:
         raise HTTPError(400, f"there are more than {PARAMETERS_MAX} parameters; send fewer")
     pairs = []
@@ -1342,7 +1317,7 @@ def parse_form(text: str) -> list[tuple[str, str]]:
                 name = decode_utf8(urllib.parse.unquote_to_bytes(name.replace("+", " ")), "a parameter")
                 value = decode_utf8(urllib.parse.unquote_to_bytes(value.replace("+", " ")), "a parameter")
             pairs.append((name, value))
-        elif field:
+        elif field:  # a typing error must not store an empty value
             raise HTTPError(400, f"the parameter {shorten(name)} has no value; write {shorten(name)}=VALUE")
     return pairs
 
@@ -1361,8 +1336,7 @@ def parse_json(text: str) -> Any:
     """Return the value of a JSON text; raise ValueError, or HTTPError for repeated names."""
     # CPython 3.12 and 3.13 follow deep nesting until the small stack of a thread overflows, and the process dies.
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
-        without_strings = re.sub(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?', "", text)
-        brackets = re.sub(r"[^][{}]", "", without_strings)
+        brackets = re.sub(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', "", text)
         depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
         if max(depths, default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
@@ -1392,8 +1366,8 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
 def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> list[tuple[str, str]]:
     """Return the parameters in a body, or the value that it is; raise HTTPError."""
     content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type == MULTIPART:
-        raise HTTPError(415, f"a body of the type {MULTIPART} is not supported; send {FORM}, or the value alone")
+    if content_type == "multipart/form-data":
+        raise HTTPError(415, f"a body of the type {content_type} is not supported; send {FORM}, or the value alone")
     is_form, text = content_type == FORM, decode_utf8(request.body, "the body")
     # Programs label bodies carelessly, so only a form with a field "value" is certainly a form.
     may_be_value = body == EITHER and "key" in in_query and "value" not in in_query
@@ -1423,24 +1397,20 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     if request.body and route.body != VALUE:
         parameters = unique_names([*parameters.items(), *parse_body(request, parameters, route.body)])
     parameters.pop("_", None)  # scripts in browsers send it to bypass caches
-    in_path, key = request.key_in_path, parameters.get("key")
-    if in_path:
-        key = decode_utf8(urllib.parse.unquote_to_bytes(in_path), "the key")
-    if in_path or "key" in route.parameters[:1]:
-        require_key(key, request.user.token)
     for name in parameters if route.parameters is not ANYTHING else ():
         if name not in route.parameters:
             names = ", ".join(route.parameters) or "none"
             raise HTTPError(400, f"the parameter {shorten(name)} is unknown; {route.path} takes: {names}")
-    if key is not None:
-        parameters["key"] = key
+    if request.key_in_path:
+        parameters["key"] = decode_utf8(urllib.parse.unquote_to_bytes(request.key_in_path), "the key")
+    if request.key_in_path or "key" in route.parameters[:1]:
+        require_key(parameters.get("key"), request.user.token)
     if route.body == VALUE:
         parameters["value"] = decode_utf8(request.body, "the body")
     return parameters
 
 
 def required(request: Request, name: str, hint: str = "") -> str:
-    """Return a parameter; raise HTTPError if it is missing."""
     text = request.parameters.get(name)
     if text is None:
         raise HTTPError(400, f"the parameter {name} is missing{hint}")
@@ -1448,13 +1418,11 @@ def required(request: Request, name: str, hint: str = "") -> str:
 
 
 def check_value(value: str) -> None:
-    """Raise HTTPError if a text is too long for a value."""
     if len(value.encode("utf-8")) > VALUE_BYTES_MAX:
         raise HTTPError(413, f"the value is too large; the limit is {VALUE_BYTES_MAX} bytes")
 
 
 def require_value(request: Request) -> str:
-    """Return the parameter value; raise HTTPError if it is missing or too long."""
     value = required(request, "value", "; send it as in ?key=door&value=open, or as the body; value= is empty")
     check_value(value)
     return value
@@ -1473,7 +1441,7 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
     text = request.parameters.get(name)
     if text is None:
         return None
-    if not SECONDS.fullmatch(text) or not least <= float(text) <= most:
+    if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) or not least <= float(text) <= most:
         above = "" if least == 0 else "above 0 and "
         raise HTTPError(400, f"the parameter {name} is a number of seconds, {above}up to {most}, such as 1.5")
     return float(text)
@@ -1884,7 +1852,6 @@ class Certificate:
 # Counters for programs that draw curves and raise alarms. They count users and keys, but never name them.
 
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # the text format of Prometheus
-NO_ENDPOINT = "other"  # for unknown paths and malformed requests
 DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)  # of buckets
 
 
@@ -1896,15 +1863,13 @@ class Metrics:
         self._connections, self._polls = connections, polls
         self._started = time.monotonic()
         # By endpoint and status: a count for each of DURATION_SECONDS and one for longer responses, then all seconds.
-        self._answers: dict[tuple[str, int], list[float]] = {}
+        empty: list[float] = [0] * (len(DURATION_SECONDS) + 2)
+        self._answers: dict[tuple[str, int], list[float]] = collections.defaultdict(empty.copy)
         self.failed_logins = self.commits = self.writes = 0
         self.deliveries = self.failed_deliveries = self.dropped_deliveries = 0
 
     def note_answer(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count a response, and its time since the first byte of the request."""
-        numbers = self._answers.get((endpoint, status))
-        if numbers is None:
-            numbers = self._answers[endpoint, status] = [0] * (len(DURATION_SECONDS) + 2)
+        numbers = self._answers[endpoint, status]
         numbers[bisect.bisect_left(DURATION_SECONDS, seconds)] += 1
         numbers[-1] += seconds
 
@@ -2826,7 +2791,6 @@ ROUTES = (
     Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
     Route("", READ, add_slash, ANYONE, HERE, ANYTHING),
     Route("/", READ, welcome_page, BROWSER, HERE),
-    Route("/favicon.ico", READ, lambda store, request: Response(status=204), ANYONE, HERE),
     Route("/admin", READ, add_slash, ANYONE, HERE, ANYTHING),
     Route("/admin", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS),
     Route("/admin/", READ, users_page, ADMIN, THREAD, ("after",)),
@@ -2840,8 +2804,7 @@ ROUTES = (
 )
 API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
-# Errors that the client or a second try can correct. Where the error's own message names a command, ours is for people
-# who have no command line.
+# Errors that the client or a second try can correct. Some of their own messages name commands, which clients don't have.
 REFUSALS = {BadCredential: 400, NoSuchUser: 401, NoSuchToken: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
 PLAIN_MESSAGES = {
     401: "the user has been deleted",
@@ -2893,16 +2856,18 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
 
 
 def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> Response:
-    """Return the response to a refused request: HTML for pages, and a challenge with 401."""
+    """Return the response to a refused request: a page, a problem (RFC 9457) if a kind of JSON is accepted, or a line."""
+    status, message, headers = error.status, error.message, error.headers
+    accept, title = request.fields.headers.get("accept", "").lower(), http.HTTPStatus(status).phrase
+    if status == 401 and route:
+        headers += (("WWW-Authenticate", f'Basic realm="{REALMS[route.who]}", charset="UTF-8"'),)
     if route and route.who in PAGE_VISITORS and request.wants_html():
-        request.refusal = error
-        response = make_page(request, http.HTTPStatus(error.status).phrase, "")
-    else:
-        response = error.response(request.fields.headers.get("accept", ""))
-    if error.status == 401 and route:
-        challenge = f'Basic realm="{REALMS[route.who]}", charset="UTF-8"'
-        return response._replace(headers=(*response.headers, ("WWW-Authenticate", challenge)))
-    return response
+        request.refusal = HTTPError(status, message, headers)
+        return make_page(request, title, "")
+    if JSON in accept or "+json" in accept:
+        problem = json.dumps({"title": title, "status": status, "detail": message})
+        return Response(problem.encode(), status, "application/problem+json", headers)
+    return Response(message.encode(), status, headers=headers)
 
 
 # ---- Connections -----------------------------------------------------------------------------------------------------
@@ -3154,7 +3119,7 @@ class RequestHandler:
         route, seconds = self.route, time.monotonic() - self.started
         if route is None:  # another method of the path counts
             route = next(iter(self.server.find_routes(request.path)[0].values()), None)
-        self.server.metrics.note_answer((route.path or "/") if route else NO_ENDPOINT, status, seconds)
+        self.server.metrics.note_answer((route.path or "/") if route else "other", status, seconds)
         if self.server.log_requests:
             method = request.method if request.method in METHODS else ""
             path = request.path.removesuffix(request.key_in_path) if route else ""  # an unknown one may be a value
