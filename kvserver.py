@@ -1012,7 +1012,6 @@ HEADERS_BYTES_MAX = 32 * 1024
 HEADER_FIELDS_MAX = 100
 HOOK_URL_BYTES_MAX = 4096
 
-TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
 CHUNKED = -1  # the length of a body in chunks
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
@@ -1027,8 +1026,6 @@ FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 # Sent twice, these could change whose request it is or where it ends. Other repeated headers are joined with a comma.
 SINGLE_FIELDS = ("authorization", "content-length", "content-type", "host", "transfer-encoding")
 
-ADDRESS_TOO_LONG = f"the address is longer than {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body"
-HEADERS_TOO_LARGE = f"the headers are over {HEADER_FIELDS_MAX} lines or {HEADERS_BYTES_MAX} bytes; send fewer"
 MALFORMED_CHUNKS = "the chunked body is malformed"
 BODY_TOO_LARGE = f"the body is over {BODY_BYTES_MAX} bytes; send a value alone, of up to {VALUE_BYTES_MAX} bytes"
 
@@ -1042,7 +1039,7 @@ class Response(NamedTuple):
 
     body: bytes = b""
     status: int = 200
-    content_type: str = TEXT
+    content_type: str = "text/plain; charset=utf-8"
     headers: Headers = ()
     wait_until: float = 0.0  # monotonic seconds
 
@@ -1131,7 +1128,7 @@ def parse_fields(text: str, is_http_1_0: bool) -> Fields:
     """Return the header fields of a request (RFC 9112 sections 5 and 6); raise HTTPError."""
     lines = text.split("\r\n") if text else ()
     if len(lines) > HEADER_FIELDS_MAX or len(text) + 2 > HEADERS_BYTES_MAX:
-        raise HTTPError(431, HEADERS_TOO_LARGE)
+        raise HTTPError(431, f"the headers are over {HEADER_FIELDS_MAX} lines or {HEADERS_BYTES_MAX} bytes; send fewer")
     headers: dict[str, str] = {}
     for line in lines:
         match = FIELD.fullmatch(line)
@@ -1162,7 +1159,7 @@ def parse_head(head: bytes, known: Fields | None = None) -> Request:
     # ISO 8859-1 loses no byte. An empty line before a request is ignored (RFC 9112 section 2.2).
     line, _, text = head.decode("iso-8859-1").removeprefix("\r\n").partition("\r\n")
     if len(line) > REQUEST_LINE_BYTES_MAX:
-        raise HTTPError(414, ADDRESS_TOO_LONG)
+        raise HTTPError(414, f"the address is over {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise HTTPError(400, "the request line is malformed; send METHOD TARGET HTTP/1.1, with single spaces")
@@ -1171,7 +1168,7 @@ def parse_head(head: bytes, known: Fields | None = None) -> Request:
         raise HTTPError(505, "this version of HTTP is not supported; use HTTP/1.1")
     if host and target[:1] in ("", "?"):
         target = "/" + target
-    if "#" in target or (not target.startswith("/") and (method, target) != ("OPTIONS", "*")):
+    if "#" in target or not target.startswith("/"):
         raise HTTPError(400, "the address is malformed; its path begins with a slash, and a # in it is written as %23")
     if not target.isascii():  # many shell scripts send UTF-8 as it is, and the meaning is clear
         target = decode_utf8(target.encode("iso-8859-1"), "the address")
@@ -1187,9 +1184,8 @@ def check_incomplete_head(received: bytearray, begin: int) -> int:
     """Raise HTTPError if the bytes from begin on cannot belong to a head. Return the begin for the next call."""
     if re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n").search(received, begin):
         raise HTTPError(400, "this is not HTTP/1.1, or a header is malformed; if it is TLS, use http:// instead")
-    if len(received) > REQUEST_LINE_BYTES_MAX + HEADERS_BYTES_MAX:
-        is_one_line = received.find(b"\n", 2) < 0  # perhaps after an empty one
-        raise HTTPError(414, ADDRESS_TOO_LONG) if is_one_line else HTTPError(431, HEADERS_TOO_LARGE)
+    if len(received) > REQUEST_LINE_BYTES_MAX + HEADERS_BYTES_MAX + 4:
+        parse_head(bytes(received))  # raises HTTPError: the first line or the others are too long
     return max(len(received) - 3, 0)  # the empty line may have begun
 
 
@@ -1859,8 +1855,7 @@ class Metrics:
     """Counts the server's work since its start. The loop counts; any thread may ask for the text."""
 
     def __init__(self, connections: Mapping[Any, Any], polls: Mapping[Any, Any]) -> None:
-        """Start at zero. The text also reports the lengths of connections and polls."""
-        self._connections, self._polls = connections, polls
+        self._connections, self._polls = connections, polls  # their lengths are reported
         self._started = time.monotonic()
         # By endpoint and status: a count for each of DURATION_SECONDS and one for longer responses, then all seconds.
         empty: list[float] = [0] * (len(DURATION_SECONDS) + 2)
@@ -1883,8 +1878,8 @@ class Metrics:
         for endpoint, (*counts, seconds) in by_endpoint.items():
             for bound, count in zip((*DURATION_SECONDS, "+Inf"), itertools.accumulate(counts)):
                 durations.append(f'_bucket{{endpoint="{endpoint}",le="{bound}"}} {count}')
-            durations.append(f'_sum{{endpoint="{endpoint}"}} {seconds}')
-            durations.append(f'_count{{endpoint="{endpoint}"}} {sum(counts)}')
+            label = f'{{endpoint="{endpoint}"}}'
+            durations += [f"_sum{label} {seconds}", f"_count{label} {sum(counts)}"]
         lines = []
         for name, kind, meaning, samples in (
             ("requests_total", "counter", "Responses by endpoint and status.", requests),
@@ -2806,11 +2801,7 @@ API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or
 
 # Errors that the client or a second try can correct. Some of their own messages name commands, which clients don't have.
 REFUSALS = {BadCredential: 400, NoSuchUser: 401, NoSuchToken: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
-PLAIN_MESSAGES = {
-    401: "the user has been deleted",
-    404: "this token has been deleted",
-    408: "the request came too slowly",
-}
+MESSAGES = {401: "the user has been deleted", 404: "this token has been deleted", 408: "the request came too slowly"}
 
 
 def route_table(base_path: str) -> dict[str, dict[str, Route]]:
@@ -2825,8 +2816,6 @@ def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Resp
     """Answer OPTIONS, or raise HTTPError for an unknown path or method; methods are those of the path."""
     if method not in METHODS:
         raise HTTPError(501, f"the method {shorten(method)} is unknown; use {', '.join(methods or METHODS[:4])}")
-    if path == "*":
-        methods = METHODS
     if not methods:
         raise HTTPError(404, "Use the api endpoints: " + ", ".join(API_PATHS))
     allow = (("Allow", ", ".join(dict.fromkeys([*methods, "OPTIONS"]))),)
@@ -2841,7 +2830,7 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
         return error
     status = REFUSALS.get(type(error))
     if status:
-        return HTTPError(status, PLAIN_MESSAGES.get(status) or str(error), RETRY_AFTER if status == 503 else ())
+        return HTTPError(status, MESSAGES.get(status, str(error)), RETRY_AFTER if status == 503 else ())
     if isinstance(error, (StoreError, sqlite3.Error)):
         errors.write(f"the database failed: {error}")
         if isinstance(error, StoreFull):
