@@ -274,7 +274,6 @@ EXPIRED_PAIRS_MAX = 100  # that one transaction deletes: long values take time
 DAY_SECONDS = 24 * 3600
 IDEMPOTENCY_KEY_BYTES = 16
 VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
-LAST_NAME = "\x7f"  # sorts after every user name
 NEXT_KEY = "\0"  # key + NEXT_KEY is the next possible key, because keys contain no NUL
 LAST_KEY = "\U0010ffff" * (KEY_BYTES_MAX // 4)  # prefix + LAST_KEY sorts after every key with the same prefix
 APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id marks our files
@@ -383,10 +382,8 @@ PAIR_AS_JSON = """json_object('key', key, 'value', value, 'updated', strftime('%
 REPLACE = """ON CONFLICT (user_id, key)
     DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
-DELETE_EXPIRED = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
 USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
-KEEPS_AN_ADMIN = "(? OR NOT is_admin OR EXISTS (SELECT 1 FROM user WHERE is_admin AND name <> ?))"
 
 UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
 
@@ -446,16 +443,12 @@ class Hook(NamedTuple):
     id: int
     user_name: str
     pattern: str  # a key, or the beginning of keys and a star
-    value: str | None  # the beginning of the value that counts; None for any
+    value: str | None  # the value that counts, in quotes and cut off if it is long; None for any
     label: str
     origin: str  # scheme, host and port of its URL
     pending: int  # deliveries
     result: str | None  # of the last try
     result_time: float | None  # unix seconds
-
-    def short_value(self) -> str:
-        """Return the value in quotes, cut off if it is long."""
-        return f'"{cut_off(self.value or "", VALUE_SHOWN_CHARACTERS_MAX)}"'
 
 
 class Delivery(NamedTuple):
@@ -469,6 +462,7 @@ class Delivery(NamedTuple):
     key: str
     value: str | None
     old: str | None
+    size: int  # bytes of both values
     created: float  # unix seconds
     idempotency_key: str
 
@@ -477,31 +471,24 @@ class StoreError(Exception):
     """The database refuses or fails; the message is for people."""
 
 
-class StoreBusy(StoreError):
-    """A change waited too long."""
+class StoreBusy(StoreError): ...
 
 
-class StoreFull(StoreError):
-    """A change finds no room."""
+class StoreFull(StoreError): ...
 
 
-class Conflict(StoreError):
-    """The user exists already, is the last admin, or would exceed a limit."""
+class Conflict(StoreError): ...
 
 
-class NoSuchToken(StoreError):
-    """The user has no token with this id, or no longer."""
+class NoSuchToken(StoreError): ...
 
 
 class NoSuchUser(StoreError):
-    """No user has this name, or no longer."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"no user {name}; add one with: python kvserver.py adduser NAME")
+    def __str__(self) -> str:
+        return f"no user {self.args[0]}; add one with: python kvserver.py adduser NAME"
 
 
 def entity_tag(value: bytes) -> str:
-    """Return the entity tag of a value."""
     return f'"{hashlib.blake2b(value, digest_size=16).hexdigest()}"'
 
 
@@ -523,7 +510,7 @@ class Store:
         )
         self._pages_max = 2**30 - 1  # SQLite's own limit
         self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
-        self.changed_pairs: set[tuple[int, str]] | None = set()  # in the transaction; None if it changed more
+        self.changed_pairs, self.changed_more = set[tuple[int, str]](), False  # in the transaction
         try:
             for pragma in PRAGMAS:
                 self._execute(pragma)
@@ -593,7 +580,7 @@ class Store:
         """Lock the database and begin a transaction, or one in which all reads see the same moment."""
         self.check_file()
         self._connection.rollback()  # a failed disk may have refused the last one
-        self.changed_pairs = set()
+        self.changed_pairs, self.changed_more = set(), False
         self._execute("BEGIN" if is_reading else "BEGIN IMMEDIATE")
 
     def commit(self, operations: Sequence[Callable[[Store], Any]]) -> list[Any]:
@@ -618,19 +605,17 @@ class Store:
             self.commits += 1
             return outcomes
         except Exception as error:  # noqa: BLE001
-            if len(operations) == 1:
-                return [error]
-        finally:
-            if self._connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):  # begin tries again
-                    self._connection.rollback()
-        outcomes.clear()
-        for operation in operations:
-            try:
-                outcomes.append(self.transact(operation))
-            except Exception as error:  # noqa: BLE001
-                outcomes.append(error)
-        self.changed_pairs = None
+            outcomes = [error]
+            with contextlib.suppress(sqlite3.Error):  # begin tries again
+                self._connection.rollback()
+        if len(operations) > 1:
+            outcomes = []
+            for operation in operations:
+                try:
+                    outcomes.append(self.transact(operation))
+                except Exception as error:  # noqa: BLE001
+                    outcomes.append(error)
+            self.changed_more = True
         return outcomes
 
     def transact(self, operation: Callable[[Store], Any]) -> Any:
@@ -649,11 +634,11 @@ class Store:
             if copy.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
                 raise StoreError(f"{self.path} is damaged; no backup was made")
 
-    def all_pairs(self, first: str = "", last: str = LAST_NAME) -> Iterator[UserPair]:
-        """Return the pairs of the users with names from first to last, sorted by name and key."""
+    def all_pairs(self, user_name: str | None = None) -> Iterator[UserPair]:
+        """Return one user's or all pairs, sorted by name and key."""
         select = f"""SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id
-            WHERE name BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key"""
-        return self._execute(select, first, last, time.time())
+            WHERE name = ifnull(?, name) AND {NOT_EXPIRED} ORDER BY name, key"""
+        return self._execute(select, user_name, time.time())
 
     def import_all(self, users: Iterable[User], pairs: Iterable[UserPair]) -> tuple[int, int]:
         """Add users and store pairs, or nothing at all; return how many pairs are stored, and how many had expired.
@@ -688,10 +673,6 @@ class Store:
         path = os.path.realpath(self.path)
         return (*row, os.path.getsize(path), os.path.getsize(path + "-wal"))
 
-    def _change_users(self, statement: str, *parameters: Any) -> int:
-        self.changed_pairs = None
-        return self._execute(statement, *parameters).rowcount
-
     def user(self, login: str | bytes) -> User | None:
         """Return the user with this name, or the user and the token with this digest."""
         select = f"SELECT {USER_ROW} FROM user WHERE name = ?"
@@ -700,44 +681,47 @@ class Store:
         row = self._execute(select, login).fetchone()
         return User(*row[:4])._replace(token=Token(*row[4:]) if row[4:] else None) if row else None
 
-    def users(self, first: str = "", last: str = LAST_NAME, limit: int = -1) -> list[UserSummary]:
-        """Return the users with names from first to last, sorted by name; a negative limit means all."""
+    def users(self, name: str | None = None, after: str = "", limit: int = -1) -> list[UserSummary]:
+        """Return one user or all users with names after another, sorted by name; a negative limit means all."""
         select = f"""SELECT {USER_ROW}, count(key), max(updated)
             FROM user LEFT JOIN pair ON user_id = user.id AND {NOT_EXPIRED}
-            WHERE name BETWEEN ? AND ? GROUP BY name ORDER BY name LIMIT ?"""
-        return [(User(*row[:4]), *row[4:]) for row in self._execute(select, time.time(), first, last, limit)]
+            WHERE name = ifnull(?, name) AND name > ? GROUP BY name ORDER BY name LIMIT ?"""
+        return [(User(*row[:4]), *row[4:]) for row in self._execute(select, time.time(), name, after, limit)]
+
+    def _change_users(self, refusal: StoreError, statement: str, *parameters: Any) -> sqlite3.Cursor:
+        self.changed_more = True
+        cursor = self._execute(statement, *parameters)
+        if not cursor.rowcount:
+            raise refusal
+        return cursor
+
+    def _keep_admin(self, name: str) -> None:
+        if self._execute("SELECT name FROM user WHERE is_admin LIMIT 2").fetchall() == [(name,)]:
+            raise Conflict(f"the last admin is {name}; make somebody else an admin first")
 
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
         """Add a user; raise Conflict if the name is taken."""
-        insert = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?)"
-        try:
-            self._change_users(insert, name, password_hash, is_admin)
-        except sqlite3.IntegrityError:
-            raise Conflict(f"the user {name} exists; choose another name") from None
+        insert = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+        refusal = Conflict(f"the user {name} exists; choose another name")
+        self._change_users(refusal, insert, name, password_hash, is_admin)
 
     def set_password_hash(self, name: str, password_hash: str, old_hash: str | None = None) -> None:
         """Replace a user's password hash, or if old_hash is given, only that hash; raise NoSuchUser."""
         update = "UPDATE user SET password_hash = ? WHERE name = ? AND password_hash = ifnull(?, password_hash)"
-        if not self._change_users(update, password_hash, name, old_hash) and old_hash is None:
-            raise NoSuchUser(name)
+        self._change_users(NoSuchUser(name), update, password_hash, name, old_hash)
 
     def set_admin(self, name: str, is_admin: bool) -> None:
-        """Give a user the admin role, or take it away; raise NoSuchUser or Conflict."""
-        update = f"UPDATE user SET is_admin = ? WHERE name = ? AND {KEEPS_AN_ADMIN}"
-        if not self._change_users(update, is_admin, name, is_admin, name):
-            raise self._last_admin(name)
+        """Give a user the admin role, or take it away, within a transaction; raise NoSuchUser or Conflict."""
+        if not is_admin:
+            self._keep_admin(name)
+        self._change_users(NoSuchUser(name), "UPDATE user SET is_admin = ? WHERE name = ?", is_admin, name)
 
     def delete_user(self, name: str, even_last_admin: bool) -> None:
         """Delete a user and everything of theirs, within a transaction; raise NoSuchUser or Conflict."""
-        delete = f"DELETE FROM user WHERE name = ? AND {KEEPS_AN_ADMIN}"
-        if not self._change_users(delete, name, even_last_admin, name):
-            raise self._last_admin(name)
+        if not even_last_admin:
+            self._keep_admin(name)
+        self._change_users(NoSuchUser(name), "DELETE FROM user WHERE name = ?", name)
         self._renew_triggers()
-
-    def _last_admin(self, name: str) -> StoreError:
-        if not self.user(name):
-            return NoSuchUser(name)
-        return Conflict(f"the last admin is {name}; make somebody else an admin first")
 
     def tokens(self, name: str) -> list[Token]:
         """Return a user's tokens, the oldest first."""
@@ -750,18 +734,18 @@ class Store:
             raise Conflict(f"a user has at most {TOKENS_MAX} tokens; delete one that is no longer used")
         insert = """INSERT INTO token (user_id, digest, label, is_read_only, prefix, created)
             SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"""
-        if not self._change_users(insert, digest, label, is_read_only, prefix, time.time(), name):
-            raise NoSuchUser(name)
+        self._change_users(NoSuchUser(name), insert, digest, label, is_read_only, prefix, time.time(), name)
 
     def note_token_use(self, token_id: int, day: int) -> None:
         """Store the day of a token's last use, in days since 1970."""
-        self._change_users("UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
+        self.changed_more = True
+        self._execute("UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
 
     def delete_token(self, name: str, token_id: int) -> None:
         """Delete a token of a user; raise NoSuchToken."""
+        refusal = NoSuchToken(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
         delete = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
-        if not self._change_users(delete, token_id, name):
-            raise NoSuchToken(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
+        self._change_users(refusal, delete, token_id, name)
 
     def pair(self, user_id: int, key: str) -> Pair | None:
         """Return the user's pair with this key."""
@@ -775,7 +759,7 @@ class Store:
         return cast(bytes, self._execute(select, time.time(), key, *pair[:3]).fetchone()[0])
 
     def page_as_json(
-        self, user_id: int, prefix: str = "", after: str = "", limit: int = -1, with_times: bool = False
+        self, user_id: int, prefix: str, after: str, limit: int, with_times: bool
     ) -> tuple[bytes, str | None]:
         """Return a user's pairs as a JSON object in UTF-8, and the last key if more pairs follow.
 
@@ -805,8 +789,7 @@ class Store:
 
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
         """Store a value under a key until expires (unix seconds); raise NoSuchUser if the user was deleted."""
-        if self.changed_pairs is not None:
-            self.changed_pairs.add((user_id, key))
+        self.changed_pairs.add((user_id, key))
         try:
             self._execute(SET_VALUE, user_id, key, value, time.time(), expires)
         except sqlite3.IntegrityError:
@@ -822,8 +805,7 @@ class Store:
 
     def delete_pair(self, user_id: int, key: str) -> bool:
         """Delete a key and its value; return whether it existed."""
-        if self.changed_pairs is not None:
-            self.changed_pairs.add((user_id, key))
+        self.changed_pairs.add((user_id, key))
         delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
         return self._delete(delete, user_id, key, time.time()) == 1
 
@@ -833,21 +815,20 @@ class Store:
 
     def delete_expired(self) -> bool:
         """Delete up to EXPIRED_PAIRS_MAX expired pairs, the oldest first; return whether others may remain."""
-        deleted = self._delete(DELETE_EXPIRED, time.time(), EXPIRED_PAIRS_MAX)
-        if deleted:
-            self.changed_pairs = None
+        delete = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
+        deleted = self._delete(delete, time.time(), EXPIRED_PAIRS_MAX)
+        self.changed_more |= deleted > 0
         return deleted == EXPIRED_PAIRS_MAX
 
     def add_hook(self, name: str, pattern: str, url: str, origin: str, value: str | None, label: str) -> int:
         """Add a hook of a user, within a transaction, and return its id; raise NoSuchUser."""
-        self._execute(DELETE_EXPIRED, time.time(), -1)  # the hook hears nothing of earlier expiries
+        while self.delete_expired():  # the hook hears nothing of earlier expiries
+            pass
         insert = """INSERT INTO hook (user_id, pattern, url, receiver, value, label)
             SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"""
-        cursor = self._execute(insert, pattern, url, origin, value, label, name)
-        if not cursor.rowcount or not cursor.lastrowid:
-            raise NoSuchUser(name)
+        cursor = self._change_users(NoSuchUser(name), insert, pattern, url, origin, value, label, name)
         self._renew_triggers()
-        return cursor.lastrowid
+        return cast(int, cursor.lastrowid)
 
     def delete_hook(self, hook_id: int) -> None:
         """Delete a hook and its pending deliveries, within a transaction; raise StoreError if it doesn't exist."""
@@ -866,12 +847,13 @@ class Store:
         """Return whether any hook exists."""
         return bool(self._execute("SELECT 1 FROM hook LIMIT 1").fetchone())
 
-    def hooks(self, first: str = "", last: str = LAST_NAME, limit: int = -1) -> list[Hook]:
-        """Return the hooks of the users with names from first to last; a negative limit means all."""
-        select = """SELECT hook.id, name, pattern, substr(value, 1, ?), label, receiver,
+    def hooks(self, user_name: str | None = None, limit: int = -1) -> list[Hook]:
+        """Return one user's or all hooks; a negative limit means all."""
+        select = f"""SELECT hook.id, name, pattern, '"' || substr(value, 1, {VALUE_SHOWN_CHARACTERS_MAX})
+            || iif(length(value) > {VALUE_SHOWN_CHARACTERS_MAX}, '…', '') || '"', label, receiver,
             (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time
-            FROM hook JOIN user ON user.id = user_id WHERE name BETWEEN ? AND ? ORDER BY hook.id LIMIT ?"""
-        return [Hook(*row) for row in self._execute(select, VALUE_SHOWN_CHARACTERS_MAX + 1, first, last, limit)]
+            FROM hook JOIN user ON user.id = user_id WHERE name = ifnull(?, name) ORDER BY hook.id LIMIT ?"""
+        return [Hook(*row) for row in self._execute(select, user_name, limit)]
 
     def hook_url(self, hook_id: int) -> tuple[str, str]:
         """Return the pattern and the URL of a hook; raise StoreError if it doesn't exist."""
@@ -890,17 +872,12 @@ class Store:
             FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"""
         return self._execute(select, newest).fetchall()
 
-    def next_delivery_size(self, hook_id: int) -> tuple[int, int] | None:
-        """Return the number and the bytes of the oldest pending delivery of a hook."""
-        select = """SELECT number, ifnull(length(CAST(value AS BLOB)), 0) + ifnull(length(CAST(old AS BLOB)), 0)
-            FROM delivery WHERE hook_id = ? ORDER BY number LIMIT 1"""
-        return cast("tuple[int, int] | None", self._execute(select, hook_id).fetchone())
-
-    def next_delivery(self, hook_id: int) -> Delivery | None:
-        """Return the oldest pending delivery of a hook."""
-        select = """SELECT hook_id, receiver, url, number, handled, key, delivery.value, old, created, idempotency_key
+    def next_delivery(self, hook_id: int, with_values: bool) -> Delivery | None:
+        """Return the oldest pending delivery of a hook; its values may be long, and are None unless asked for."""
+        select = """SELECT hook_id, receiver, url, number, handled, key, iif(?, delivery.value, NULL), iif(?, old, NULL),
+            ifnull(length(CAST(delivery.value AS BLOB)), 0) + ifnull(length(CAST(old AS BLOB)), 0), created, idempotency_key
             FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ? ORDER BY number LIMIT 1"""
-        row = self._execute(select, hook_id).fetchone()
+        row = self._execute(select, with_values, with_values, hook_id).fetchone()
         return Delivery(*row) if row else None
 
     def note_try(self, hook_id: int, result: str, handled: int) -> None:
@@ -989,16 +966,14 @@ class CachingStore(Store):
 def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = True) -> Store:
     """Open the database at path with the newest schema; raise StoreError. Without migrate, its schema stays."""
     path = os.path.abspath(path)
+    if not create and not os.path.exists(path):
+        raise StoreError(f"there is no database {path}; name it with --db, or make one with adduser or serve")
     try:
-        if create:
-            # Only the owner may read it. SQLite gives its -wal and -shm files the same permissions.
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        # Only the owner may read it. SQLite gives its -wal and -shm files the same permissions.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         return Store(path, mb_max=mb_max, migrate=migrate)
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
-        if isinstance(error, FileNotFoundError) and not create:
-            message = f"there is no database {path}; name it with --db, or make one with adduser or serve"
-            raise StoreError(message) from error
         reason = error.strerror if isinstance(error, OSError) else error
         raise StoreError(f"cannot use the database {path}: {reason}") from error
 
@@ -2563,7 +2538,7 @@ def welcome_page(store: Store, request: Request) -> Response:
 def users_page(store: Store, request: Request) -> Response:
     """Show all users, a form to add one, and all hooks."""
     after, rows = request.parameters.get("after", ""), []
-    users, hooks = store.users(after + NEXT_KEY, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
+    users, hooks = store.users(after=after, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
     for user, pairs, newest in users[:PAGE_ROWS_MAX]:
         link = make_link(make_visible(user.name), "user", username=user.name)
         delete = fill(DELETE, url_to("delete", username=user.name), user.name) if user.id != request.user.id else ""
@@ -2571,7 +2546,7 @@ def users_page(store: Store, request: Request) -> Response:
     hook_rows = []
     for hook in hooks[:PAGE_ROWS_MAX]:
         name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id} {hook.label}")]
-        only = "" if hook.value is None else fill(SMALL, f"only when it becomes {make_visible(hook.short_value())}")
+        only = "" if hook.value is None else fill(SMALL, f"only when it becomes {make_visible(hook.value)}")
         result = [hook.result, fill(SMALL, make_time(hook.result_time))] if hook.result else ["never tried"]
         result.append(fill(SMALL, f"pending: {hook.pending}"))
         hook_rows.append((name, [make_visible(hook.pattern), only], hook.origin, result))
@@ -2588,7 +2563,7 @@ def users_page(store: Store, request: Request) -> Response:
 
 def find_user(store: Store, request: Request) -> UserSummary:
     name = required(request, "username")
-    for summary in store.users(name, name):
+    for summary in store.users(name):
         return summary
     raise HTTPError(404, "this user does not exist; it may have been deleted")
 
@@ -2616,7 +2591,7 @@ def user_page(store: Store, request: Request) -> Response:
 def deletion_page(store: Store, request: Request) -> Response:
     """Show how much is lost with a user, and ask."""
     user, pairs, _ = find_user(store, request)
-    name, tokens, hooks = user.name, len(store.tokens(user.name)), len(store.hooks(user.name, user.name))
+    name, tokens, hooks = user.name, len(store.tokens(user.name)), len(store.hooks(user.name))
     title, keep = f"Delete {make_visible(name)}", make_link("Keep this user", "user", username=name)
     question = make_form(request, "deluser", BUTTON, {"username": name, "page": "delete"}, text=title)
     if user.id == request.user.id:
@@ -3275,15 +3250,15 @@ class Outbox:
         begun, next_pause, last = time.monotonic(), 1.0, 0
         try:
             while True:
-                next_one = self._store.next_delivery_size(hook_id)
+                next_one = self._store.next_delivery(hook_id, with_values=False)
                 if not next_one or self._is_stopped:
                     return
-                bounds = exchange_bounds(origin, next_one[1] > LONG_DELIVERY_BYTES, not is_proven)
+                bounds = exchange_bounds(origin, next_one.size > LONG_DELIVERY_BYTES, not is_proven)
                 await self._gate.enter(bounds)
                 self.busy.add(hook_id)
                 try:
-                    delivery = self._store.next_delivery(hook_id)
-                    if delivery is None or delivery.number != next_one[0] or self._is_stopped:
+                    delivery = self._store.next_delivery(hook_id, with_values=True)
+                    if delivery is None or delivery.number != next_one.number or self._is_stopped:
                         continue  # while it waited, that one has been deleted, or the server stopped
                     answer = await self._send(delivery, last, None if is_proven else "doubtful")
                     last, is_proven, pause = delivery.number - 1, answer.is_success() or answer.is_refusal(), 0.0
@@ -3634,7 +3609,8 @@ class Server(http.server.ThreadingHTTPServer):
             wakeup(result)
         self.metrics.commits = self.writer.commits
         self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
-        pairs, state = self.writer.changed_pairs, self.reader.state()
+        pairs = None if self.writer.changed_more else self.writer.changed_pairs
+        state = self.reader.state()
         if self.reader.keep_rows(state_before, state, pairs) and self._polls_state == state_before:
             self._polls_state = state  # nothing else has changed since
         self._wake_polls(pairs)
@@ -3933,7 +3909,7 @@ def set_password(arguments: argparse.Namespace, store: Store) -> None:
 def delete_user(arguments: argparse.Namespace, store: Store) -> None:
     """Delete a user, with all values, tokens and hooks. The command asks first."""
     name = arguments.name
-    ((_, values, _),), tokens, hooks = store.users(name, name), store.tokens(name), store.hooks(name, name)
+    ((_, values, _),), tokens, hooks = store.users(name), store.tokens(name), store.hooks(name)
     what = f"the user {name} and all they have (values: {values}, tokens: {len(tokens)}, hooks: {len(hooks)})"
     if not arguments.yes:
         if not sys.stdin.isatty():
@@ -3991,9 +3967,8 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
 def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
     rows = [("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST RESULT")]
-    for hook in store.hooks(arguments.name or "", arguments.name or LAST_NAME):
-        value = "any" if hook.value is None else hook.short_value()
-        key, value = (escape_unprintable(text) for text in (cut_off(hook.pattern, 80), value))
+    for hook in store.hooks(arguments.name):
+        key, value = (escape_unprintable(text) for text in (cut_off(hook.pattern, 80), hook.value or "any"))
         result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result_time else "never tried"
         label, pending = hook.label or "-", str(hook.pending)
         rows.append((str(hook.id), hook.user_name, key, value, label, hook.origin, pending, result))
@@ -4027,7 +4002,7 @@ def back_up(arguments: argparse.Namespace) -> None:
 
 def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
     """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
-    for *texts, updated, expires in store.all_pairs(arguments.name or "", arguments.name or LAST_NAME):
+    for *texts, updated, expires in store.all_pairs(arguments.name):
         members = dict(zip(PAIR_FIELDS, (*texts, format_time(updated), expires and format_time(expires))))
         sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
     sys.stdout.flush()
