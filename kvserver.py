@@ -2132,7 +2132,7 @@ class Authenticator:
 NUMBER_DIGITS_MAX = 100
 NUMBER = re.compile(rf"-?(?:[0-9]{{1,{NUMBER_DIGITS_MAX}}}|(?=[0-9.]{{3,{NUMBER_DIGITS_MAX + 1}}}\Z)[0-9]+\.[0-9]+)")
 A_NUMBER = f"a number such as 5, -1 or 0.25, without +, of at most {NUMBER_DIGITS_MAX} digits"
-UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
+UNKNOWN_KEY = "this key does not exist; store a value under it first"
 
 
 def expiry(request: Request, otherwise: float | None = None) -> float | None:
@@ -2185,8 +2185,6 @@ def get_value(store: Store, request: Request) -> Response:
     if pair and len(request.parameters) == 1 and "if-none-match" not in request.fields.headers:  # the usual case
         return Response(pair.value, headers=(("ETag", pair.etag),))
     form, default = take_choice(request, "format", ("json", "age")), request.parameters.get("default")
-    if form and default is not None:
-        raise HTTPError(400, "the parameter default is for the plain value; leave out format")
     wait_until = end_of_wait(request, pair)
     if wait_until:
         return Response(wait_until=wait_until)
@@ -2201,14 +2199,6 @@ def get_value(store: Store, request: Request) -> Response:
     if form == "age":
         return Response(str(max(0, int(time.time() - pair.updated))).encode())
     return Response(pair.value, headers=(("ETag", pair.etag),))
-
-
-def delete_pair(store: Store, request: Request) -> Response:
-    """Delete a key and its value."""
-    may_be_missing = take_choice(request, "missing", ("ok",))
-    if not store.delete_pair(request.user.id, request.parameters["key"]) and not may_be_missing:
-        raise HTTPError(404, UNKNOWN_KEY)
-    return Response(b"Successfully removed state")
 
 
 def check_preconditions(request: Request, pair: Pair | None) -> None:
@@ -2230,12 +2220,16 @@ def put_resource(store: Store, request: Request) -> Response:
     return Response(b"Success", 200 if pair else 201, headers=(("ETag", entity_tag(value.encode("utf-8"))),))
 
 
-def delete_resource(store: Store, request: Request) -> Response:
-    """Delete the key in the path and its value if the preconditions hold."""
-    pair = store.pair(request.user.id, request.parameters["key"])
-    if pair:  # a missing key is 404, whatever the preconditions say (RFC 9110 section 13.2.1)
+def delete_pair(store: Store, request: Request) -> Response:
+    """Delete a key and its value if the preconditions hold."""
+    key, may_be_missing = request.parameters["key"], take_choice(request, "missing", ("ok",))
+    pair = store.pair(request.user.id, key)
+    if pair is None and not may_be_missing:  # whatever the preconditions say (RFC 9110 section 13.2.1)
+        raise HTTPError(404, UNKNOWN_KEY)
+    if pair:
         check_preconditions(request, pair)
-    return delete_pair(store, request)
+        store.delete_pair(request.user.id, key)
+    return Response(b"Successfully removed state")
 
 
 def increment(store: Store, request: Request) -> Response:
@@ -2308,18 +2302,14 @@ def report_metrics(store: Store, request: Request) -> Response:
 
 HTML = "text/html; charset=utf-8"
 PAGE_ROWS_MAX = 100
-FORM_FIELDS_BYTES = 4 * 1024  # room for the other fields of a form that sends a value
-FORM_SAFE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789*-._ "
+EDITED_BYTES_MAX = BODY_BYTES_MAX // 6 - 1024  # a form takes six bytes for a newline, and some for its other fields
 USER_FIELDS = ("action", "username", "password", "isAdmin", "id", "page")
 OWN_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page", "etag")
 # Signs replace characters that are invisible or reverse the text around them (Unicode standard annex 9).
 UNSEEN = (*range(32), 127, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
 VISIBLE = {**dict.fromkeys(UNSEEN, "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
-NOT_IN_QUERY = re.compile(r"[^\w/:.~-]")
 SAFE_IN_LOCATION = "%&=+?/:#"
 Hidden = Mapping[str, object]  # fields of a form that people do not see
-TOKEN_ID = re.compile("[0-9]{1,18}")
-NO_KEY = "this key does not exist; it may have been deleted"
 
 
 class Markup(str):
@@ -2327,30 +2317,22 @@ class Markup(str):
 
 
 STYLE = Markup("""
-:root{color-scheme:light dark;--text:#1b1f23;--quiet:#59636e;--back:#fff;--card:#f4f6f8;--line:#d3d9df;--link:#0a5cc2;
---bad:#b3261e}@media(prefers-color-scheme:dark){:root{--text:#e6e9ec;--quiet:#9aa5b1;--back:#131619;--card:#1c2125;
---line:#363d44;--link:#82b8ff;--bad:#ff8d85}}*{box-sizing:border-box}
-body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:var(--text);
-background:var(--back)}:focus-visible{outline:3px solid var(--link);outline-offset:2px}
-nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid var(--line)}
-nav span{margin-left:auto}nav span,th,small,.quiet{color:var(--quiet)}a,summary{color:var(--link)}
-a[aria-current=page]{color:inherit;font-weight:600;text-decoration:none}h1{font-size:1.6rem;margin:1.5rem 0 .75rem}
-h2{font-size:1.15rem;margin:2.25rem 0 .5rem}h1,h2,p,code,pre,td{unicode-bidi:isolate}
+:root{color-scheme:light dark}*{box-sizing:border-box}body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;
+font:1rem/1.5 system-ui,sans-serif;color:CanvasText;background:Canvas}nav span{margin-left:auto}
+nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid GrayText}
+nav span,th,small,.quiet{opacity:.8}a[aria-current=page]{color:inherit;font-weight:600;text-decoration:none}
+h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.25rem}h1,h2,p,code,pre,td{unicode-bidi:isolate}
 h1,h2,p,code,pre,span,button,td:first-child,.values td,.hooks td{overflow-wrap:anywhere}td:first-child{min-width:4rem}
 table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.values th:first-child{width:40%}
-.values th:last-child{width:10rem}th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid var(--line);
+.values th:last-child{width:10rem}th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid GrayText;
 text-align:left;vertical-align:top}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
 textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace}td,pre,code{white-space:pre-wrap}
-time{position:relative}p time::after{content:" (" attr(datetime) ")"}td time:hover::after{content:attr(datetime);
-position:absolute;right:0;bottom:100%;padding:.1rem .5rem;white-space:nowrap;color:var(--back);background:var(--text)}
-form,pre{padding:1rem;background:var(--card)}form{max-width:32rem;margin:.75rem 0;border:1px solid var(--line)}
-.bare,.search{padding:0;background:none;border:0}.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}
-label{margin-bottom:.75rem}.search label{flex:1;margin:0}input,textarea{padding:.5rem .6rem;color:inherit;
-background:var(--back);border:1px solid var(--quiet)}input:not([type=checkbox],[hidden]),textarea{display:block;
-width:100%}input,button{font:inherit}button{padding:.5rem 1rem;color:var(--back);background:var(--link);border:0}
-.bad{background:var(--bad)}form,pre,input,textarea,button{border-radius:.4rem}td button{padding:.15rem .6rem}
-td form{margin:.35rem 0 0}[role=alert],#done{font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
-[role=alert]{color:var(--bad);margin-top:0;outline:0}[role=alert]::first-letter{text-transform:uppercase}
+p [title]::after{content:" (" attr(title) ")"}form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}
+form{max-width:32rem;margin:.75rem 0}.bare,.search{padding:0;border:0}td form{margin:.35rem 0 0}
+.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
+input:not([type=checkbox],[hidden]),textarea{display:block;width:100%}input,textarea,button{padding:.5rem .75rem}
+input,button{font:inherit}td button{padding:.15rem .6rem}.bad,[role=alert]{color:#fff;background:#b3261e}
+[role=alert],#done{padding:.5rem;font-weight:600;scroll-margin-top:10rem}[role=alert]{margin-top:0}#done:not(:target){display:none}
 @media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
 """)
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
@@ -2426,10 +2408,10 @@ def make_page(request: Request, title: str, content: str) -> Response:
     """Return a page, with links to the main pages, and with the reason of a refusal if the content lacks it."""
     user, refusal, nav = request.user, request.refusal, ""
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
-        root, links = "" if request.path.endswith("/admin") else "../", []
+        links = []
         for name, path in (("Your values", "me/"), ("Users", "admin/"))[: 1 + user.is_admin]:
             current = "page" if request.path.endswith(f"/{path}") else "false"
-            links.append(fill('<a href="{}" aria-current="{}">{}</a>', root + path, current, name))
+            links.append(fill('<a href="../{}" aria-current="{}">{}</a>', path, current, name))
         nav = fill('<nav aria-label="Pages">{}<span>{}</span></nav>', links, user.name)
     alert = fill(ALERT, refusal.message) if refusal and 'role="alert"' not in content else ""
     page = fill(PAGE_HTML, style=STYLE, nav=nav, title=title, alert=alert, content=content).encode("utf-8")
@@ -2438,8 +2420,8 @@ def make_page(request: Request, title: str, content: str) -> Response:
 
 def url_to(path: str, **parameters: str) -> str:
     """Return a relative address with a query; letters stay as they are, since pages with long names are long enough."""
-    texts = {name: NOT_IN_QUERY.sub(lambda c: urllib.parse.quote(c[0]), text) for name, text in parameters.items()}
-    return f"{path}?" + "&".join(f"{name}={text}" for name, text in texts.items())
+    texts = (re.sub(r"[^\w/:.~-]", lambda c: urllib.parse.quote(c[0]), text) for text in parameters.values())
+    return f"{path}?" + "&".join(map("{}={}".format, parameters, texts))
 
 
 def make_link(text: str, path: str, **parameters: str) -> Markup:
@@ -2471,7 +2453,7 @@ def make_question(request: Request, word: str, what: str, action: str, hidden: H
 
 
 def make_time(seconds: float | None) -> str:
-    """Return a time in unix seconds in words, such as 3 minutes ago or in 2 days; the style shows the exact time."""
+    """Return a time in unix seconds in words, such as 3 minutes ago or in 2 days, and the exact time as its title."""
     if seconds is None:
         return "never"
     words, left = "now", seconds - time.time()
@@ -2480,7 +2462,7 @@ def make_time(seconds: float | None) -> str:
         if count:
             words = f"{count} {unit}" + ("s" if count > 1 else "")
             words = f"in {words}" if left > 0 else f"{words} ago"
-    return fill('<time datetime="{}">{}</time>', utc_second(seconds), words)
+    return fill('<span title="{}">{}</span>', utc_second(seconds), words)
 
 
 def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
@@ -2623,14 +2605,12 @@ def value_page(store: Store, request: Request) -> Response:
     if pair is None and request.parameters.get("page") == "add":
         return values_page(store, request)
     if pair is None and typed is None:
-        raise HTTPError(404, NO_KEY)
+        raise HTTPError(404, UNKNOWN_KEY)
     stored, url, parts = pair.value if pair else b"", url_to("./", key=key), []
     value, hidden = stored.decode("utf-8"), {"page": "state", "etag": pair.etag if pair else ""}
     if pair:
         parts.append(fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires)))
-    # In a form's encoding, most bytes become three and a newline six.
-    size = len(stored) + 2 * len(stored.translate(None, FORM_SAFE)) + 3 * stored.count(b"\n")
-    is_editable = size <= BODY_BYTES_MAX - FORM_FIELDS_BYTES and b"\0" not in stored and b"\r" not in stored
+    is_editable = len(stored) <= EDITED_BYTES_MAX and b"\0" not in stored and b"\r" not in stored
     if is_editable:
         area = {"rows": min(20, value.count("\n") + 2), "value": value if typed is None else typed}
         parts.append(make_form(request, "set", EDIT_VALUE, hidden, url, **area))
@@ -2642,12 +2622,6 @@ def value_page(store: Store, request: Request) -> Response:
     if pair:
         parts.append(make_question(request, "Delete", "this value", "del", {"page": "state"}, url))
     return make_page(request, make_visible(key), fill("{}", parts))
-
-
-def token_id(request: Request) -> int:
-    """Return the id of a token in a form; 0, which no token has, for another text."""
-    text = required(request, "id")
-    return int(text) if TOKEN_ID.fullmatch(text) else 0
 
 
 def change_user(store: Store, request: Request, action: str) -> str:
@@ -2669,22 +2643,20 @@ def change_user(store: Store, request: Request, action: str) -> str:
         if name == request.user.name and not is_admin:
             return "../me/"  # the pages for admins are closed to them now
     elif action == "deltoken":
-        store.delete_token(name, token_id(request))
+        number = required(request, "id")[:18]
+        store.delete_token(name, int(number) if number.isdecimal() else 0)  # no token has the id 0
     else:
         raise HTTPError(400, "the parameter action can be: adduser, deluser, setpassword, setadmin, deltoken")
     return url_to("user", username=name) if request.parameters.get("page") == "user" else "./"
 
 
 def change_own(store: Store, request: Request, action: str) -> str | Response:
-    """Run an action on the visitor's pairs, tokens or password, and return the address of the form's page.
-
-    To set with an entity tag, the stored value must still have it; with an empty one, no value may be stored.
-    """
+    """Run an action on the visitor's pairs, tokens or password, and return the address of the form's page."""
     user, parameters, page = request.user, request.parameters, request.parameters.get("page", "")
     if action == "set":
         key = require_key(parameters.get("key"))
         pair = store.pair(user.id, key)
-        etag = pair.etag if pair else ""
+        etag = pair.etag if pair else ""  # an empty one means that the form has seen no value
         value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")  # browsers send line ends as CR LF
         if parameters.get("etag", etag) != etag:
             raise HTTPError(409, "the key has another value now, or none; save again to store this one all the same")
@@ -2697,14 +2669,15 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
         return make_page(request, "New token", fill(TOKEN_PAGE, token=token))
     if action == "del":
         if not store.delete_pair(user.id, require_key(parameters.get("key"))):
-            raise HTTPError(404, NO_KEY)
+            raise HTTPError(404, UNKNOWN_KEY)
     elif action == "passwd":
         _, password = decode_credentials(request.fields.headers["authorization"])  # this one has been checked
         if not secrets.compare_digest(required(request, "current").encode("utf-8"), password.encode("utf-8")):
             raise HTTPError(400, "the current password is wrong")
         store.set_password_hash(user.name, request.password_hash)
     elif action == "deltoken":
-        store.delete_token(user.name, token_id(request))
+        number = required(request, "id")[:18]
+        store.delete_token(user.name, int(number) if number.isdecimal() else 0)
     else:
         raise HTTPError(400, "the parameter action can be: set, del, passwd, addtoken, deltoken")
     return "./"
@@ -2734,8 +2707,8 @@ def answer_form(store: Store, request: Request) -> Response:
         raise RefusedForm(pages.get(request.parameters.get("page", ""), pages[""]), error) from None
     if isinstance(done, Response):
         return done
-    url = urllib.parse.quote(done, SAFE_IN_LOCATION) + "#done"
-    return Response(status=303, headers=(("Location", "admin/" if request.path.endswith("/admin") else url),))
+    url = "admin/" if request.path.endswith("/admin") else urllib.parse.quote(done, SAFE_IN_LOCATION) + "#done"
+    return Response(status=303, headers=(("Location", url),))
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
@@ -2756,7 +2729,7 @@ ROUTES = (
     Route("/list", READ, list_pairs, USER, THREAD, ("prefix", "limit", "after", "format")),
     Route("/kv/KEY", READ, get_value, USER, HERE),
     Route("/kv/KEY", ("PUT",), put_resource, USER, COMMIT, ("ttl",), VALUE),
-    Route("/kv/KEY", ("DELETE",), delete_resource, USER, COMMIT),
+    Route("/kv/KEY", ("DELETE",), delete_pair, USER, COMMIT),
     Route("/health", READ, check_health, ANYONE, THREAD),
     Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
     Route("", READ, add_slash, ANYONE, HERE, ANYTHING),
