@@ -2332,7 +2332,7 @@ form{max-width:32rem;margin:.75rem 0}.bare,.search{padding:0;border:0}td form{ma
 .search,.turns{display:flex;align-items:end;gap:.5rem 1rem}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
 input:not([type=checkbox],[hidden]),textarea{display:block;width:100%}input,textarea,button{padding:.5rem .75rem}
 input,button{font:inherit}td button{padding:.15rem .6rem}.bad,[role=alert]{color:#fff;background:#b3261e}
-[role=alert],#done{padding:.5rem;font-weight:600;scroll-margin-top:10rem}[role=alert]{margin-top:0}#done:not(:target){display:none}
+[role=alert],#done{margin:0;padding:.5rem;font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
 @media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
 """)
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
