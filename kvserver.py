@@ -2745,19 +2745,15 @@ ROUTES = (
     Route("/me/", ("POST",), answer_form, PERSON, COMMIT, OWN_FIELDS),
     Route("/me/state", READ, value_page, PERSON, THREAD, ("key",)),
 )
+BY_PATH_AND_METHOD = {
+    path: {method: route for route in ROUTES if route.path == path for method in route.methods}
+    for path in {route.path for route in ROUTES}
+}
 API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
 # Errors that the client or a second try can correct. Some of their own messages name commands, which clients don't have.
 REFUSALS = {BadCredential: 400, NoSuchUser: 401, NoSuchToken: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
 MESSAGES = {401: "the user has been deleted", 404: "this token has been deleted", 408: "the request came too slowly"}
-
-
-def route_table(base_path: str) -> dict[str, dict[str, Route]]:
-    """Return the routes by path and method, below base_path and at the root."""
-    table: dict[str, dict[str, Route]] = {}
-    for prefix, route in itertools.product((base_path, ""), ROUTES):
-        table.setdefault(prefix + route.path, {}).update(dict.fromkeys(route.methods, route))
-    return table
 
 
 def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Response:
@@ -3344,9 +3340,8 @@ class Server(http.server.ThreadingHTTPServer):
         host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         passive = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, address = passive[0][::4]
-        self.path, self.certificate, self.trusted_proxy = path, certificate, trusted_proxy
+        self.path, self.base_path, self.certificate, self.trusted_proxy = path, base_path, certificate, trusted_proxy
         self.log_requests, self.max_connections = log_requests, max_connections
-        self.routes, self.beginnings = route_table(base_path), (base_path + "/kv/", "/kv/")
         self.errors = ErrorLog()
         self.reader, self.writer = CachingStore(path), Store(path, lock_seconds=0, mb_max=max_db_mb)
         self.loop = Loop(lambda error: as_http_error(error, self.errors))
@@ -3498,10 +3493,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def find_routes(self, path: str) -> tuple[dict[str, Route], str]:
         """Return the routes of a path by method, and its key, still encoded, if it has one."""
-        for beginning in self.beginnings:
-            if path.startswith(beginning) and path != beginning:
-                return self.routes[beginning + "KEY"], path[len(beginning) :]
-        return self.routes.get(path, {}), ""
+        rest = path.removeprefix(self.base_path)
+        if rest.startswith("/") or not rest:
+            path = rest
+        if path.startswith("/kv/") and path != "/kv/":
+            return BY_PATH_AND_METHOD["/kv/KEY"], path[len("/kv/") :]
+        return BY_PATH_AND_METHOD.get(path, {}), ""
 
     def _wake_polls(self, changed_pairs: set[tuple[int, str]] | None) -> None:
         for wakeup, pair in self.polls.items():
