@@ -1196,12 +1196,11 @@ def encode_response(response: Response, date: str, connection: str, with_body: b
     """Return a response as bytes for one write: a second write would wait until the client acknowledges the first."""
     body, status, content_type, headers, _ = response
     entity = "" if status in (204, 304) else f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
-    more = "".join([f"{name}: {value}\r\n" for name, value in headers])
-    last = f"Connection: {connection}\r\n\r\n" if connection else "\r\n"
-    head = (
-        f"{STATUS_LINES[status]}Date: {date}\r\n{entity}"
-        f"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n{more}{last}"
-    )
+    head = f"{STATUS_LINES[status]}Date: {date}\r\n{entity}"
+    head += "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+    for name, value in headers:
+        head += f"{name}: {value}\r\n"
+    head += f"Connection: {connection}\r\n\r\n" if connection else "\r\n"
     return head.encode("iso-8859-1") + body if with_body else head.encode("iso-8859-1")
 
 
@@ -1315,8 +1314,20 @@ def parse_json(text: str) -> Any:
     return json.loads(text.lstrip("\ufeff"), object_pairs_hook=unique_names)
 
 
-def parse_json_object(text: str) -> list[tuple[str, str]]:
-    """Return the names and values of a JSON object, values that aren't strings as JSON; raise HTTPError."""
+def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iterable[tuple[str, str]]:
+    """Return the parameters in a body, members of JSON as strings, or the value that it is; raise HTTPError."""
+    content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        raise HTTPError(415, f"a body of the type {content_type} is not supported; send {FORM}, or the value alone")
+    is_form, text = content_type == FORM, decode_utf8(request.body, "the body")
+    # Programs label bodies carelessly, so only a form with a field "value" is certainly a form.
+    may_be_value = body == EITHER and "key" in in_query and "value" not in in_query
+    if may_be_value and not (is_form and re.search("(?:^|&)value=", text)):
+        return [("value", text)]
+    if is_form:
+        return parse_form(text)
+    if content_type != JSON:
+        raise HTTPError(400, f"send parameters in the query, or in a body of the type {FORM} or {JSON}")
     try:
         members = parse_json(text)
         if not isinstance(members, dict):
@@ -1331,24 +1342,7 @@ def parse_json_object(text: str) -> list[tuple[str, str]]:
     except ValueError:
         problem = "is malformed, nested too deeply, or has a number too large or half of a surrogate pair"
         raise HTTPError(400, f"the JSON body {problem}") from None
-    return list(members.items())
-
-
-def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> list[tuple[str, str]]:
-    """Return the parameters in a body, or the value that it is; raise HTTPError."""
-    content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type == "multipart/form-data":
-        raise HTTPError(415, f"a body of the type {content_type} is not supported; send {FORM}, or the value alone")
-    is_form, text = content_type == FORM, decode_utf8(request.body, "the body")
-    # Programs label bodies carelessly, so only a form with a field "value" is certainly a form.
-    may_be_value = body == EITHER and "key" in in_query and "value" not in in_query
-    if may_be_value and not (is_form and re.search("(?:^|&)value=", text)):
-        return [("value", text)]
-    if is_form:
-        return parse_form(text)
-    if content_type == JSON:
-        return parse_json_object(text)
-    raise HTTPError(400, f"send parameters in the query, or in a body of the type {FORM} or {JSON}")
+    return members.items()
 
 
 def require_key(key: str | None, token: Token | None = None) -> str:
