@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """kvserver stores values for things that cannot store them themselves, in one file without dependencies.
 
-Applets, home automations, shortcuts, chips and shell scripts store a value under a key with one web request, and read
-it back with another. Each user has their own keys. Each request carries a password (HTTP Basic) or a token. The server
-confirms a write only after it is on the disk.
+Applets, automations, chips and shell scripts store a value under a key with one web request, and read it with another.
+Each user has their own keys, and logs in with a password or a token. The server confirms a write once it is on the disk.
 
     python kvserver.py serve                  run the server; its first start adds the user admin and prints a password
     python kvserver.py adduser NAME           add a user; see also passwd, deluser, users
@@ -1271,10 +1270,6 @@ FORM = "application/x-www-form-urlencoded"
 JSON_DEPTH_MAX = 100
 
 
-def shorten(name: str) -> str:
-    return escape_unprintable(cut_off(name, 40))
-
-
 def parse_form(text: str) -> list[tuple[str, str]]:
     """Return the names and values of a query or a form body (WHATWG URL standard); raise HTTPError."""
     if text.count("&") >= PARAMETERS_MAX:
@@ -1288,7 +1283,7 @@ def parse_form(text: str) -> list[tuple[str, str]]:
                 value = decode_utf8(urllib.parse.unquote_to_bytes(value.replace("+", " ")), "a parameter")
             pairs.append((name, value))
         elif field:  # a typing error must not store an empty value
-            raise HTTPError(400, f"the parameter {shorten(name)} has no value; write {shorten(name)}=VALUE")
+            raise HTTPError(400, f"the parameter {name!r:.40} has no value; write NAME=VALUE")
     return pairs
 
 
@@ -1297,7 +1292,7 @@ def unique_names(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     by_name: dict[str, Any] = {}
     for name, value in pairs:
         if name in by_name and name != "_":
-            raise HTTPError(400, f"the name {shorten(name)} is repeated; send it once")
+            raise HTTPError(400, f"the name {name!r:.40} is repeated; send it once")
         by_name[name] = value
     return by_name
 
@@ -1335,7 +1330,7 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
         for name, member in members.items():
             is_nested = isinstance(member, (dict, list)) and name not in ("value", "old", "unless", "default")
             if is_nested or (name == "key" and not isinstance(member, str)):
-                raise HTTPError(400, f"{shorten(name)} in the JSON body is not a string; send one")
+                raise HTTPError(400, f"{name!r:.40} in the JSON body is not a string; send one")
             if not isinstance(member, str):  # raises ValueError for NaN, Infinity and numbers like 1e999
                 members[name] = json.dumps(member, ensure_ascii=False, allow_nan=False)
         "".join(members.values()).encode("utf-8")
@@ -1352,7 +1347,7 @@ def require_key(key: str | None, token: Token | None = None) -> str:
     if not 1 <= len(key.encode("utf-8")) <= KEY_BYTES_MAX or "\0" in key:
         raise HTTPError(400, f"a key is 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
     if token and not key.startswith(token.prefix):
-        raise HTTPError(403, f"this token may only see keys that begin with {shorten(token.prefix)}")
+        raise HTTPError(403, f"this token may only see keys that begin with {token.prefix!r:.40}")
     return key
 
 
@@ -1365,7 +1360,7 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     for name in parameters if route.parameters is not ANYTHING else ():
         if name not in route.parameters:
             names = ", ".join(route.parameters) or "none"
-            raise HTTPError(400, f"the parameter {shorten(name)} is unknown; {route.path} takes: {names}")
+            raise HTTPError(400, f"the parameter {name!r:.40} is unknown; {route.path} takes: {names}")
     if request.key_in_path:
         parameters["key"] = decode_utf8(urllib.parse.unquote_to_bytes(request.key_in_path), "the key")
     if request.key_in_path or "key" in route.parameters[:1]:
@@ -2753,7 +2748,7 @@ MESSAGES = {401: "the user has been deleted", 404: "this token has been deleted"
 def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Response:
     """Answer OPTIONS, or raise HTTPError for an unknown path or method; methods are those of the path."""
     if method not in METHODS:
-        raise HTTPError(501, f"the method {shorten(method)} is unknown; use {', '.join(methods or METHODS[:4])}")
+        raise HTTPError(501, f"the method {method!r:.40} is unknown; use {', '.join(methods or METHODS[:4])}")
     if not methods:
         raise HTTPError(404, "Use the api endpoints: " + ", ".join(API_PATHS))
     allow = (("Allow", ", ".join(dict.fromkeys([*methods, "OPTIONS"]))),)
