@@ -2309,7 +2309,7 @@ STYLE = Markup("""
 :root{color-scheme:light dark}*{box-sizing:border-box}body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;
 font:1rem/1.5 system-ui,sans-serif;color:CanvasText;background:Canvas}nav span{margin-left:auto}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid GrayText}
-nav span,th,small,.quiet{opacity:.8}a[aria-current=page]{color:inherit;font-weight:600;text-decoration:none}
+nav span,th,small,.quiet{opacity:.8}
 h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.25rem}h1,h2,p,code,pre,td{unicode-bidi:isolate}
 h1,h2,p,code,pre,span,button,td:first-child,.values td,.hooks td{overflow-wrap:anywhere}td:first-child{min-width:4rem}
 table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.values th:first-child{width:40%}
@@ -2337,10 +2337,9 @@ FORM_HTML = """<form method="post" action="{url}" class="{kind}" autocapitalize=
 spellcheck="false">{alert}{hidden}{fields}</form>"""
 ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, browsers scroll to it and read it out
 HIDDEN = '<input type="hidden" name="{}" value="{}">'
-DELETE = '<a href="{}" aria-label="Delete {}">Delete…</a>'
 BUTTON = '<button class="bad">{text}</button>'
-NEW_PASSWORD = """<label>New password, at least {characters} characters<input type="password" name="password" value=""
-required minlength="{characters}" autocomplete="new-password"></label>"""
+NEW_PASSWORD = Markup(f"""<label>New password, at least {PASSWORD_CHARACTERS_MIN} characters<input type="password"
+name="password" value="" required minlength="{PASSWORD_CHARACTERS_MIN}" autocomplete="new-password"></label>""")
 WELCOME_PAGE = """<p>This kvserver keeps values for devices, applets and scripts. They store one under a key with</p>
 <pre>/set?key=door&amp;value=open</pre><p>and read it back with</p><pre>/get?key=door</pre>
 <p><a href="me/">Your values</a>: edit values, add tokens.</p><p><a href="admin/">Users</a>: for admins.</p>"""
@@ -2397,11 +2396,8 @@ def make_page(request: Request, title: str, content: str) -> Response:
     """Return a page, with links to the main pages, and with the reason of a refusal if the content lacks it."""
     user, refusal, nav = request.user, request.refusal, ""
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
-        links = []
-        for name, path in (("Your values", "me/"), ("Users", "admin/"))[: 1 + user.is_admin]:
-            current = "page" if request.path.endswith(f"/{path}") else "false"
-            links.append(fill('<a href="../{}" aria-current="{}">{}</a>', path, current, name))
-        nav = fill('<nav aria-label="Pages">{}<span>{}</span></nav>', links, user.name)
+        users = fill('<a href="../admin/">Users</a>') if user.is_admin else ""
+        nav = fill('<nav><a href="../me/">Your values</a>{}<span>{}</span></nav>', users, user.name)
     alert = fill(ALERT, refusal.message) if refusal and 'role="alert"' not in content else ""
     page = fill(PAGE_HTML, style=STYLE, nav=nav, title=title, alert=alert, content=content).encode("utf-8")
     return Response(page, refusal.status if refusal else 200, HTML, PAGE_HEADERS + (refusal.headers if refusal else ()))
@@ -2427,9 +2423,8 @@ def make_form(request: Request, action: str, fields: str, hidden: Hidden, url: s
     is_bare = fields.startswith("<button")
     refusal = None if is_bare or request.parameters.get("action") != action else request.refusal
     typed, kind = request.parameters if refusal else {}, "bare" if is_bare else ""
-    texts = {**dict.fromkeys(USER_FIELDS + OWN_FIELDS, ""), **typed, **values}
+    texts = {**dict.fromkeys(USER_FIELDS + OWN_FIELDS, ""), "new_password": NEW_PASSWORD, **typed, **values}
     texts |= {name: "checked" if is_on(typed, name) else "" for name in ("isAdmin", "readonly")}
-    texts["new_password"] = fill(NEW_PASSWORD, characters=PASSWORD_CHARACTERS_MIN)
     inputs = [fill(HIDDEN, name, value) for name, value in {"action": action, **hidden}.items()]
     alert = fill(ALERT, refusal.message) if refusal else ""
     return fill(FORM_HTML, url=url, kind=kind, alert=alert, hidden=inputs, fields=fill(fields, **texts))
@@ -2512,8 +2507,7 @@ def users_page(store: Store, request: Request) -> Response:
     users, hooks = store.users(after=after, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
     for user, pairs, newest in users[:PAGE_ROWS_MAX]:
         link = make_link(make_visible(user.name), "user", username=user.name)
-        delete = fill(DELETE, url_to("delete", username=user.name), user.name) if user.id != request.user.id else ""
-        rows.append((link, "admin" if user.is_admin else "user", pairs, make_time(newest), delete))
+        rows.append((link, "admin" if user.is_admin else "user", pairs, make_time(newest)))
     hook_rows = []
     for hook in hooks[:PAGE_ROWS_MAX]:
         name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id} {hook.label}")]
@@ -2523,7 +2517,7 @@ def users_page(store: Store, request: Request) -> Response:
         hook_rows.append((name, [make_visible(hook.pattern), only], hook.origin, result))
     page = fill(
         USERS_PAGE,
-        users=make_table("users", ("Name", "Role", "Values", "Newest change", "Delete"), rows),
+        users=make_table("users", ("Name", "Role", "Values", "Newest change"), rows),
         turns=make_turns("./", [user.name for user, *_ in users], after),
         form=make_form(request, "adduser", ADD_USER, {}),
         hooks=make_table("hooks", ("User", "Key", "URL", "Last result"), hook_rows),
@@ -3712,36 +3706,48 @@ LINE_BYTES_MAX = 8 * 1024 * 1024  # a value in which every character is escaped,
 END_OF_TIME = 253402300800  # unix seconds at the end of the year 9999
 
 
-def write_backup(store: Store, path: str, force: bool) -> None:
-    """Copy the database to path, readable by its owner only. The file appears when it is complete and on the disk."""
+def back_up(arguments: argparse.Namespace) -> None:
+    """Copy the database to a file, even while the server runs. The file is complete, or does not appear."""
     import tempfile
 
+    path, database = arguments.file, arguments.db
     suffixes = ("-wal", "-shm", "-journal")  # of the files beside a database in use
-    in_use = [os.path.realpath(store.path) + suffix for suffix in ("", *suffixes)]
-    if os.path.realpath(path) in in_use or (os.path.exists(path) and os.path.samefile(path, store.path)):
-        raise CommandError(f"{path} is the database itself; name another file")
-    if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
-        raise CommandError(f"{path} is not a plain file; name another one")
-    if os.path.exists(path) and not force:
-        raise CommandError(f"{path} exists; to overwrite it, add --force")
-    if any(os.path.exists(path + suffix) for suffix in suffixes):
-        raise CommandError(f"{path} is a database in use, as the files beside it show; name another file")
-    folder, name = os.path.split(os.path.abspath(path))
-    try:
-        with tempfile.TemporaryDirectory(".part", name + ".", folder) as temporary:
-            descriptor, copy = tempfile.mkstemp(dir=temporary)
-            with open(descriptor, "rb") as file:
-                store.back_up(copy)
-                os.fsync(file.fileno())
-            os.replace(copy, path)
-    except (OSError, sqlite3.Error) as error:
-        raise CommandError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    in_use = [os.path.realpath(database) + suffix for suffix in ("", *suffixes)]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete copy
+    with contextlib.closing(open_store(database, create=False, migrate=False)) as store:
+        if os.path.realpath(path) in in_use or (os.path.exists(path) and os.path.samefile(path, database)):
+            raise CommandError(f"{path} is the database itself; name another file")
+        if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+            raise CommandError(f"{path} is not a plain file; name another one")
+        if os.path.exists(path) and not arguments.force:
+            raise CommandError(f"{path} exists; to overwrite it, add --force")
+        if any(os.path.exists(path + suffix) for suffix in suffixes):
+            raise CommandError(f"{path} is a database in use, as the files beside it show; name another file")
+        folder, name = os.path.split(os.path.abspath(path))
+        try:
+            with tempfile.TemporaryDirectory(".part", name + ".", folder) as temporary:
+                descriptor, copy = tempfile.mkstemp(dir=temporary)  # only its owner can read it
+                with open(descriptor, "rb") as file:
+                    store.back_up(copy)
+                    os.fsync(file.fileno())
+                os.replace(copy, path)
+        except (OSError, sqlite3.Error) as error:
+            raise CommandError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    print(f"wrote {path}")
 
 
 def format_time(seconds: float) -> str:
     """Return unix seconds as RFC 3339 in UTC, with microseconds."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
+    """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
+    for *texts, updated, expires in store.all_pairs(arguments.name):
+        members = dict(zip(PAIR_FIELDS, (*texts, format_time(updated), expires and format_time(expires))))
+        sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
+    sys.stdout.flush()
 
 
 def parse_time(text: object) -> float:
@@ -3822,6 +3828,38 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
             reason = "the key or the value is not UTF-8 text" if isinstance(error, UnicodeError) else error
             left_out.append(f"user {name!r:.80}, key {key!r:.80}: {reason}")
     return users, values, left_out
+
+
+def import_database(arguments: argparse.Namespace) -> None:
+    users, values, left_out = read_foreign_database(arguments.file)
+    pairs = ((name, key, value, time.time(), None) for (name, key), value in values.items())
+    with contextlib.closing(open_store(arguments.db)) as store:
+        merged = [name for name in sorted(users) if store.user(name)]
+        if merged and not arguments.merge:
+            what = "nothing was imported. With --merge they get the values, and keep their password and role"
+            raise CommandError(f"these users exist already: {', '.join(merged)}; {what}")
+        stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
+        has_admin = any(user.is_admin for user, *_ in store.users())
+    for line in left_out:
+        print(f"left out: {line}")
+    print(f"imported users: {len(users) - len(merged)}, values: {stored}; left out: {len(left_out)}")
+    if merged:
+        print(f"these users keep their password and role here: {', '.join(merged)}")
+    if len(merged) < len(users):
+        print("the new users log in with their old passwords")
+    if not has_admin:
+        print("nobody is an admin; add one with: python kvserver.py adduser NAME --admin")
+
+
+def import_pairs(arguments: argparse.Namespace) -> None:
+    """Store an export, or move in from IoT Persistence Api: all or nothing. Values with the same key are replaced."""
+    with contextlib.nullcontext(sys.stdin.buffer) if arguments.file == "-" else open(arguments.file, "rb") as file:
+        if isinstance(file, io.BufferedReader) and file.peek(16).startswith(b"SQLite format 3\0"):
+            import_database(arguments)
+            return
+        with contextlib.closing(open_store(arguments.db, create=False)) as store:
+            stored, expired = store.import_all((), read_export(file))
+    print(f"imported values: {stored}, left out because they have expired: {expired}")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -3914,8 +3952,6 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     check_label_and_prefix(arguments.label, "")
     url = arguments.url
     if url == "-":
-        if sys.stdin.isatty():
-            print("Type the URL and press Enter:", file=sys.stderr)
         url = sys.stdin.buffer.readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
     parts = parse_hook_url(url)
     origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
@@ -3947,56 +3983,7 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
     answer = deliver(url, os.urandom(IDEMPOTENCY_KEY_BYTES).hex(), members)
     print(answer.text, flush=True)
     if not answer.is_success():
-        advice = "Check the program at the URL, then test again; to change the URL, use delhook and addhook"
-        raise CommandError(f"the test of hook {arguments.id} failed: the status was not 2xx. {advice}")
-
-
-def back_up(arguments: argparse.Namespace) -> None:
-    """Copy the database to a file, even while the server runs. The file is complete, or does not appear."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete file
-    with contextlib.closing(open_store(arguments.db, create=False, migrate=False)) as store:
-        write_backup(store, arguments.file, arguments.force)
-    print(f"wrote {arguments.file}")
-
-
-def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
-    """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
-    for *texts, updated, expires in store.all_pairs(arguments.name):
-        members = dict(zip(PAIR_FIELDS, (*texts, format_time(updated), expires and format_time(expires))))
-        sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
-    sys.stdout.flush()
-
-
-def import_database(arguments: argparse.Namespace) -> None:
-    users, values, left_out = read_foreign_database(arguments.file)
-    pairs = ((name, key, value, time.time(), None) for (name, key), value in values.items())
-    with contextlib.closing(open_store(arguments.db)) as store:
-        merged = [name for name in sorted(users) if store.user(name)]
-        if merged and not arguments.merge:
-            what = "nothing was imported. With --merge they get the values, and keep their password and role"
-            raise CommandError(f"these users exist already: {', '.join(merged)}; {what}")
-        stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
-        has_admin = any(user.is_admin for user, *_ in store.users())
-    for line in left_out:
-        print(f"left out: {line}")
-    print(f"imported users: {len(users) - len(merged)}, values: {stored}; left out: {len(left_out)}")
-    if merged:
-        print(f"these users keep their password and role here: {', '.join(merged)}")
-    if len(merged) < len(users):
-        print("the new users log in with their old passwords")
-    if not has_admin:
-        print("nobody is an admin; add one with: python kvserver.py adduser NAME --admin")
-
-
-def import_pairs(arguments: argparse.Namespace) -> None:
-    """Store an export, or move in from IoT Persistence Api: all or nothing. Values with the same key are replaced."""
-    with contextlib.nullcontext(sys.stdin.buffer) if arguments.file == "-" else open(arguments.file, "rb") as file:
-        if isinstance(file, io.BufferedReader) and file.peek(16).startswith(b"SQLite format 3\0"):
-            import_database(arguments)
-            return
-        with contextlib.closing(open_store(arguments.db, create=False)) as store:
-            stored, expired = store.import_all((), read_export(file))
-    print(f"imported values: {stored}, left out because they have expired: {expired}")
+        raise CommandError(f"the test of hook {arguments.id} failed: the status was not 2xx. Check the URL's program")
 
 
 def announce(server: Server, store: Store) -> None:
