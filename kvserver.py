@@ -102,8 +102,7 @@ FAILURES_MAX = 10  # failed logins that a client address may have at once
 FAILURE_SECONDS = 30  # until it may have one more
 
 WORKERS_MAX = 4  # threads for slow requests
-HANDSHAKE_SECONDS = 10
-FIRST_BYTE_SECONDS = 10
+FIRST_BYTE_SECONDS = 10  # and as long for a handshake before it
 REQUEST_SECONDS = 10
 IDLE_SECONDS = 30
 SEND_SECONDS = 10  # without any progress
@@ -2739,6 +2738,15 @@ REFUSALS = {BadCredential: 400, NoSuchUser: 401, NoSuchToken: 404, TimeoutError:
 MESSAGES = {401: "the user has been deleted", 404: "this token has been deleted", 408: "the request came too slowly"}
 
 
+def find_routes(path: str, base_path: str) -> tuple[dict[str, Route], str]:
+    """Return the routes of a path by method, and its key, still encoded, if it has one."""
+    below = path.removeprefix(base_path)
+    path = below if below[:1] in ("", "/") else path  # /a is no prefix of /admin
+    if path.startswith("/kv/") and path != "/kv/":
+        return BY_PATH_AND_METHOD["/kv/KEY"], path[4:]
+    return BY_PATH_AND_METHOD.get(path, {}), ""
+
+
 def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Response:
     """Answer OPTIONS, or raise HTTPError for an unknown path or method; methods are those of the path."""
     if method not in METHODS:
@@ -2829,12 +2837,12 @@ class RequestHandler:
             while await self.handle_one_request():
                 if self.received:  # pipelined: others first
                     await self.server.loop.turn()
-        except ConnectionError:
+        except (OSError, HTTPError):  # the client has gone, or no request has come
             pass
         finally:
             self.server.loop.use(None)
+            del self.server.connections[self.socket]
             self.connection.close()
-            self.server.shutdown_request(self.socket)
 
     async def handle_one_request(self) -> bool:
         """Receive a request and answer it; return whether another one may follow."""
@@ -2842,9 +2850,9 @@ class RequestHandler:
         try:
             request = await self._receive_request()
             response = await self.respond(request)
-        except ConnectionError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever happens, the client gets a response
+        except Exception as error:  # whatever happens, the client gets a response
+            if self.state == IDLE or isinstance(error, ConnectionError):  # if it is there, and has sent something
+                raise
             response = answer_to_error(as_http_error(error, self.server.errors), self.route, request)
         keep_alive = request.fields.keep_alive and not self.body_pending and not self.server.stopping
         connection = "close" if not keep_alive else "keep-alive" if request.fields.is_http_1_0 else ""
@@ -2854,22 +2862,31 @@ class RequestHandler:
         del response  # its body may be long
         await self._send(data)
         if self.body_pending:
-            await self._linger()
+            # Discard the rest of the request until the client has read the response and closes. Closing a connection with
+            # unread bytes would reset it, and the client would lose the response (RFC 9112 section 9.6).
+            self.state, deadline = RECEIVING, time.monotonic() + LINGER_SECONDS
+            self.connection.shutdown(socket.SHUT_WR)
+            while await receive(self.socket, RECEIVE_BYTES, deadline):
+                pass
         self.state, self.deadline = IDLE, time.monotonic() + IDLE_SECONDS
         return keep_alive
 
     async def _receive_request(self) -> Request:
-        if self.fields is None:  # the first one may have come already
+        if self.fields is None:
             if self.server.certificate:
-                await self._shake_hands(self.server.certificate)
-            with contextlib.suppress(BlockingIOError):
+                await ready(READABLE, self.deadline)
+                if self.socket.recv(1, socket.MSG_PEEK).isalpha():  # as of a method, and of no record
+                    self.state = RECEIVING
+                    raise HTTPError(400, "this server speaks TLS; use https:// instead of http://")
+                self.connection = connection = SecureSocket(self.socket, self.server.certificate.context)
+                client = ("client", client_of(parse_address(self.peer)))
+                await connection.shake_hands(self.server.threads, client, self.deadline)
+                self.deadline = time.monotonic() + FIRST_BYTE_SECONDS
+            with contextlib.suppress(BlockingIOError):  # the first request may have come already
                 self.received += self.connection.recv(RECEIVE_BYTES)
         while not self.received or self.received == b"\r\n":  # some clients send an empty line behind a body
             self.received.clear()
-            try:
-                await self._receive_more()
-            except (TimeoutError, HTTPError) as error:
-                raise ConnectionAbortedError from error
+            await self._receive_more()
         self.state, self.started = RECEIVING, time.monotonic()
         self.deadline, begin = self.started + REQUEST_SECONDS, 0
         end = self.received.find(b"\r\n\r\n")
@@ -2885,18 +2902,6 @@ class RequestHandler:
         self.last = (b"", None) if self.body_pending else (head, request)
         return request
 
-    async def _shake_hands(self, certificate: Certificate) -> None:
-        deadline = self.started + HANDSHAKE_SECONDS
-        try:
-            await ready(READABLE, deadline)
-            if self.socket.recv(1, socket.MSG_PEEK).isalpha():  # as of a method, and of no record
-                raise HTTPError(400, "this server speaks TLS; use https:// instead of http://")
-            self.connection = connection = SecureSocket(self.socket, certificate.context)
-            await connection.shake_hands(self.server.threads, ("client", client_of(parse_address(self.peer))), deadline)
-            self.deadline = time.monotonic() + FIRST_BYTE_SECONDS
-        except OSError as error:
-            raise ConnectionAbortedError from error
-
     async def _receive_more(self) -> None:
         data = await receive(self.connection, RECEIVE_BYTES, self.deadline)
         if not data:
@@ -2905,8 +2910,9 @@ class RequestHandler:
 
     async def respond(self, request: Request) -> Response:
         """Return the response to a request, or raise the reason to refuse it."""
-        methods, request.key_in_path = self.server.find_routes(request.path)
-        route = self.route = methods.get(request.method)
+        methods, request.key_in_path = find_routes(request.path, self.server.base_path)
+        route = methods.get(request.method)
+        self.route = route or next(iter(methods.values()), None)
         if route is None or (route.who == BROWSER and not request.wants_html()):
             return answer_without_route(request.method, request.path, () if route else list(methods))  # 404, 405, 501
         await self._authorize(route, request)  # 401, 403, 413, 429, 503
@@ -2979,7 +2985,7 @@ class RequestHandler:
 
         def run() -> Response:
             self.server.writer.check_file()
-            with contextlib.closing(Store(self.server.path)) as store:
+            with contextlib.closing(Store(self.server.reader.path)) as store:
                 store.begin(is_reading=True)
                 return endpoint(store, request)
 
@@ -2987,54 +2993,36 @@ class RequestHandler:
         return cast(Response, await self.server.threads.run(run, request.user.id))
 
     async def _wait_for_change(self, request: Request, deadline: float) -> None:
-        polls, is_over = self.server.polls, self.server.stopping
+        polls, wakeup = self.server.polls, Wakeup(self.server.loop)
         if len(polls) >= self.server.max_connections // 2:
             raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
-        while not is_over:
-            wakeup = Wakeup(self.server.loop)
-            polls[wakeup] = (request.user.id, request.parameters["key"])
-            try:
-                is_over = await ready(0 if self.received else READABLE, deadline)
-            except TimeoutError:
-                is_over = True
-            finally:
-                del polls[wakeup]
-            with contextlib.suppress(BlockingIOError):
-                self.received += b"" if is_over else self.connection.recv(RECEIVE_BYTES)
-                if not (is_over or self.received):
+        polls[wakeup] = (request.user.id, request.parameters["key"])
+        try:
+            is_news = await ready(0 if self.received else READABLE, 0 if self.server.stopping else deadline)
+            if not is_news:  # the next request has come, or the client has gone
+                self.received += self.connection.recv(RECEIVE_BYTES)
+                if not self.received:
                     raise ConnectionResetError
+        except (BlockingIOError, TimeoutError):
+            pass
+        finally:
+            del polls[wakeup]
         request.may_wait = not self.server.stopping
 
     async def _send(self, data: bytes) -> None:
         unsent: bytes | memoryview = data
-        try:
-            while True:
-                try:
-                    sent = self.connection.send(unsent)
-                except BlockingIOError:
-                    sent = 0
-                if sent == len(unsent):
-                    break
-                unsent = memoryview(unsent)[sent:]
+        while unsent:
+            try:
+                unsent = memoryview(unsent)[self.connection.send(unsent) :]
+            except BlockingIOError:
+                pass
+            if unsent:
                 self.state, self.unsent_bytes = SENDING, len(data)
                 await ready(WRITABLE, time.monotonic() + SEND_SECONDS)
-        except OSError as error:
-            raise ConnectionAbortedError from error
         self.unsent_bytes = 0
-
-    async def _linger(self) -> None:
-        # Discards the rest of a request until the client has read the response and closes. To close a connection with
-        # unread bytes would reset it, and the client would lose the response (RFC 9112 section 9.6).
-        self.state, deadline = RECEIVING, time.monotonic() + (0 if self.server.stopping else LINGER_SECONDS)
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            while await receive(self.socket, RECEIVE_BYTES, deadline):
-                pass
 
     def _note_answer(self, request: Request, status: int) -> None:
         route, seconds = self.route, time.monotonic() - self.started
-        if route is None:  # another method of the path counts
-            route = next(iter(self.server.find_routes(request.path)[0].values()), None)
         self.server.metrics.note_answer((route.path or "/") if route else "other", status, seconds)
         if self.server.log_requests:
             method = request.method if request.method in METHODS else ""
@@ -3060,19 +3048,6 @@ DROPPED_SECONDS = 10  # until we log again that deliveries were dropped
 client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # it verifies; to make one takes long
 
 
-def describe_failure(error: Exception) -> str:
-    """Return in words why an exchange failed."""
-    if isinstance(error, TimeoutError):
-        return f"no answer within {HOOK_SECONDS} seconds"
-    if isinstance(error, UnicodeError):
-        return "the host's name cannot be one"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the certificate was refused: {error.verify_message}"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {(error.reason or 'unknown').lower().replace('_', ' ')}"
-    return getattr(error, "strerror", None) or type(error).__name__
-
-
 def seconds_until(deadline: float) -> float:
     """Return how long it is until a deadline; raise TimeoutError after it."""
     seconds = deadline - time.monotonic()
@@ -3081,38 +3056,22 @@ def seconds_until(deadline: float) -> float:
     return seconds
 
 
-def connect(url: Any, deadline: float) -> socket.socket:
-    """Return a connection to the first address of a URL's host that takes it; raise OSError."""
-    addresses = socket.getaddrinfo(url.hostname, url.port or HOOK_PORTS[url.scheme], type=socket.SOCK_STREAM)
-    failure = OSError(0, "the host has no address")
-    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
-        with contextlib.ExitStack() as opened:
-            try:
-                connection = opened.enter_context(socket.socket(family, kind, protocol))
-                connection.settimeout(seconds_until(deadline) / (len(addresses) - tried))
-                connection.connect(address)
-                if url.scheme == "https":
-                    connection.settimeout(seconds_until(deadline))
-                    connection = opened.enter_context(
-                        client_context().wrap_socket(connection, server_hostname=url.hostname)
-                    )
-                opened.pop_all()
-                return connection
-            except OSError as error:
-                failure = error
-    raise failure
-
-
 def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadline: float | None = None) -> Answer:
     """Send the members of a JSON object to a hook's URL, and return the answer, within HOOK_SECONDS or by a deadline.
 
-    Only a slow name look-up takes longer.
+    Only a slow name look-up, or many addresses that do not answer, take longer; then nothing is sent.
     """
     deadline, received, answer = deadline or time.monotonic() + HOOK_SECONDS, b"", None
     problem = "the connection was closed before a whole status line had come"
     try:
-        parts = parse_hook_url(url)
-        with connect(parts, deadline) as connection:
+        parts: Any = parse_hook_url(url)
+        address = parts.hostname, parts.port or HOOK_PORTS[parts.scheme]
+        with contextlib.ExitStack() as opened:
+            connection = opened.enter_context(socket.create_connection(address, seconds_until(deadline) / 2))
+            connection.settimeout(seconds_until(deadline))
+            if parts.scheme == "https":
+                secure = client_context().wrap_socket(connection, server_hostname=parts.hostname)
+                connection = opened.enter_context(secure)
             connection.settimeout(seconds_until(deadline) / 2)  # the other half is for the answer
             with contextlib.suppress(OSError):  # the answer may come before the request has been sent in full
                 connection.sendall(encode_delivery(parts, idempotency_key, members))
@@ -3127,8 +3086,12 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadl
                     deadline = min(deadline, time.monotonic() + HOOK_LINGER_SECONDS)
         if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
             problem = "the answer is not HTTP/1.1"
+    except TimeoutError:
+        problem = f"no answer within {HOOK_SECONDS} seconds"
+    except UnicodeError:
+        problem = "the host's name cannot be one"
     except Exception as error:  # noqa: BLE001 - whatever it is, the delivery has not arrived
-        problem = describe_failure(error)
+        problem = getattr(error, "strerror", None) or type(error).__name__
     return answer or Answer(0, problem)
 
 
@@ -3151,7 +3114,7 @@ class Outbox:
         self._running: set[int] = set()  # hooks with a task
         self._newest = 0  # id of the newest delivery that has been seen
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
-        self._dropped_logged = -NEVER  # monotonic seconds
+        self._dropped_logged, self._started = -NEVER, time.monotonic()
         self._lock_file: BinaryIO | None = None
 
     def stop(self) -> None:
@@ -3199,7 +3162,7 @@ class Outbox:
 
     async def _run_hook(self, hook_id: int, origin: str, is_proven: bool) -> None:
         self._running.add(hook_id)
-        begun, next_pause, last = time.monotonic(), 1.0, 0
+        next_pause = 1.0
         try:
             while True:
                 next_one = self._store.next_delivery(hook_id, with_values=False)
@@ -3212,14 +3175,7 @@ class Outbox:
                     delivery = self._store.next_delivery(hook_id, with_values=True)
                     if delivery is None or delivery.number != next_one.number or self._is_stopped:
                         continue  # while it waited, that one has been deleted, or the server stopped
-                    answer = await self._send(delivery, last, None if is_proven else "doubtful")
-                    last, is_proven, pause = delivery.number - 1, answer.is_success() or answer.is_refusal(), 0.0
-                    if not is_proven:
-                        age, since = time.time() - delivery.created, time.monotonic() - begun
-                        seconds_left = max(HOOK_GIVE_UP_SECONDS - age, HOOK_GRACE_SECONDS - since)
-                        pause = max(0, min(answer.retry_after or next_pause, HOOK_RETRY_SECONDS_MAX, seconds_left))
-                    if not await self._store_result(delivery, answer, pause, is_first=next_pause == 1):
-                        pause = max(pause, min(next_pause, 60))  # it is sent again, but not all the time
+                    is_proven, pause = await self._try(delivery, is_proven, next_pause)
                 finally:
                     self.busy.discard(hook_id)
                     self._gate.leave(bounds)
@@ -3233,40 +3189,43 @@ class Outbox:
         finally:
             self._running.discard(hook_id)
 
-    async def _send(self, delivery: Delivery, last: int, owner: Hashable) -> Answer:
-        """Send a delivery, and return the answer. Those after the last handled one, or after last, had to make room."""
-        overflow = delivery.number - 1 - max(delivery.handled, last)
-        if overflow > 0:
-            bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
-            self._drop(delivery, overflow, f"the oldest, since more than {bounds} were pending")
+    async def _try(self, delivery: Delivery, is_proven: bool, next_pause: float) -> tuple[bool, float]:
+        """Send a delivery, and store the result. Return whether the hook works, and the pause until the next try."""
         members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
-        deadline = time.monotonic() + HOOK_SECONDS
+        deadline, owner = time.monotonic() + HOOK_SECONDS, None if is_proven else "doubtful"
         exchange = functools.partial(deliver, delivery.url, delivery.idempotency_key, members, deadline)
         try:
             answer = cast(Answer, await self._threads.run(exchange, owner, deadline + HOOK_LINGER_SECONDS))
-        except TimeoutError as error:  # a name look-up takes too long
-            answer = Answer(0, describe_failure(error))
-        self._metrics.deliveries += answer.is_success()
-        self._metrics.failed_deliveries += not answer.is_success()
-        return answer
-
-    async def _store_result(self, delivery: Delivery, answer: Answer, pause: float, is_first: bool) -> bool:
-        result, handled = answer.text, delivery.number - 1 if pause else delivery.number
-        if pause and is_first:
-            problem = f"hook {delivery.hook_id} to {delivery.origin}: {result}; trying again until it is a day old"
-            self._errors.write(problem, DROPPED_SECONDS)
-        if not pause and not answer.is_success():
-            self._drop(delivery, 1, result if answer.is_refusal() else f"a day old, {result}")
-            result += ", dropped"
+        except TimeoutError:  # a name look-up takes too long
+            answer = Answer(0, f"no answer within {HOOK_SECONDS} seconds")
+        is_success, pause = answer.is_success(), 0.0
+        self._metrics.deliveries += is_success
+        self._metrics.failed_deliveries += not is_success
+        is_proven = is_success or answer.is_refusal()
+        if not is_proven:
+            age, uptime = time.time() - delivery.created, time.monotonic() - self._started
+            seconds_left = max(HOOK_GIVE_UP_SECONDS - age, HOOK_GRACE_SECONDS - uptime)
+            pause = max(0, min(answer.retry_after or next_pause, HOOK_RETRY_SECONDS_MAX, seconds_left))
+        result = answer.text if pause or is_success else f"{answer.text}, dropped"
+        handled = delivery.number - 1 if pause else delivery.number
         try:
             await self._commit(lambda store: store.note_try(delivery.hook_id, result, handled))
-        except (StoreError, sqlite3.Error):
-            return False
-        return True
+        except (StoreError, sqlite3.Error):  # it is sent again, but not all the time
+            return is_proven, max(pause, min(next_pause, 60))
+        hook = f"hook {delivery.hook_id} to {delivery.origin}"
+        overflow = delivery.number - 1 - delivery.handled  # those between had to make room
+        if overflow > 0:
+            bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
+            self._drop(hook, overflow, f"the oldest, since more than {bounds} were pending")
+        if not pause and not is_success:
+            self._drop(hook, 1, answer.text if is_proven else f"a day old, {answer.text}")
+        elif pause and next_pause == 1:
+            self._errors.write(f"{hook}: {result}; trying again until it is a day old", DROPPED_SECONDS)
+        return is_proven, pause
 
-    def _drop(self, delivery: Delivery, count: int, reason: str) -> None:
+    def _drop(self, hook: str, count: int, reason: str) -> None:
         self._metrics.dropped_deliveries += count
-        self._dropped[f"hook {delivery.hook_id} to {delivery.origin}", reason] += count
+        self._dropped[hook, reason] += count
         self._log_dropped()
 
     def _log_dropped(self) -> None:
@@ -3287,7 +3246,7 @@ QUICK_COMMIT_SECONDS = 0.002  # the loop waits for a disk that took no longer fo
 QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; a thread makes longer transactions as well
 TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, but for the last one
 WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log begins again, even if it has to wait for readers
-CHECKPOINT_RETRY_SECONDS, CHECKPOINT_RETRY_SECONDS_MAX = 10, 600  # doubles after each failed checkpoint
+CHECKPOINT_RETRY_SECONDS = 60  # all writers wait for an attempt, and a program that copies the database never ends
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
 POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
 SHORT_POLL_SECONDS = 0.02  # between two looks for room, or for the last request's end
@@ -3323,7 +3282,7 @@ class Server(http.server.ThreadingHTTPServer):
         host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         passive = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, address = passive[0][::4]
-        self.path, self.base_path, self.certificate, self.trusted_proxy = path, base_path, certificate, trusted_proxy
+        self.base_path, self.certificate, self.trusted_proxy = base_path, certificate, trusted_proxy
         self.log_requests, self.max_connections = log_requests, max_connections
         self.errors = ErrorLog()
         self.reader, self.writer = CachingStore(path), Store(path, lock_seconds=0, mb_max=max_db_mb)
@@ -3340,7 +3299,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._has_expired = False  # whether there are pairs to be deleted in passing
         self._days_noted: dict[int, int] = {}  # by a token's id, on which day its use was last noted
         self._polls_state = b""  # of the database, when all polls were last looked at
-        self._next_checkpoint, self._checkpoint_pause = 0.0, 0.0  # monotonic seconds, and seconds
+        self._next_checkpoint = 0.0  # monotonic seconds
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
 
@@ -3397,10 +3356,13 @@ class Server(http.server.ThreadingHTTPServer):
                 is_late = now - gathering_since >= min(self.writer.commit_seconds / 2, GATHER_SECONDS_MAX)
                 if is_late or not is_busy or len(self.changes) >= len(self.connections):
                     gathering_since = 0.0
-                    self.loop.start(self._commit_round())
+                    self.loop.start(self._commit())
 
     async def _keep_house(self, accepting: Task) -> None:
-        """Look for other processes' changes, expired pairs and new deliveries until the stop; then end the server."""
+        """Look for other processes' changes, expired pairs and new deliveries until the stop.
+
+        Then close idle connections, let requests under way end, and drop those that take too long.
+        """
         while not self.stopping:
             try:
                 state = self.reader.state()
@@ -3416,72 +3378,51 @@ class Server(http.server.ThreadingHTTPServer):
                 as_http_error(error, self.errors)
             await sleep(POLL_SECONDS)
         self.loop.throw(accepting, Cancelled())
-        await self._end_connections()
-        self._is_finished = True
-
-    async def _end_connections(self) -> None:
-        """Close idle connections, let requests under way end, and drop those that take too long."""
-        begun = time.monotonic()
         self.socket.close()
         self.outbox.stop()
         self._wake_polls(None)
         for handler in list(self.connections.values()):
             if handler.state == IDLE and not handler.received:
                 self.loop.throw(handler.task, Cancelled())
-        for seconds in (STOP_REQUEST_SECONDS, STOP_SECONDS):
-            while self._is_busy() and time.monotonic() < begun + seconds:
-                await sleep(SHORT_POLL_SECONDS)
-            late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
-            for task in (*late, *(wakeup.task for _, wakeup, _ in self.changes)):
-                self.loop.throw(task, TimeoutError())
-
-    def _is_busy(self) -> bool:
-        return bool(self.connections or self.outbox.busy or self.changes or self._is_committing)
+        begun = time.monotonic()
+        while self.connections or self.outbox.busy or self.changes or self._is_committing:
+            seconds = time.monotonic() - begun
+            if seconds > STOP_REQUEST_SECONDS:
+                late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
+                for task in (*late, *(wakeup.task for _, wakeup, _ in self.changes)):
+                    self.loop.throw(task, TimeoutError())
+            if seconds > STOP_SECONDS:
+                break
+            await sleep(SHORT_POLL_SECONDS)
+        self._is_finished = True
 
     async def _accept(self) -> None:
         self.loop.use(self.socket)
         while True:
             try:
                 await ready(READABLE)
-                if len(self.connections) < self.max_connections or self._make_room():
-                    for _ in range(min(TURN_CONNECTIONS, self.max_connections - len(self.connections))):
-                        self.process_request(*self.get_request())
+                is_full = len(self.connections) >= self.max_connections
+                for _ in range(min(TURN_CONNECTIONS, self.max_connections - len(self.connections))):
+                    self.process_request(*self.get_request())
+                if not is_full:
                     continue
             except (BlockingIOError, ConnectionError):  # none is left, or the client did not wait
                 continue
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
-                reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+                is_full = getattr(error, "errno", 0) == errno.EMFILE
+                reason = getattr(error, "strerror", None) or type(error).__name__
                 self.errors.write(f"cannot accept a connection: {reason}")
-                if isinstance(error, OSError) and error.errno == errno.EMFILE and self._make_room():
-                    continue
-            await sleep(SHORT_POLL_SECONDS)  # further connections wait in the listen queue
-
-    def _make_room(self) -> bool:
-        first = min(self.connections.values(), key=RequestHandler.rank, default=None)
-        if not first or first.rank()[0] == NEVER:
-            return False
-        self.loop.throw(first.task, Cancelled())
-        return True
+            first = min(self.connections.values(), key=RequestHandler.rank, default=None) if is_full else None
+            if first and first.rank()[0] != NEVER:
+                self.loop.throw(first.task, Cancelled())
+            else:
+                await sleep(SHORT_POLL_SECONDS)  # further connections wait in the listen queue
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection."""
         request.setblocking(False)
         self.connections[request] = handler = RequestHandler(request, client_address, self)
         self.loop.start(handler.handle())
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
-        self.connections.pop(request, None)
-        self.close_request(request)
-
-    def find_routes(self, path: str) -> tuple[dict[str, Route], str]:
-        """Return the routes of a path by method, and its key, still encoded, if it has one."""
-        rest = path.removeprefix(self.base_path)
-        if rest.startswith("/") or not rest:
-            path = rest
-        if path.startswith("/kv/") and path != "/kv/":
-            return BY_PATH_AND_METHOD["/kv/KEY"], path[len("/kv/") :]
-        return BY_PATH_AND_METHOD.get(path, {}), ""
 
     def _wake_polls(self, changed_pairs: set[tuple[int, str]] | None) -> None:
         for wakeup, pair in self.polls.items():
@@ -3512,11 +3453,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _may_commit(self) -> bool:
         # Expired pairs wait for changes, unless hooks must hear of them.
-        is_late = self._has_expired and self.outbox.has_hooks and not self.stopping
-        return not self._is_committing and bool(self.changes or is_late)
+        return not self._is_committing and bool(self.changes or (self._has_expired and self.outbox.has_hooks))
 
-    async def _commit_round(self) -> None:
-        self._is_committing, changes, size = True, list[Change](), 0.0
+    async def _commit(self) -> None:
+        # The loop waits for a quick disk. A thread waits for a slow one, and runs transactions that may take long: reads
+        # go on, and changes gather for the next transaction.
+        self._is_committing, changes, size, now = True, list[Change](), 0.0, time.monotonic()
         try:
             self.writer.begin()
             # A transaction is in the write-ahead log at once, so a bound for one is a bound for the other.
@@ -3525,64 +3467,43 @@ class Server(http.server.ThreadingHTTPServer):
                 wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
                 changes.append(change)
                 size += change_size
-            await self._commit(changes)
-            await self._restart_long_log()
+            deletions: list[Callable[[Store], Any]] = [Store.delete_expired] if self._has_expired else []
+            operations = [*deletions, *(operation for operation, _, _ in changes)]  # deletions make room
+            state_before = self.reader.state()
+            is_quick = size < QUICK_CHANGES_BYTES_MAX and self.writer.commit_seconds < QUICK_COMMIT_SECONDS
+            commit = functools.partial(self.writer.commit, operations)
+            results = commit() if is_quick else await self.disk.run(commit)
+            if deletions:
+                deleted = results.pop(0)
+                self._has_expired = deleted is True
+                if isinstance(deleted, Exception):
+                    self.errors.write(f"expired pairs cannot be deleted: {deleted}")
+            for number, ((_, wakeup, _), result) in enumerate(zip(changes, results), 1):
+                if not is_quick and number % TURN_ANSWERS == 0:  # reads do not wait for many responses
+                    await self.loop.turn()
+                wakeup(result)
+            self.metrics.commits = self.writer.commits
+            self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
+            pairs = None if self.writer.changed_more else self.writer.changed_pairs
+            self.reader.keep_rows(state_before, self.reader.state(), pairs)
+            self._wake_polls(pairs)
+            if self.outbox.has_hooks:
+                self.outbox.look()
+            if self.reader.wal_pages() > WAL_PAGES_MAX and now >= self._next_checkpoint:
+                self._next_checkpoint = now + CHECKPOINT_RETRY_SECONDS
+                if await self.disk.run(self.writer.checkpoint):
+                    self._next_checkpoint = now
         except StoreBusy:  # another process is writing, and the changes wait
             await sleep(LOCK_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
             as_http_error(error, self.errors)
             self._has_expired = False  # until the next look
-            failed, self.changes = (changes, self.changes) if changes else (self.changes, collections.deque())
+            failed = changes or self.changes
             for _, wakeup, _ in failed:
                 wakeup(error)
+            failed.clear()
         finally:
             self._is_committing = False
-
-    async def _commit(self, changes: list[Change]) -> None:
-        """Make changes in the transaction that has begun, and resume their tasks.
-
-        The loop waits for a quick disk. A thread waits for a slow one, and runs transactions that may take long: reads
-        go on, and changes gather for the next transaction.
-        """
-        deletions: list[Callable[[Store], Any]] = [Store.delete_expired] if self._has_expired else []  # they make room
-        operations = [*deletions, *(operation for operation, _, _ in changes)]
-        state_before = self.reader.state()
-        is_short = sum(size for _, _, size in changes) < QUICK_CHANGES_BYTES_MAX
-        is_quick = is_short and self.writer.commit_seconds < QUICK_COMMIT_SECONDS
-        commit = functools.partial(self.writer.commit, operations)
-        results = commit() if is_quick else await self.disk.run(commit)
-        if deletions:
-            deleted = results.pop(0)
-            self._has_expired = deleted is True
-            if isinstance(deleted, Exception):
-                self.errors.write(f"expired pairs cannot be deleted: {deleted}")
-        for number, ((_, wakeup, _), result) in enumerate(zip(changes, results)):
-            if not is_quick and number % TURN_ANSWERS == TURN_ANSWERS - 1:  # reads do not wait for many responses
-                await self.loop.turn()
-            wakeup(result)
-        self.metrics.commits = self.writer.commits
-        self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
-        pairs = None if self.writer.changed_more else self.writer.changed_pairs
-        state = self.reader.state()
-        if self.reader.keep_rows(state_before, state, pairs) and self._polls_state == state_before:
-            self._polls_state = state  # nothing else has changed since
-        self._wake_polls(pairs)
-        if self.outbox.has_hooks:
-            with contextlib.suppress(StoreError, sqlite3.Error):  # it looks again soon
-                self.outbox.look()
-
-    async def _restart_long_log(self) -> None:
-        now, is_done = time.monotonic(), False
-        if self.reader.wal_pages() <= WAL_PAGES_MAX or now < self._next_checkpoint:
-            return
-        try:
-            is_done = await self.disk.run(self.writer.checkpoint)
-        except (StoreError, sqlite3.Error) as error:
-            self.errors.write(f"the write-ahead log cannot be emptied: {error}")
-        # All writers wait for each attempt, and a program that copies the database may well read for ever.
-        pause = min(2 * self._checkpoint_pause or CHECKPOINT_RETRY_SECONDS, CHECKPOINT_RETRY_SECONDS_MAX)
-        self._checkpoint_pause = 0 if is_done else pause
-        self._next_checkpoint = now + self._checkpoint_pause
 
     def _bound_unsent(self) -> None:
         # The user with the longest unsent responses loses connections.
