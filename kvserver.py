@@ -1082,7 +1082,6 @@ class Request:
 
 # A body contains parameters, or it is the value. EITHER: it is the value if the query has a key and no value.
 PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
-ANYTHING = ("*",)  # the parameters of a route that takes any
 
 
 class Route(NamedTuple):
@@ -1356,7 +1355,7 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     if request.body and route.body != VALUE:
         parameters = unique_names([*parameters.items(), *parse_body(request, parameters, route.body)])
     parameters.pop("_", None)  # scripts in browsers send it to bypass caches
-    for name in parameters if route.parameters is not ANYTHING else ():
+    for name in parameters:
         if name not in route.parameters:
             names = ", ".join(route.parameters) or "none"
             raise HTTPError(400, f"the parameter {name!r:.40} is unknown; {route.path} takes: {names}")
@@ -2489,8 +2488,6 @@ def make_tokens(store: Store, request: Request, user_name: str, hidden: Hidden) 
 
 def add_slash(store: Store, request: Request) -> Response:
     """Redirect to a folder before a login: browsers send its password unasked to the folder (RFC 7617 section 2.2)."""
-    if "action" in request.parameters:
-        raise HTTPError(405, "send actions by POST", (("Allow", "POST, OPTIONS"),))
     url = request.path.rpartition("/")[2] + "/" + (f"?{request.query}" if request.query else "")
     return Response(status=301, headers=(("Location", urllib.parse.quote(url, SAFE_IN_LOCATION)),))
 
@@ -2714,15 +2711,15 @@ ROUTES = (
     Route("/kv/KEY", ("DELETE",), delete_pair, USER, COMMIT),
     Route("/health", READ, check_health, ANYONE, THREAD),
     Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
-    Route("", READ, add_slash, ANYONE, HERE, ANYTHING),
+    Route("", READ, add_slash, ANYONE, HERE),
     Route("/", READ, welcome_page, BROWSER, HERE),
-    Route("/admin", READ, add_slash, ANYONE, HERE, ANYTHING),
+    Route("/admin", READ, add_slash, ANYONE, HERE, ("after",)),
     Route("/admin", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS),
     Route("/admin/", READ, users_page, ADMIN, THREAD, ("after",)),
     Route("/admin/", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS),
     Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "after")),
     Route("/admin/delete", READ, deletion_page, ADMIN, THREAD, ("username",)),
-    Route("/me", READ, add_slash, ANYONE, HERE, ANYTHING),
+    Route("/me", READ, add_slash, ANYONE, HERE, ("prefix", "after")),
     Route("/me/", READ, values_page, PERSON, THREAD, ("prefix", "after")),
     Route("/me/", ("POST",), answer_form, PERSON, COMMIT, OWN_FIELDS),
     Route("/me/state", READ, value_page, PERSON, THREAD, ("key",)),
