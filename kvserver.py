@@ -1412,28 +1412,20 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER = math.inf  # as a deadline
 RECEIVE_BYTES = 64 * 1024  # at a time
-
-
-class Cancelled(BaseException):
-    """Ends the task that it is thrown into."""
+Cancelled = GeneratorExit  # ends the task that it is thrown into
 
 
 class Task:
     """A running coroutine: the events that it waits for on its connection, and until when."""
 
-    __slots__ = ("connection", "coroutine", "deadline", "events", "wakeup", "watched")
-
     def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self.coroutine, self.connection = coroutine, cast(socket.socket, None)
         self.events = self.watched = 0  # READABLE, WRITABLE or both: those it waits for, those the selector reports
-        self.deadline = NEVER  # monotonic seconds
-        self.wakeup: Wakeup | None = None
+        self.deadline, self.wakeup = NEVER, cast("Wakeup | None", None)  # monotonic seconds
 
 
 class Wakeup:
     """Resumes the task that made it: once, with a result, and only while the task still waits."""
-
-    __slots__ = ("_loop", "task")
 
     def __init__(self, loop: Loop) -> None:
         self._loop, self.task = loop, loop.current
@@ -1443,19 +1435,15 @@ class Wakeup:
         self._loop.soon.append((self, result))
 
     def is_wanted(self) -> bool:
-        """Return whether the task still waits."""
         return self.task.wakeup is self
 
 
 @types.coroutine
 def ready(events: int, deadline: float = NEVER) -> Generator[tuple[int, float], Any, Any]:
-    """Wait for events on the task's connection or for its Wakeup; raise TimeoutError at the deadline.
-
-    Returns the result of the Wakeup, or raises it if it is an exception.
-    """
+    """Wait for events or a Wakeup; return its result, or raise it; raise TimeoutError at the deadline."""
     result = yield events, deadline
     try:
-        if isinstance(result, Exception):
+        if isinstance(result, BaseException):
             raise result
         return result
     finally:
@@ -1481,10 +1469,7 @@ async def receive(connection: Any, size: int, deadline: float) -> bytes:
 
 
 class Loop:
-    """Resumes tasks when their connection is ready, when their Wakeup is called, and at their deadline.
-
-    It passes each exception that ends a task to report.
-    """
+    """Resumes tasks by their connection, Wakeup or deadline. Passes the exceptions that end tasks to report."""
 
     def __init__(self, report: Callable[[Exception], object]) -> None:
         self._report, self._tasks, self._selector = report, set[Task](), selectors.DefaultSelector()
@@ -1496,7 +1481,6 @@ class Loop:
         self._selector.register(self._woken, READABLE)
 
     def close(self) -> None:
-        """Cancel all tasks."""
         for task in list(self._tasks):
             self.throw(task, Cancelled())
         for part in (self._selector, self._woken, self._waker):
@@ -1512,7 +1496,7 @@ class Loop:
     def throw(self, task: Task, error: BaseException) -> None:
         """Raise an exception in a waiting task now; do nothing if the task has ended."""
         if task in self._tasks:
-            self._resume(task, error=error)
+            self._resume(task, error)
 
     def use(self, connection: socket.socket | None) -> None:
         """Set the connection on which the current task waits."""
@@ -1526,7 +1510,7 @@ class Loop:
         return ready(0)
 
     def post(self, wakeup: Wakeup, result: Any = None) -> None:
-        """Call a Wakeup from another thread or a signal handler."""
+        """Call a Wakeup from another thread."""
         wakeup(result)
         with contextlib.suppress(OSError):  # the buffer is full of such bytes already, or the loop is closed
             self._waker.send(b"\0")
@@ -1551,17 +1535,16 @@ class Loop:
                 task.watched = 0
         now = time.monotonic()
         if now >= self._next_check:
-            for task in [task for task in self._tasks if task.deadline <= now]:
-                if task.deadline <= now:  # still
-                    self._resume(task, error=TimeoutError())
+            for task in list(self._tasks):
+                if task.deadline <= now:
+                    self._resume(task, TimeoutError())
             self._next_check = min((task.deadline for task in self._tasks), default=NEVER)
         return bool(resumed or events)
 
-    def _resume(self, task: Task, result: Any = None, error: BaseException | None = None) -> None:
+    def _resume(self, task: Task, result: Any = None) -> None:
         previous, self.current, task.wakeup, task.events, task.deadline = self.current, task, None, 0, NEVER
         try:
-            events, deadline = task.coroutine.throw(error) if error else task.coroutine.send(result)
-            task.events, task.deadline = events, deadline
+            task.events, task.deadline = events, deadline = task.coroutine.send(result)
             self._next_check = min(self._next_check, deadline)
             if events and events != task.watched:
                 try:
@@ -1569,15 +1552,14 @@ class Loop:
                     task.watched = events
                 except OSError as failure:  # the system is short of memory
                     task.watched = 0
-                    self._resume(task, error=failure)
+                    self._resume(task, failure)
         except (Exception, Cancelled) as end:  # noqa: BLE001 - a mistake must not end the other tasks
             self._tasks.discard(task)
             self.use(None)
             task.wakeup = None
             if not isinstance(end, (StopIteration, Cancelled)):
                 self._report(end)
-        if error:
-            error.__traceback__ = None  # it leads here: together they would keep all memory of the task
+        del result  # an exception's traceback leads here: together they would keep all memory of the task
         self.current = previous
 
 
@@ -1588,36 +1570,24 @@ class Gate:
         self._loop, self._taken = loop, collections.Counter[Hashable]()
         self._line: list[tuple[Mapping[Hashable, int], Wakeup]] = []
 
-    async def enter(self, bounds: Mapping[Hashable, int], deadline: float = NEVER) -> None:
+    async def enter(self, bounds: Mapping[Hashable, int]) -> None:
         """Take keys, each at most as often as bounds says; wait for that if needed. Leave with the same bounds."""
-        if self._take(bounds):
-            return
-        place = (bounds, Wakeup(self._loop))
-        self._line.append(place)
-        try:
-            await ready(0, deadline)
-        except BaseException:
-            if place in self._line:
-                self._line.remove(place)
-            else:  # it has been let in just now
-                self.leave(bounds)
-            raise
-
-    def _take(self, bounds: Mapping[Hashable, int]) -> bool:
-        is_free = all(self._taken[key] < most for key, most in bounds.items())
-        if is_free:
-            self._taken.update(bounds.keys())
-        return is_free
+        self._admit([(bounds, Wakeup(self._loop))])
+        await ready(0)
 
     def leave(self, bounds: Mapping[Hashable, int]) -> None:
-        """Give keys back, and let in the tasks that can pass now."""
+        """Give keys back."""
         self._taken -= collections.Counter(bounds.keys())
         line, self._line = self._line, []
-        for place in line:
-            if self._take(place[0]):
-                place[1]()
+        self._admit(line)
+
+    def _admit(self, line: Iterable[tuple[Mapping[Hashable, int], Wakeup]]) -> None:
+        for bounds, wakeup in line:
+            if all(self._taken[key] < most for key, most in bounds.items()):
+                self._taken.update(bounds.keys())
+                wakeup()
             else:
-                self._line.append(place)
+                self._line.append((bounds, wakeup))
 
 
 class Threads:
@@ -1625,44 +1595,40 @@ class Threads:
 
     def __init__(self, loop: Loop, most: int) -> None:
         self._loop, self._most, self._gate = loop, most, Gate(loop)
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Wakeup]] = queue.SimpleQueue()
-        self._started = self._unfinished = 0  # threads and jobs
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Wakeup, Wakeup]] = queue.SimpleQueue()
+        self._started = self._busy = 0
 
     async def run(self, function: Callable[[], Any], owner: Hashable = None, deadline: float = NEVER) -> Any:
-        """Run a function in a thread, and return or raise its result; raise TimeoutError at the deadline.
-
-        One owner gets at most half of the threads. If the machine can't start any thread, the loop runs the function.
-        """
-        bounds = {} if owner is None else {owner: max(1, self._most // 2)}
-        await self._gate.enter(bounds, deadline)
-        self._loop.start(self._run(function, bounds, Wakeup(self._loop)))
+        """Run a function in a thread, and return or raise its result; raise TimeoutError at the deadline."""
+        self._loop.start(self._run(function, owner, Wakeup(self._loop)))
         return await ready(0, deadline)
 
-    async def _run(self, function: Callable[[], Any], bounds: Mapping[Hashable, int], done: Wakeup) -> None:
-        self._unfinished += 1
+    async def _run(self, function: Callable[[], Any], owner: Hashable, done: Wakeup) -> None:
+        bounds = {owner: max(1, self._most // 2), None: self._most}  # None: all owners together, or a job without one
+        await self._gate.enter(bounds)
+        self._busy += 1
+        if self._started < self._busy:
+            with contextlib.suppress(RuntimeError):  # the machine is short of memory
+                threading.Thread(target=self._work, daemon=True).start()
+                self._started += 1
         try:
-            if self._started < min(self._unfinished, self._most):
-                with contextlib.suppress(RuntimeError):  # the machine is short of memory
-                    threading.Thread(target=self._work, daemon=True).start()
-                    self._started += 1
-            if self._started:
-                self._jobs.put((function, Wakeup(self._loop)))
+            if self._started:  # else the loop runs the function
+                self._jobs.put((function, done, Wakeup(self._loop)))
             done(await ready(0) if self._started else function())
         except Exception as error:  # noqa: BLE001 - the task raises it
             done(error)
-        finally:
-            self._unfinished -= 1
-            self._gate.leave(bounds)
+        self._busy -= 1
+        self._gate.leave(bounds)
 
     def _work(self) -> None:
         while True:
-            function, wakeup = self._jobs.get()
+            function, done, ended = self._jobs.get()
             try:
-                result = function()
+                result = function() if done.is_wanted() else None
             except Exception as error:  # noqa: BLE001 - the task raises it
                 result = error
-            self._loop.post(wakeup, result)
-            del function, wakeup, result  # a thread that waits must not keep their memory
+            self._loop.post(ended, result)
+            del function, done, ended, result  # a thread that waits must not keep their memory
 
 
 # ---- TLS -------------------------------------------------------------------------------------------------------------
@@ -1670,9 +1636,7 @@ class Threads:
 
 TLS_SEND_BYTES = 64 * 1024  # at a time: within that, TLS reports no progress
 TLS_RECEIVE_BYTES = 4 * 1024  # at a time: records without data take a millisecond for each 1.4 KB
-TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # of such records together; the longest record with data has 16 KiB
-TLS_OVERHEAD_MAX = 64  # bytes for each byte of data
-TLS_REPLIES_BYTES_MAX = 1024  # that TLS itself has for the client, until we next send
+TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # of such records, or of TLS's own replies; the longest record with data has 16 KiB
 
 
 class SecureSocket:
@@ -1682,14 +1646,13 @@ class SecureSocket:
     """
 
     def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
-        """Take over a connection from a client."""
         self._connection = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._is_open = False  # from the handshake until we have sent close_notify
+        self._is_open = False  # after the handshake
         self._encrypted = b""  # bytes to send
         self._in_flight = 0  # length of the data that is in _encrypted
-        self._fruitless_bytes = 0  # received beyond a usual overhead
+        self._fruitless_bytes = 0  # received since the last data
 
     async def shake_hands(self, threads: Threads, owner: Hashable, deadline: float) -> None:
         """Complete the handshake, which a thread computes; raise OSError or TimeoutError."""
@@ -1731,8 +1694,8 @@ class SecureSocket:
         except ssl.SSLError as error:
             raise ConnectionAbortedError from error
         decrypted = b"".join(parts)
-        self._fruitless_bytes = max(0, self._fruitless_bytes + len(data) - TLS_OVERHEAD_MAX * len(decrypted))
-        if self._fruitless_bytes > TLS_FRUITLESS_BYTES_MAX or self._outgoing.pending > TLS_REPLIES_BYTES_MAX:
+        self._fruitless_bytes = 0 if decrypted else self._fruitless_bytes + len(data)
+        if max(self._fruitless_bytes, self._outgoing.pending) > TLS_FRUITLESS_BYTES_MAX:
             raise ConnectionAbortedError
         if not decrypted and not is_at_end:
             raise BlockingIOError
@@ -1750,59 +1713,45 @@ class SecureSocket:
     def shutdown(self, how: int) -> None:
         """Send no more, and say so: otherwise the data might seem to be cut off (RFC 8446 section 6.1)."""
         if self._is_open:
-            self._is_open = False
             with contextlib.suppress(OSError, ValueError):
                 self._tls.unwrap()
             self._flush()
         self._connection.shutdown(how)
 
     def close(self) -> None:
-        """Close the connection."""
         with contextlib.suppress(OSError):
             self.shutdown(socket.SHUT_WR)
         self._connection.close()
 
 
-class BadCertificate(Exception):
-    """A certificate or its key cannot be used; the message is a sentence for people."""
-
-
 class Certificate:
-    """The server's TLS certificate and key, in PEM format. renew loads the files again."""
+    """The server's TLS certificate and key, in PEM format, loaded as a context for new connections."""
 
     def __init__(self, path: str, key_path: str) -> None:
-        """Load the certificate chain and the key; raise BadCertificate."""
+        """Load the certificate chain and the key; raise OSError."""
         self._path, self._key_path = path, key_path
         self.context = self._load()
 
     def renew(self) -> None:
-        """Load the files for new connections; if that fails, the old certificate stays in use."""
+        """Load the files again; if that fails, the old certificate stays in use."""
         try:
             self.context = self._load()
             log("INFO", f"loaded the certificate {self._path}")
-        except (BadCertificate, OSError) as error:
+        except OSError as error:
             log("ERROR", f"the old certificate stays in use: {error}")
 
     def _load(self) -> ssl.SSLContext:
-        def refuse_password() -> str:
-            raise BadCertificate(f"the key {self._key_path} is encrypted; name one that is not")
-
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION
+        for path in (self._path, self._key_path):  # errors of the next step do not name the file
+            open(path, "rb").close()
         try:
-            for path in (self._path, self._key_path):  # errors of the next step do not name the file
-                open(path, "rb").close()
-            context.load_cert_chain(self._path, self._key_path, refuse_password)
+            context.load_cert_chain(self._path, self._key_path, password="")  # or OpenSSL would ask for one
         except ssl.SSLError as error:
-            reason = f"{self._path} has no certificate in PEM format, or {self._key_path} no key"
-            if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
-                reason = f"{self._key_path} is not the key of the certificate {self._path}"
-            elif error.reason:
-                reason = f"cannot use the certificate {self._path}: {error.reason.lower().replace('_', ' ')}"
-            raise BadCertificate(reason) from None
-        except (OSError, ValueError) as error:  # ValueError is for a path with NUL
-            raise BadCertificate(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+            reason = (error.reason or "not PEM").lower().replace("_", " ")
+            problem = f"cannot use the certificate {self._path} with the key {self._key_path}: {reason}"
+            raise ssl.SSLError(1, f"{problem}; use PEM files that belong together, and have no password") from None
         return context
 
 
@@ -1875,7 +1824,6 @@ CHECKS_MAX = 64  # passwords that wait to be checked
 CHECK_SECONDS = 10  # that a request waits for that
 THROTTLED_ADDRESSES_MAX = 10_000
 USUAL_PORTS = {"http": ":80", "https": ":443"}
-ORIGIN = re.compile(r"(https?)://([^/?#]*)", re.IGNORECASE)
 # Visitors of a route. ANYONE: no login. BROWSER: no login, but only for HTML, else the path does not exist. USER: a
 # login. PERSON: a login with a password, since a token does not open pages. ADMIN: a PERSON who is an admin. OPERATOR:
 # an admin's program, with a password or a token without restrictions.
@@ -1896,14 +1844,13 @@ def check_same_site(headers: Mapping[str, str]) -> None:
     Browsers add the credentials that they know to every request of every page. Programs send none of these headers.
     """
     site, url = headers.get("sec-fetch-site"), headers.get("origin", headers.get("referer"))
-    is_foreign = site not in (None, "same-origin", "none")
     if site is None and url is not None:
-        origin = ORIGIN.match(url)  # "null" is none, for example
-        port = USUAL_PORTS[origin[1].lower()] if origin else ""  # a proxy that does TLS hides the scheme from us
-        hosts = (origin[2] if origin else "", headers.get("host", ""))
-        theirs, ours = (host.lower().removesuffix(port).removesuffix(":") for host in hosts)
-        is_foreign = not origin or theirs != ours
-    if is_foreign:
+        scheme, _, rest = url.lower().partition("://")  # "null" has neither, for example
+        port = USUAL_PORTS.get(scheme)  # a proxy that does TLS hides the scheme from us
+        hosts = (re.split("[/?#]", rest)[0], headers.get("host", "").lower())
+        theirs, ours = (host.removesuffix(port or "").removesuffix(":") for host in hosts)
+        site = "same-origin" if port and theirs == ours else "cross-site"
+    if site not in (None, "same-origin", "none"):
         message = "this comes from another site's page, or a proxy has changed the header Host"
         raise HTTPError(403, f"{message}; open the page here, and try again")
 
@@ -1913,9 +1860,7 @@ def check_visitor(user: User, who: str) -> None:
     if who in PAGE_VISITORS and user.token:
         raise HTTPError(401, "a token does not open pages; log in with your password")
     if who in (ADMIN, OPERATOR) and not user.is_admin:
-        raise HTTPError(
-            403, f"only admins may {'manage users' if who == ADMIN else 'see the metrics'}; ask one of them"
-        )
+        raise HTTPError(403, "only admins may do this; ask one of them")
     if who == OPERATOR and user.token and (user.token.is_read_only or user.token.prefix):
         raise HTTPError(403, "this token is restricted; use one that was made without --read-only and --prefix")
 
@@ -1930,12 +1875,9 @@ def parse_address(text: str) -> Address | None:
 
 
 def client_address(peer: str, forwarded_for: str, proxies: Networks) -> Address | None:
-    """Return the sender's address: the peer, or if that is a trusted proxy the address that X-Forwarded-For names.
-
-    Every proxy appends its client's address. So read from the end, and stop at the first address that is not a trusted
-    proxy's. The sender may have made up those before it.
-    """
+    """Return the sender's address: the peer, or if that is a trusted proxy the address that X-Forwarded-For names."""
     address = parse_address(peer)
+    # Every proxy appends its client's address. A sender may make up those before the last one that is no proxy's.
     for hop in map(parse_address, reversed(forwarded_for.split(","))):
         if address is None or hop is None or not any(address in network for network in proxies):
             break
@@ -1972,8 +1914,9 @@ class Throttle:
 
     def refund(self, address: Address | None) -> None:
         """Take back the charge for a login that did not fail."""
-        if client_of(address) in self._paid_off:
-            self._paid_off[client_of(address)] -= FAILURE_SECONDS
+        client = client_of(address)
+        if client in self._paid_off:
+            self._paid_off[client] -= FAILURE_SECONDS
 
 
 def decode_credentials(authorization: str) -> tuple[str | None, str]:
@@ -2069,23 +2012,21 @@ class Authenticator:
             raise self._failure(name, address)
 
     async def _verify(self, check: tuple[bytes, User | None], password: str, address: Address | None) -> None:
-        # The result is None if no request waited in the end.
-        digest, user = check
+        (digest, user), waiting = check, self._waiting[check]
         stored = user.password_hash if user else self._unknown_user_hash
-        result: bool | Exception | None
 
         def verify() -> bool | None:
-            is_wanted = any(wakeup.is_wanted() for wakeup in self._waiting[check])
-            return verify_password(password, stored) if is_wanted else None
+            return verify_password(password, stored) if any(map(Wakeup.is_wanted, waiting)) else None
 
+        result: bool | Exception | None  # None if no request waited in the end
         try:
             result = await (self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads).run(verify, "checks")
             if result and user:
                 self._verified[digest] = (user.name, await self._renew_hash(user, password))
+                if len(self._verified) > CREDENTIALS_MAX:
+                    del self._verified[next(iter(self._verified))]
         except Exception as error:  # noqa: BLE001 - the requests raise it
             result = error
-        if len(self._verified) > CREDENTIALS_MAX:
-            del self._verified[next(iter(self._verified))]
         if result is not False:
             self._throttle.refund(address)
         for wakeup in self._waiting.pop(check):
@@ -2093,13 +2034,11 @@ class Authenticator:
 
     async def _renew_hash(self, user: User, password: str) -> str:
         # Replaces a hash by another program or with other parameters, and returns the hash that is stored then.
-        if not user.password_hash.startswith(hash_parameters()):
-            try:
+        with contextlib.suppress(StoreError, sqlite3.Error):  # the old hash is good too
+            if not user.password_hash.startswith(hash_parameters()):
                 password_hash = await self.hash_password(password, "checks")
                 await self._commit(lambda store: store.set_password_hash(user.name, password_hash, user.password_hash))
                 return password_hash
-            except (StoreError, sqlite3.Error) as error:  # the old hash is good too
-                log("WARNING", f"cannot store a new password hash: user={user.name!r} error={error}")
         return user.password_hash
 
     def _failure(self, name: str | None, address: Address | None) -> HTTPError:
@@ -4050,7 +3989,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise NoSuchUser(name)
             arguments.run(arguments, store)
         return 0
-    except (CommandError, BadCredential, BadCertificate, StoreError, HTTPError) as error:
+    except (CommandError, BadCredential, StoreError, HTTPError) as error:
         message = str(error)
     except UnicodeError:
         message = "an argument or the input is not UTF-8 text"

@@ -2944,28 +2944,22 @@ class Deliveries(HookCase):
 class Gates(unittest.TestCase):
     """A gate limits how many tasks pass at once."""
 
-    def test_a_cancelled_task_leaves_its_turn_to_the_next(self) -> None:
-        loop, passed = kvserver.Loop(self.fail), list[str]()
+    def test_a_cancelled_job_is_not_run_and_leaves_its_turn_to_the_next(self) -> None:
+        loop, jobs, go_on = kvserver.Loop(self.fail), list[str](), threading.Event()
         self.addCleanup(loop.close)
-        gate = kvserver.Gate(loop)
+        threads = kvserver.Threads(loop, 1)
 
-        async def enter(name: str) -> None:
-            await gate.enter({"key": 1})
-            passed.append(name)
+        def work(name: str) -> None:
+            jobs.append(name)
+            go_on.wait(WAIT_SECONDS)
 
-        def start(name: str) -> kvserver.Task:
-            task = loop.start(enter(name))
-            while loop.soon:
-                loop.run_once(may_wait=False)
-            return task
-
-        start("first")
-        loop.throw(start("cancelled while it waits"), kvserver.Cancelled())
-        task = start("cancelled when its turn has just come")
-        gate.leave({"key": 1})
-        loop.throw(task, kvserver.Cancelled())
-        start("last")
-        self.assertEqual(["first", "last"], passed)
+        names = ("first", "cancelled", "last")
+        _, cancelled, last = (loop.start(threads.run(functools.partial(work, name))) for name in names)
+        loop.throw(cancelled, kvserver.Cancelled())
+        go_on.set()
+        while last in loop._tasks:
+            loop.run_once()
+        self.assertEqual(["first", "last"], jobs)
 
 
 class Schedules(unittest.TestCase):
@@ -5400,17 +5394,18 @@ class Certificates(CommandCase):
             self.connect(port)
 
     def test_files_that_are_no_good_are_one_line_and_nothing_is_created(self) -> None:
-        for certificate, key, message in (
-            (CERTIFICATE, OTHER_KEY, "key is not the key of the certificate certificate"),
-            (CERTIFICATE, "", "certificate has no certificate in PEM format, or key no key"),
-            ("", KEY, "certificate has no certificate in PEM format, or key no key"),
-            (CERTIFICATE, ENCRYPTED_KEY, "the key key is encrypted; name one that is not"),
+        for certificate, key, reason in (
+            (CERTIFICATE, OTHER_KEY, "key values mismatch"),
+            (CERTIFICATE, "", "not pem"),
+            ("", KEY, "not pem"),
+            (CERTIFICATE, ENCRYPTED_KEY, "not pem"),
         ):
+            problem = "cannot use the certificate certificate with the key key: "
             self.write("certificate", certificate)
             self.write("key", key)
-            self.assert_fails(message, "serve", *self.flags)
+            self.assert_fails(problem + reason, "serve", *self.flags)
         (self.folder / "key").unlink()
-        self.assert_fails("cannot read key: No such file or directory", "serve", *self.flags)
+        self.assert_fails("key: No such file or directory", "serve", *self.flags)
         for flags in (self.flags[:2], self.flags[2:], (*self.flags[:3], "")):
             code, _, errors = self.run_program("serve", *flags)
             self.assertEqual(2, code)
@@ -5430,7 +5425,7 @@ class Certificates(CommandCase):
                 timer.cancel()
 
             self.write("certificate", OTHER_CERTIFICATE)
-            renew("the old certificate stays in use: key is not the key of the certificate")
+            renew("the old certificate stays in use: cannot use the certificate")
             self.connect(port)
             self.write("key", OTHER_KEY)
             renew("INFO loaded the certificate")
@@ -5440,7 +5435,7 @@ class Certificates(CommandCase):
             self.assert_serves(old)
             self.assertIs(first, old.sock)
             (self.folder / "key").unlink()
-            renew("the old certificate stays in use: cannot read key")
+            renew("the old certificate stays in use: [Errno 2] No such file or directory: 'key'")
             self.connect(port, OTHER_CERTIFICATE)
             self.stop(process)
 
