@@ -2243,15 +2243,17 @@ class Markup(str):
 
 
 STYLE = Markup("""
-:root{color-scheme:light dark}*{box-sizing:border-box}body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;
-font:1rem/1.5 system-ui,sans-serif;color:CanvasText;background:Canvas}nav span{margin-left:auto}
+:root{color-scheme:light dark}*{box-sizing:border-box}
+body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:CanvasText;
+background:Canvas}nav span{margin-left:auto}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid GrayText}
-nav span,th,small,.quiet{opacity:.8}
-h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.25rem}h1,h2,p,code,pre,td{unicode-bidi:isolate}
+nav span,th,small,.quiet{opacity:.8}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.25rem}
+h1,h2,p,code,pre,td{unicode-bidi:isolate}
 h1,h2,p,code,pre,span,button,td:first-child,.values td,.hooks td{overflow-wrap:anywhere}td:first-child{min-width:4rem}
 table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.values th:first-child{width:40%}
-.values th:last-child{width:10rem}th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid GrayText;
-text-align:left;vertical-align:top}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
+.values th:last-child{width:10rem}
+th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid GrayText;text-align:left;vertical-align:top}
+th,small{font-size:.875rem;font-weight:500}small,label{display:block}
 textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace}td,pre,code{white-space:pre-wrap}
 p [title]::after{content:" (" attr(title) ")"}form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}
 form{max-width:32rem;margin:.75rem 0}.bare,.search{padding:0;border:0}td form{margin:.35rem 0 0}
@@ -2286,12 +2288,10 @@ USERS_PAGE = """{users}{turns}<h2>Add a user</h2>{form}<h2 id="hooks">Hooks</h2>
 ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
 <label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label><button>Add</button>"""
 USER_PAGE = """<p>Role: {role}, values: {pairs}, newest change: {newest}</p>{password}
-<p class="quiet">The tokens stay as they are when the password changes.</p>{change_role}<p>{delete}</p>
+<p class="quiet">The tokens stay as they are when the password changes.</p>{change_role}{delete}
 <h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
 SET_PASSWORD = """<input name="username" value="{user}" autocomplete="username" hidden>{new_password}
 <button>Set the password</button>"""
-DELETION_PAGE = """<p>Deleted with the user, for ever: values: {pairs}, tokens: {tokens}, hooks: {hooks}.</p>{question}
-<p>{keep}</p>"""
 VALUES_PAGE = """<p class="turns"><a href="#add">Add</a><a href="#tokens">Tokens</a><a href="#password">Password</a></p>
 <form class="search" role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <label>Keys that begin with<input type="search" name="prefix" value="{prefix}"></label><button>Search</button></form>
@@ -2469,11 +2469,14 @@ def find_user(store: Store, request: Request) -> UserSummary:
 
 
 def user_page(store: Store, request: Request) -> Response:
-    """Show a user, with forms to change the password and the role and to delete tokens."""
+    """Show a user, with forms to change the password and the role, and to delete tokens or the user."""
     user, pairs, newest = find_user(store, request)
     name, hidden = user.name, {"username": user.name, "page": "user"}
     role_fields = {"isAdmin": "" if user.is_admin else "1", **hidden}
     role, other = ("admin", "user") if user.is_admin else ("user", "admin")
+    tokens, hooks = len(store.tokens(name)), len(store.hooks(name))
+    everything = f"{make_visible(name)} and all they have (values: {pairs}, tokens: {tokens}, hooks: {hooks})"
+    delete = make_question(request, "Delete", everything, "deluser", {"username": name})
     page = fill(
         USER_PAGE,
         role=role,
@@ -2481,23 +2484,11 @@ def user_page(store: Store, request: Request) -> Response:
         newest=make_time(newest),
         password=make_form(request, "setpassword", SET_PASSWORD, {"page": "user"}, user=name),
         change_role=make_question(request, "Change the role", f"to {other}", "setadmin", role_fields),
-        delete=make_link("Delete this user…", "delete", username=name),
+        delete=delete if user.id != request.user.id else "",
         tokens=make_tokens(store, request, name, hidden),
         values=make_values(store, request, user.id, "user", username=name),
     )
     return make_page(request, make_visible(name), page)
-
-
-def deletion_page(store: Store, request: Request) -> Response:
-    """Show how much is lost with a user, and ask."""
-    user, pairs, _ = find_user(store, request)
-    name, tokens, hooks = user.name, len(store.tokens(user.name)), len(store.hooks(user.name))
-    title, keep = f"Delete {make_visible(name)}", make_link("Keep this user", "user", username=name)
-    question = make_form(request, "deluser", BUTTON, {"username": name, "page": "delete"}, text=title)
-    if user.id == request.user.id:
-        question = fill("<p>You cannot delete yourself: ask another admin.</p>")
-    page = fill(DELETION_PAGE, pairs=pairs, tokens=tokens, hooks=hooks, question=question, keep=keep)
-    return make_page(request, title + "?", page)
 
 
 def values_page(store: Store, request: Request) -> Response:
@@ -2610,7 +2601,7 @@ def answer_form(store: Store, request: Request) -> Response:
     if request.path.endswith("/me/"):
         who, change, pages = PERSON, change_own, {"": values_page, "state": value_page, "add": value_page}
     else:
-        who, change, pages = ADMIN, change_user, {"": users_page, "user": user_page, "delete": deletion_page}
+        who, change, pages = ADMIN, change_user, {"": users_page, "user": user_page}
     user, action = store.user(request.user.name), required(request, "action")
     if user is None or user.id != request.user.id:  # deleted while the password was hashed
         raise NoSuchUser(request.user.name)
@@ -2657,7 +2648,6 @@ ROUTES = (
     Route("/admin/", READ, users_page, ADMIN, THREAD, ("after",)),
     Route("/admin/", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS),
     Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "after")),
-    Route("/admin/delete", READ, deletion_page, ADMIN, THREAD, ("username",)),
     Route("/me", READ, add_slash, ANYONE, HERE, ("prefix", "after")),
     Route("/me/", READ, values_page, PERSON, THREAD, ("prefix", "after")),
     Route("/me/", ("POST",), answer_form, PERSON, COMMIT, OWN_FIELDS),

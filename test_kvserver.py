@@ -3731,7 +3731,7 @@ class Visits(PageCase):
         self.send(401, "/me/", None, action="del", key="a")
 
     def test_the_pages_of_users_are_for_admins(self) -> None:
-        for path in ("/admin/", "/admin/user?username=alice", "/admin/delete?username=alice"):
+        for path in ("/admin/", "/admin/user?username=alice"):
             self.see(200, path)
             self.see(403, path, "bob")
         with mock.patch.object(kvserver, "hash_password") as hash_password:
@@ -3775,7 +3775,7 @@ class Visits(PageCase):
                         paths.append(target)
                     seen.add(target)
         self.assertIn("/iotpersistenceapi/me/state?key=a%20b%26c/é", seen)
-        self.assertIn("/iotpersistenceapi/admin/delete?username=bob", seen)
+        self.assertIn("/iotpersistenceapi/admin/user?username=bob", seen)
 
     def test_headers_let_the_browser_run_and_load_nothing(self) -> None:
         for status, path in (
@@ -3792,7 +3792,7 @@ class Visits(PageCase):
 
     def test_a_refusal_is_a_page_in_a_browser_and_otherwise_a_line(self) -> None:
         for status, path in (
-            *((404, path) for path in ("/admin/user?username=nobody", "/admin/delete?username=nobody")),
+            (404, "/admin/user?username=nobody"),
             *((400, path) for path in ("/admin/user", "/me/state", "/me/?page=2")),
             (404, "/me/state?key=nothing"),
         ):
@@ -3810,8 +3810,7 @@ class Visits(PageCase):
             self.store.add_user(text, kvserver.hash_password("a password"), False)
             self.store.set_value(1, text, text)
             self.store.add_token("alice", text.encode(), text, False, text)
-            paths += [url("/admin/user", username=text), url("/admin/delete", username=text)]
-            paths += [url("/me/state", key=text), url("/me/", prefix=text)]
+            paths += [url("/admin/user", username=text), url("/me/state", key=text), url("/me/", prefix=text)]
             answers.append(self.send(409, "/admin/", action="adduser", username=text, password="a password"))
             answers.append(self.send(400, "/me/", action="set", key="", value=text))
             answers.append(self.send(400, "/me/", action="addtoken", label=text + "x" * 64, prefix=text))
@@ -3870,19 +3869,17 @@ class UserPages(PageCase):
         self.store.set_value(2, "a", "1")
         self.store.add_token("bob", b"digest", "", False, "")
         self.check(200, "GET", "/list", user="bob")
-        self.assertIn("values: 1, tokens: 1", self.page("/admin/delete?username=bob").text)
-        self.send(303, "/admin/", location="./#done", action="deluser", username="bob", page="delete")
+        self.assertIn("values: 1, tokens: 1", self.page("/admin/user?username=bob").text)
+        self.send(303, "/admin/", location="./#done", action="deluser", username="bob")
         self.assertEqual(["alice"], self.names())
         self.check(401, "GET", "/list", user="bob")
         self.store.add_user("bob", kvserver.hash_password(PASSWORDS["bob"]), False)
         self.assertEqual({}, self.pairs("bob"))
 
     def test_nobody_deletes_themselves_nor_the_last_admin(self) -> None:
-        page = self.page("/admin/delete?username=alice")
-        self.assertIn("You cannot delete yourself", page.text)
-        self.assertNotIn("button", [tag for tag, _ in page.elements])
-        for page_name in ("", "delete"):
-            self.send(409, "/admin/", action="deluser", username="alice", page=page_name)
+        self.assertIn("deluser", self.page("/admin/user?username=bob").values(name="action"))
+        self.assertNotIn("deluser", self.page("/admin/user?username=alice").values(name="action"))
+        self.send(409, "/admin/", action="deluser", username="alice")
         self.send(409, "/admin/", action="setadmin", username="alice", isAdmin="0", page="user")
         self.store.set_admin("bob", True)
         self.send(409, "/admin/", action="deluser", username="alice")
@@ -4180,7 +4177,7 @@ class OwnPages(PageCase):
         self.store.commit([])
         for number in range(98):
             self.store.add_user(f"a user with a long name {number:03}", "", False)
-        targets = ("/me/", "/admin/", "/admin/user?username=bob", "/me/?prefix=sensor", "/admin/delete?username=bob")
+        targets = ("/me/", "/admin/", "/admin/user?username=bob", "/me/?prefix=sensor")
         for target in targets:
             seconds = []
             for _ in range(11):
@@ -4336,8 +4333,8 @@ class Browser(PageCase):
         self.assertEqual({}, self.pairs("carol"))
         self.open("/iotpersistenceapi/admin/")
         browser.follow("[href='user?username=carol']")
-        browser.follow("[href='delete?username=carol']")
-        browser.follow("form button")
+        browser.click("details + details summary")
+        browser.follow("details + details button")
         self.assertEqual(["alice", "bob"], self.names())
         self.assertTrue(browser.get("/url").endswith("/iotpersistenceapi/admin/#done"))
         self.assertEqual("The change is made.", browser.text("#done"))
@@ -4439,7 +4436,7 @@ class Browser(PageCase):
         self.addCleanup(command, "Emulation.setEmulatedMedia", features=[])
         backgrounds = set()
         for target in (
-            *("/", "/me/", "/admin/", "/admin/user?username=alice", "/admin/delete?username=" + "w" * 64),
+            *("/", "/me/", "/admin/", "/admin/user?username=alice", "/admin/user?username=" + "w" * 64),
             *("/me/state?key=%C3%BC", "/me/state?key=" + "k" * 500, "/me/state?key=unknown"),
         ):
             self.open(target, "alice" if target == "/me/" else "")
