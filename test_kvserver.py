@@ -4162,7 +4162,8 @@ class OwnPages(PageCase):
         self.assertNotIn(token, answer.body.decode())
         day = time.strftime("%Y-%m-%d", time.gmtime())
         self.assertIn(["hall", "read hall/*", day, "Delete…Delete hall"], Page(answer).rows)
-        self.send(404, "/me/", "bob", action="deltoken", id="1")
+        answer = self.send(404, "/me/", "bob", action="deltoken", id="1")
+        self.assertIn("this token has been deleted", answer.body.decode())
         self.send(303, "/me/", location="./#done", action="deltoken", id="1")
         self.check(401, "GET", "/list", user="Bearer " + token)
         for fields in ({"label": "x" * 65}, {"label": "a\nb"}, {"prefix": "x" * 513}, {"prefix": "\0"}):
