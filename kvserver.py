@@ -277,47 +277,39 @@ LAST_KEY = "\U0010ffff" * (KEY_BYTES_MAX // 4)  # prefix + LAST_KEY sorts after 
 APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id marks our files
 
 # One entry per schema version: the statements that lead to it from the version before. PRAGMA user_version holds the
-# version of a file. Never change an entry after its release; add another one. AUTOINCREMENT never reuses an id: a
-# request of a deleted user must not write as the next user. WITHOUT ROWID finds a pair in one search instead of two.
+# version of a file. Never change an entry after its release; add another one. The classes below explain the columns.
+# AUTOINCREMENT never reuses an id: a request of a deleted user must not write as the next user. WITHOUT ROWID finds a
+# pair in one search instead of two.
 MIGRATIONS = (
     (
         f"PRAGMA application_id = {APPLICATION_ID}",
         """CREATE TABLE user (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
             password_hash TEXT NOT NULL, is_admin INTEGER NOT NULL)""",
-        """CREATE TABLE pair (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
-            key TEXT NOT NULL, value TEXT NOT NULL, updated REAL NOT NULL, -- unix seconds
-            PRIMARY KEY (user_id, key)) WITHOUT ROWID""",
+        """CREATE TABLE pair (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
+            value TEXT NOT NULL, updated REAL NOT NULL, PRIMARY KEY (user_id, key)) WITHOUT ROWID""",
     ),
     (
-        "ALTER TABLE pair ADD COLUMN expires REAL",  # unix seconds; NULL for never
+        "ALTER TABLE pair ADD COLUMN expires REAL",
         "CREATE INDEX pair_expires ON pair (expires) WHERE expires IS NOT NULL",
         """CREATE TABLE token (id INTEGER PRIMARY KEY AUTOINCREMENT,
-            user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
-            digest BLOB NOT NULL UNIQUE, -- of hash_token
-            label TEXT NOT NULL, is_read_only INTEGER NOT NULL,
-            prefix TEXT NOT NULL, -- of the keys that it may see
-            created REAL NOT NULL, -- unix seconds
-            last_used_day INTEGER) -- days since 1970; NULL for never""",
+            user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, digest BLOB NOT NULL UNIQUE,
+            label TEXT NOT NULL, is_read_only INTEGER NOT NULL, prefix TEXT NOT NULL, created REAL NOT NULL,
+            last_used_day INTEGER)""",
         "CREATE INDEX token_user_id ON token (user_id)",
     ),
     (
         """CREATE TABLE hook (id INTEGER PRIMARY KEY AUTOINCREMENT,
             user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
-            pattern TEXT NOT NULL, -- a key, or the beginning of keys and a star
-            value TEXT, -- only changes to this value count; NULL for any
-            receiver TEXT NOT NULL, -- scheme, host and port of the URL, which itself is secret
-            url TEXT NOT NULL, label TEXT NOT NULL,
+            pattern TEXT NOT NULL, value TEXT, receiver TEXT NOT NULL, url TEXT NOT NULL, label TEXT NOT NULL,
             queued INTEGER NOT NULL DEFAULT 0, -- number of the newest delivery
             queued_bytes INTEGER NOT NULL DEFAULT 0, -- of all deliveries up to that one
-            handled INTEGER NOT NULL DEFAULT 0, -- number of the last delivery that arrived or was given up
-            result TEXT, result_time REAL) -- of the last try; NULL for none""",
+            handled INTEGER NOT NULL DEFAULT 0, result TEXT, result_time REAL)""",
         "CREATE INDEX hook_pattern ON hook (user_id, pattern)",
         """CREATE TABLE delivery (id INTEGER PRIMARY KEY AUTOINCREMENT,
-            hook_id INTEGER NOT NULL REFERENCES hook (id) ON DELETE CASCADE,
-            number INTEGER NOT NULL, -- counts the hook's deliveries
+            hook_id INTEGER NOT NULL REFERENCES hook (id) ON DELETE CASCADE, number INTEGER NOT NULL,
             bytes_before INTEGER NOT NULL, -- of the hook's earlier deliveries
-            key TEXT NOT NULL, value TEXT, old TEXT, -- NULL for no value
-            created REAL NOT NULL, idempotency_key TEXT NOT NULL, UNIQUE (hook_id, number))""",
+            key TEXT NOT NULL, value TEXT, old TEXT, created REAL NOT NULL, idempotency_key TEXT NOT NULL,
+            UNIQUE (hook_id, number))""",
         # Lengths of key prefixes, to join with. (A trigger has no WITH.)
         "CREATE TABLE prefix_length (length INTEGER PRIMARY KEY)",
         """WITH RECURSIVE counter (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM counter WHERE n < 512)
@@ -359,9 +351,8 @@ TRIGGERS = {
         {queue_deliveries("NEW", "NEW.value", f"CASE WHEN {HAD_EXPIRED} THEN NULL ELSE OLD.value END")} END""",
     # The oldest deliveries make room.
     "delivery_added": f"""AFTER INSERT ON delivery BEGIN
-        UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before + length(CAST(NEW.key AS BLOB))
-            + ifnull(length(CAST(NEW.value AS BLOB)), 0) + ifnull(length(CAST(NEW.old AS BLOB)), 0)
-            WHERE id = NEW.hook_id;
+        UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before
+            + length(CAST(NEW.key || ifnull(NEW.value, '') || ifnull(NEW.old, '') AS BLOB)) WHERE id = NEW.hook_id;
         DELETE FROM delivery WHERE hook_id = NEW.hook_id AND number < (
             SELECT number FROM delivery WHERE hook_id = NEW.hook_id AND number > NEW.number - {HOOK_PENDING_MAX}
             AND (number = NEW.number OR bytes_before >=
@@ -392,8 +383,6 @@ def utc_second(seconds: float) -> str:
 
 
 class Token(NamedTuple):
-    """A token's row."""
-
     id: int
     digest: bytes  # of hash_token
     label: str
@@ -403,23 +392,19 @@ class Token(NamedTuple):
     last_used_day: int | None  # days since 1970, in UTC
 
     def rights(self) -> str:
-        """Return the rights in words."""
         prefix = f" {escape_unprintable(self.prefix)}*" if self.prefix else ""
         return ("read" if self.is_read_only else "read and write") + prefix
 
     def last_used(self) -> str:
-        """Return the day of the last use in words."""
         return "never" if self.last_used_day is None else utc_second(self.last_used_day * DAY_SECONDS)[:10]
 
 
 class User(NamedTuple):
-    """A user's row, and the token if the user logged in with one."""
-
     id: int
     name: str
     password_hash: str  # of hash_password
     is_admin: bool
-    token: Token | None = None
+    token: Token | None = None  # that the user logged in with
 
 
 NOBODY = User(0, "", "", False)  # SQLite's ids begin with 1
@@ -427,8 +412,6 @@ UserSummary = tuple[User, int, float | None]  # with the number of pairs, and wh
 
 
 class Pair(NamedTuple):
-    """A stored value."""
-
     value: bytes  # UTF-8
     updated: float  # unix seconds, when it was last set
     expires: float | None  # unix seconds
@@ -436,22 +419,18 @@ class Pair(NamedTuple):
 
 
 class Hook(NamedTuple):
-    """A hook, without its secret URL."""
-
     id: int
     user_name: str
     pattern: str  # a key, or the beginning of keys and a star
     value: str | None  # the value that counts, in quotes and cut off if it is long; None for any
     label: str
-    origin: str  # scheme, host and port of its URL
+    origin: str  # scheme, host and port of its URL, which itself is secret
     pending: int  # deliveries
     result: str | None  # of the last try
     result_time: float | None  # unix seconds
 
 
 class Delivery(NamedTuple):
-    """The oldest pending delivery of a hook."""
-
     hook_id: int
     origin: str  # scheme, host and port of the URL, which itself is secret
     url: str
@@ -486,6 +465,15 @@ class NoSuchUser(StoreError):
         return f"no user {self.args[0]}; add one with: python kvserver.py adduser NAME"
 
 
+# By result code of SQLite, the error to raise, and its message. The user of a pair is the only constraint that may fail.
+FAILURES: dict[int, tuple[type[StoreError], str]] = {
+    sqlite3.SQLITE_BUSY: (StoreBusy, "another process keeps the database locked; try again"),
+    sqlite3.SQLITE_CONSTRAINT: (NoSuchUser, "with this id"),
+    sqlite3.SQLITE_FULL: (StoreFull, "the database has reached its limit, or the disk is full; delete something"),
+    sqlite3.SQLITE_TOOBIG: (Conflict, f"the list would have more than {LIST_BYTES_MAX} bytes; use limit=N"),
+}
+
+
 def entity_tag(value: bytes) -> str:
     return f'"{hashlib.blake2b(value, digest_size=16).hexdigest()}"'
 
@@ -496,16 +484,12 @@ class Store:
     A change is on the disk when its method returns, but within a transaction only when commit returns.
     """
 
-    def __init__(
-        self, path: str, lock_seconds: float = DATABASE_LOCK_SECONDS, mb_max: int = 0, migrate: bool = False
-    ) -> None:
-        """Open an existing file. With mb_max, a change that would make it larger (in megabytes) raises StoreFull."""
+    def __init__(self, path: str, wait: float = DATABASE_LOCK_SECONDS, mb_max: int = 0, migrate: bool = False) -> None:
+        """Open an existing file. A change waits for others' (seconds), and none makes the file larger than mb_max."""
         self.path = os.path.abspath(path)  # no absolute path is a special name like ":memory:"
         self._file = os.stat(self.path)
         uri = f"file://{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"  # creates no file
-        self._connection = sqlite3.connect(
-            uri, uri=True, timeout=lock_seconds, isolation_level=None, check_same_thread=False
-        )
+        self._connection = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
         self._pages_max = 2**30 - 1  # SQLite's own limit
         self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
         self.changed_pairs, self.changed_more = set[tuple[int, str]](), False  # in the transaction
@@ -522,19 +506,17 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Close the database."""
         self._connection.close()
 
     def _execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
         try:
             return self._connection.execute(statement, parameters)
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code == sqlite3.SQLITE_BUSY:
-                raise StoreBusy("another process keeps the database locked; try again") from error
-            if code == sqlite3.SQLITE_FULL:
-                raise StoreFull("the database has reached its limit, or the disk is full; delete something") from error
-            raise
+            if code not in FAILURES:
+                raise
+            kind, message = FAILURES[code]
+            raise kind(message) from error
 
     def _migrate(self) -> None:
         self.begin()
@@ -663,12 +645,13 @@ class Store:
                 SELECT id, key, value, updated, expires FROM imported JOIN user USING (name) WHERE TRUE {REPLACE}"""
             return self._execute(insert).rowcount, expired.rowcount
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Return the number of users and of pairs, and the bytes of the database and of its write-ahead log."""
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Return the number of users, of pairs and of pending deliveries, and the bytes of the file and of its log."""
         # One condition in one count would read all values.
-        pairs = "(SELECT count(*) FROM pair) - (SELECT count(*) FROM pair WHERE expires <= ?)"
-        row = self._execute(f"SELECT (SELECT count(*) FROM user), {pairs}", time.time()).fetchone()
+        select = """SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair)
+            - (SELECT count(*) FROM pair WHERE expires <= ?), (SELECT count(*) FROM delivery)"""
         path = os.path.realpath(self.path)
+        row = self._execute(select, time.time()).fetchone()
         return (*row, os.path.getsize(path), os.path.getsize(path + "-wal"))
 
     def user(self, login: str | bytes) -> User | None:
@@ -693,8 +676,8 @@ class Store:
             raise refusal
         return cursor
 
-    def _keep_admin(self, name: str) -> None:
-        if self._execute("SELECT name FROM user WHERE is_admin LIMIT 2").fetchall() == [(name,)]:
+    def _keep_admin(self, name: str, unless: bool) -> None:
+        if not unless and self._execute("SELECT name FROM user WHERE is_admin LIMIT 2").fetchall() == [(name,)]:
             raise Conflict(f"the last admin is {name}; make somebody else an admin first")
 
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
@@ -710,14 +693,12 @@ class Store:
 
     def set_admin(self, name: str, is_admin: bool) -> None:
         """Give a user the admin role, or take it away, within a transaction; raise NoSuchUser or Conflict."""
-        if not is_admin:
-            self._keep_admin(name)
+        self._keep_admin(name, unless=is_admin)
         self._change_users(NoSuchUser(name), "UPDATE user SET is_admin = ? WHERE name = ?", is_admin, name)
 
     def delete_user(self, name: str, even_last_admin: bool) -> None:
         """Delete a user and everything of theirs, within a transaction; raise NoSuchUser or Conflict."""
-        if not even_last_admin:
-            self._keep_admin(name)
+        self._keep_admin(name, unless=even_last_admin)
         self._change_users(NoSuchUser(name), "DELETE FROM user WHERE name = ?", name)
         self._renew_triggers()
 
@@ -735,9 +716,8 @@ class Store:
         self._change_users(NoSuchUser(name), insert, digest, label, is_read_only, prefix, time.time(), name)
 
     def note_token_use(self, token_id: int, day: int) -> None:
-        """Store the day of a token's last use, in days since 1970."""
-        self.changed_more = True
-        self._execute("UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
+        update = "UPDATE token SET last_used_day = ? WHERE id = ?"
+        self._change_users(NoSuchToken(f"no token {token_id}"), update, day, token_id)
 
     def delete_token(self, name: str, token_id: int) -> None:
         """Delete a token of a user; raise NoSuchToken."""
@@ -746,7 +726,6 @@ class Store:
         self._change_users(refusal, delete, token_id, name)
 
     def pair(self, user_id: int, key: str) -> Pair | None:
-        """Return the user's pair with this key."""
         row = self._execute(SELECT_PAIR, user_id, key, time.time()).fetchone()
         return Pair(row[0], row[1], row[2], entity_tag(row[0])) if row else None
 
@@ -756,9 +735,7 @@ class Store:
             FROM (SELECT ? AS key, CAST(? AS TEXT) AS value, ? AS updated, ? AS expires)"""
         return cast(bytes, self._execute(select, time.time(), key, *pair[:3]).fetchone()[0])
 
-    def page_as_json(
-        self, user_id: int, prefix: str, after: str, limit: int, with_times: bool
-    ) -> tuple[bytes, str | None]:
+    def page_as_json(self, user_id: int, prefix: str, after: str, limit: int, times: bool) -> tuple[bytes, str | None]:
         """Return a user's pairs as a JSON object in UTF-8, and the last key if more pairs follow.
 
         Their keys begin with prefix, come after the key after, and are sorted by their UTF-8 bytes. A negative limit
@@ -766,14 +743,11 @@ class Store:
         """
         now = time.time()
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, now)
-        value, times = (PAIR_AS_JSON, [now]) if with_times else ("value", [])
+        value, first = (PAIR_AS_JSON, [now]) if times else ("value", [])
         # Not json_group_object: it would ignore the limit until the end. JSON escapes newlines, so one can separate.
         select = f"SELECT CAST(group_concat(json_object(key, {value}), '\n') AS BLOB) FROM {PAGE}"
-        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LIST_BYTES_MAX)  # a longer result raises DataError
-        try:
-            objects = self._execute(select, *times, *page, limit).fetchone()[0] or b"{}"
-        except sqlite3.DataError:
-            raise Conflict(f"the list would have more than {LIST_BYTES_MAX} bytes; use limit=N") from None
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LIST_BYTES_MAX)  # or it is SQLITE_TOOBIG
+        objects = self._execute(select, *first, *page, limit).fetchone()[0] or b"{}"
         last_and_next = f"SELECT key FROM {PAGE} LIMIT 2 OFFSET ?"
         keys = self._execute(last_and_next, *page, limit + 1, limit - 1).fetchall() if limit > 0 else ()
         return objects.replace(b"}\n{", b","), keys[0][0] if len(keys) == 2 else None
@@ -788,10 +762,7 @@ class Store:
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
         """Store a value under a key until expires (unix seconds); raise NoSuchUser if the user was deleted."""
         self.changed_pairs.add((user_id, key))
-        try:
-            self._execute(SET_VALUE, user_id, key, value, time.time(), expires)
-        except sqlite3.IntegrityError:
-            raise NoSuchUser(f"with the id {user_id}") from None
+        self._execute(SET_VALUE, user_id, key, value, time.time(), expires)
 
     def _delete(self, statement: str, *parameters: Any) -> int:
         # Deletes may exceed the limit, because hooks store the deleted value.
@@ -808,7 +779,6 @@ class Store:
         return self._delete(delete, user_id, key, time.time()) == 1
 
     def has_expired(self) -> bool:
-        """Return whether expired pairs are still on the disk."""
         return bool(self._execute("SELECT 1 FROM pair WHERE expires <= ? LIMIT 1", time.time()).fetchone())
 
     def delete_expired(self) -> bool:
@@ -842,7 +812,6 @@ class Store:
                 self._execute(f"CREATE TRIGGER {trigger} {text}")
 
     def has_hooks(self) -> bool:
-        """Return whether any hook exists."""
         return bool(self._execute("SELECT 1 FROM hook LIMIT 1").fetchone())
 
     def hooks(self, user_name: str | None = None, limit: int = -1) -> list[Hook]:
@@ -858,10 +827,6 @@ class Store:
         for pattern, url in self._execute("SELECT pattern, url FROM hook WHERE id = ?", hook_id):
             return pattern, url
         raise StoreError(f"there is no hook {hook_id}; list them with: python kvserver.py hooks")
-
-    def pending_count(self) -> int:
-        """Return the number of pending deliveries."""
-        return cast(int, self._execute("SELECT count(*) FROM delivery").fetchone()[0])
 
     def new_deliveries(self, newest: int) -> list[tuple[int, str, bool, int]]:
         """Return id, origin, success of the last try and newest delivery of the hooks with deliveries after newest."""
@@ -894,7 +859,6 @@ class CachingStore(Store):
     """
 
     def __init__(self, path: str) -> None:
-        """Open a database that open_store has prepared."""
         super().__init__(path)
         self._rows: dict[Any, Any] = {}
         self._rows_state = b""  # the state when _rows were read
@@ -905,7 +869,6 @@ class CachingStore(Store):
         self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both copies
 
     def close(self) -> None:
-        """Close the database."""
         super().close()
         self._shared.close()
         self._shared_file.close()
@@ -936,7 +899,6 @@ class CachingStore(Store):
         return self._rows
 
     def user(self, login: str | bytes) -> User | None:
-        """Return the user with this name, or the user and the token with this digest."""
         rows = self._current_rows()
         user: User | None = rows.get(login) or super().user(login)
         if user:
@@ -948,7 +910,6 @@ class CachingStore(Store):
         return self._current_rows().get(user.token.digest if user.token else user.name) is user
 
     def pair(self, user_id: int, key: str) -> Pair | None:
-        """Return the user's pair with this key."""
         rows = self._current_rows()
         pair: Pair | None = rows.get((user_id, key))
         if pair is None:
@@ -1781,7 +1742,7 @@ class Metrics:
 
     def text(self, store: Store) -> str:
         """Return all counters and the sizes of a store in the text format of Prometheus."""
-        users, pairs, database_bytes, log_bytes = store.sizes()
+        users, pairs, pending, database_bytes, log_bytes = store.sizes()
         requests, durations, by_endpoint = list[str](), list[str](), dict[str, list[float]]()
         for (endpoint, status), numbers in list(self._answers.items()):  # a copy: the loop goes on counting
             requests.append(f'{{endpoint="{endpoint}",status="{status}"}} {sum(numbers[:-1])}')
@@ -1801,7 +1762,7 @@ class Metrics:
             ("deliveries_total", "counter", "Deliveries of hooks that arrived.", self.deliveries),
             ("failed_deliveries_total", "counter", "Attempts to deliver that failed.", self.failed_deliveries),
             ("dropped_deliveries_total", "counter", "Deliveries that were given up.", self.dropped_deliveries),
-            ("pending_deliveries", "gauge", "Deliveries that have not arrived yet.", store.pending_count()),
+            ("pending_deliveries", "gauge", "Deliveries that have not arrived yet.", pending),
             ("connections", "gauge", "Open connections.", len(self._connections)),
             ("polls", "gauge", "Requests that wait for a change.", len(self._polls)),
             ("database_bytes", "gauge", "Size of the database.", database_bytes),
@@ -3211,7 +3172,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.base_path, self.certificate, self.trusted_proxy = base_path, certificate, trusted_proxy
         self.log_requests, self.max_connections = log_requests, max_connections
         self.errors = ErrorLog()
-        self.reader, self.writer = CachingStore(path), Store(path, lock_seconds=0, mb_max=max_db_mb)
+        self.reader, self.writer = CachingStore(path), Store(path, wait=0, mb_max=max_db_mb)
         self.loop = Loop(lambda error: as_http_error(error, self.errors))
         # A slow commit must not wait for long lists, nor they for it.
         self.threads, self.disk = Threads(self.loop, WORKERS_MAX), Threads(self.loop, 1)

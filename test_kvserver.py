@@ -2438,7 +2438,7 @@ class HookCase(ServerCase):
     def assert_told(self, *changes: tuple[Any, ...], target: Target | None = None) -> None:
         """Wait until as many changes have arrived and none is pending; check them."""
         told = target or self.target
-        wait_until(lambda: len(told.received) >= len(changes) and self.store.pending_count() == 0)
+        wait_until(lambda: len(told.received) >= len(changes) and self.store.sizes()[2] == 0)
         self.assertEqual(list(changes), told.changes())
 
     def assert_values(self, key: str, *values: str | None, target: Target | None = None) -> None:
@@ -2560,7 +2560,7 @@ class Hooks(HookCase):
             self.check(200, "DELETE", f"/kv/{number}")
         self.check(507, "PUT", "/kv/more", "x" * 200_000)
         execute(self.database, "UPDATE pair SET expires = 1")
-        wait_until(lambda: self.store.pending_count() == 2 * stored)
+        wait_until(lambda: self.store.sizes()[2] == 2 * stored)
         self.assertEqual({}, self.pairs())
         self.target.close()
 
@@ -2572,7 +2572,7 @@ class Hooks(HookCase):
         wait_until(lambda: len(self.target.received) == 1)
         self.check(303, "POST", "/admin/", "action=deluser&username=bob", kvserver.FORM)
         self.assertEqual([("alice", 0)], [(hook.user_name, hook.pending) for hook in self.store.hooks()])
-        self.assertEqual(0, self.store.pending_count())
+        self.assertEqual(0, self.store.sizes()[2])
 
     def test_without_hooks_a_change_takes_no_further_statement(self) -> None:
         self.assertEqual(0, self.server.outbox._threads._started)
@@ -2677,7 +2677,7 @@ class Deliveries(HookCase):
         for response in (b"HTTP/1.1 204 No Content\r\n", b"HTTP/1.0 299\n", early):
             self.add_hook("a", target=self.new_target(functools.partial(send_slowly, response=response)))
         self.set("a", "1", "2")
-        wait_until(lambda: self.store.pending_count() == 0)
+        wait_until(lambda: self.store.sizes()[2] == 0)
         self.assertEqual(["204 No Content", "299", "200 OK"], [hook.result for hook in self.store.hooks()])
         self.assertEqual("", self.log.text())
 
@@ -2764,7 +2764,7 @@ class Deliveries(HookCase):
         for target in targets:
             self.add_hook("long", target=target)
         self.set("long", "1")
-        wait_until(lambda: all(target.received for target in targets) and self.store.pending_count() == 0)
+        wait_until(lambda: all(target.received for target in targets) and self.store.sizes()[2] == 0)
         self.check(200, "POST", "/set?key=long", "x" * (kvserver.LONG_DELIVERY_BYTES + 1))
         wait_until(lambda: sum(len(target.received) for target in targets) == len(targets) + most)
         self.add_hook("short")
@@ -2772,7 +2772,7 @@ class Deliveries(HookCase):
         wait_until(lambda: self.target.changes() == [("short", "1", None)])
         self.assertEqual(len(targets) + most, sum(len(target.received) for target in targets))
         go_on.set()
-        wait_until(lambda: self.store.pending_count() == 0)
+        wait_until(lambda: self.store.sizes()[2] == 0)
 
     def test_a_mistake_counts_as_a_failure(self) -> None:
         self.add_hook("a")
@@ -2923,7 +2923,7 @@ class Deliveries(HookCase):
         wait_until(lambda: self.server.outbox._is_stopped)
         go_on.set()
         self.stop()
-        self.assertEqual(1, self.store.pending_count())
+        self.assertEqual(1, self.store.sizes()[2])
         logged = re.findall(r"dropped deliveries: (\d+) \(404 Not Found\)", self.log.text())
         self.assertEqual(["1", "4", "1"], logged, "the first at once, the others when the server stops, and the last")
         self.start()
@@ -3023,7 +3023,7 @@ class Schedules(unittest.TestCase):
         self.assertEqual([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048], pauses[:12])
         self.assertEqual({3600}, set(pauses[12:-1]))
         self.assertAlmostEqual(24 * 3600, self.tries[-1][0], delta=2)
-        self.assertEqual(0, self.store.pending_count())
+        self.assertEqual(0, self.store.sizes()[2])
         problem = "hook 1 to http://h: Connection refused; trying again until it is a day old"
         dropped = "hook 1 to http://h: dropped deliveries: 1 (a day old, Connection refused)"
         self.assertEqual([problem, dropped], self.log.lines)
@@ -3037,16 +3037,16 @@ class Schedules(unittest.TestCase):
         times = [at for at, value in self.tries if value == "2"]
         self.assertEqual([0, 1, 3, 7], [round(at - times[0]) for at in times][:4])
         self.assertAlmostEqual(24 * 3600, times[0], delta=1)
-        self.assertEqual(({True}, 1), (set(self.kinds(2)), self.store.pending_count()))
+        self.assertEqual(({True}, 1), (set(self.kinds(2)), self.store.sizes()[2]))
 
     def test_old_deliveries_get_some_minutes_after_a_start(self) -> None:
         self.set("1")
         self.store._execute("UPDATE delivery SET created = created - 48 * 3600")
         self.run_until(kvserver.HOOK_GRACE_SECONDS - 1)
         self.assertEqual([0, 1, 3, 7, 15, 31, 63, 127, 255], [round(at) for at, _ in self.tries])
-        self.assertEqual(1, self.store.pending_count())
+        self.assertEqual(1, self.store.sizes()[2])
         self.run_until(kvserver.HOOK_GRACE_SECONDS + 1)
-        self.assertEqual((10, 0), (len(self.tries), self.store.pending_count()))
+        self.assertEqual((10, 0), (len(self.tries), self.store.sizes()[2]))
 
     def test_retry_after_is_obeyed_up_to_an_hour(self) -> None:
         for retry_after, seconds in ((120.0, 120), (7200.0, 3600), (1.0, 1)):
@@ -3055,7 +3055,7 @@ class Schedules(unittest.TestCase):
             self.answers = [kvserver.Answer(503, "503 Later", retry_after), kvserver.Answer(200, "200 OK")]
             self.run_until(started + seconds + 0.5)
             self.assertEqual([0, seconds], [round(at - started) for at, _ in self.tries[before:]])
-            self.assertEqual(0, self.store.pending_count())
+            self.assertEqual(0, self.store.sizes()[2])
 
     def test_a_status_means_success_refusal_or_a_further_try(self) -> None:
         for status in (200, 201, 204, 299, 300, 301, 399, 400, 404, 408, 410, 429, 499, 500, 503, 599):
@@ -3094,7 +3094,7 @@ class Schedules(unittest.TestCase):
             self.store.set_value(1, f"k{number}", "é" * (kvserver.VALUE_BYTES_MAX // 2))
         self.store.delete_pair(1, "k0")
         self.store.set_value(1, "k1", "")
-        self.assertEqual(15, self.store.pending_count(), "keys and old values count as well")
+        self.assertEqual(15, self.store.sizes()[2], "keys and old values count as well")
         self.run_until(10_001 + kvserver.HOOK_RETRY_SECONDS_MAX)
         self.assertEqual(["8"], re.findall(r"dropped deliveries: (\d+) \(the oldest", self.log.text()))
         self.assertEqual(8, self.metrics.dropped_deliveries)
@@ -3128,7 +3128,7 @@ class Schedules(unittest.TestCase):
             read = self.store.next_delivery
             with mock.patch.object(self.store, "next_delivery", wraps=read, side_effect=results):
                 self.run_until(self.seconds + 2)
-            self.assertEqual(0, self.store.pending_count())
+            self.assertEqual(0, self.store.sizes()[2])
             self.assertEqual(["disk I/O error"], [str(self.mistakes.pop())])
 
     def test_a_full_disk_does_not_stop_a_hook(self) -> None:
@@ -3138,7 +3138,7 @@ class Schedules(unittest.TestCase):
             self.run_until(300)
         self.assertEqual([0, 1, 3, 7, 15, 31, 63, 123, 183, 243], [round(at) for at, _ in self.tries])
         self.run_until(400)
-        self.assertEqual((11, 0), (len(self.tries), self.store.pending_count()))
+        self.assertEqual((11, 0), (len(self.tries), self.store.sizes()[2]))
 
 
 class Disk(ServerCase):
