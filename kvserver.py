@@ -270,7 +270,6 @@ CACHED_ROWS_MAX = 256
 CACHED_BYTES_MAX = 4 * 1024 * 1024  # and one more value
 EXPIRED_PAIRS_MAX = 100  # that one transaction deletes: long values take time
 DAY_SECONDS = 24 * 3600
-IDEMPOTENCY_KEY_BYTES = 16
 VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
 NEXT_KEY = "\0"  # key + NEXT_KEY is the next possible key, because keys contain no NUL
 LAST_KEY = "\U0010ffff" * (KEY_BYTES_MAX // 4)  # prefix + LAST_KEY sorts after every key with the same prefix
@@ -278,8 +277,7 @@ APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id marks our files
 
 # One entry per schema version: the statements that lead to it from the version before. PRAGMA user_version holds the
 # version of a file. Never change an entry after its release; add another one. The classes below explain the columns.
-# AUTOINCREMENT never reuses an id: a request of a deleted user must not write as the next user. WITHOUT ROWID finds a
-# pair in one search instead of two.
+# With AUTOINCREMENT, a request of a deleted user cannot write as the next one. WITHOUT ROWID saves a search per pair.
 MIGRATIONS = (
     (
         f"PRAGMA application_id = {APPLICATION_ID}",
@@ -327,28 +325,23 @@ PRAGMAS = (
 # Triggers write deliveries in the transaction of the change. They exist only while hooks exist.
 NOW = "((julianday('now') - 2440587.5) * 86400 + 0.001)"  # unix seconds; SQLite cuts off below a millisecond
 HAD_EXPIRED = f"(OLD.expires IS NOT NULL AND OLD.expires <= {NOW})"
-
-
-def queue_deliveries(row: str, value: str, old: str, condition: str = "TRUE") -> str:
-    """Return the SQL that adds a delivery for each hook that matches a row of pair, which is NEW or OLD."""
-    return f"""INSERT INTO delivery (hook_id, number, bytes_before, key, value, old, created, idempotency_key)
-        SELECT id, queued + 1, queued_bytes, {row}.key, {value}, {old}, {NOW},
-            lower(hex(randomblob({IDEMPOTENCY_KEY_BYTES}))) FROM hook
-        WHERE {condition} AND user_id = {row}.user_id AND (value IS NULL OR value = {value}) AND pattern IN
-            (SELECT {row}.key UNION ALL SELECT substr({row}.key, 1, length) || '*' FROM prefix_length
-            WHERE length <= length({row}.key));"""
-
-
+# Adds a delivery for each hook that matches a row of pair, which is NEW or OLD.
+QUEUE = f"""INSERT INTO delivery (hook_id, number, bytes_before, key, value, old, created, idempotency_key)
+    SELECT id, queued + 1, queued_bytes, {{row}}.key, {{value}}, {{old}}, {NOW}, lower(hex(randomblob(16))) FROM hook
+    WHERE {{condition}} AND user_id = {{row}}.user_id AND (value IS NULL OR value = {{value}}) AND pattern IN
+        (SELECT {{row}}.key UNION ALL SELECT substr({{row}}.key, 1, length) || '*' FROM prefix_length
+        WHERE length <= length({{row}}.key));"""
+OLD_VALUE = f"CASE WHEN {HAD_EXPIRED} THEN NULL ELSE OLD.value END"
 TRIGGERS = {
     "pair_added": f"""AFTER INSERT ON pair WHEN EXISTS (SELECT 1 FROM hook WHERE user_id = NEW.user_id)
-        BEGIN {queue_deliveries("NEW", "NEW.value", "NULL")} END""",
+        BEGIN {QUEUE.format(row="NEW", value="NEW.value", old="NULL", condition="TRUE")} END""",
     "pair_removed": f"""AFTER DELETE ON pair WHEN EXISTS (SELECT 1 FROM hook WHERE user_id = OLD.user_id)
-        BEGIN {queue_deliveries("OLD", "NULL", "OLD.value")} END""",
+        BEGIN {QUEUE.format(row="OLD", value="NULL", old="OLD.value", condition="TRUE")} END""",
     # An expired pair ended before the new value came.
     "pair_changed": f"""AFTER UPDATE ON pair WHEN (NEW.value <> OLD.value OR {HAD_EXPIRED})
         AND EXISTS (SELECT 1 FROM hook WHERE user_id = NEW.user_id)
-        BEGIN {queue_deliveries("OLD", "NULL", "OLD.value", HAD_EXPIRED)}
-        {queue_deliveries("NEW", "NEW.value", f"CASE WHEN {HAD_EXPIRED} THEN NULL ELSE OLD.value END")} END""",
+        BEGIN {QUEUE.format(row="OLD", value="NULL", old="OLD.value", condition=HAD_EXPIRED)}
+        {QUEUE.format(row="NEW", value="NEW.value", old=OLD_VALUE, condition="TRUE")} END""",
     # The oldest deliveries make room.
     "delivery_added": f"""AFTER INSERT ON delivery BEGIN
         UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before
@@ -481,7 +474,8 @@ def entity_tag(value: bytes) -> str:
 class Store:
     """Users and their pairs in an SQLite file, for one thread at a time. Methods raise StoreError and sqlite3.Error.
 
-    A change is on the disk when its method returns, but within a transaction only when commit returns.
+    A change is on the disk when its method returns, but within a transaction only when commit returns. Changes of roles
+    and hooks, and the deletion of users, need a transaction.
     """
 
     def __init__(self, path: str, wait: float = DATABASE_LOCK_SECONDS, mb_max: int = 0, migrate: bool = False) -> None:
@@ -681,7 +675,6 @@ class Store:
             raise Conflict(f"the last admin is {name}; make somebody else an admin first")
 
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
-        """Add a user; raise Conflict if the name is taken."""
         insert = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
         refusal = Conflict(f"the user {name} exists; choose another name")
         self._change_users(refusal, insert, name, password_hash, is_admin)
@@ -692,23 +685,19 @@ class Store:
         self._change_users(NoSuchUser(name), update, password_hash, name, old_hash)
 
     def set_admin(self, name: str, is_admin: bool) -> None:
-        """Give a user the admin role, or take it away, within a transaction; raise NoSuchUser or Conflict."""
         self._keep_admin(name, unless=is_admin)
         self._change_users(NoSuchUser(name), "UPDATE user SET is_admin = ? WHERE name = ?", is_admin, name)
 
     def delete_user(self, name: str, even_last_admin: bool) -> None:
-        """Delete a user and everything of theirs, within a transaction; raise NoSuchUser or Conflict."""
         self._keep_admin(name, unless=even_last_admin)
         self._change_users(NoSuchUser(name), "DELETE FROM user WHERE name = ?", name)
         self._renew_triggers()
 
     def tokens(self, name: str) -> list[Token]:
-        """Return a user's tokens, the oldest first."""
         select = f"SELECT {TOKEN_ROW} FROM token JOIN user ON user.id = user_id WHERE name = ? ORDER BY token.id"
         return [Token(*row) for row in self._execute(select, name)]
 
     def add_token(self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str) -> None:
-        """Add a token of a user; raise NoSuchUser, or Conflict if they have TOKENS_MAX."""
         if len(self.tokens(name)) >= TOKENS_MAX:
             raise Conflict(f"a user has at most {TOKENS_MAX} tokens; delete one that is no longer used")
         insert = """INSERT INTO token (user_id, digest, label, is_read_only, prefix, created)
@@ -720,7 +709,6 @@ class Store:
         self._change_users(NoSuchToken(f"no token {token_id}"), update, day, token_id)
 
     def delete_token(self, name: str, token_id: int) -> None:
-        """Delete a token of a user; raise NoSuchToken."""
         refusal = NoSuchToken(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
         delete = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
         self._change_users(refusal, delete, token_id, name)
@@ -741,16 +729,16 @@ class Store:
         Their keys begin with prefix, come after the key after, and are sorted by their UTF-8 bytes. A negative limit
         means all. With times, each value is an object like that of as_json. Raises Conflict above LIST_BYTES_MAX.
         """
-        now = time.time()
-        page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, now)
-        value, first = (PAIR_AS_JSON, [now]) if times else ("value", [])
+        page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time())
+        value, now = (PAIR_AS_JSON, page[-1:]) if times else ("value", ())
         # Not json_group_object: it would ignore the limit until the end. JSON escapes newlines, so one can separate.
         select = f"SELECT CAST(group_concat(json_object(key, {value}), '\n') AS BLOB) FROM {PAGE}"
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LIST_BYTES_MAX)  # or it is SQLITE_TOOBIG
-        objects = self._execute(select, *first, *page, limit).fetchone()[0] or b"{}"
-        last_and_next = f"SELECT key FROM {PAGE} LIMIT 2 OFFSET ?"
-        keys = self._execute(last_and_next, *page, limit + 1, limit - 1).fetchall() if limit > 0 else ()
-        return objects.replace(b"}\n{", b","), keys[0][0] if len(keys) == 2 else None
+        objects = self._execute(select, *now, *page, limit).fetchone()[0] or b"{}"
+        last_and_next = self._execute(
+            f"SELECT key FROM {PAGE} LIMIT 2 OFFSET ?", *page, limit + 1, limit - 1
+        ).fetchall()
+        return objects.replace(b"}\n{", b","), last_and_next[0][0] if len(last_and_next) == 2 else None
 
     def pairs(self, user_id: int, prefix: str, after: str, limit: int) -> list[tuple[str, str, float, float | None]]:
         """Return key, beginning of the value, updated and expires of pairs, with keys like those of page_as_json."""
@@ -789,7 +777,7 @@ class Store:
         return deleted == EXPIRED_PAIRS_MAX
 
     def add_hook(self, name: str, pattern: str, url: str, origin: str, value: str | None, label: str) -> int:
-        """Add a hook of a user, within a transaction, and return its id; raise NoSuchUser."""
+        """Add a hook of a user, and return its id."""
         while self.delete_expired():  # the hook hears nothing of earlier expiries
             pass
         insert = """INSERT INTO hook (user_id, pattern, url, receiver, value, label)
@@ -799,7 +787,6 @@ class Store:
         return cast(int, cursor.lastrowid)
 
     def delete_hook(self, hook_id: int) -> None:
-        """Delete a hook and its pending deliveries, within a transaction; raise StoreError if it doesn't exist."""
         self.hook_url(hook_id)
         self._execute("DELETE FROM hook WHERE id = ?", hook_id)
         self._renew_triggers()
@@ -823,7 +810,6 @@ class Store:
         return [Hook(*row) for row in self._execute(select, user_name, limit)]
 
     def hook_url(self, hook_id: int) -> tuple[str, str]:
-        """Return the pattern and the URL of a hook; raise StoreError if it doesn't exist."""
         for pattern, url in self._execute("SELECT pattern, url FROM hook WHERE id = ?", hook_id):
             return pattern, url
         raise StoreError(f"there is no hook {hook_id}; list them with: python kvserver.py hooks")
@@ -851,11 +837,11 @@ class Store:
 
 
 class CachingStore(Store):
-    """A store to read from. It remembers rows until the next commit of any process.
+    """A store to read from, which remembers rows until the next commit of any process.
 
-    SQLite shares the state of the write-ahead log in the file ending in -shm. It begins with two copies of a header.
-    Every commit changes them after its data is on the disk and before it returns (SQLite's documentation, "WAL-mode File
-    Format", section 2). Comparing them takes a fiftieth of the time of a SELECT.
+    The file ending in -shm begins with two copies of a header. Every commit changes them after its data is on the disk
+    and before it returns (SQLite's documentation, "WAL-mode File Format", section 2). Comparing them takes a fiftieth of
+    the time of a SELECT.
     """
 
     def __init__(self, path: str) -> None:
@@ -3788,7 +3774,7 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Send a test to a hook's URL now, and print the response's status. The command fails unless that is 2xx."""
     pattern, url = store.hook_url(arguments.id)
     members = {"value1": pattern, "value2": "test", "value3": None, "test": True}
-    answer = deliver(url, os.urandom(IDEMPOTENCY_KEY_BYTES).hex(), members)
+    answer = deliver(url, os.urandom(16).hex(), members)
     print(answer.text, flush=True)
     if not answer.is_success():
         raise CommandError(f"the test of hook {arguments.id} failed: the status was not 2xx. Check the URL's program")
