@@ -2190,17 +2190,14 @@ class Markup(str):
 
 
 STYLE = Markup("""
-:root{color-scheme:light dark}*{box-sizing:border-box}
 body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:CanvasText;
-background:Canvas}nav span{margin-left:auto}
+background:Canvas}:root{color-scheme:light dark}*{box-sizing:border-box}h1,h2,p,code,pre,td{unicode-bidi:isolate}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid GrayText}
-nav span,th,small,.quiet{opacity:.8}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.25rem}
-h1,h2,p,code,pre,td{unicode-bidi:isolate}
+nav span{margin-left:auto}nav span,th,small,.quiet{opacity:.8}h1{font-size:1.6rem}h2{font-size:1.15rem}
 h1,h2,p,code,pre,span,button,td:first-child,.values td,.hooks td{overflow-wrap:anywhere}td:first-child{min-width:4rem}
 table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.values th:first-child{width:40%}
-.values th:last-child{width:10rem}
 th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid GrayText;text-align:left;vertical-align:top}
-th,small{font-size:.875rem;font-weight:500}small,label{display:block}
+.values th:last-child{width:10rem}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
 textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace}td,pre,code{white-space:pre-wrap}
 p [title]::after{content:" (" attr(title) ")"}form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}
 form{max-width:32rem;margin:.75rem 0}.bare,.search{padding:0;border:0}td form{margin:.35rem 0 0}
@@ -3505,7 +3502,7 @@ def back_up(arguments: argparse.Namespace) -> None:
     import tempfile
 
     path, database = arguments.file, arguments.db
-    suffixes = ("-wal", "-shm", "-journal")  # of the files beside a database in use
+    suffixes = ("-wal", "-shm", "-journal")  # SQLite keeps these beside a database in use
     in_use = [os.path.realpath(database) + suffix for suffix in ("", *suffixes)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete copy
     with contextlib.closing(open_store(database, create=False, migrate=False)) as store:
