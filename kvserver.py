@@ -1551,10 +1551,10 @@ class Threads:
         return await ready(0, deadline)
 
     async def _run(self, function: Callable[[], Any], owner: Hashable, done: Wakeup) -> None:
-        bounds = {owner: max(1, self._most // 2), None: self._most}  # None: all owners together, or a job without one
+        bounds = {} if owner is None else {owner: max(1, self._most // 2)}  # others get through
         await self._gate.enter(bounds)
         self._busy += 1
-        if self._started < self._busy:
+        if self._started < min(self._busy, self._most):
             with contextlib.suppress(RuntimeError):  # the machine is short of memory
                 threading.Thread(target=self._work, daemon=True).start()
                 self._started += 1
@@ -1587,19 +1587,14 @@ TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # of such records, or of TLS's own replies;
 
 
 class SecureSocket:
-    """A connection with TLS, used like the socket below it; neither blocks.
-
-    TLS works in memory. So the received bytes bound the work of one call, and a thread can compute the handshake.
-    """
+    """A connection with TLS, used like the socket below it. It works in memory, so a thread can shake hands."""
 
     def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
         self._connection = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._is_open = False  # after the handshake
-        self._encrypted = b""  # bytes to send
-        self._in_flight = 0  # length of the data that is in _encrypted
-        self._fruitless_bytes = 0  # received since the last data
+        self._is_open, self._fruitless_bytes = False, 0  # after the handshake; received since the last data
+        self._encrypted, self._in_flight = b"", 0  # bytes to send, and the length of the data in them
 
     async def shake_hands(self, threads: Threads, owner: Hashable, deadline: float) -> None:
         """Complete the handshake, which a thread computes; raise OSError or TimeoutError."""
@@ -1650,8 +1645,7 @@ class SecureSocket:
 
     def send(self, data: bytes | memoryview) -> int:
         """Send the first bytes of data, and return how many; raise BlockingIOError to be called again with the same."""
-        if not self._in_flight:
-            self._in_flight = self._tls.write(memoryview(data)[:TLS_SEND_BYTES])
+        self._in_flight = self._in_flight or self._tls.write(memoryview(data)[:TLS_SEND_BYTES])
         if not self._flush():
             raise BlockingIOError
         sent, self._in_flight = self._in_flight, 0
@@ -1672,22 +1666,22 @@ class SecureSocket:
 
 
 class Certificate:
-    """The server's TLS certificate and key, in PEM format, loaded as a context for new connections."""
+    """The server's TLS certificate and key, from PEM files. The context is for new connections."""
 
     def __init__(self, path: str, key_path: str) -> None:
-        """Load the certificate chain and the key; raise OSError."""
         self._path, self._key_path = path, key_path
-        self.context = self._load()
+        self.load()
 
     def renew(self) -> None:
         """Load the files again; if that fails, the old certificate stays in use."""
         try:
-            self.context = self._load()
+            self.load()
             log("INFO", f"loaded the certificate {self._path}")
         except OSError as error:
             log("ERROR", f"the old certificate stays in use: {error}")
 
-    def _load(self) -> ssl.SSLContext:
+    def load(self) -> None:
+        """Load the certificate chain and the key; raise OSError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION
@@ -1699,7 +1693,7 @@ class Certificate:
             reason = (error.reason or "not PEM").lower().replace("_", " ")
             problem = f"cannot use the certificate {self._path} with the key {self._key_path}: {reason}"
             raise ssl.SSLError(1, f"{problem}; use PEM files that belong together, and have no password") from None
-        return context
+        self.context = context
 
 
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
@@ -1776,8 +1770,7 @@ USUAL_PORTS = {"http": ":80", "https": ":443"}
 # an admin's program, with a password or a token without restrictions.
 ANYONE, BROWSER, USER, PERSON, ADMIN, OPERATOR = "anyone", "browser", "user", "person", "admin", "operator"
 NO_LOGIN, PAGE_VISITORS = (ANYONE, BROWSER), (PERSON, ADMIN)
-# The pages have their own realm and paths. So browsers keep the credentials for them from the API (RFC 7617 section
-# 2.2).
+# Pages have their own realm and paths, so browsers keep their credentials from the API (RFC 7617 section 2.2).
 REALMS = {USER: "kvserver", OPERATOR: "kvserver", PERSON: "kvserver pages", ADMIN: "kvserver pages"}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -1786,10 +1779,7 @@ Commit = Callable[[Callable[[Store], Any]], Awaitable[Any]]  # makes a change, a
 
 
 def check_same_site(headers: Mapping[str, str]) -> None:
-    """Raise HTTPError when a browser sends a request for a page of another site.
-
-    Browsers add the credentials that they know to every request of every page. Programs send none of these headers.
-    """
+    """Raise HTTPError when a browser sends this for a page of another site. Programs send none of these headers."""
     site, url = headers.get("sec-fetch-site"), headers.get("origin", headers.get("referer"))
     if site is None and url is not None:
         scheme, _, rest = url.lower().partition("://")  # "null" has neither, for example
@@ -1838,17 +1828,14 @@ def client_of(address: Address | None) -> Hashable:
 
 
 class Throttle:
-    """Bounds the failed logins of a client address: FAILURES_MAX at once, and then one in FAILURE_SECONDS.
-
-    It ignores user names: to lock a name would let anybody lock its owner out.
-    """
+    """Bounds the failed logins of a client, not of a user: otherwise anybody could lock a user out."""
 
     def __init__(self) -> None:
         self._paid_off: dict[Hashable, float] = {}  # when the last failure of a client is forgotten, monotonic seconds
 
-    def charge(self, address: Address | None) -> None:
+    def charge(self, client: Hashable) -> None:
         """Count a failed login; raise HTTPError when that is one too many."""
-        client, now = client_of(address), time.monotonic()
+        now = time.monotonic()
         paid_off = max(self._paid_off.get(client, now), now) + FAILURE_SECONDS
         wait_seconds = math.ceil(round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3))
         if wait_seconds > 0:
@@ -1859,18 +1846,16 @@ class Throttle:
             del self._paid_off[next(iter(self._paid_off))]  # the one that has been quiet longest
         self._paid_off[client] = paid_off
 
-    def refund(self, address: Address | None) -> None:
+    def refund(self, client: Hashable) -> None:
         """Take back the charge for a login that did not fail."""
-        client = client_of(address)
         if client in self._paid_off:
             self._paid_off[client] -= FAILURE_SECONDS
 
 
 def decode_credentials(authorization: str) -> tuple[str | None, str]:
-    """Return user name and password of an Authorization header, or None and a Bearer token; raise HTTPError.
+    """Return the name and password of an Authorization header (RFC 7617), or None and a Bearer token; raise HTTPError.
 
-    Name and password come by Basic (RFC 7617, in UTF-8). Malformed ones become empty. So do those with control
-    characters: scrypt pads with zeros, and would take "password" and "password\\0" for one.
+    Malformed ones are empty. So are control characters: to scrypt, "password" and "password\\0" are the same.
     """
     scheme, _, credentials = authorization.partition(" ")
     if scheme.lower() == "bearer":
@@ -1890,10 +1875,10 @@ class Authenticator:
     """Finds the users of requests. Passwords are checked in one thread, everything else runs in the loop."""
 
     def __init__(self, store: Store, loop: Loop, threads: Threads, commit: Commit, metrics: Metrics) -> None:
-        """Use the users of a store; threads are for hashes of other programs, whose check may take many seconds."""
-        self._store, self._loop, self._threads, self._commit, self._metrics = store, loop, threads, commit, metrics
-        # One thread, because the allocator keeps 16 MiB for each thread that has ever run scrypt.
-        self.scrypt = Threads(loop, 1)
+        self._store, self._loop, self._commit, self._metrics = store, loop, commit, metrics
+        # One thread, because the allocator keeps 16 MiB for each thread that has ever run scrypt. The other threads are
+        # for hashes of other programs, whose check may take many seconds.
+        self.scrypt, self._threads = Threads(loop, 1), threads
         # We check unknown names against this hash, which no password matches. They take as long as a wrong password,
         # and so do not tell which names exist. (Only the first login with another program's hash takes another time.)
         self._unknown_user_hash = hash_password(None)
@@ -1912,9 +1897,7 @@ class Authenticator:
     async def authenticate(self, authorization: str | None, find_address: Callable[[], Address | None]) -> User:
         """Return the user whose credentials an Authorization header holds; raise HTTPError."""
         if authorization is None:
-            raise HTTPError(
-                401, "log in with a user name and a password by HTTP Basic authentication, or a Bearer token"
-            )
+            raise HTTPError(401, "log in by HTTP Basic authentication, or with a Bearer token")
         user = self._known_user(authorization)
         while not user:
             await self._check(authorization, find_address())
@@ -1933,32 +1916,32 @@ class Authenticator:
         return user if user and owner in (None, user.name) else None
 
     async def _check(self, authorization: str, address: Address | None) -> None:
-        # Requests with equal headers share a check. We charge a failure beforehand: otherwise all guesses that come
-        # before the first one has failed would be free.
         name, password = decode_credentials(authorization)
-        if not name or not password:
-            self._throttle.charge(address)
-            raise self._failure(name, address)
-        # With the row in it, a request that comes after a change of the password does not join an older check.
-        check = (self._digest(authorization), self._store.user(name))
-        is_first = check not in self._waiting
+        # Requests with equal headers share a check. With the row in it, a request that comes after a change of the
+        # password does not join an older check.
+        check, client = (self._digest(authorization), self._store.user(name or "")), client_of(address)
+        is_first, is_right = check not in self._waiting, False
         if is_first:
             if len(self._waiting) >= CHECKS_MAX:
-                raise HTTPError(503, "no password can be checked just now; try again", RETRY_AFTER)
-            self._throttle.charge(address)
-        self._waiting.setdefault(check, []).append(Wakeup(self._loop))
-        if is_first:
-            self._loop.start(self._verify(check, password, address))
-        try:
-            is_right = await ready(0, time.monotonic() + CHECK_SECONDS)
-        except TimeoutError:
-            raise StoreBusy("the server is too busy; try again") from None
+                raise StoreBusy("no password can be checked just now; try again")
+            self._throttle.charge(client)  # now, or all guesses before the first failure would be free
+        if name and password:
+            self._waiting.setdefault(check, []).append(Wakeup(self._loop))
+            if is_first:
+                self._loop.start(self._verify(check, password, client))
+            try:
+                is_right = await ready(0, time.monotonic() + CHECK_SECONDS)
+            except TimeoutError:
+                raise StoreBusy("the server is too busy; try again") from None
         if is_right is False:
             if not is_first:
-                self._throttle.charge(address)
-            raise self._failure(name, address)
+                self._throttle.charge(client)
+            self._metrics.failed_logins += 1
+            # repr escapes characters that could forge another line or field. The address is last for the same reason.
+            log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
+            raise HTTPError(401, "the token is unknown" if name is None else "the user name or the password is wrong")
 
-    async def _verify(self, check: tuple[bytes, User | None], password: str, address: Address | None) -> None:
+    async def _verify(self, check: tuple[bytes, User | None], password: str, client: Hashable) -> None:
         (digest, user), waiting = check, self._waiting[check]
         stored = user.password_hash if user else self._unknown_user_hash
 
@@ -1975,7 +1958,7 @@ class Authenticator:
         except Exception as error:  # noqa: BLE001 - the requests raise it
             result = error
         if result is not False:
-            self._throttle.refund(address)
+            self._throttle.refund(client)
         for wakeup in self._waiting.pop(check):
             wakeup(result)
 
@@ -1987,12 +1970,6 @@ class Authenticator:
                 await self._commit(lambda store: store.set_password_hash(user.name, password_hash, user.password_hash))
                 return password_hash
         return user.password_hash
-
-    def _failure(self, name: str | None, address: Address | None) -> HTTPError:
-        self._metrics.failed_logins += 1
-        # repr escapes characters that could forge another line or field, and the address is last for the same reason.
-        log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
-        return HTTPError(401, "the token is unknown" if name is None else "the user name or the password is wrong")
 
     async def hash_password(self, password: str, owner: Hashable) -> str:
         """Hash a new password. Each owner has one hashed at a time, so that others get through."""

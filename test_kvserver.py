@@ -2944,7 +2944,7 @@ class Deliveries(HookCase):
 class Gates(unittest.TestCase):
     """A gate limits how many tasks pass at once."""
 
-    def test_a_cancelled_job_is_not_run_and_leaves_its_turn_to_the_next(self) -> None:
+    def test_owners_take_turns_at_a_thread_and_a_cancelled_job_is_not_run(self) -> None:
         loop, jobs, go_on = kvserver.Loop(self.fail), list[str](), threading.Event()
         self.addCleanup(loop.close)
         threads = kvserver.Threads(loop, 1)
@@ -2953,13 +2953,16 @@ class Gates(unittest.TestCase):
             jobs.append(name)
             go_on.wait(WAIT_SECONDS)
 
-        names = ("first", "cancelled", "last")
-        _, cancelled, last = (loop.start(threads.run(functools.partial(work, name))) for name in names)
-        loop.throw(cancelled, kvserver.Cancelled())
+        names = ("a1", "a2", "a3", "a4", "b1")
+        tasks = [loop.start(threads.run(functools.partial(work, name), name[0])) for name in names]
+        loop.throw(tasks[1], kvserver.Cancelled())
+        for _ in names:
+            loop.run_once(may_wait=False)
+        loop.throw(tasks[2], kvserver.Cancelled())
         go_on.set()
-        while last in loop._tasks:
+        while tasks[3] in loop._tasks:
             loop.run_once()
-        self.assertEqual(["first", "last"], jobs)
+        self.assertEqual(["a1", "b1", "a4"], jobs)
 
 
 class Schedules(unittest.TestCase):
