@@ -3751,7 +3751,7 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
     answer = deliver(url, os.urandom(16).hex(), members)
     print(answer.text, flush=True)
     if not answer.is_success():
-        raise CommandError(f"the test of hook {arguments.id} failed: the status was not 2xx. Check the URL's program")
+        raise CommandError(f"the test of hook {arguments.id} failed: the status was not 2xx. Check the program there")
 
 
 def announce(server: Server, store: Store) -> None:
