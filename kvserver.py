@@ -3407,7 +3407,7 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", "database file (default: kvserver.db beside the program)")
+DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", "database file (default: see kvserver.py --help)")
 SETTINGS = (
     Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port; 0 picks one"),
@@ -3815,8 +3815,8 @@ def serve(arguments: argparse.Namespace) -> None:
 
 MORE_HELP = """COMMAND --help explains a command. All but serve also work while the server runs, and take effect at once.
 Each flag of serve can also come from the environment (KVSERVER_MAX_DB_MB), or from the JSON file that --config or
-KVSERVER_CONFIG names ("max_db_mb"). Flags override the environment, which overrides the file. Exit codes: 0 done, 1
-failed, 2 wrong usage."""
+KVSERVER_CONFIG names ("max_db_mb"). Flags override the environment, which overrides the file. The default database is
+kvserver.db in $STATE_DIRECTORY, else beside the program. Exit codes: 0 done, 1 failed, 2 wrong usage."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "NAME": {"dest": "name", "metavar": "NAME", "help": "1 to 64 printable ASCII characters without a colon"},
     "USER": {"dest": "name", "metavar": "USER", "help": "the user's name"},
