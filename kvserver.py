@@ -803,8 +803,9 @@ class Store:
 
     def hooks(self, user_name: str | None = None, limit: int = -1) -> list[Hook]:
         """Return one user's or all hooks; a negative limit means all."""
-        select = f"""SELECT hook.id, name, pattern, '"' || substr(value, 1, {VALUE_SHOWN_CHARACTERS_MAX})
-            || iif(length(value) > {VALUE_SHOWN_CHARACTERS_MAX}, '…', '') || '"', label, receiver,
+        shown = VALUE_SHOWN_CHARACTERS_MAX
+        select = f"""SELECT hook.id, name, pattern,
+            '"' || substr(value, 1, {shown}) || CASE WHEN length(value) > {shown} THEN '…"' ELSE '"' END, label, receiver,
             (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time
             FROM hook JOIN user ON user.id = user_id WHERE name = ifnull(?, name) ORDER BY hook.id LIMIT ?"""
         return [Hook(*row) for row in self._execute(select, user_name, limit)]
@@ -823,8 +824,9 @@ class Store:
 
     def next_delivery(self, hook_id: int, with_values: bool) -> Delivery | None:
         """Return the oldest pending delivery of a hook; its values may be long, and are None unless asked for."""
-        select = """SELECT hook_id, receiver, url, number, handled, key, iif(?, delivery.value, NULL), iif(?, old, NULL),
-            ifnull(length(CAST(delivery.value AS BLOB)), 0) + ifnull(length(CAST(old AS BLOB)), 0), created, idempotency_key
+        select = """SELECT hook_id, receiver, url, number, handled, key,
+            CASE WHEN ? THEN delivery.value END, CASE WHEN ? THEN old END,
+            length(CAST(ifnull(delivery.value, '') || ifnull(old, '') AS BLOB)), created, idempotency_key
             FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ? ORDER BY number LIMIT 1"""
         row = self._execute(select, with_values, with_values, hook_id).fetchone()
         return Delivery(*row) if row else None
@@ -864,7 +866,6 @@ class CachingStore(Store):
         return self._shared[:]
 
     def wal_pages(self) -> int:
-        """Return the number of pages in the write-ahead log."""
         return int.from_bytes(self._shared[16:20], sys.byteorder)
 
     def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> bool:
