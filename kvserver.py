@@ -3375,7 +3375,6 @@ class CommandError(Exception):
 class Setting(NamedTuple):
     """A row of the table: log_requests is --log-requests, KVSERVER_LOG_REQUESTS, and log_requests in the file."""
 
-    name: str
     parse: Callable[[str], Any]  # raises ArgumentTypeError
     default: Any  # its type tells texts, numbers, switches and lists apart
     metavar: str
@@ -3408,19 +3407,18 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-DATABASE = Setting("db", str, DEFAULT_DATABASE, "FILE", "database file (default: see kvserver.py --help)")
-SETTINGS = (
-    Setting("host", str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
-    Setting("port", functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port; 0 picks one"),
-    DATABASE,
-    Setting("base_path", parse_base_path, DEFAULT_BASE_PATH, "P", "all paths also exist below this prefix; / for none"),
-    Setting("log_requests", parse_switch, False, "", "log a line for each request, without values"),
-    Setting("max_connections", parse_number, DEFAULT_CONNECTIONS_MAX, "N", "most open connections at a time"),
-    Setting("max_db_mb", parse_number, DEFAULT_DATABASE_MB_MAX, "N", "largest size of the database in megabytes"),
-    Setting("trusted_proxy", parse_networks, (), "A", "trust X-Forwarded-For from this address or network; repeatable"),
-    Setting("tls_cert", str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
-    Setting("tls_key", str, "", "FILE", "private key of the certificate, in PEM format, not encrypted"),
-)
+SETTINGS = {
+    "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
+    "port": Setting(functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port; 0 picks one"),
+    "db": Setting(str, DEFAULT_DATABASE, "FILE", "database file (default: see kvserver.py --help)"),
+    "base_path": Setting(parse_base_path, DEFAULT_BASE_PATH, "P", "all paths also exist below this prefix; / for none"),
+    "log_requests": Setting(parse_switch, False, "", "log a line for each request, without values"),
+    "max_connections": Setting(parse_number, DEFAULT_CONNECTIONS_MAX, "N", "most open connections at a time"),
+    "max_db_mb": Setting(parse_number, DEFAULT_DATABASE_MB_MAX, "N", "largest size of the database in megabytes"),
+    "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this address or network; repeatable"),
+    "tls_cert": Setting(str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
+    "tls_key": Setting(str, "", "FILE", "private key of the certificate, in PEM format, not encrypted"),
+}
 
 
 def read_config(path: str) -> dict[str, str]:
@@ -3432,36 +3430,36 @@ def read_config(path: str) -> dict[str, str]:
         raise CommandError(f"cannot read the configuration file {path}: {error}") from None
     if not isinstance(members, dict):
         raise CommandError(f"the configuration file {path} is not a JSON object")
-    settings, config = {setting.name: setting for setting in SETTINGS}, {}
+    config = {}
     for name, member in members.items():
-        if name not in settings:
-            raise CommandError(f"unknown name {name!r} in {path}; the names are: {', '.join(settings)}")
-        if isinstance(settings[name].default, str) and not isinstance(member, str):
+        if name not in SETTINGS:
+            raise CommandError(f"unknown name {name!r} in {path}; the names are: {', '.join(SETTINGS)}")
+        if isinstance(SETTINGS[name].default, str) and not isinstance(member, str):
             raise CommandError(f"{name} in {path} must be a JSON string, and is {json.dumps(member)}")
-        if isinstance(settings[name].default, tuple) and isinstance(member, list):
+        if isinstance(SETTINGS[name].default, tuple) and isinstance(member, list):
             member = ",".join(map(str, member))
         config[name] = member if isinstance(member, str) else json.dumps(member)
-        if settings[name].metavar == "FILE" and member:
+        if SETTINGS[name].metavar == "FILE" and member:
             config[name] = os.path.join(os.path.dirname(path), member)
     return config
 
 
-def read_settings(arguments: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, Any]:
+def read_settings(arguments: argparse.Namespace, names: Iterable[str] = tuple(SETTINGS)) -> dict[str, Any]:
     """Return the values of settings by name; raise CommandError. An empty environment variable counts as unset."""
-    variables = {name: "KVSERVER_" + name.upper() for name in ("config", *(setting.name for setting in SETTINGS))}
+    variables = {name: "KVSERVER_" + name.upper() for name in ("config", *SETTINGS)}
     for name in os.environ:
         if name.startswith("KVSERVER_") and name not in variables.values():
             raise CommandError(f"unknown environment variable {name}; the names are: {', '.join(variables.values())}")
     path = getattr(arguments, "config", None) or os.environ.get(variables["config"])
     config, values = read_config(path) if path else {}, {}
-    for name, parse, default, *_ in settings:
+    for name in names:
         text, source = os.environ.get(variables[name]), f"the environment variable {variables[name]}"
         if not text:
             text, source = config.get(name), f"{name} in the configuration file"
         try:
             values[name] = getattr(arguments, name)
             if values[name] is None:  # the flag is not given
-                values[name] = default if text is None else parse(text)
+                values[name] = SETTINGS[name].default if text is None else SETTINGS[name].parse(text)
         except argparse.ArgumentTypeError as error:
             raise CommandError(f"{source} is {text!r}; {error}") from None
     return values
@@ -3783,7 +3781,7 @@ def announce(server: Server, store: Store) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until Ctrl-C or SIGTERM. The first start adds the user admin, and prints the password once."""
-    settings = read_settings(arguments, SETTINGS)
+    settings = read_settings(arguments)
     tls_paths = settings.pop("tls_cert"), settings.pop("tls_key")
     if any(tls_paths) and not all(tls_paths):
         arguments.parser.error("--tls-cert and --tls-key go together: the certificate and its private key")
@@ -3871,15 +3869,15 @@ def build_parser(only: str = "") -> argparse.ArgumentParser:
         for argument in its_arguments:
             flags = [argument] if argument.startswith("--") else []
             command.add_argument(*flags, **ARGUMENTS[argument])
-        for setting in SETTINGS if run is serve else (DATABASE,):
+        for flag, setting in SETTINGS.items() if run is serve else [("db", SETTINGS["db"])]:
             options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar, "help": setting.help}
-            if setting.default and setting is not DATABASE:
+            if setting.default and flag != "db":
                 options["help"] += f" (default: {setting.default})"
             if isinstance(setting.default, tuple):
                 options["action"] = "extend"
             if isinstance(setting.default, bool):
                 options = {"action": argparse.BooleanOptionalAction, "help": setting.help}
-            command.add_argument("--" + setting.name.replace("_", "-"), **options)
+            command.add_argument("--" + flag.replace("_", "-"), **options)
     return parser
 
 
@@ -3891,7 +3889,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not sys.stdin or not isinstance(sys.stdout, io.TextIOWrapper):
             raise CommandError("standard input or output is closed; use /dev/null instead")
         sys.stdout.reconfigure(errors="backslashreplace")  # a label or a path may not be in its encoding
-        arguments.db = read_settings(arguments, [DATABASE])[DATABASE.name]
+        arguments.db = read_settings(arguments, ["db"])["db"]
         if arguments.run in OPENS_DATABASE:
             arguments.run(arguments)
             return 0

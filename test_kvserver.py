@@ -5963,7 +5963,7 @@ class Readme(CommandCase):
         self.assertIn("alice", output)
 
     def test_every_setting_is_named(self) -> None:
-        for name in (setting.name for setting in kvserver.SETTINGS):
+        for name in kvserver.SETTINGS:
             flag = name.replace("_", "-")
             self.assertRegex(self.text, rf'\n\| `--{flag}.*KVSERVER_{name.upper()}.*`"{name}"`')
 
