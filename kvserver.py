@@ -1425,7 +1425,6 @@ class Loop:
         self.soon: collections.deque[tuple[Wakeup, Any]] = collections.deque()
         self._next_check = NEVER  # monotonic seconds; no deadline is earlier
         self._woken, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
         self._selector.register(self._woken, READABLE)
 
     def close(self) -> None:
@@ -1460,7 +1459,7 @@ class Loop:
     def post(self, wakeup: Wakeup, result: Any = None) -> None:
         """Call a Wakeup from another thread."""
         wakeup(result)
-        with contextlib.suppress(OSError):  # the buffer is full of such bytes already, or the loop is closed
+        with contextlib.suppress(OSError):  # the loop is closed
             self._waker.send(b"\0")
 
     def run_once(self, may_wait: bool = True) -> bool:
@@ -1848,7 +1847,6 @@ class Throttle:
         self._paid_off[client] = paid_off
 
     def refund(self, client: Hashable) -> None:
-        """Take back the charge for a login that did not fail."""
         if client in self._paid_off:
             self._paid_off[client] -= FAILURE_SECONDS
 
@@ -1880,8 +1878,8 @@ class Authenticator:
         # One thread, because the allocator keeps 16 MiB for each thread that has ever run scrypt. The other threads are
         # for hashes of other programs, whose check may take many seconds.
         self.scrypt, self._threads = Threads(loop, 1), threads
-        # We check unknown names against this hash, which no password matches. They take as long as a wrong password,
-        # and so do not tell which names exist. (Only the first login with another program's hash takes another time.)
+        # We check unknown names against this hash, which no password matches. So times do not tell which names exist.
+        # (Only the first login with another program's hash takes another time.)
         self._unknown_user_hash = hash_password(None)
         # From the keyed hash of an Authorization header to the user's name and the stored hash that it matches.
         self._verified: dict[bytes, tuple[str, str]] = {}
@@ -1967,14 +1965,10 @@ class Authenticator:
         # Replaces a hash by another program or with other parameters, and returns the hash that is stored then.
         with contextlib.suppress(StoreError, sqlite3.Error):  # the old hash is good too
             if not user.password_hash.startswith(hash_parameters()):
-                password_hash = await self.hash_password(password, "checks")
-                await self._commit(lambda store: store.set_password_hash(user.name, password_hash, user.password_hash))
-                return password_hash
+                new_hash: str = await self.scrypt.run(lambda: hash_password(password), "checks")
+                await self._commit(lambda store: store.set_password_hash(user.name, new_hash, user.password_hash))
+                return new_hash
         return user.password_hash
-
-    async def hash_password(self, password: str, owner: Hashable) -> str:
-        """Hash a new password. Each owner has one hashed at a time, so that others get through."""
-        return cast(str, await self.scrypt.run(lambda: hash_password(password), owner))
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
@@ -2821,8 +2815,9 @@ class RequestHandler:
         endpoint = route.endpoint
         if route.where == COMMIT:
             if "password" in request.parameters:  # its hash would take too long within the transaction
-                hash_password = self.server.authenticator.hash_password
-                request.password_hash = await hash_password(request.parameters["password"], request.user.id)
+                scrypt = self.server.authenticator.scrypt
+                make_hash = functools.partial(hash_password, request.parameters["password"])
+                request.password_hash = await scrypt.run(make_hash, request.user.id)
                 await self._authorize(route, request)
             size = math.inf if route.who == ADMIN else len(request.query) + len(request.body)  # admins' may take long
             try:
