@@ -1894,12 +1894,36 @@ class Authenticator:
         return hashlib.blake2b(spelling.encode("iso-8859-1"), key=self._secret).digest()
 
     async def authenticate(self, authorization: str | None, find_address: Callable[[], Address | None]) -> User:
-        """Return the user whose credentials an Authorization header holds; raise HTTPError."""
+        """Return the user whose credentials an Authorization header holds; raise HTTPError or StoreBusy."""
         if authorization is None:
             raise HTTPError(401, "log in by HTTP Basic authentication, or with a Bearer token")
         user = self._known_user(authorization)
         while not user:
-            await self._check(authorization, find_address())
+            (name, password), address = decode_credentials(authorization), find_address()
+            # Requests with equal headers share a check. With the row in it, a request that comes after a change of the
+            # password does not join an older check.
+            check, client = (self._digest(authorization), self._store.user(name or "")), client_of(address)
+            is_first, is_right = check not in self._waiting, False
+            if is_first:
+                if len(self._waiting) >= CHECKS_MAX:
+                    raise StoreBusy("no password can be checked just now; try again")
+                self._throttle.charge(client)  # now, or all guesses before the first failure would be free
+            if name and password:
+                self._waiting.setdefault(check, []).append(Wakeup(self._loop))
+                if is_first:
+                    self._loop.start(self._verify(check, password, client))
+                try:
+                    is_right = await ready(0, time.monotonic() + CHECK_SECONDS)
+                except TimeoutError:
+                    raise StoreBusy("the server is too busy; try again") from None
+            if is_right is False:
+                if not is_first:
+                    self._throttle.charge(client)
+                self._metrics.failed_logins += 1
+                # repr escapes characters that could forge another line or field. The address is last for this reason.
+                log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
+                problem = "the token is unknown" if name is None else "the user name or the password is wrong"
+                raise HTTPError(401, problem)
             user = self._known_user(authorization)  # meanwhile, everything may have changed
         return user
 
@@ -1914,35 +1938,9 @@ class Authenticator:
         user = self._store.user(hash_token(token)) if token.startswith(TOKEN_PREFIX) else None
         return user if user and owner in (None, user.name) else None
 
-    async def _check(self, authorization: str, address: Address | None) -> None:
-        name, password = decode_credentials(authorization)
-        # Requests with equal headers share a check. With the row in it, a request that comes after a change of the
-        # password does not join an older check.
-        check, client = (self._digest(authorization), self._store.user(name or "")), client_of(address)
-        is_first, is_right = check not in self._waiting, False
-        if is_first:
-            if len(self._waiting) >= CHECKS_MAX:
-                raise StoreBusy("no password can be checked just now; try again")
-            self._throttle.charge(client)  # now, or all guesses before the first failure would be free
-        if name and password:
-            self._waiting.setdefault(check, []).append(Wakeup(self._loop))
-            if is_first:
-                self._loop.start(self._verify(check, password, client))
-            try:
-                is_right = await ready(0, time.monotonic() + CHECK_SECONDS)
-            except TimeoutError:
-                raise StoreBusy("the server is too busy; try again") from None
-        if is_right is False:
-            if not is_first:
-                self._throttle.charge(client)
-            self._metrics.failed_logins += 1
-            # repr escapes characters that could forge another line or field. The address is last for the same reason.
-            log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
-            raise HTTPError(401, "the token is unknown" if name is None else "the user name or the password is wrong")
-
     async def _verify(self, check: tuple[bytes, User | None], password: str, client: Hashable) -> None:
         (digest, user), waiting = check, self._waiting[check]
-        stored = user.password_hash if user else self._unknown_user_hash
+        name, stored = (user.name, user.password_hash) if user else ("", self._unknown_user_hash)
 
         def verify() -> bool | None:
             return verify_password(password, stored) if any(map(Wakeup.is_wanted, waiting)) else None
@@ -1950,8 +1948,13 @@ class Authenticator:
         result: bool | Exception | None  # None if no request waited in the end
         try:
             result = await (self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads).run(verify, "checks")
-            if result and user:
-                self._verified[digest] = (user.name, await self._renew_hash(user, password))
+            if result:
+                with contextlib.suppress(StoreError, sqlite3.Error):  # the old hash is good too
+                    if not stored.startswith(hash_parameters()):  # it is another program's, or has other parameters
+                        new_hash: str = await self.scrypt.run(lambda: hash_password(password), "checks")
+                        await self._commit(lambda store: store.set_password_hash(name, new_hash, stored))
+                        stored = new_hash
+                self._verified[digest] = (name, stored)
                 if len(self._verified) > CREDENTIALS_MAX:
                     del self._verified[next(iter(self._verified))]
         except Exception as error:  # noqa: BLE001 - the requests raise it
@@ -1960,15 +1963,6 @@ class Authenticator:
             self._throttle.refund(client)
         for wakeup in self._waiting.pop(check):
             wakeup(result)
-
-    async def _renew_hash(self, user: User, password: str) -> str:
-        # Replaces a hash by another program or with other parameters, and returns the hash that is stored then.
-        with contextlib.suppress(StoreError, sqlite3.Error):  # the old hash is good too
-            if not user.password_hash.startswith(hash_parameters()):
-                new_hash: str = await self.scrypt.run(lambda: hash_password(password), "checks")
-                await self._commit(lambda store: store.set_password_hash(user.name, new_hash, user.password_hash))
-                return new_hash
-        return user.password_hash
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
