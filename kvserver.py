@@ -3133,7 +3133,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.outbox = Outbox(self.reader, self.loop, self.commit, self.metrics, self.errors)
         self.changes: collections.deque[Change] = collections.deque()  # for the next transaction
         self.stopping = self._is_finished = self._is_committing = False
-        self._has_expired = False  # whether there are pairs to be deleted in passing
         self._days_noted: dict[int, int] = {}  # by a token's id, on which day its use was last noted
         self._polls_state = b""  # of the database, when all polls were last looked at
         self._next_checkpoint = 0.0  # monotonic seconds
@@ -3183,10 +3182,11 @@ class Server(http.server.ThreadingHTTPServer):
         """Run the loop until the server has stopped, and commit the changes that come in."""
         accepting = self.loop.start(self._accept())
         self.loop.start(self._keep_house(accepting))
+        self.loop.start(self._delete_expired())
         gathering_since = 0.0
         while not self._is_finished:
-            is_busy = self.loop.run_once(may_wait=not self._may_commit())
-            if self._may_commit():
+            is_busy = self.loop.run_once(may_wait=self._is_committing or not self.changes)
+            if self.changes and not self._is_committing:
                 now = time.monotonic()
                 gathering_since = gathering_since or now
                 # While other requests come in, so do changes. Those that share a commit take hardly longer than one.
@@ -3196,7 +3196,7 @@ class Server(http.server.ThreadingHTTPServer):
                     self.loop.start(self._commit())
 
     async def _keep_house(self, accepting: Task) -> None:
-        """Look for other processes' changes, expired pairs and new deliveries until the stop.
+        """Look for other processes' changes and new deliveries until the stop.
 
         Then close idle connections, let requests under way end, and drop those that take too long.
         """
@@ -3207,7 +3207,6 @@ class Server(http.server.ThreadingHTTPServer):
                     self._polls_state = state
                     self._wake_polls(None)
                 self._bound_unsent()
-                self._has_expired = self.reader.has_expired()
                 self.outbox.look()
             except sqlite3.Error:  # requests report a failing disk
                 pass
@@ -3232,6 +3231,13 @@ class Server(http.server.ThreadingHTTPServer):
                 break
             await sleep(SHORT_POLL_SECONDS)
         self._is_finished = True
+
+    async def _delete_expired(self) -> None:
+        while not self.stopping:
+            with contextlib.suppress(StoreError, sqlite3.Error):  # requests report a failing disk
+                while self.reader.has_expired() and not self.stopping:
+                    await self.commit(Store.delete_expired)
+            await sleep(POLL_SECONDS)
 
     async def _accept(self) -> None:
         self.loop.use(self.socket)
@@ -3288,10 +3294,6 @@ class Server(http.server.ThreadingHTTPServer):
             self.changes.remove(change)
             raise StoreBusy("the server is too busy; try again") from None
 
-    def _may_commit(self) -> bool:
-        # Expired pairs wait for changes, unless hooks must hear of them.
-        return not self._is_committing and bool(self.changes or (self._has_expired and self.outbox.has_hooks))
-
     async def _commit(self) -> None:
         # The loop waits for a quick disk. A thread waits for a slow one, and runs transactions that may take long: reads
         # go on, and changes gather for the next transaction.
@@ -3304,17 +3306,10 @@ class Server(http.server.ThreadingHTTPServer):
                 wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
                 changes.append(change)
                 size += change_size
-            deletions: list[Callable[[Store], Any]] = [Store.delete_expired] if self._has_expired else []
-            operations = [*deletions, *(operation for operation, _, _ in changes)]  # deletions make room
-            state_before = self.reader.state()
+            operations, state_before = [operation for operation, _, _ in changes], self.reader.state()
             is_quick = size < QUICK_CHANGES_BYTES_MAX and self.writer.commit_seconds < QUICK_COMMIT_SECONDS
             commit = functools.partial(self.writer.commit, operations)
             results = commit() if is_quick else await self.disk.run(commit)
-            if deletions:
-                deleted = results.pop(0)
-                self._has_expired = deleted is True
-                if isinstance(deleted, Exception):
-                    self.errors.write(f"expired pairs cannot be deleted: {deleted}")
             for number, ((_, wakeup, _), result) in enumerate(zip(changes, results), 1):
                 if not is_quick and number % TURN_ANSWERS == 0:  # reads do not wait for many responses
                     await self.loop.turn()
@@ -3334,7 +3329,6 @@ class Server(http.server.ThreadingHTTPServer):
             await sleep(LOCK_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
             as_http_error(error, self.errors)
-            self._has_expired = False  # until the next look
             failed = changes or self.changes
             for _, wakeup, _ in failed:
                 wakeup(error)
