@@ -868,14 +868,13 @@ class CachingStore(Store):
     def wal_pages(self) -> int:
         return int.from_bytes(self._shared[16:20], sys.byteorder)
 
-    def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> bool:
-        """Return whether only one commit lies between two states; if it was ours, keep all rows but the changed pairs."""
+    def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> None:
+        """Keep all rows but the changed pairs, if only one commit lies between the states: ours."""
         before, after = (int.from_bytes(header[8:12], sys.byteorder) for header in (state_before, state))
         if after == before + 1 and self._rows_state == state_before and changed_pairs is not None:
             for pair in changed_pairs:
                 self._rows.pop(pair, None)
             self._rows_state = state
-        return after == before + 1
 
     def _current_rows(self) -> dict[Any, Any]:
         state = self.state()
@@ -2649,7 +2648,6 @@ class RequestHandler:
         self.received = bytearray()
         self.state, self.started = IDLE, time.monotonic()  # the connection, and later the request
         self.deadline = self.started + FIRST_BYTE_SECONDS  # for the next bytes
-        self.body_pending = True  # whether bytes of the request may still be on their way
         self.unsent_bytes = 0  # length of a response that the client is slow to take
         self.route: Route | None = None  # of the request
         self.fields: Fields | None = None  # of the last request
@@ -3337,14 +3335,16 @@ class Server(http.server.ThreadingHTTPServer):
             self._is_committing = False
 
     def _bound_unsent(self) -> None:
-        # The user with the longest unsent responses loses connections.
-        while sum(handler.unsent_bytes for handler in self.connections.values()) > UNSENT_BYTES_MAX:
-            unsent: collections.Counter[int] = collections.Counter()
-            for handler in self.connections.values():
+        handlers = self.connections.values()
+        while True:
+            unsent = collections.Counter[int]()  # bytes by user
+            for handler in handlers:
                 unsent[handler.login[1].id] += handler.unsent_bytes
-            user_id = unsent.most_common(1)[0][0]
-            theirs = (each for each in self.connections.values() if each.unsent_bytes and each.login[1].id == user_id)
-            self.loop.throw(min(theirs, key=lambda handler: handler.deadline).task, Cancelled())
+            if unsent.total() <= UNSENT_BYTES_MAX:
+                return
+            # The user with the most loses the longest response.
+            longest = max(handlers, key=lambda handler: (unsent[handler.login[1].id], handler.unsent_bytes))
+            self.loop.throw(longest.task, Cancelled())
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
