@@ -506,10 +506,9 @@ class Store:
         try:
             return self._connection.execute(statement, parameters)
         except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code not in FAILURES:
+            kind, message = FAILURES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, (None, ""))
+            if kind is None:
                 raise
-            kind, message = FAILURES[code]
             raise kind(message) from error
 
     def _migrate(self) -> None:
@@ -630,10 +629,10 @@ class Store:
         with self._connection:  # commits, or rolls back after an error
             for user in users:
                 self.add_user(user.name, user.password_hash, user.is_admin)
-            rows = self._execute("SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)")
-            unknown = [name for (name,) in rows]
+            select = "SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)"
+            unknown = ", ".join(name for (name,) in self._execute(select))
             if unknown:
-                raise StoreError(f"nothing was imported: {NoSuchUser(', '.join(unknown))}")
+                raise StoreError(f"nothing was imported: {NoSuchUser(unknown)}")
             expired = self._execute("DELETE FROM imported WHERE expires <= ?", time.time())
             insert = f"""INSERT INTO pair (user_id, key, value, updated, expires)
                 SELECT id, key, value, updated, expires FROM imported JOIN user USING (name) WHERE TRUE {REPLACE}"""
@@ -705,8 +704,7 @@ class Store:
         self._change_users(NoSuchUser(name), insert, digest, label, is_read_only, prefix, time.time(), name)
 
     def note_token_use(self, token_id: int, day: int) -> None:
-        update = "UPDATE token SET last_used_day = ? WHERE id = ?"
-        self._change_users(NoSuchToken(f"no token {token_id}"), update, day, token_id)
+        self._change_users(NoSuchToken(), "UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
 
     def delete_token(self, name: str, token_id: int) -> None:
         refusal = NoSuchToken(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
@@ -919,8 +917,7 @@ def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = 
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         return Store(path, mb_max=mb_max, migrate=migrate)
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise StoreError(f"cannot use the database {path}: {reason}") from error
+        raise StoreError(f"cannot use the database {path}: {getattr(error, 'strerror', error)}") from error
 
 
 # ---- HTTP messages ---------------------------------------------------------------------------------------------------
