@@ -1901,7 +1901,7 @@ class Authenticator:
             check, client = (self._digest(authorization), self._store.user(name or "")), client_of(address)
             is_first, is_right = check not in self._waiting, False
             if is_first:
-                if len(self._waiting) >= CHECKS_MAX:
+                if len(self._waiting) >= CHECKS_MAX and name and password:
                     raise StoreBusy("no password can be checked just now; try again")
                 self._throttle.charge(client)  # now, or all guesses before the first failure would be free
             if name and password:
