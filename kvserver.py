@@ -103,7 +103,7 @@ FAILURE_SECONDS = 30  # until it may have one more
 
 WORKERS_MAX = 4  # threads for slow requests
 FIRST_BYTE_SECONDS = 10  # and as long for a handshake before it
-REQUEST_SECONDS = 10
+REQUEST_SECONDS = 10  # for the head of a request, and again for its body
 IDLE_SECONDS = 30
 SEND_SECONDS = 10  # without any progress
 
@@ -2769,10 +2769,9 @@ class RequestHandler:
         fields, user = self.login
         headers = request.fields.headers
         if request.fields is not fields or not self.server.reader.is_current(user):
-            find_address, begun = functools.partial(self._address, request), time.monotonic()
+            find_address = functools.partial(self._address, request)
             user = await self.server.authenticator.authenticate(headers.get("authorization"), find_address)
             self.login = (request.fields, user)
-            self.deadline += time.monotonic() - begun  # this time is not the client's fault
         request.user = user
         if route.who != USER:
             check_visitor(user, route.who)
@@ -2788,7 +2787,7 @@ class RequestHandler:
     async def _receive_parameters(self, route: Route, request: Request) -> None:
         if "expect" in request.fields.headers and not request.fields.is_http_1_0:
             await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.state = RECEIVING
+        self.state, self.deadline = RECEIVING, time.monotonic() + REQUEST_SECONDS
         length, body = request.fields.body_length, bytearray()
         while not (take_chunks(self.received, body) if length == CHUNKED else len(self.received) >= length):
             await self._receive_more()
@@ -3144,7 +3143,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def server_close(self) -> None:
-        """Close all that the server has opened."""
         super().server_close()
         for part in (self.loop, self.outbox, self.reader, self.writer):
             part.close()
@@ -3257,7 +3255,6 @@ class Server(http.server.ThreadingHTTPServer):
                 await sleep(SHORT_POLL_SECONDS)  # further connections wait in the listen queue
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection."""
         request.setblocking(False)
         self.connections[request] = handler = RequestHandler(request, client_address, self)
         self.loop.start(handler.handle())
