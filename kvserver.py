@@ -540,7 +540,7 @@ class Store:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path), self._file):
                 return
-        raise StoreError(f"{self.path} has been deleted or replaced; stop the server before, and start it now")
+        raise StoreError(f"{self.path} has been deleted or replaced; restart the server, and next time stop it first")
 
     def checkpoint(self) -> bool:
         """Copy the whole write-ahead log into the database; return whether the next commit restarts the log."""
@@ -2137,7 +2137,7 @@ def report_metrics(store: Store, request: Request) -> Response:
 
 HTML = "text/html; charset=utf-8"
 PAGE_ROWS_MAX = 100
-EDITED_BYTES_MAX = BODY_BYTES_MAX // 6 - 1024  # a form takes six bytes for a newline, and some for its other fields
+FORM_BYTES_MAX = BODY_BYTES_MAX - 4096  # of an edited value, with room for the other fields
 USER_FIELDS = ("action", "username", "password", "isAdmin", "id", "page")
 OWN_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page", "etag")
 # Signs replace characters that are invisible or reverse the text around them (Unicode standard annex 9).
@@ -2161,11 +2161,13 @@ table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.val
 th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid GrayText;text-align:left;vertical-align:top}
 .values th:last-child{width:10rem}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
 textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace}td,pre,code{white-space:pre-wrap}
-p [title]::after{content:" (" attr(title) ")"}form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}
+p time::after{content:" (" attr(datetime) ")"}td time:hover::after{content:attr(datetime);position:absolute;
+right:0;padding:.1rem .5rem;white-space:nowrap;color:Canvas;background:CanvasText}form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}
 form{max-width:32rem;margin:.75rem 0}.bare,.search{padding:0;border:0}td form{margin:.35rem 0 0}
 .search,.turns{display:flex;align-items:end;gap:.5rem 1rem}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
 input:not([type=checkbox],[hidden]),textarea{display:block;width:100%}input,textarea,button{padding:.5rem .75rem}
-input,button{font:inherit}td button{padding:.15rem .6rem}.bad,[role=alert]{color:#fff;background:#b3261e}
+input,button{font:inherit}button{color:#fff;background:#0a5cc2;border:0;border-radius:.4rem;cursor:pointer}
+td button{padding:.15rem .6rem}.bad,[role=alert]{color:#fff;background:#b3261e}
 [role=alert],#done{margin:0;padding:.5rem;font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
 @media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
 """)
@@ -2280,7 +2282,7 @@ def make_question(request: Request, word: str, what: str, action: str, hidden: H
 
 
 def make_time(seconds: float | None) -> str:
-    """Return a time in unix seconds in words, such as 3 minutes ago or in 2 days, and the exact time as its title."""
+    """Return a time in unix seconds in words, such as 3 minutes ago or in 2 days; the style shows the exact time."""
     if seconds is None:
         return "never"
     words, left = "now", seconds - time.time()
@@ -2289,7 +2291,7 @@ def make_time(seconds: float | None) -> str:
         if count:
             words = f"{count} {unit}" + ("s" if count > 1 else "")
             words = f"in {words}" if left > 0 else f"{words} ago"
-    return fill('<span title="{}">{}</span>', utc_second(seconds), words)
+    return fill('<time datetime="{}">{}</time>', utc_second(seconds), words)
 
 
 def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
@@ -2425,7 +2427,8 @@ def value_page(store: Store, request: Request) -> Response:
     value, hidden = stored.decode("utf-8"), {"page": "state", "etag": pair.etag if pair else ""}
     if pair:
         parts.append(fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires)))
-    is_editable = len(stored) <= EDITED_BYTES_MAX and b"\0" not in stored and b"\r" not in stored
+    encoded = urllib.parse.quote(stored.replace(b"\n", b"\r\n").replace(b"~", b"!"), safe=" *")  # as browsers do
+    is_editable = len(encoded) <= FORM_BYTES_MAX and b"\0" not in stored and b"\r" not in stored
     if is_editable:
         area = {"rows": min(20, value.count("\n") + 2), "value": value if typed is None else typed}
         parts.append(make_form(request, "set", EDIT_VALUE, hidden, url, **area))
@@ -3475,6 +3478,10 @@ def back_up(arguments: argparse.Namespace) -> None:
                     store.back_up(copy)
                     os.fsync(file.fileno())
                 os.replace(copy, path)
+            with contextlib.suppress(OSError):  # Windows cannot open folders
+                descriptor = os.open(folder, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
         except (OSError, sqlite3.Error) as error:
             raise CommandError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     print(f"wrote {path}")
@@ -3620,6 +3627,7 @@ def read_password(arguments: argparse.Namespace) -> str:
         import getpass
 
         password = getpass.getpass(f"Password for {arguments.name}: ")
+        check_password(password)
         if getpass.getpass("The same again: ") != password:
             raise CommandError("the passwords differ; nothing was changed")
     check_password(password)
@@ -3635,6 +3643,10 @@ def print_table(*rows: Sequence[str]) -> None:
 def add_user(arguments: argparse.Namespace) -> None:
     """Add a user. The command asks for the password."""
     check_user_name(arguments.name)
+    if os.path.exists(arguments.db):
+        with contextlib.closing(open_store(arguments.db)) as store:
+            if store.user(arguments.name):  # before somebody types a password
+                raise CommandError(f"the user {arguments.name} exists; to set the password, use passwd")
     password_hash = hash_password(read_password(arguments))
     with contextlib.closing(open_store(arguments.db)) as store:
         store.add_user(arguments.name, password_hash, arguments.admin)
@@ -3696,6 +3708,8 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     check_label_and_prefix(arguments.label, "")
     url = arguments.url
     if url == "-":
+        if sys.stdin.isatty():
+            print("Type the URL, and press Enter:", file=sys.stderr)
         url = sys.stdin.buffer.readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
     parts = parse_hook_url(url)
     origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"

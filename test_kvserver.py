@@ -4027,7 +4027,7 @@ class OwnPages(PageCase):
         answer = self.see(200, "/me/")
         rows = [row[:2] for row in Page(answer).rows if len(row) == 3]
         self.assertEqual([["Key", "Value"], *map(list, shown.items())], rows)
-        times = re.findall(r'<span title="([^"]+)">([^<]+)</span>', answer.body.decode())
+        times = re.findall(r'<time datetime="([^"]+)">([^<]+)</time>', answer.body.decode())
         self.assertRegex(times[0][0], r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ\Z")
         self.assertIn("in 1 hour", [words for _, words in times])
         for key in (" ", " a", "a ", "\u202eabc", "\u200b"):  # invisible characters
@@ -4127,10 +4127,10 @@ class OwnPages(PageCase):
         self.assertIsNone(getattr(self.store.pair(1, "a"), "expires", ""))
 
     def test_a_value_that_a_form_cannot_carry_is_shown_and_not_editable(self) -> None:
-        room = kvserver.EDITED_BYTES_MAX
+        room = kvserver.FORM_BYTES_MAX
         for is_editable, values in (
-            (True, ("é" * (room // 2), "\n" * room)),
-            (False, ("a\0b", "a\rb", "a\r\nb", "a" * (room + 1))),
+            (True, ("a" * kvserver.VALUE_BYTES_MAX, "é" * (room // 6), "\n" * (room // 6), "~" * (room // 3))),
+            (False, ("a\0b", "a\rb", "a\r\nb", "é" * (room // 6 + 1), "\n" * (room // 6 + 1))),
         ):
             for value in values:
                 self.store.set_value(1, "a", value)
@@ -5327,6 +5327,8 @@ class Terminal(CommandCase):
         for command, code, expected, *answers in (
             ("adduser", 1, "kvserver: interrupted; nothing was changed", (asks, "\x03")),
             ("adduser", 0, "added the user alice", (asks, "pässword1\n"), (again, "pässword1\n")),
+            ("adduser", 1, "the user alice exists"),  # before anybody types
+            ("passwd", 1, "at least 8 characters", (asks, "short\n")),
             ("passwd", 1, "nothing was changed", (asks, "pässword2\n"), (again, "pässword3\n")),
         ):
             exit_code, shown = self.type_in([command, "alice"], *answers)
