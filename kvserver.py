@@ -455,7 +455,7 @@ class NoSuchToken(StoreError): ...
 
 class NoSuchUser(StoreError):
     def __str__(self) -> str:
-        return f"no user {self.args[0]}; add one with: python kvserver.py adduser NAME"
+        return f"no user {self.args[0]}; list all with: python kvserver.py users; add one with: python kvserver.py adduser NAME"
 
 
 # By result code of SQLite, the error to raise, and its message. The user of a pair is the only constraint that may fail.
@@ -917,7 +917,7 @@ def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = 
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         return Store(path, mb_max=mb_max, migrate=migrate)
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
-        raise StoreError(f"cannot use the database {path}: {getattr(error, 'strerror', error)}") from error
+        raise StoreError(f"cannot use the database {path}: {getattr(error, 'strerror', error)}; see --db") from error
 
 
 # ---- HTTP messages ---------------------------------------------------------------------------------------------------
@@ -974,7 +974,7 @@ def decode_utf8(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise HTTPError(400, f"{name} is not UTF-8; send text in UTF-8") from None
+        raise HTTPError(400, f"{name} is not UTF-8; send UTF-8 (in an address, ü is %C3%BC)") from None
 
 
 class Fields(NamedTuple):
@@ -1225,7 +1225,9 @@ def parse_form(text: str) -> list[tuple[str, str]]:
                 value = decode_utf8(urllib.parse.unquote_to_bytes(value.replace("+", " ")), "a parameter")
             pairs.append((name, value))
         elif field:  # a typing error must not store an empty value
-            raise HTTPError(400, f"the parameter {name!r:.40} has no value; write NAME=VALUE")
+            raise HTTPError(
+                400, f"the parameter {name!r:.40} has no value; write {name:.40}=VALUE, and & in a value as %26"
+            )
     return pairs
 
 
@@ -1325,7 +1327,7 @@ def check_value(value: str) -> None:
 
 
 def require_value(request: Request) -> str:
-    value = required(request, "value", "; send it as in ?key=door&value=open, or as the body; value= is empty")
+    value = required(request, "value", "; send &value=open (in a shell, quote the address), or the value as the body")
     check_value(value)
     return value
 
@@ -1856,7 +1858,7 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
     if scheme.lower() == "bearer":
         return None, credentials.strip(" ")
     if scheme.lower() != "basic":
-        raise HTTPError(401, "this authentication scheme is not supported; use Basic, or Bearer")
+        raise HTTPError(401, "send a token as Authorization: Bearer TOKEN; the only other scheme is Basic")
     try:
         text = base64.b64decode(credentials.strip(" "), validate=True).decode("utf-8")
     except ValueError:
@@ -1892,7 +1894,10 @@ class Authenticator:
     async def authenticate(self, authorization: str | None, find_address: Callable[[], Address | None]) -> User:
         """Return the user whose credentials an Authorization header holds; raise HTTPError or StoreBusy."""
         if authorization is None:
-            raise HTTPError(401, "log in by HTTP Basic authentication, or with a Bearer token")
+            raise HTTPError(
+                401,
+                "log in with a user name and a password (curl -u NAME:PASSWORD), or with Authorization: Bearer TOKEN",
+            )
         user = self._known_user(authorization)
         while not user:
             (name, password), address = decode_credentials(authorization), find_address()
@@ -1967,7 +1972,7 @@ class Authenticator:
 NUMBER_DIGITS_MAX = 100
 NUMBER = re.compile(rf"-?(?:[0-9]{{1,{NUMBER_DIGITS_MAX}}}|(?=[0-9.]{{3,{NUMBER_DIGITS_MAX + 1}}}\Z)[0-9]+\.[0-9]+)")
 A_NUMBER = f"a number such as 5, -1 or 0.25, without +, of at most {NUMBER_DIGITS_MAX} digits"
-UNKNOWN_KEY = "this key does not exist; store a value under it first"
+UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
 
 
 def expiry(request: Request, otherwise: float | None = None) -> float | None:
@@ -2020,6 +2025,8 @@ def get_value(store: Store, request: Request) -> Response:
     if pair and len(request.parameters) == 1 and "if-none-match" not in request.fields.headers:  # the usual case
         return Response(pair.value, headers=(("ETag", pair.etag),))
     form, default = take_choice(request, "format", ("json", "age")), request.parameters.get("default")
+    if form and default is not None:
+        raise HTTPError(400, "the parameter default is for the plain value; leave out format")
     wait_until = end_of_wait(request, pair)
     if wait_until:
         return Response(wait_until=wait_until)
@@ -2570,7 +2577,11 @@ API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or
 
 # Errors that the client or a second try can correct. Some of their own messages name commands, which clients don't have.
 REFUSALS = {BadCredential: 400, NoSuchUser: 401, NoSuchToken: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
-MESSAGES = {401: "the user has been deleted", 404: "this token has been deleted", 408: "the request came too slowly"}
+MESSAGES = {
+    401: "the user has been deleted",
+    404: "there is no such token, or no longer",
+    408: "the request came too slowly",
+}
 
 
 def find_routes(path: str, base_path: str) -> tuple[dict[str, Route], str]:
@@ -3054,7 +3065,7 @@ class Outbox:
         if not pause and not is_success:
             self._drop(hook, 1, answer.text if is_proven else f"a day old, {answer.text}")
         elif pause and next_pause == 1:
-            self._errors.write(f"{hook}: {result}; trying again until it is a day old", DROPPED_SECONDS)
+            self._errors.write(f"{hook}: {result}; trying again for 24 hours", DROPPED_SECONDS)
         return is_proven, pause
 
     def _drop(self, hook: str, count: int, reason: str) -> None:
@@ -3406,8 +3417,9 @@ def read_config(path: str) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             members = parse_json(file.read())
-    except (ValueError, HTTPError) as error:
-        raise CommandError(f"cannot read the configuration file {path}: {error}") from None
+    except (OSError, ValueError, HTTPError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot read the configuration file {path}: {reason}") from None
     if not isinstance(members, dict):
         raise CommandError(f"the configuration file {path} is not a JSON object")
     config = {}
@@ -3741,7 +3753,7 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
     answer = deliver(url, os.urandom(16).hex(), members)
     print(answer.text, flush=True)
     if not answer.is_success():
-        raise CommandError(f"the test of hook {arguments.id} failed: the status was not 2xx. Check the program there")
+        raise CommandError(f"the test of hook {arguments.id} failed; check the URL and the program there")
 
 
 def announce(server: Server, store: Store) -> None:
@@ -3783,8 +3795,9 @@ def serve(arguments: argparse.Namespace) -> None:
             server = Server(store.path, certificate=certificate, **settings)
         except (OSError, UnicodeError) as error:
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
+            hint = "perhaps kvserver runs already; " if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
             reason = error.strerror if isinstance(error, OSError) else "this is not a host name"
-            raise CommandError(f"cannot listen on {where}: {reason}; see --host and --port") from None
+            raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         if hasattr(signal, "SIGHUP"):  # closing the terminal sends it too, and must not stop the server
