@@ -703,8 +703,11 @@ class Store:
             SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"""
         self._change_users(NoSuchUser(name), insert, digest, label, is_read_only, prefix, time.time(), name)
 
-    def note_token_use(self, token_id: int, day: int) -> None:
-        self._change_users(NoSuchToken(), "UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
+    def note_token_uses(self, days: Mapping[int, int]) -> None:
+        """Store the day of the last use of tokens, by their ids. Some may have been deleted."""
+        self.changed_more = True
+        for token_id, day in days.items():
+            self._execute("UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
 
     def delete_token(self, name: str, token_id: int) -> None:
         refusal = NoSuchToken(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
@@ -866,13 +869,15 @@ class CachingStore(Store):
     def wal_pages(self) -> int:
         return int.from_bytes(self._shared[16:20], sys.byteorder)
 
-    def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> None:
-        """Keep all rows but the changed pairs, if only one commit lies between the states: ours."""
+    def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> bool:
+        """If only our commit lies between the states, keep all rows but the changed pairs, and return True."""
         before, after = (int.from_bytes(header[8:12], sys.byteorder) for header in (state_before, state))
-        if after == before + 1 and self._rows_state == state_before and changed_pairs is not None:
-            for pair in changed_pairs:
-                self._rows.pop(pair, None)
-            self._rows_state = state
+        if after != before + 1 or self._rows_state != state_before or changed_pairs is None:
+            return False
+        for pair in changed_pairs:
+            self._rows.pop(pair, None)
+        self._rows_state = state
+        return True
 
     def _current_rows(self) -> dict[Any, Any]:
         state = self.state()
@@ -1512,7 +1517,7 @@ class Gate:
     """Bounds how many tasks hold a key at once. Further ones wait in line."""
 
     def __init__(self, loop: Loop) -> None:
-        self._loop, self._taken = loop, collections.Counter[Hashable]()
+        self._loop, self.taken = loop, collections.Counter[Hashable]()
         self._line: list[tuple[Mapping[Hashable, int], Wakeup]] = []
 
     async def enter(self, bounds: Mapping[Hashable, int]) -> None:
@@ -1522,14 +1527,14 @@ class Gate:
 
     def leave(self, bounds: Mapping[Hashable, int]) -> None:
         """Give keys back."""
-        self._taken -= collections.Counter(bounds.keys())
+        self.taken -= collections.Counter(bounds.keys())
         line, self._line = self._line, []
         self._admit(line)
 
     def _admit(self, line: Iterable[tuple[Mapping[Hashable, int], Wakeup]]) -> None:
         for bounds, wakeup in line:
-            if all(self._taken[key] < most for key, most in bounds.items()):
-                self._taken.update(bounds.keys())
+            if all(self.taken[key] < most for key, most in bounds.items()):
+                self.taken.update(bounds.keys())
                 wakeup()
             else:
                 self._line.append((bounds, wakeup))
@@ -1581,7 +1586,7 @@ class Threads:
 
 TLS_SEND_BYTES = 64 * 1024  # at a time: within that, TLS reports no progress
 TLS_RECEIVE_BYTES = 4 * 1024  # at a time: records without data take a millisecond for each 1.4 KB
-TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # of such records, or of TLS's own replies; the longest record with data has 16 KiB
+TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # received beyond 64 for each byte of data, or of TLS's own replies
 
 
 class SecureSocket:
@@ -1591,7 +1596,7 @@ class SecureSocket:
         self._connection = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._is_open, self._fruitless_bytes = False, 0  # after the handshake; received since the last data
+        self._is_open, self._fruitless_bytes = False, 0  # after the handshake
         self._encrypted, self._in_flight = b"", 0  # bytes to send, and the length of the data in them
 
     async def shake_hands(self, threads: Threads, owner: Hashable, deadline: float) -> None:
@@ -1634,7 +1639,7 @@ class SecureSocket:
         except ssl.SSLError as error:
             raise ConnectionAbortedError from error
         decrypted = b"".join(parts)
-        self._fruitless_bytes = 0 if decrypted else self._fruitless_bytes + len(data)
+        self._fruitless_bytes = max(0, self._fruitless_bytes + len(data) - 64 * len(decrypted))
         if max(self._fruitless_bytes, self._outgoing.pending) > TLS_FRUITLESS_BYTES_MAX:
             raise ConnectionAbortedError
         if not decrypted and not is_at_end:
@@ -2707,8 +2712,8 @@ class RequestHandler:
         del response  # its body may be long
         await self._send(data)
         if self.body_pending:
-            # Discard the rest of the request until the client has read the response and closes. Closing a connection with
-            # unread bytes would reset it, and the client would lose the response (RFC 9112 section 9.6).
+            # Discard the rest of the request until the client has read the response and closes. To close a connection
+            # with unread bytes would reset it, and the client would lose the response (RFC 9112 section 9.6).
             self.state, deadline = RECEIVING, time.monotonic() + LINGER_SECONDS
             self.connection.shutdown(socket.SHUT_WR)
             while await receive(self.socket, RECEIVE_BYTES, deadline):
@@ -2790,7 +2795,9 @@ class RequestHandler:
         if route.who != USER:
             check_visitor(user, route.who)
         if user.token:
-            self.server.note_use(user.token)
+            today = int(time.time() // DAY_SECONDS)
+            if user.token.last_used_day != today:
+                self.server.token_uses[user.token.id] = today
         if route.where == COMMIT:
             check_same_site(headers)
             if user.token and user.token.is_read_only:
@@ -2940,22 +2947,14 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadl
     return answer or Answer(0, problem)
 
 
-def exchange_bounds(origin: str, is_long: bool, is_doubtful: bool) -> dict[Hashable, int]:
-    """Return how many exchanges of a kind may run at once: half of each if the hook's last attempt failed."""
-    most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
-    bounds: dict[Hashable, int] = {is_long: most, (is_long, origin): ORIGIN_EXCHANGES_MAX}
-    return bounds | ({("doubtful", key): max(1, most // 2) for key, most in bounds.items()} if is_doubtful else {})
-
-
 class Outbox:
     """Sends deliveries. Each hook has one task, which sends its deliveries in order, one at a time."""
 
     def __init__(self, store: Store, loop: Loop, commit: Commit, metrics: Metrics, errors: ErrorLog) -> None:
         self._store, self._loop, self._commit, self._metrics, self._errors = store, loop, commit, metrics, errors
         self._threads = Threads(loop, EXCHANGES_MAX + LONG_EXCHANGES_MAX)
-        self._gate = Gate(loop)
+        self.gate = Gate(loop)  # held by exchanges under way, until their results are stored
         self.has_hooks = self._is_sender = self._is_stopped = False
-        self.busy: set[int] = set()  # hooks with an exchange under way, or its result not yet stored
         self._running: set[int] = set()  # hooks with a task
         self._newest = 0  # id of the newest delivery that has been seen
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
@@ -3013,17 +3012,19 @@ class Outbox:
                 next_one = self._store.next_delivery(hook_id, with_values=False)
                 if not next_one or self._is_stopped:
                     return
-                bounds = exchange_bounds(origin, next_one.size > LONG_DELIVERY_BYTES, not is_proven)
-                await self._gate.enter(bounds)
-                self.busy.add(hook_id)
+                is_long = next_one.size > LONG_DELIVERY_BYTES
+                most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
+                bounds: dict[Hashable, int] = {is_long: most, (is_long, origin): ORIGIN_EXCHANGES_MAX}
+                if not is_proven:  # half of each is for hooks that work
+                    bounds |= {("doubtful", kind): max(1, most // 2) for kind, most in bounds.items()}
+                await self.gate.enter(bounds)
                 try:
                     delivery = self._store.next_delivery(hook_id, with_values=True)
                     if delivery is None or delivery.number != next_one.number or self._is_stopped:
                         continue  # while it waited, that one has been deleted, or the server stopped
                     is_proven, pause = await self._try(delivery, is_proven, next_pause)
                 finally:
-                    self.busy.discard(hook_id)
-                    self._gate.leave(bounds)
+                    self.gate.leave(bounds)
                 delivery = None  # its values may be long
                 next_pause = min(2 * next_pause, HOOK_RETRY_SECONDS_MAX) if pause else 1.0
                 if pause:
@@ -3110,27 +3111,19 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 128
     allow_reuse_port = False  # a second server on the port must fail, not take half of the connections
 
-    def __init__(
-        self,
-        path: str,
-        host: str,
-        port: int,
-        base_path: str = DEFAULT_BASE_PATH,
-        log_requests: bool = False,
-        max_connections: int = DEFAULT_CONNECTIONS_MAX,
-        max_db_mb: int = DEFAULT_DATABASE_MB_MAX,
-        trusted_proxy: Networks = (),
-        certificate: Certificate | None = None,
-    ) -> None:
-        """Use the database at path, bind host and port and listen, by TLS with a certificate; raise OSError."""
+    def __init__(self, path: str, settings: Mapping[str, Any], certificate: Certificate | None = None) -> None:
+        """Use the database at path, and listen, by TLS with a certificate; raise OSError. SETTINGS has the settings."""
         # An empty host is all interfaces: the IPv6 wildcard serves IPv4 as well, where the machine can do that.
-        host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-        passive = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        host = settings["host"] or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+        passive = socket.getaddrinfo(host, settings["port"], type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, address = passive[0][::4]
-        self.base_path, self.certificate, self.trusted_proxy = base_path, certificate, trusted_proxy
-        self.log_requests, self.max_connections = log_requests, max_connections
+        self.base_path: str = settings["base_path"]
+        self.trusted_proxy: Networks = settings["trusted_proxy"]
+        self.log_requests: bool = settings["log_requests"]
+        self.max_connections: int = settings["max_connections"]
+        self.certificate = certificate
         self.errors = ErrorLog()
-        self.reader, self.writer = CachingStore(path), Store(path, wait=0, mb_max=max_db_mb)
+        self.reader, self.writer = CachingStore(path), Store(path, wait=0, mb_max=settings["max_db_mb"])
         self.loop = Loop(lambda error: as_http_error(error, self.errors))
         # A slow commit must not wait for long lists, nor they for it.
         self.threads, self.disk = Threads(self.loop, WORKERS_MAX), Threads(self.loop, 1)
@@ -3141,7 +3134,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.outbox = Outbox(self.reader, self.loop, self.commit, self.metrics, self.errors)
         self.changes: collections.deque[Change] = collections.deque()  # for the next transaction
         self.stopping = self._is_finished = self._is_committing = False
-        self._days_noted: dict[int, int] = {}  # by a token's id, on which day its use was last noted
+        self.token_uses: dict[int, int] = {}  # days not yet stored, by the token's id
         self._polls_state = b""  # of the database, when all polls were last looked at
         self._next_checkpoint = 0.0  # monotonic seconds
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
@@ -3160,11 +3153,6 @@ class Server(http.server.ThreadingHTTPServer):
         super().server_close()
         for part in (self.loop, self.outbox, self.reader, self.writer):
             part.close()
-
-    def url(self, host: str) -> str:
-        """Return the URL of this server under the given host."""
-        scheme = "https" if self.certificate else "http"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}"
 
     def run(self) -> bool:
         """Serve until stop is called, finish the requests under way, and return whether all ended in time."""
@@ -3189,7 +3177,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Run the loop until the server has stopped, and commit the changes that come in."""
         accepting = self.loop.start(self._accept())
         self.loop.start(self._keep_house(accepting))
-        self.loop.start(self._delete_expired())
+        self.loop.start(self._make_own_changes())
         gathering_since = 0.0
         while not self._is_finished:
             is_busy = self.loop.run_once(may_wait=self._is_committing or not self.changes)
@@ -3203,14 +3191,11 @@ class Server(http.server.ThreadingHTTPServer):
                     self.loop.start(self._commit())
 
     async def _keep_house(self, accepting: Task) -> None:
-        """Look for other processes' changes and new deliveries until the stop.
-
-        Then close idle connections, let requests under way end, and drop those that take too long.
-        """
+        """Look for others' changes and new deliveries. After the stop, let requests end, drop those that take long."""
         while not self.stopping:
             try:
                 state = self.reader.state()
-                if self.polls and state != self._polls_state:
+                if state != self._polls_state:
                     self._polls_state = state
                     self._wake_polls(None)
                 self._bound_unsent()
@@ -3228,7 +3213,7 @@ class Server(http.server.ThreadingHTTPServer):
             if handler.state == IDLE and not handler.received:
                 self.loop.throw(handler.task, Cancelled())
         begun = time.monotonic()
-        while self.connections or self.outbox.busy or self.changes or self._is_committing:
+        while self.connections or self.outbox.gate.taken or self.changes or self._is_committing or self.token_uses:
             seconds = time.monotonic() - begun
             if seconds > STOP_REQUEST_SECONDS:
                 late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
@@ -3239,10 +3224,15 @@ class Server(http.server.ThreadingHTTPServer):
             await sleep(SHORT_POLL_SECONDS)
         self._is_finished = True
 
-    async def _delete_expired(self) -> None:
-        while not self.stopping:
+    async def _make_own_changes(self) -> None:
+        while True:
             with contextlib.suppress(StoreError, sqlite3.Error):  # requests report a failing disk
-                while self.reader.has_expired() and not self.stopping:
+                days = self.token_uses.copy()
+                if days:
+                    await self.commit(lambda store: store.note_token_uses(days))  # noqa: B023 - it ends before
+                for token_id in days:
+                    del self.token_uses[token_id]
+                while not self.stopping and self.reader.has_expired():
                     await self.commit(Store.delete_expired)
             await sleep(POLL_SECONDS)
 
@@ -3278,18 +3268,6 @@ class Server(http.server.ThreadingHTTPServer):
             if changed_pairs is None or pair in changed_pairs:
                 wakeup(True)
 
-    def note_use(self, token: Token) -> None:
-        """Store that a token was used today, once a day."""
-        day = int(time.time() // DAY_SECONDS)
-
-        async def note() -> None:
-            with contextlib.suppress(StoreError, sqlite3.Error):
-                await self.commit(lambda store: store.note_token_use(token.id, day))
-
-        if day not in (token.last_used_day, self._days_noted.get(token.id)):
-            self._days_noted[token.id] = day
-            self.loop.start(note())
-
     async def commit(self, operation: Callable[[Store], Any], size: float = 0) -> Any:
         """Run an operation in the next transaction, and return or raise its result after the commit."""
         change = operation, Wakeup(self.loop), size
@@ -3301,8 +3279,8 @@ class Server(http.server.ThreadingHTTPServer):
             raise StoreBusy("the server is too busy; try again") from None
 
     async def _commit(self) -> None:
-        # The loop waits for a quick disk. A thread waits for a slow one, and runs transactions that may take long: reads
-        # go on, and changes gather for the next transaction.
+        # The loop waits for a quick disk. A thread waits for a slow one, and runs transactions that may take long:
+        # reads go on, and changes gather for the next transaction.
         self._is_committing, changes, size, now = True, list[Change](), 0.0, time.monotonic()
         try:
             self.writer.begin()
@@ -3323,7 +3301,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.metrics.commits = self.writer.commits
             self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
             pairs = None if self.writer.changed_more else self.writer.changed_pairs
-            self.reader.keep_rows(state_before, self.reader.state(), pairs)
+            state = self.reader.state()
+            if self.reader.keep_rows(state_before, state, pairs) and self._polls_state == state_before:
+                self._polls_state = state
             self._wake_polls(pairs)
             if self.outbox.has_hooks:
                 self.outbox.look()
@@ -3356,11 +3336,10 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-# One table has all settings. A flag overrides the environment, which overrides the JSON file, which overrides the default.
+# One table has all settings. A flag overrides the environment, that overrides the JSON file, and that the default.
 
 
-class CommandError(Exception):
-    """A command failed; the message is one line for people."""
+class CommandError(Exception): ...  # the message is one line for people
 
 
 class Setting(NamedTuple):
@@ -3575,8 +3554,8 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
             unknown.append(name)
     if unknown:
         hint = "In IoT Persistence Api, delete these users and add them again, with passwords"
-        whose = f"the password hash of {', '.join(unknown)} is of an unknown kind"
-        raise CommandError(f"nothing was imported: {whose}. {hint}")
+        whose = ", ".join(unknown)
+        raise CommandError(f"nothing was imported: the password hash of {whose} is of an unknown kind. {hint}")
     for name, key, value in pair_rows:
         try:
             if name not in users:
@@ -3631,18 +3610,17 @@ def import_pairs(arguments: argparse.Namespace) -> None:
 
 def read_password(arguments: argparse.Namespace) -> str:
     """Return a new password. It is never an argument, because all users of a machine can see those."""
+    import getpass
+
     if arguments.password_stdin:
         password = sys.stdin.buffer.readline(64 * 1024).decode("utf-8").removesuffix("\n").removesuffix("\r")
     elif not sys.stdin.isatty():
         raise CommandError("there is no terminal to ask for the password; pipe it in and add --password-stdin")
     else:
-        import getpass
-
         password = getpass.getpass(f"Password for {arguments.name}: ")
-        check_password(password)
-        if getpass.getpass("The same again: ") != password:
-            raise CommandError("the passwords differ; nothing was changed")
     check_password(password)
+    if not arguments.password_stdin and getpass.getpass("The same again: ") != password:
+        raise CommandError("the passwords differ; nothing was changed")
     return password
 
 
@@ -3749,8 +3727,7 @@ def delete_hook(arguments: argparse.Namespace, store: Store) -> None:
 def test_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Send a test to a hook's URL now, and print the response's status. The command fails unless that is 2xx."""
     pattern, url = store.hook_url(arguments.id)
-    members = {"value1": pattern, "value2": "test", "value3": None, "test": True}
-    answer = deliver(url, os.urandom(16).hex(), members)
+    answer = deliver(url, os.urandom(16).hex(), {"value1": pattern, "value2": "test", "value3": None, "test": True})
     print(answer.text, flush=True)
     if not answer.is_success():
         raise CommandError(f"the test of hook {arguments.id} failed; check the URL and the program there")
@@ -3758,22 +3735,24 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
 
 def announce(server: Server, store: Store) -> None:
     """Print where the server listens, and tell systemd. If there are no users, add admin and print how to try it."""
-    host, address = parse_address(server.server_name), os.environ.get("NOTIFY_SOCKET", "")
+    name, host = server.server_name, parse_address(server.server_name)
+    scheme, curl = ("https", "curl -k") if server.certificate else ("http", "curl")  # few certificates name an address
+    url = f"{scheme}://{f'[{name}]' if ':' in name else name}:{server.server_port}"
+    address = os.environ.get("NOTIFY_SOCKET", "")
     if not (host and host.is_loopback) and not server.certificate:
         log("WARNING", "plain HTTP shows passwords to the network; use --tls-cert, or --host 127.0.0.1 and a TLS proxy")
 
     def add_admin(store: Store) -> None:  # in a transaction: a password that cannot be printed is not stored
         password = make_token()[-20:]
         store.add_user("admin", hash_password(password), is_admin=True)
-        url = server.url("127.0.0.1" if server.server_name in ("::", "0.0.0.0") else server.server_name)
-        curl = "curl -k" if server.certificate else "curl"  # few certificates name an address
         print(f"created the user admin with the password {password} (it is shown only now)")
-        print(f"try it: {curl} -u admin:{password} '{url}/set?key=door&value=open'", flush=True)
+        here = url.replace("//[::]", "//127.0.0.1").replace("//0.0.0.0", "//127.0.0.1")
+        print(f"try it: {curl} -u admin:{password} '{here}/set?key=door&value=open'", flush=True)
 
     if not store.users():
         with contextlib.suppress(Conflict):  # another process was quicker
             store.transact(add_admin)
-    print(f"listening on {server.url(server.server_name)}", flush=True)
+    print(f"listening on {url}", flush=True)
     try:
         if address:  # sd_notify(3)
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
@@ -3785,14 +3764,14 @@ def announce(server: Server, store: Store) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until Ctrl-C or SIGTERM. The first start adds the user admin, and prints the password once."""
     settings = read_settings(arguments)
-    tls_paths = settings.pop("tls_cert"), settings.pop("tls_key")
+    tls_paths = settings["tls_cert"], settings["tls_key"]
     if any(tls_paths) and not all(tls_paths):
         arguments.parser.error("--tls-cert and --tls-key go together: the certificate and its private key")
     certificate = Certificate(*tls_paths) if any(tls_paths) else None
     threading.stack_size(512 * 1024)  # the usual 8 MiB per thread are a lot for a small machine
-    with contextlib.closing(open_store(settings.pop("db"), mb_max=settings["max_db_mb"])) as store:
+    with contextlib.closing(open_store(settings["db"], mb_max=settings["max_db_mb"])) as store:
         try:
-            server = Server(store.path, certificate=certificate, **settings)
+            server = Server(store.path, settings, certificate)
         except (OSError, UnicodeError) as error:
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
             hint = "perhaps kvserver runs already; " if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
@@ -3816,7 +3795,7 @@ def serve(arguments: argparse.Namespace) -> None:
             os._exit(0)  # a commit hangs on its disk; it has no response yet, so no promise is broken
 
 
-MORE_HELP = """COMMAND --help explains a command. All but serve also work while the server runs, and take effect at once.
+MORE_HELP = """COMMAND --help explains a command. All but serve also work while the server runs, and act at once.
 Each flag of serve can also come from the environment (KVSERVER_MAX_DB_MB), or from the JSON file that --config or
 KVSERVER_CONFIG names ("max_db_mb"). Flags override the environment, which overrides the file. The default database is
 kvserver.db in $STATE_DIRECTORY, else beside the program. Exit codes: 0 done, 1 failed, 2 wrong usage."""
@@ -3902,7 +3881,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name is not None and not store.user(name):
                 raise NoSuchUser(name)
             arguments.run(arguments, store)
-        return 0
+            return 0
     except (CommandError, BadCredential, StoreError, HTTPError) as error:
         message = str(error)
     except UnicodeError:
