@@ -2,7 +2,7 @@
 """kvserver stores values for things that cannot store them themselves, in one file without dependencies.
 
 Applets, automations, chips and shell scripts store a value under a key with one web request, and read it with another.
-Each user has their own keys, and logs in with a password or a token. The server confirms a write once it is on the disk.
+Each user has their own keys, and logs in with a password or a token. The server confirms a write once it is on disk.
 
     python kvserver.py serve                  run the server; its first start adds the user admin and prints a password
     python kvserver.py adduser NAME           add a user; see also passwd, deluser, users
@@ -27,9 +27,7 @@ Each user has their own keys, and logs in with a password or a token. The server
 form or in a JSON object. The body of /set?key=K may be the value. All paths also exist below /iotpersistenceapi, or the
 prefix that --base-path sets. An error is one line of text that says what to do.
 
-Each room of the file uses only the rooms above it: Limits and defaults; Log; Names, passwords and tokens; Storage; HTTP
-messages; Parameters; Loop; TLS; Metrics; Authentication; API; Pages; Routes; Connections; Hooks; Server; Settings;
-Backup, export and import; Command line.
+Lines like "# ---- Storage ----" divide the file into rooms. Each uses only the rooms above it.
 """
 
 from __future__ import annotations
@@ -159,42 +157,13 @@ class ErrorLog:
             log("ERROR", message)
 
 
-# ---- Names, passwords and tokens -------------------------------------------------------------------------------------
-# Pure functions: which names and passwords are allowed, and how passwords and tokens are stored. A stored hash contains
-# its own parameters, so it stays valid when the settings above change.
+# ---- Passwords and tokens --------------------------------------------------------------------------------------------
+# How passwords and tokens are stored. A stored hash contains its own parameters, so it stays valid when the settings
+# above change.
 
-PASSWORD_BYTES_MAX = 4096  # with a user name, in base64, this fits in one header line
 SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024  # for hashes that another program made
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 BASE64 = "((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2,4})"  # without padding
 SCRYPT_HASH = re.compile(rf"\$scrypt\$ln=(\d{{1,2}}),r=(\d{{1,2}}),p=(\d{{1,2}})\${BASE64}\${BASE64}")
-
-
-class BadCredential(ValueError):
-    """This name, password, label or prefix is not allowed; the message names the rule."""
-
-
-def check_user_name(name: str) -> None:
-    """Raise BadCredential unless a user can have this name. HTTP Basic ends it at a colon (RFC 7617 section 2)."""
-    if not re.fullmatch("[ -9;-~]{1,64}", name):
-        raise BadCredential("a user name is 1 to 64 printable ASCII characters, without a colon")
-
-
-def check_password(password: str) -> None:
-    """Raise BadCredential unless a user can have this password."""
-    is_short, is_long = len(password) < PASSWORD_CHARACTERS_MIN, len(password.encode("utf-8")) > PASSWORD_BYTES_MAX
-    if is_short or is_long or CONTROL_CHARACTER.search(password):
-        limits = f"at least {PASSWORD_CHARACTERS_MIN} characters, at most {PASSWORD_BYTES_MAX} bytes in UTF-8"
-        raise BadCredential(f"a password has {limits}, and no control characters")
-
-
-def check_label_and_prefix(label: str, prefix: str) -> None:
-    """Raise BadCredential unless a token can have this label and this prefix of keys."""
-    if not label.isprintable() or len(label) > LABEL_CHARACTERS_MAX:
-        raise BadCredential(f"a label has at most {LABEL_CHARACTERS_MAX} printable characters")
-    # Arguments that are not in the terminal's encoding have half surrogate pairs.
-    if re.search("[\0\ud800-\udfff]", prefix) or len(prefix.encode("utf-8")) > KEY_BYTES_MAX:
-        raise BadCredential(f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
 
 
 def scrypt(secret: bytes, salt: bytes, cost: int, block_size: int, parallelism: int, length: int) -> bytes:
@@ -212,16 +181,12 @@ def hash_password(password: str | None) -> str:
     """Return the hash to store for a password, in PHC format with a random salt; for None, one that nothing matches."""
     salt, digest = secrets.token_bytes(16), secrets.token_bytes(32)
     if password is not None:
-        cost = 1 << SCRYPT_COST_LOG2
-        digest = scrypt(password.encode("utf-8"), salt, cost, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM, len(digest))
+        digest = scrypt(password.encode(), salt, 1 << SCRYPT_COST_LOG2, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM, 32)
     return hash_parameters() + "$".join(base64.b64encode(part).decode().rstrip("=") for part in (salt, digest))
 
 
 def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
-    """Return the digest in a stored hash, and the function that makes it from the right password in UTF-8.
-
-    Returns None for an unknown form, and if the function would take too much memory or time.
-    """
+    """Return a hash's digest, and the function that makes it from the password, or None: it is unknown or too slow."""
     ours = SCRYPT_HASH.fullmatch(stored)
     pbkdf2 = re.fullmatch(r"pbkdf2:sha256:([1-9][0-9]{0,6})\$([^$]+)\$([0-9a-f]{64})", stored)
     scrypt_of_werkzeug = r"scrypt:([0-9]{1,8}):([0-9]{1,4}):([0-9]{1,4})\$([^$]+)\$([0-9a-f]{128})"
@@ -244,7 +209,6 @@ def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
 
 
 def verify_password(password: str, stored: str) -> bool:
-    """Return whether the stored hash was made from this password."""
     parsed = parse_hash(stored)
     return parsed is not None and secrets.compare_digest(parsed[0], parsed[1](password.encode("utf-8")))
 
@@ -358,16 +322,15 @@ NOT_EXPIRED = "(expires IS NULL OR expires > ?)"
 SELECT_PAIR = f"SELECT CAST(value AS BLOB), updated, expires FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
 PAGE = f"""(SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ? AND {NOT_EXPIRED}
     ORDER BY key LIMIT ?)"""
-PAIR_AS_JSON = """json_object('key', key, 'value', value, 'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'),
-    'age', max(0, CAST(? - updated AS INTEGER)), 'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"""
+PAIR_AS_JSON = """json_object('key', key, 'value', value,
+    'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'), 'age', max(0, CAST(? - updated AS INTEGER)),
+    'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"""
 # Not OR REPLACE: it would run the insert trigger, which doesn't know the old value.
 REPLACE = """ON CONFLICT (user_id, key)
     DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
 USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
-
-UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
 
 
 def utc_second(seconds: float) -> str:
@@ -401,6 +364,7 @@ class User(NamedTuple):
 
 
 NOBODY = User(0, "", "", False)  # SQLite's ids begin with 1
+UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
 UserSummary = tuple[User, int, float | None]  # with the number of pairs, and when the newest was set (unix seconds)
 
 
@@ -458,7 +422,7 @@ class NoSuchUser(StoreError):
         return f"no user {self.args[0]}; list all with: python kvserver.py users; add one with: python kvserver.py adduser NAME"
 
 
-# By result code of SQLite, the error to raise, and its message. The user of a pair is the only constraint that may fail.
+# By SQLite's result code, the error to raise, and its message. The user of a pair is the only constraint that may fail.
 FAILURES: dict[int, tuple[type[StoreError], str]] = {
     sqlite3.SQLITE_BUSY: (StoreBusy, "another process keeps the database locked; try again"),
     sqlite3.SQLITE_CONSTRAINT: (NoSuchUser, "with this id"),
@@ -556,14 +520,16 @@ class Store:
         self.changed_pairs, self.changed_more = set(), False
         self._execute("BEGIN" if is_reading else "BEGIN IMMEDIATE")
 
-    def commit(self, operations: Sequence[Callable[[Store], Any]]) -> list[Any]:
-        """Run operations in the transaction that has begun, commit, and return what each returned or raised.
+    def commit(self, operations: Sequence[Callable[[Store], Any]], begin: bool = False) -> list[Any]:
+        """Run operations in a transaction that has begun or begins, and commit; return what each returned or raised.
 
         An operation that raises changes nothing. If a failure also undoes other operations, as a full disk does, each
         operation runs again in its own transaction.
         """
         outcomes: list[Any] = []
         try:
+            if begin:
+                self.begin()
             for operation in operations:
                 changes_before = self._connection.total_changes
                 try:
@@ -582,19 +548,13 @@ class Store:
             with contextlib.suppress(sqlite3.Error):  # begin tries again
                 self._connection.rollback()
         if len(operations) > 1:
-            outcomes = []
-            for operation in operations:
-                try:
-                    outcomes.append(self.transact(operation))
-                except Exception as error:  # noqa: BLE001
-                    outcomes.append(error)
+            outcomes = [self.commit([operation], begin=True)[0] for operation in operations]
             self.changed_more = True
         return outcomes
 
     def transact(self, operation: Callable[[Store], Any]) -> Any:
         """Run an operation in its own transaction; return or raise its outcome."""
-        self.begin()
-        outcome = self.commit([operation])[0]
+        outcome = self.commit([operation], begin=True)[0]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -619,8 +579,7 @@ class Store:
         Of several pairs with one key, the last counts. Raises StoreError if a user exists, or a pair's user doesn't.
         """
         # A temporary table, because reading the pairs may take long, and must not lock the database.
-        columns = "name TEXT, key TEXT, value TEXT, updated REAL, expires REAL"
-        self._execute(f"CREATE TEMP TABLE imported ({columns}, PRIMARY KEY (name, key))")
+        self._execute("CREATE TEMP TABLE imported (name, key, value, updated, expires, PRIMARY KEY (name, key))")
         with self._connection:
             self._execute("BEGIN")
             self._connection.executemany("INSERT OR REPLACE INTO imported VALUES (?, ?, ?, ?, ?)", pairs)
@@ -643,9 +602,8 @@ class Store:
         # One condition in one count would read all values.
         select = """SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair)
             - (SELECT count(*) FROM pair WHERE expires <= ?), (SELECT count(*) FROM delivery)"""
-        path = os.path.realpath(self.path)
-        row = self._execute(select, time.time()).fetchone()
-        return (*row, os.path.getsize(path), os.path.getsize(path + "-wal"))
+        path, counts = os.path.realpath(self.path), self._execute(select, time.time()).fetchone()
+        return (*counts, os.path.getsize(path), os.path.getsize(path + "-wal"))
 
     def user(self, login: str | bytes) -> User | None:
         """Return the user with this name, or the user and the token with this digest."""
@@ -669,10 +627,6 @@ class Store:
             raise refusal
         return cursor
 
-    def _keep_admin(self, name: str, unless: bool) -> None:
-        if not unless and self._execute("SELECT name FROM user WHERE is_admin LIMIT 2").fetchall() == [(name,)]:
-            raise Conflict(f"the last admin is {name}; make somebody else an admin first")
-
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
         insert = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
         refusal = Conflict(f"the user {name} exists; choose another name")
@@ -684,11 +638,13 @@ class Store:
         self._change_users(NoSuchUser(name), update, password_hash, name, old_hash)
 
     def set_admin(self, name: str, is_admin: bool) -> None:
-        self._keep_admin(name, unless=is_admin)
+        if not is_admin and self._execute("SELECT name FROM user WHERE is_admin LIMIT 2").fetchall() == [(name,)]:
+            raise Conflict(f"the last admin is {name}; make somebody else an admin first")
         self._change_users(NoSuchUser(name), "UPDATE user SET is_admin = ? WHERE name = ?", is_admin, name)
 
     def delete_user(self, name: str, even_last_admin: bool) -> None:
-        self._keep_admin(name, unless=even_last_admin)
+        if not even_last_admin:
+            self.set_admin(name, False)  # raises Conflict for the last one
         self._change_users(NoSuchUser(name), "DELETE FROM user WHERE name = ?", name)
         self._renew_triggers()
 
@@ -736,10 +692,8 @@ class Store:
         select = f"SELECT CAST(group_concat(json_object(key, {value}), '\n') AS BLOB) FROM {PAGE}"
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LIST_BYTES_MAX)  # or it is SQLITE_TOOBIG
         objects = self._execute(select, *now, *page, limit).fetchone()[0] or b"{}"
-        last_and_next = self._execute(
-            f"SELECT key FROM {PAGE} LIMIT 2 OFFSET ?", *page, limit + 1, limit - 1
-        ).fetchall()
-        return objects.replace(b"}\n{", b","), last_and_next[0][0] if len(last_and_next) == 2 else None
+        keys = self._execute(f"SELECT key FROM {PAGE} LIMIT 2 OFFSET ?", *page, limit + 1, limit - 1).fetchall()
+        return objects.replace(b"}\n{", b","), keys[0][0] if len(keys) == 2 else None  # of the last pair and the next
 
     def pairs(self, user_id: int, prefix: str, after: str, limit: int) -> list[tuple[str, str, float, float | None]]:
         """Return key, beginning of the value, updated and expires of pairs, with keys like those of page_as_json."""
@@ -750,8 +704,8 @@ class Store:
 
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
         """Store a value under a key until expires (unix seconds); raise NoSuchUser if the user was deleted."""
-        self.changed_pairs.add((user_id, key))
         self._execute(SET_VALUE, user_id, key, value, time.time(), expires)
+        self.changed_pairs.add((user_id, key))
 
     def _delete(self, statement: str, *parameters: Any) -> int:
         # Deletes may exceed the limit, because hooks store the deleted value.
@@ -763,9 +717,11 @@ class Store:
 
     def delete_pair(self, user_id: int, key: str) -> bool:
         """Delete a key and its value; return whether it existed."""
-        self.changed_pairs.add((user_id, key))
         delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
-        return self._delete(delete, user_id, key, time.time()) == 1
+        if not self._delete(delete, user_id, key, time.time()):
+            return False
+        self.changed_pairs.add((user_id, key))
+        return True
 
     def has_expired(self) -> bool:
         return bool(self._execute("SELECT 1 FROM pair WHERE expires <= ? LIMIT 1", time.time()).fetchone())
@@ -793,10 +749,9 @@ class Store:
         self._renew_triggers()
 
     def _renew_triggers(self) -> None:
-        has_hooks = self.has_hooks()  # without triggers, a change takes less time
         for trigger, text in TRIGGERS.items():
             self._execute(f"DROP TRIGGER IF EXISTS {trigger}")  # an older one may have other limits
-            if has_hooks:
+            if self.has_hooks():  # without triggers, a change takes less time
                 self._execute(f"CREATE TRIGGER {trigger} {text}")
 
     def has_hooks(self) -> bool:
@@ -806,8 +761,8 @@ class Store:
         """Return one user's or all hooks; a negative limit means all."""
         shown = VALUE_SHOWN_CHARACTERS_MAX
         select = f"""SELECT hook.id, name, pattern,
-            '"' || substr(value, 1, {shown}) || CASE WHEN length(value) > {shown} THEN '…"' ELSE '"' END, label, receiver,
-            (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time
+            '"' || substr(value, 1, {shown}) || CASE WHEN length(value) > {shown} THEN '…"' ELSE '"' END, label,
+            receiver, (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time
             FROM hook JOIN user ON user.id = user_id WHERE name = ifnull(?, name) ORDER BY hook.id LIMIT ?"""
         return [Hook(*row) for row in self._execute(select, user_name, limit)]
 
@@ -843,8 +798,8 @@ class CachingStore(Store):
     """A store to read from, which remembers rows until the next commit of any process.
 
     The file ending in -shm begins with two copies of a header. Every commit changes them after its data is on the disk
-    and before it returns (SQLite's documentation, "WAL-mode File Format", section 2). Comparing them takes a fiftieth of
-    the time of a SELECT.
+    and before it returns (SQLite's documentation, "WAL-mode File Format", section 2). Comparing them takes a fiftieth
+    of the time of a SELECT.
     """
 
     def __init__(self, path: str) -> None:
@@ -872,8 +827,8 @@ class CachingStore(Store):
     def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> bool:
         """If only our commit lies between the states, keep all rows but the changed pairs, and return True."""
         before, after = (int.from_bytes(header[8:12], sys.byteorder) for header in (state_before, state))
-        if after != before + 1 or self._rows_state != state_before or changed_pairs is None:
-            return False
+        if not changed_pairs or after != before + 1 or self._rows_state != state_before:
+            return False  # without changes of ours, the commit is another process's
         for pair in changed_pairs:
             self._rows.pop(pair, None)
         self._rows_state = state
@@ -894,10 +849,6 @@ class CachingStore(Store):
             rows[login] = user
         return user
 
-    def is_current(self, user: User) -> bool:
-        """Return whether a user that was read here is still stored unchanged: then it is the same object."""
-        return self._current_rows().get(user.token.digest if user.token else user.name) is user
-
     def pair(self, user_id: int, key: str) -> Pair | None:
         rows = self._current_rows()
         pair: Pair | None = rows.get((user_id, key))
@@ -911,7 +862,7 @@ class CachingStore(Store):
         return pair
 
 
-def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = True) -> Store:
+def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
     """Open the database at path with the newest schema; raise StoreError. Without migrate, its schema stays."""
     path = os.path.abspath(path)
     if not create and not os.path.exists(path):
@@ -920,7 +871,7 @@ def open_store(path: str, create: bool = True, mb_max: int = 0, migrate: bool = 
         # Only the owner may read it. SQLite gives its -wal and -shm files the same permissions.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        return Store(path, mb_max=mb_max, migrate=migrate)
+        return Store(path, migrate=migrate)
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
         raise StoreError(f"cannot use the database {path}: {getattr(error, 'strerror', error)}; see --db") from error
 
@@ -933,11 +884,15 @@ REQUEST_LINE_BYTES_MAX = 16 * 1024
 HEADERS_BYTES_MAX = 32 * 1024
 HEADER_FIELDS_MAX = 100
 HOOK_URL_BYTES_MAX = 4096
+HOOK_PORTS = {"http": 80, "https": 443}
 
 JSON = "application/json"
 CHUNKED = -1  # the length of a body in chunks
+# A body contains parameters, or it is the value. EITHER: it is the value if the query has a key and no value.
+PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
+format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
@@ -945,31 +900,27 @@ REQUEST_LINE = re.compile(
     rf"({HTTP_TOKEN}) (?! )(?:(?i:https?)://(?=[^/?])({HOST.pattern}))?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])"
 )
 FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
-# Sent twice, these could change whose request it is or where it ends. Other repeated headers are joined with a comma.
-SINGLE_FIELDS = ("authorization", "content-length", "content-type", "host", "transfer-encoding")
 
 MALFORMED_CHUNKS = "the chunked body is malformed"
 BODY_TOO_LARGE = f"the body is over {BODY_BYTES_MAX} bytes; send a value alone, of up to {VALUE_BYTES_MAX} bytes"
-
-Headers = tuple[tuple[str, str], ...]
 RETRY_AFTER = (("Retry-After", "5"),)
-NOT_PARSED: dict[str, str] = {}
+UNPARSED: dict[str, str] = {}
 
 
 class Response(NamedTuple):
-    """A response, without the headers that every response has. With wait_until, the request waits for a change first."""
+    """A response, without the headers that all of them have. With wait_until, the request first waits for a change."""
 
     body: bytes = b""
     status: int = 200
     content_type: str = "text/plain; charset=utf-8"
-    headers: Headers = ()
+    headers: tuple[tuple[str, str], ...] = ()
     wait_until: float = 0.0  # monotonic seconds
 
 
 class HTTPError(Exception):
     """A request is refused. The message is one line that says what to do, and contains no value and no credential."""
 
-    def __init__(self, status: int, message: str, headers: Headers = ()) -> None:
+    def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers
 
@@ -983,10 +934,8 @@ def decode_utf8(data: bytes, name: str) -> str:
 
 
 class Fields(NamedTuple):
-    """The header fields of a request. Names are in lower case."""
-
-    text: str  # as received
-    headers: dict[str, str]
+    text: str  # of all header fields, as received
+    headers: dict[str, str]  # by name in lower case
     is_http_1_0: bool
     keep_alive: bool
     body_length: int  # bytes, or CHUNKED
@@ -997,7 +946,6 @@ class Request:
 
     user = NOBODY
     body = b""
-    parameters = NOT_PARSED
     key_in_path = ""  # still encoded
     may_wait = True  # for a change
     was_there = False  # the pair, when the request began to wait
@@ -1005,15 +953,11 @@ class Request:
     password_hash = ""  # of the parameter password
     refusal: HTTPError | None = None  # of the request, for the page that shows it
 
-    def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
-        self.method, self.path, self.query, self.fields = method, path, query, fields
+    def __init__(
+        self, method: str, path: str, query: str, fields: Fields, parameters: dict[str, str] = UNPARSED
+    ) -> None:
+        self.method, self.path, self.query, self.fields, self.parameters = method, path, query, fields, parameters
         self.begun = time.monotonic()
-
-    def again(self) -> Request:
-        """Return a new request with the same head, without a body."""
-        request = Request(self.method, self.path, self.query, self.fields)
-        request.key_in_path, request.parameters = self.key_in_path, self.parameters
-        return request
 
     def wants_html(self) -> bool:
         return "text/html" in self.fields.headers.get("accept", "").lower()
@@ -1029,12 +973,8 @@ class Request:
         return any(tag == etag and (header != "if-match" or not weak) for weak, tag in tags)
 
 
-# A body contains parameters, or it is the value. EITHER: it is the value if the query has a key and no value.
-PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
-
-
 class Route(NamedTuple):
-    """A row of the table of routes. KEY at the end of a path matches every key. A key as first parameter is required."""
+    """A row of the table of routes. KEY at the end of a path matches any key. A key as first parameter is required."""
 
     path: str
     methods: tuple[str, ...]
@@ -1057,7 +997,8 @@ def parse_fields(text: str, is_http_1_0: bool) -> Fields:
             raise HTTPError(400, "a header is malformed; send NAME: VALUE on one line, with no space before the colon")
         name, value = match[1].lower(), match[2].strip(" \t")
         if name in headers:
-            if name in SINGLE_FIELDS:
+            # Sent twice, these could change whose request it is or where it ends. Others are joined with a comma.
+            if name in ("authorization", "content-length", "content-type", "host", "transfer-encoding"):
                 raise HTTPError(400, f"the header {name} is repeated; send it once")
             value = f"{headers[name]}, {value}"
         headers[name] = value
@@ -1076,7 +1017,7 @@ def parse_fields(text: str, is_http_1_0: bool) -> Fields:
 
 
 def parse_head(head: bytes, known: Fields | None = None) -> Request:
-    """Return the request with a head, given without its last line; raise HTTPError. Known fields aren't parsed again."""
+    """Return the request with a head, given without its last line; raise HTTPError. Known fields stay as parsed."""
     # ISO 8859-1 loses no byte. An empty line before a request is ignored (RFC 9112 section 2.2).
     line, _, text = head.decode("iso-8859-1").removeprefix("\r\n").partition("\r\n")
     if len(line) > REQUEST_LINE_BYTES_MAX:
@@ -1135,24 +1076,16 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
     return trailers is not None
 
 
-format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
-
-
-def encode_response(response: Response, date: str, connection: str, with_body: bool) -> bytes:
+def encode_response(response: Response, connection: str, with_body: bool) -> bytes:
     """Return a response as bytes for one write: a second write would wait until the client acknowledges the first."""
     body, status, content_type, headers, _ = response
     entity = "" if status in (204, 304) else f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
-    head = f"{STATUS_LINES[status]}Date: {date}\r\n{entity}"
+    head = f"{STATUS_LINES[status]}Date: {format_date(int(time.time()), usegmt=True)}\r\n{entity}"
     head += "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
     for name, value in headers:
         head += f"{name}: {value}\r\n"
     head += f"Connection: {connection}\r\n\r\n" if connection else "\r\n"
     return head.encode("iso-8859-1") + body if with_body else head.encode("iso-8859-1")
-
-
-# The other direction: a delivery is a request that we send to a hook's URL.
-
-HOOK_PORTS = {"http": 80, "https": 443}
 
 
 def parse_hook_url(url: str) -> urllib.parse.SplitResult:
@@ -1168,7 +1101,7 @@ def parse_hook_url(url: str) -> urllib.parse.SplitResult:
 
 
 def encode_delivery(url: urllib.parse.SplitResult, idempotency_key: str, members: Mapping[str, object]) -> bytes:
-    """Return the request that posts the members of a JSON object, all ASCII."""
+    """Return a delivery: the request that posts the members of a JSON object, all ASCII, to a hook's URL."""
     body, (login, _, host) = json.dumps(members).encode(), url.netloc.rpartition("@")
     login = urllib.parse.unquote(login if ":" in login else login + ":")  # the password may be missing
     basic = f"Authorization: Basic {base64.b64encode(login.encode('utf-8')).decode()}\r\n" if login != ":" else ""
@@ -1190,10 +1123,6 @@ class Answer(NamedTuple):
     def is_success(self) -> bool:
         return 200 <= self.status < 300
 
-    def is_refusal(self) -> bool:
-        """Return whether another try is useless."""
-        return 300 <= self.status < 500 and self.status not in (408, 429)
-
 
 def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
     """Return the answer, or None before its status line is whole, and whether the rest does not matter."""
@@ -1211,10 +1140,12 @@ def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
 # A request's parameters, from its path, query and body. Everything is text, and each name has one value. Text that is
-# not UTF-8 and repeated names are refused, because a guess could store the wrong value.
+# not UTF-8 and repeated names are refused, because a guess could store the wrong value. Commands use the checks, too.
 
 FORM = "application/x-www-form-urlencoded"
 JSON_DEPTH_MAX = 100
+PASSWORD_BYTES_MAX = 4096  # with a user name, in base64, this fits in one header line
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def parse_form(text: str) -> list[tuple[str, str]]:
@@ -1329,6 +1260,26 @@ def required(request: Request, name: str, hint: str = "") -> str:
 def check_value(value: str) -> None:
     if len(value.encode("utf-8")) > VALUE_BYTES_MAX:
         raise HTTPError(413, f"the value is too large; the limit is {VALUE_BYTES_MAX} bytes")
+
+
+def check_user_name(name: str) -> None:
+    if not re.fullmatch("[ -9;-~]{1,64}", name):  # HTTP Basic ends it at a colon (RFC 7617 section 2)
+        raise HTTPError(400, "a user name is 1 to 64 printable ASCII characters, without a colon")
+
+
+def check_password(password: str) -> None:
+    is_short, is_long = len(password) < PASSWORD_CHARACTERS_MIN, len(password.encode("utf-8")) > PASSWORD_BYTES_MAX
+    if is_short or is_long or CONTROL_CHARACTER.search(password):
+        limits = f"at least {PASSWORD_CHARACTERS_MIN} characters, at most {PASSWORD_BYTES_MAX} bytes in UTF-8"
+        raise HTTPError(400, f"a password has {limits}, and no control characters")
+
+
+def check_label_and_prefix(label: str, prefix: str) -> None:
+    if not label.isprintable() or len(label) > LABEL_CHARACTERS_MAX:
+        raise HTTPError(400, f"a label has at most {LABEL_CHARACTERS_MAX} printable characters")
+    # Arguments that are not in the terminal's encoding have half surrogate pairs.
+    if re.search("[\0\ud800-\udfff]", prefix) or len(prefix.encode("utf-8")) > KEY_BYTES_MAX:
+        raise HTTPError(400, f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
 
 
 def require_value(request: Request) -> str:
@@ -2531,7 +2482,7 @@ def answer_form(store: Store, request: Request) -> Response:
         if action in ("adduser", "setpassword", "passwd"):
             check_password(request.parameters.get("password", ""))
         done = change(store, request, action)
-    except (HTTPError, BadCredential, Conflict, NoSuchToken) as error:
+    except (HTTPError, Conflict, NoSuchToken) as error:
         if request.path.endswith("/admin"):  # a program, which wants no page
             raise
         raise RefusedForm(pages.get(request.parameters.get("page", ""), pages[""]), error) from None
@@ -2581,7 +2532,7 @@ BY_PATH_AND_METHOD = {
 API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
 # Errors that the client or a second try can correct. Some of their own messages name commands, which clients don't have.
-REFUSALS = {BadCredential: 400, NoSuchUser: 401, NoSuchToken: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
+REFUSALS = {NoSuchUser: 401, NoSuchToken: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
 MESSAGES = {
     401: "the user has been deleted",
     404: "there is no such token, or no longer",
@@ -2707,8 +2658,7 @@ class RequestHandler:
         keep_alive = request.fields.keep_alive and not self.body_pending and not self.server.stopping
         connection = "close" if not keep_alive else "keep-alive" if request.fields.is_http_1_0 else ""
         self._note_answer(request, response.status)
-        date = format_date(int(time.time()), usegmt=True)
-        data = encode_response(response, date, connection, with_body=request.method != "HEAD")
+        data = encode_response(response, connection, with_body=request.method != "HEAD")
         del response  # its body may be long
         await self._send(data)
         if self.body_pending:
@@ -2746,8 +2696,11 @@ class RequestHandler:
             end = self.received.find(b"\r\n\r\n", begin)
         head = bytes(self.received[:end])
         del self.received[: end + 4]
-        known_head, known = self.last  # many clients send the same request again and again
-        request = known.again() if known and head == known_head else parse_head(head, self.fields)
+        known_head, known = self.last
+        if known and head == known_head:  # many clients send the same request again and again
+            request = Request(known.method, known.path, known.query, known.fields, known.parameters)
+        else:
+            request = parse_head(head, self.fields)
         self.state, self.fields, self.body_pending = WORKING, request.fields, request.fields.body_length != 0
         self.last = (b"", None) if self.body_pending else (head, request)
         return request
@@ -2768,7 +2721,7 @@ class RequestHandler:
         await self._authorize(route, request)  # 401, 403, 413, 429, 503
         if self.body_pending and route.who not in NO_LOGIN:
             await self._receive_parameters(route, request)  # 400, 408, 413, 415
-        elif request.parameters is NOT_PARSED:
+        elif request.parameters is UNPARSED:
             request.parameters = parse_parameters(request, route)  # 400
         if route.where != HERE:
             return await self._run_elsewhere(route, request)
@@ -2785,9 +2738,9 @@ class RequestHandler:
     async def _authorize(self, route: Route, request: Request) -> None:
         if route.who in NO_LOGIN:
             return
-        fields, user = self.login
-        headers = request.fields.headers
-        if request.fields is not fields or not self.server.reader.is_current(user):
+        headers, (fields, user) = request.fields.headers, self.login
+        login = user.token.digest if user.token else user.name
+        if request.fields is not fields or self.server.reader.user(login) != user:
             find_address = functools.partial(self._address, request)
             user = await self.server.authenticator.authenticate(headers.get("authorization"), find_address)
             self.login = (request.fields, user)
@@ -3047,7 +3000,8 @@ class Outbox:
         is_success, pause = answer.is_success(), 0.0
         self._metrics.deliveries += is_success
         self._metrics.failed_deliveries += not is_success
-        is_proven = is_success or answer.is_refusal()
+        # Another try is useless after such a refusal.
+        is_proven = is_success or (300 <= answer.status < 500 and answer.status not in (408, 429))
         if not is_proven:
             age, uptime = time.time() - delivery.created, time.monotonic() - self._started
             seconds_left = max(HOOK_GIVE_UP_SECONDS - age, HOOK_GRACE_SECONDS - uptime)
@@ -3546,7 +3500,7 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
     for name, stored, is_admin in user_rows:
         try:
             check_user_name(name if isinstance(name, str) else "")
-        except BadCredential as error:
+        except HTTPError as error:
             left_out.append(f"user {name!r:.80}: {error}; all their values are left out too")
             continue
         users[name] = User(0, name, str(stored), is_admin == 1)
@@ -3769,7 +3723,7 @@ def serve(arguments: argparse.Namespace) -> None:
         arguments.parser.error("--tls-cert and --tls-key go together: the certificate and its private key")
     certificate = Certificate(*tls_paths) if any(tls_paths) else None
     threading.stack_size(512 * 1024)  # the usual 8 MiB per thread are a lot for a small machine
-    with contextlib.closing(open_store(settings["db"], mb_max=settings["max_db_mb"])) as store:
+    with contextlib.closing(open_store(settings["db"])) as store:
         try:
             server = Server(store.path, settings, certificate)
         except (OSError, UnicodeError) as error:
@@ -3882,7 +3836,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise NoSuchUser(name)
             arguments.run(arguments, store)
             return 0
-    except (CommandError, BadCredential, StoreError, HTTPError) as error:
+    except (CommandError, StoreError, HTTPError) as error:
         message = str(error)
     except UnicodeError:
         message = "an argument or the input is not UTF-8 text"

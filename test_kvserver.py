@@ -842,10 +842,10 @@ class Commits(ServerCase):
         self.also: list[Callable[[kvserver.Store], Any]] = []  # further operations for the next commit
         commit = self.server.writer.commit
 
-        def note_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]]) -> list[Any]:
+        def note_and_commit(operations: Sequence[Callable[[kvserver.Store], Any]], begin: bool = False) -> list[Any]:
             self.sizes.append(len(operations))
             also, self.also = self.also, []
-            results = commit([*operations, *also])
+            results = commit([*operations, *also], begin)
             self.after_commit()
             return results[: len(operations)]
 
@@ -946,6 +946,14 @@ class Commits(ServerCase):
         self.also.append(fail)
         self.check(200, "GET", "/set?key=a&value=5")
         self.read_pairs(a="5", b="3")
+
+    def test_a_commit_of_another_process_is_seen_after_a_transaction_that_changed_nothing(self) -> None:
+        reader = kvserver.CachingStore(self.database)
+        self.addCleanup(reader.close)
+        user, state = reader.user("bob"), reader.state()
+        self.store.set_password_hash("bob", "new")
+        reader.keep_rows(state, reader.state(), set())
+        self.assertNotEqual(user, reader.user("bob"))
 
     def test_remembered_rows_are_bounded(self) -> None:
         reader = kvserver.CachingStore(self.database)
@@ -3065,9 +3073,13 @@ class Schedules(unittest.TestCase):
 
     def test_a_status_means_success_refusal_or_a_further_try(self) -> None:
         for status in (200, 201, 204, 299, 300, 301, 399, 400, 404, 408, 410, 429, 499, 500, 503, 599):
-            answer = kvserver.Answer(status, "")
-            expected = (status < 300, 300 <= status < 500 and status not in (408, 429))
-            self.assertEqual(expected, (answer.is_success(), answer.is_refusal()), status)
+            self.answers, self.answer = [kvserver.Answer(status, "")], kvserver.Answer(200, "200 OK")
+            tries, failed = len(self.tries), self.metrics.failed_deliveries
+            self.set(status)
+            self.run_until(self.seconds + 2)
+            is_tried_again = status >= 500 or status in (408, 429)
+            self.assertEqual(2 if is_tried_again else 1, len(self.tries) - tries, status)
+            self.assertEqual(status >= 300, self.metrics.failed_deliveries - failed, status)
 
     def test_status_line_and_retry_after_are_read(self) -> None:
         for line in (b"HTTP/1.1 200 OK", b"HTTP/1.1 20", b"HTTP/2 200\r\n", b"HTTP/1.1 600 A\r\n", b"ICY 200 OK\r\n"):
