@@ -419,7 +419,8 @@ class NoSuchToken(StoreError): ...
 
 class NoSuchUser(StoreError):
     def __str__(self) -> str:
-        return f"no user {self.args[0]}; list all with: python kvserver.py users; add one with: python kvserver.py adduser NAME"
+        command = "python kvserver.py"
+        return f"no user {self.args[0]}; list all with: {command} users; add one with: {command} adduser NAME"
 
 
 # By SQLite's result code, the error to raise, and its message. The user of a pair is the only constraint that may fail.
@@ -904,7 +905,7 @@ FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 MALFORMED_CHUNKS = "the chunked body is malformed"
 BODY_TOO_LARGE = f"the body is over {BODY_BYTES_MAX} bytes; send a value alone, of up to {VALUE_BYTES_MAX} bytes"
 RETRY_AFTER = (("Retry-After", "5"),)
-UNPARSED: dict[str, str] = {}
+UNPARSED: dict[str, str] = {}  # the parameters of a request, until they are parsed
 
 
 class Response(NamedTuple):
