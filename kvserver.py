@@ -666,7 +666,7 @@ class Store:
         for token_id, day in days.items():
             self._execute("UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
 
-    def delete_token(self, name: str, token_id: int) -> None:
+    def delete_token(self, name: str, token_id: int | str) -> None:
         refusal = NoSuchToken(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
         delete = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
         self._change_users(refusal, delete, token_id, name)
@@ -1654,7 +1654,6 @@ class Certificate:
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
 # Counters for programs that draw curves and raise alarms. They count users and keys, but never name them.
 
-METRICS = "text/plain; version=0.0.4; charset=utf-8"  # the text format of Prometheus
 DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)  # of buckets
 
 
@@ -1719,7 +1718,6 @@ CREDENTIALS_MAX = 1024  # verified credentials that are remembered
 CHECKS_MAX = 64  # passwords that wait to be checked
 CHECK_SECONDS = 10  # that a request waits for that
 THROTTLED_ADDRESSES_MAX = 10_000
-USUAL_PORTS = {"http": ":80", "https": ":443"}
 # Visitors of a route. ANYONE: no login. BROWSER: no login, but only for HTML, else the path does not exist. USER: a
 # login. PERSON: a login with a password, since a token does not open pages. ADMIN: a PERSON who is an admin. OPERATOR:
 # an admin's program, with a password or a token without restrictions.
@@ -1737,11 +1735,9 @@ def check_same_site(headers: Mapping[str, str]) -> None:
     """Raise HTTPError when a browser sends this for a page of another site. Programs send none of these headers."""
     site, url = headers.get("sec-fetch-site"), headers.get("origin", headers.get("referer"))
     if site is None and url is not None:
-        scheme, _, rest = url.lower().partition("://")  # "null" has neither, for example
-        port = USUAL_PORTS.get(scheme)  # a proxy that does TLS hides the scheme from us
-        hosts = (re.split("[/?#]", rest)[0], headers.get("host", "").lower())
-        theirs, ours = (host.removesuffix(port or "").removesuffix(":") for host in hosts)
-        site = "same-origin" if port and theirs == ours else "cross-site"
+        # A proxy that does TLS hides the scheme from us, so either one is right.
+        origin = re.match("https?://([^/?#]*)", url.lower())  # None for "null", for example
+        site = "same-origin" if origin and origin[1] == headers.get("host", "").lower() else "cross-site"
     if site not in (None, "same-origin", "none"):
         message = "this comes from another site's page, or a proxy has changed the header Host"
         raise HTTPError(403, f"{message}; open the page here, and try again")
@@ -1788,10 +1784,10 @@ class Throttle:
     def __init__(self) -> None:
         self._paid_off: dict[Hashable, float] = {}  # when the last failure of a client is forgotten, monotonic seconds
 
-    def charge(self, client: Hashable) -> None:
-        """Count a failed login; raise HTTPError when that is one too many."""
+    def charge(self, client: Hashable, failures: int = 1) -> None:
+        """Count a failed login, or -1 to take it back; raise HTTPError when that is one too many."""
         now = time.monotonic()
-        paid_off = max(self._paid_off.get(client, now), now) + FAILURE_SECONDS
+        paid_off = max(self._paid_off.get(client, now), now) + failures * FAILURE_SECONDS
         wait_seconds = math.ceil(round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3))
         if wait_seconds > 0:
             message = f"too many failed logins; try again in {wait_seconds} seconds"
@@ -1801,16 +1797,9 @@ class Throttle:
             del self._paid_off[next(iter(self._paid_off))]  # the one that has been quiet longest
         self._paid_off[client] = paid_off
 
-    def refund(self, client: Hashable) -> None:
-        if client in self._paid_off:
-            self._paid_off[client] -= FAILURE_SECONDS
-
 
 def decode_credentials(authorization: str) -> tuple[str | None, str]:
-    """Return the name and password of an Authorization header (RFC 7617), or None and a Bearer token; raise HTTPError.
-
-    Malformed ones are empty. So are control characters: to scrypt, "password" and "password\\0" are the same.
-    """
+    """Return a header's name and password (RFC 7617), both "" if malformed, or None and a token; raise HTTPError."""
     scheme, _, credentials = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return None, credentials.strip(" ")
@@ -1821,7 +1810,7 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
     except ValueError:
         return "", ""
     name, colon, password = text.partition(":")
-    # Without a colon it may be a lone password, which must not come into the log as a name.
+    # To scrypt, "password" and "password\0" are the same. A lone password must not come into the log as a name.
     return ("", "") if CONTROL_CHARACTER.search(text) or not colon else (name, password)
 
 
@@ -1833,8 +1822,7 @@ class Authenticator:
         # One thread, because the allocator keeps 16 MiB for each thread that has ever run scrypt. The other threads are
         # for hashes of other programs, whose check may take many seconds.
         self.scrypt, self._threads = Threads(loop, 1), threads
-        # We check unknown names against this hash, which no password matches. So times do not tell which names exist.
-        # (Only the first login with another program's hash takes another time.)
+        # For unknown names, so that times do not tell which names exist (but for other programs' hashes, at first).
         self._unknown_user_hash = hash_password(None)
         # From the keyed hash of an Authorization header to the user's name and the stored hash that it matches.
         self._verified: dict[bytes, tuple[str, str]] = {}
@@ -1880,8 +1868,7 @@ class Authenticator:
                 self._metrics.failed_logins += 1
                 # repr escapes characters that could forge another line or field. The address is last for this reason.
                 log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
-                problem = "the token is unknown" if name is None else "the user name or the password is wrong"
-                raise HTTPError(401, problem)
+                raise HTTPError(401, "the token is unknown" if name is None else "the user name or password is wrong")
             user = self._known_user(authorization)  # meanwhile, everything may have changed
         return user
 
@@ -1918,7 +1905,7 @@ class Authenticator:
         except Exception as error:  # noqa: BLE001 - the requests raise it
             result = error
         if result is not False:
-            self._throttle.refund(client)
+            self._throttle.charge(client, -1)
         for wakeup in self._waiting.pop(check):
             wakeup(result)
 
@@ -1940,19 +1927,17 @@ def expiry(request: Request, otherwise: float | None = None) -> float | None:
 
 def set_value(store: Store, request: Request) -> Response:
     """Store a value. With nx the key must be new; with old the stored value must equal it."""
-    key, value = request.parameters["key"], require_value(request)
-    if len(request.parameters) == 2:  # the usual case
-        store.set_value(request.user.id, key, value)
-        return Response(b"Success")
-    old, only_new = request.parameters.get("old"), take_choice(request, "nx", ("1",))
-    if old is not None and only_new:
-        raise HTTPError(400, "the parameters nx and old exclude each other; leave one out")
-    pair = store.pair(request.user.id, key) if only_new or old is not None else None
-    if only_new and pair:
-        raise HTTPError(409, "Key exists")
-    if old is not None and (pair is None or pair.value != old.encode("utf-8")):
-        raise HTTPError(409, "Value differs")
-    store.set_value(request.user.id, key, value, expiry(request))
+    key, value, expires = request.parameters["key"], require_value(request), None
+    if len(request.parameters) > 2:
+        old, only_new, expires = request.parameters.get("old"), take_choice(request, "nx", ("1",)), expiry(request)
+        if old is not None and only_new:
+            raise HTTPError(400, "the parameters nx and old exclude each other; leave one out")
+        pair = store.pair(request.user.id, key) if only_new or old is not None else None
+        if only_new and pair:
+            raise HTTPError(409, "Key exists")
+        if old is not None and (pair is None or pair.value != old.encode("utf-8")):
+            raise HTTPError(409, "Value differs")
+    store.set_value(request.user.id, key, value, expires)
     return Response(b"Success")
 
 
@@ -2057,11 +2042,10 @@ def toggle(store: Store, request: Request) -> Response:
     words = request.parameters.get("values", "on,off").split(",")
     if len(words) != 2 or not all(words) or words[0] == words[1]:
         raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
-    for word in words:
-        check_value(word)
     pair = store.pair(request.user.id, request.parameters["key"])
     expires = expiry(request, pair.expires if pair else None)
     word = words[1] if pair and pair.value == words[0].encode("utf-8") else words[0]
+    check_value(word)
     store.set_value(request.user.id, request.parameters["key"], word, expires)
     return Response(word.encode("utf-8"))
 
@@ -2090,9 +2074,8 @@ def check_health(store: Store, request: Request) -> Response:
 
 
 def report_metrics(store: Store, request: Request) -> Response:
-    """Return the server's counters."""
     assert request.metrics
-    return Response(request.metrics.text(store).encode(), content_type=METRICS)
+    return Response(request.metrics.text(store).encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 # ---- Pages -----------------------------------------------------------------------------------------------------------
@@ -2119,55 +2102,50 @@ STYLE = Markup("""
 body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:CanvasText;
 background:Canvas}:root{color-scheme:light dark}*{box-sizing:border-box}h1,h2,p,code,pre,td{unicode-bidi:isolate}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid GrayText}
-nav span{margin-left:auto}nav span,th,small,.quiet{opacity:.8}h1{font-size:1.6rem}h2{font-size:1.15rem}
+nav span{margin-left:auto}[aria-current]{font-weight:600}nav span,th,small,.quiet{opacity:.8}h1{font-size:1.6rem}
 h1,h2,p,code,pre,span,button,td:first-child,.values td,.hooks td{overflow-wrap:anywhere}td:first-child{min-width:4rem}
 table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.values th:first-child{width:40%}
 th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid GrayText;text-align:left;vertical-align:top}
 .values th:last-child{width:10rem}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
 textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace}td,pre,code{white-space:pre-wrap}
-p time::after{content:" (" attr(datetime) ")"}td time:hover::after{content:attr(datetime);position:absolute;
-right:0;padding:.1rem .5rem;white-space:nowrap;color:Canvas;background:CanvasText}form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}
-form{max-width:32rem;margin:.75rem 0}.bare,.search{padding:0;border:0}td form{margin:.35rem 0 0}
-.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
+p time::after{content:" (" attr(datetime) ")"}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
+td time:hover::after{content:attr(datetime);position:absolute;right:0;padding:0 1ch;color:Canvas;background:CanvasText}
+form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}form{max-width:32rem;margin:.75rem 0}
+.bare,.search{padding:0;border:0}td form{margin:.35rem 0 0}.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}
 input:not([type=checkbox],[hidden]),textarea{display:block;width:100%}input,textarea,button{padding:.5rem .75rem}
 input,button{font:inherit}button{color:#fff;background:#0a5cc2;border:0;border-radius:.4rem;cursor:pointer}
-td button{padding:.15rem .6rem}.bad,[role=alert]{color:#fff;background:#b3261e}
+td button{padding:.15rem .6rem}h2{font-size:1.15rem}.bad,[role=alert]{color:#fff;background:#b3261e}
 [role=alert],#done{margin:0;padding:.5rem;font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
 @media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
 """)
-STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-POLICY = "default-src 'none'; style-src 'sha256-{}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-PAGE_HEADERS = (("Content-Security-Policy", POLICY.format(STYLE_DIGEST)), ("Referrer-Policy", "same-origin"))
+DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+POLICY = f"default-src 'none'; style-src 'sha256-{DIGEST}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+PAGE_HEADERS = (("Content-Security-Policy", POLICY), ("Referrer-Policy", "same-origin"))
 SMALL = "<small>{}</small>"
 PAGE_HTML = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title} - kvserver</title><style>{style}</style></head>
-<body>{nav}<main><h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}
-{content}</main></body></html>"""
+<body>{nav}<main><h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}{content}</main></html>"""
 FORM_HTML = """<form method="post" action="{url}" class="{kind}" autocapitalize="none" autocomplete="off"
-spellcheck="false">{alert}{hidden}{fields}</form>"""
+spellcheck="false">{alert}<input type="hidden" name="action" value="{action}">{hidden}{fields}</form>"""
+LINK = '<a href="{}">{}</a>'
 ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, browsers scroll to it and read it out
-HIDDEN = '<input type="hidden" name="{}" value="{}">'
-BUTTON = '<button class="bad">{text}</button>'
 NEW_PASSWORD = Markup(f"""<label>New password, at least {PASSWORD_CHARACTERS_MIN} characters<input type="password"
 name="password" value="" required minlength="{PASSWORD_CHARACTERS_MIN}" autocomplete="new-password"></label>""")
 WELCOME_PAGE = """<p>This kvserver keeps values for devices, applets and scripts. They store one under a key with</p>
 <pre>/set?key=door&amp;value=open</pre><p>and read it back with</p><pre>/get?key=door</pre>
 <p><a href="me/">Your values</a>: edit values, add tokens.</p><p><a href="admin/">Users</a>: for admins.</p>"""
-USERS_PAGE = """{users}{turns}<h2>Add a user</h2>{form}<h2 id="hooks">Hooks</h2>
-<p>A hook calls a URL when a value changes. To add or delete hooks, use a shell: <code>kvserver.py addhook</code></p>
-{hooks}{more}"""
+USERS_PAGE = """{users}{turns}<h2>Add a user</h2>{form}<h2>Hooks</h2><p>A hook calls a URL when a value changes.
+To add or delete hooks, use a shell: <code>kvserver.py addhook</code></p>{hooks}{more}"""
 ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
 <label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label><button>Add</button>"""
-USER_PAGE = """<p>Role: {role}, values: {pairs}, newest change: {newest}</p>{password}
-<p class="quiet">The tokens stay as they are when the password changes.</p>{change_role}{delete}
-<h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
-SET_PASSWORD = """<input name="username" value="{user}" autocomplete="username" hidden>{new_password}
-<button>Set the password</button>"""
+USER_PAGE = """{facts}{password}<p class="quiet">The tokens stay as they are when the password changes.</p>
+{role}{delete}<h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
+SET_PASSWORD = "{new_password}<button>Set the password</button>"
 VALUES_PAGE = """<p class="turns"><a href="#add">Add</a><a href="#tokens">Tokens</a><a href="#password">Password</a></p>
 <form class="search" role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <label>Keys that begin with<input type="search" name="prefix" value="{prefix}"></label><button>Search</button></form>
-{all}{values}<h2 id="add">Add a value</h2>{add}<h2 id="tokens">Tokens</h2>
+{values}<h2 id="add">Add a value</h2>{add}<h2 id="tokens">Tokens</h2>
 <p>A device that logs in with a token does not need your password, and you can delete the token.</p>{tokens}{add_token}
 <h2 id="password">Password</h2><p>The browser will ask for the new password. Tokens stay as they are.</p>{password}"""
 ADD_VALUE = """<label>Key<input name="key" value="{key}" required></label><label>Value<textarea name="value" rows="2">
@@ -2179,11 +2157,9 @@ SET_OWN_PASSWORD = """<input value="{user}" autocomplete="username" hidden>
 <label>Current password<input type="password" name="current" value="" required autocomplete="current-password"></label>
 {new_password}<button>Change the password</button>"""
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
-EDIT_VALUE = """<label>Value<textarea name="value" rows="{rows}">
-{value}</textarea></label><button>Save</button>"""
+EDIT_VALUE = '<label>Value<textarea name="value" rows="{rows}">\n{value}</textarea></label><button>Save</button>'
 TOKEN_PAGE = """<p>Copy it to the device now: it is shown only once, and reloading this page makes another one.</p>
-<pre>{token}</pre><p>Send it in the header Authorization: Bearer TOKEN, or instead of your password.</p>
-<p><a href="./">Back to your values</a></p>"""
+<pre>{token}</pre><p>Send it in the header Authorization: Bearer TOKEN, or instead of your password.</p>"""
 
 
 def fill(template: str, *values: object, **names: object) -> Markup:
@@ -2205,8 +2181,11 @@ def make_page(request: Request, title: str, content: str) -> Response:
     """Return a page, with links to the main pages, and with the reason of a refusal if the content lacks it."""
     user, refusal, nav = request.user, request.refusal, ""
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
-        users = fill('<a href="../admin/">Users</a>') if user.is_admin else ""
-        nav = fill('<nav><a href="../me/">Your values</a>{}<span>{}</span></nav>', users, user.name)
+        me, admin = (
+            Markup(' aria-current="page"') if request.path.endswith(path) else "" for path in ("/me/", "/admin/")
+        )
+        users = fill('<a href="../admin/"{}>Users</a>', admin) if user.is_admin else ""
+        nav = fill('<nav><a href="../me/"{}>Your values</a>{}<span>{}</span></nav>', me, users, user.name)
     alert = fill(ALERT, refusal.message) if refusal and 'role="alert"' not in content else ""
     page = fill(PAGE_HTML, style=STYLE, nav=nav, title=title, alert=alert, content=content).encode("utf-8")
     return Response(page, refusal.status if refusal else 200, HTML, PAGE_HEADERS + (refusal.headers if refusal else ()))
@@ -2216,10 +2195,6 @@ def url_to(path: str, **parameters: str) -> str:
     """Return a relative address with a query; letters stay as they are, since pages with long names are long enough."""
     texts = (re.sub(r"[^\w/:.~-]", lambda c: urllib.parse.quote(c[0]), text) for text in parameters.values())
     return f"{path}?" + "&".join(map("{}={}".format, parameters, texts))
-
-
-def make_link(text: str, path: str, **parameters: str) -> Markup:
-    return fill('<a href="{}">{}</a>', url_to(path, **parameters), text)
 
 
 def is_on(parameters: Mapping[str, str], name: str) -> bool:
@@ -2234,14 +2209,15 @@ def make_form(request: Request, action: str, fields: str, hidden: Hidden, url: s
     typed, kind = request.parameters if refusal else {}, "bare" if is_bare else ""
     texts = {**dict.fromkeys(USER_FIELDS + OWN_FIELDS, ""), "new_password": NEW_PASSWORD, **typed, **values}
     texts |= {name: "checked" if is_on(typed, name) else "" for name in ("isAdmin", "readonly")}
-    inputs = [fill(HIDDEN, name, value) for name, value in {"action": action, **hidden}.items()]
+    inputs = [fill('<input type="hidden" name="{}" value="{}">', *field) for field in hidden.items()]
     alert = fill(ALERT, refusal.message) if refusal else ""
-    return fill(FORM_HTML, url=url, kind=kind, alert=alert, hidden=inputs, fields=fill(fields, **texts))
+    form = fill(fields, **texts)
+    return fill(FORM_HTML, url=url, kind=kind, alert=alert, action=action, hidden=inputs, fields=form)
 
 
 def make_question(request: Request, word: str, what: str, action: str, hidden: Hidden, url: str = "./") -> Markup:
     """Return the button of a dangerous action, folded up so that nobody presses it by mistake."""
-    form = make_form(request, action, BUTTON, hidden, url, text=f"{word} {what}")
+    form = make_form(request, action, '<button class="bad">{text}</button>', hidden, url, text=f"{word} {what}")
     return fill('<details><summary aria-label="{0} {1}">{0}…</summary>{2}</details>', word, what, form)
 
 
@@ -2262,16 +2238,16 @@ def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object
     """Return a table with the names of its columns; kind is its class in the style. A cell may be a list of parts."""
     if not rows:
         return fill('<p class="quiet">There are none.</p>')
-    head = [fill("<th>{}", name) for name in columns]
+    head = [fill('<th scope="col">{}', name) for name in columns]
     body = [fill("<tr>{}", [fill("<td>{}", cell) for cell in row]) for row in rows]
     return fill('<table class="{}"><thead><tr>{}<tbody>{}</tbody></table>', kind, head, body)
 
 
 def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -> Markup:
     """Return links to the first and the next page of a table; names has one more than PAGE_ROWS_MAX if more follow."""
-    links = [make_link("First page", path, **parameters)] if after else []
+    links = [fill(LINK, url_to(path, **parameters), "First page")] if after else []
     if len(names) > PAGE_ROWS_MAX:
-        links.append(make_link("Next page", path, **parameters, after=names[PAGE_ROWS_MAX - 1]))
+        links.append(fill(LINK, url_to(path, **parameters, after=names[PAGE_ROWS_MAX - 1]), "Next page"))
     return fill('<p class="turns">{}</p>', links)
 
 
@@ -2282,7 +2258,7 @@ def make_values(store: Store, request: Request, user_id: int, path: str, **param
     for key, value, updated, expires in pairs[:PAGE_ROWS_MAX]:
         shown_key, value = make_visible(key), cut_off(make_visible(value), VALUE_SHOWN_CHARACTERS_MAX)
         changed = [make_time(updated), fill(SMALL, ["expires ", make_time(expires)]) if expires else ""]
-        cell = make_link(shown_key, "state", key=key) if path == "./" else shown_key
+        cell = fill(LINK, url_to("state", key=key), shown_key) if path == "./" else shown_key
         rows.append((cell, value or fill(SMALL, "empty"), changed))
     turns = make_turns(path, [pair[0] for pair in pairs], after, **parameters)
     return fill("{}{}", make_table("values", ("Key", "Value", "Changed"), rows), turns)
@@ -2304,7 +2280,6 @@ def add_slash(store: Store, request: Request) -> Response:
 
 
 def welcome_page(store: Store, request: Request) -> Response:
-    """Show what this server is for."""
     return make_page(request, "Welcome", fill(WELCOME_PAGE))
 
 
@@ -2313,7 +2288,7 @@ def users_page(store: Store, request: Request) -> Response:
     after, rows = request.parameters.get("after", ""), []
     users, hooks = store.users(after=after, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
     for user, pairs, newest in users[:PAGE_ROWS_MAX]:
-        link = make_link(make_visible(user.name), "user", username=user.name)
+        link = fill(LINK, url_to("user", username=user.name), make_visible(user.name))
         rows.append((link, "admin" if user.is_admin else "user", pairs, make_time(newest)))
     hook_rows = []
     for hook in hooks[:PAGE_ROWS_MAX]:
@@ -2334,8 +2309,7 @@ def users_page(store: Store, request: Request) -> Response:
 
 
 def find_user(store: Store, request: Request) -> UserSummary:
-    name = required(request, "username")
-    for summary in store.users(name):
+    for summary in store.users(required(request, "username")):
         return summary
     raise HTTPError(404, "this user does not exist; it may have been deleted")
 
@@ -2344,18 +2318,15 @@ def user_page(store: Store, request: Request) -> Response:
     """Show a user, with forms to change the password and the role, and to delete tokens or the user."""
     user, pairs, newest = find_user(store, request)
     name, hidden = user.name, {"username": user.name, "page": "user"}
-    role_fields = {"isAdmin": "" if user.is_admin else "1", **hidden}
-    role, other = ("admin", "user") if user.is_admin else ("user", "admin")
+    role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
     tokens, hooks = len(store.tokens(name)), len(store.hooks(name))
     everything = f"{make_visible(name)} and all they have (values: {pairs}, tokens: {tokens}, hooks: {hooks})"
     delete = make_question(request, "Delete", everything, "deluser", {"username": name})
     page = fill(
         USER_PAGE,
-        role=role,
-        pairs=pairs,
-        newest=make_time(newest),
-        password=make_form(request, "setpassword", SET_PASSWORD, {"page": "user"}, user=name),
-        change_role=make_question(request, "Change the role", f"to {other}", "setadmin", role_fields),
+        facts=fill("<p>Role: {}, values: {}, newest change: {}</p>", role, pairs, make_time(newest)),
+        password=make_form(request, "setpassword", SET_PASSWORD, hidden),
+        role=make_question(request, "Change the role", f"to {other}", "setadmin", {"isAdmin": is_admin, **hidden}),
         delete=delete if user.id != request.user.id else "",
         tokens=make_tokens(store, request, name, hidden),
         values=make_values(store, request, user.id, "user", username=name),
@@ -2369,7 +2340,6 @@ def values_page(store: Store, request: Request) -> Response:
     page = fill(
         VALUES_PAGE,
         prefix=prefix,
-        all=fill('<p><a href="./">All values</a></p>') if prefix else "",
         values=make_values(store, request, user.id, "./", prefix=prefix),
         add=make_form(request, "set", ADD_VALUE, {"page": "add", "etag": ""}),
         tokens=make_tokens(store, request, user.name, {}),
@@ -2387,10 +2357,9 @@ def value_page(store: Store, request: Request) -> Response:
         return values_page(store, request)
     if pair is None and typed is None:
         raise HTTPError(404, UNKNOWN_KEY)
-    stored, url, parts = pair.value if pair else b"", url_to("./", key=key), []
+    stored, url = pair.value if pair else b"", url_to("./", key=key)
     value, hidden = stored.decode("utf-8"), {"page": "state", "etag": pair.etag if pair else ""}
-    if pair:
-        parts.append(fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires)))
+    parts = [fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires))] if pair else []
     encoded = urllib.parse.quote(stored.replace(b"\n", b"\r\n").replace(b"~", b"!"), safe=" *")  # as browsers do
     is_editable = len(encoded) <= FORM_BYTES_MAX and b"\0" not in stored and b"\r" not in stored
     if is_editable:
@@ -2408,13 +2377,14 @@ def value_page(store: Store, request: Request) -> Response:
 
 def change_user(store: Store, request: Request, action: str) -> str:
     """Run an action on a user, and return the address of the form's page."""
+    take_choice(request, "action", ("adduser", "deluser", "setpassword", "setadmin", "deltoken"))
     name, is_admin = required(request, "username"), is_on(request.parameters, "isAdmin")
-    if action != "adduser":
-        find_user(store, request)
     if action == "adduser":
         check_user_name(name)
         store.add_user(name, request.password_hash, is_admin)
-    elif action == "deluser":
+        return "./"
+    find_user(store, request)
+    if action == "deluser":
         if name == request.user.name:
             raise HTTPError(409, "nobody can delete themselves; ask another admin")
         store.delete_user(name, even_last_admin=False)
@@ -2425,15 +2395,13 @@ def change_user(store: Store, request: Request, action: str) -> str:
         if name == request.user.name and not is_admin:
             return "../me/"  # the pages for admins are closed to them now
     elif action == "deltoken":
-        number = required(request, "id")[:18]
-        store.delete_token(name, int(number) if number.isdecimal() else 0)  # no token has the id 0
-    else:
-        raise HTTPError(400, "the parameter action can be: adduser, deluser, setpassword, setadmin, deltoken")
+        store.delete_token(name, required(request, "id"))  # SQLite compares digits with a number
     return url_to("user", username=name) if request.parameters.get("page") == "user" else "./"
 
 
 def change_own(store: Store, request: Request, action: str) -> str | Response:
     """Run an action on the visitor's pairs, tokens or password, and return the address of the form's page."""
+    take_choice(request, "action", ("set", "del", "passwd", "addtoken", "deltoken"))
     user, parameters, page = request.user, request.parameters, request.parameters.get("page", "")
     if action == "set":
         key = require_key(parameters.get("key"))
@@ -2458,10 +2426,7 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
             raise HTTPError(400, "the current password is wrong")
         store.set_password_hash(user.name, request.password_hash)
     elif action == "deltoken":
-        number = required(request, "id")[:18]
-        store.delete_token(user.name, int(number) if number.isdecimal() else 0)
-    else:
-        raise HTTPError(400, "the parameter action can be: set, del, passwd, addtoken, deltoken")
+        store.delete_token(user.name, required(request, "id"))
     return "./"
 
 
@@ -2499,9 +2464,7 @@ def answer_form(store: Store, request: Request) -> Response:
 # Where an endpoint runs. HERE: in the loop, because it is quick. COMMIT: in the next transaction; the answer waits for
 # the disk. THREAD: in a thread with its own store, because it may be slow.
 HERE, COMMIT, THREAD = "here", "commit", "thread"
-
 READ = ("GET", "HEAD")
-
 ROUTES = (
     Route("/set", ("GET", "POST", "PUT"), set_value, USER, COMMIT, ("key", "value", "ttl", "nx", "old"), EITHER),
     Route("/get", READ, get_value, USER, HERE, ("key", "default", "format", "wait", "unless")),
@@ -2532,13 +2495,9 @@ BY_PATH_AND_METHOD = {
 }
 API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
-# Errors that the client or a second try can correct. Some of their own messages name commands, which clients don't have.
+# Errors that the client or a second try can correct. Some of their messages name commands, which clients don't have.
 REFUSALS = {NoSuchUser: 401, NoSuchToken: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
-MESSAGES = {
-    401: "the user has been deleted",
-    404: "there is no such token, or no longer",
-    408: "the request came too slowly",
-}
+MESSAGES = {401: "the user was deleted", 404: "there is no such token, or no longer", 408: "the request is too slow"}
 
 
 def find_routes(path: str, base_path: str) -> tuple[dict[str, Route], str]:
@@ -2583,7 +2542,7 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
 
 
 def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> Response:
-    """Return the response to a refused request: a page, a problem (RFC 9457) if a kind of JSON is accepted, or a line."""
+    """Return the response to a refused request: a page, a problem (RFC 9457) if it accepts any JSON, or a line."""
     status, message, headers = error.status, error.message, error.headers
     accept, title = request.fields.headers.get("accept", "").lower(), http.HTTPStatus(status).phrase
     if status == 401 and route:
