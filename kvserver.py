@@ -112,10 +112,6 @@ HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
 EXCHANGES_MAX = 64  # deliveries at once
 ORIGIN_EXCHANGES_MAX = 8  # of these, to one host and port
 
-DEFAULT_PORT = 8080
-DEFAULT_CONNECTIONS_MAX = 256  # open at the same time
-DEFAULT_DATABASE_MB_MAX = 1024
-DEFAULT_BASE_PATH = "/iotpersistenceapi"
 # systemd passes a service's folders with colons between them. The other settings are read later.
 STATE_FOLDER = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or os.path.dirname(os.path.abspath(__file__))
 DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")
@@ -2833,7 +2829,6 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadl
         address = parts.hostname, parts.port or HOOK_PORTS[parts.scheme]
         with contextlib.ExitStack() as opened:
             connection = opened.enter_context(socket.create_connection(address, seconds_until(deadline) / 2))
-            connection.settimeout(seconds_until(deadline))
             if parts.scheme == "https":
                 secure = client_context().wrap_socket(connection, server_hostname=parts.hostname)
                 connection = opened.enter_context(secure)
@@ -2867,20 +2862,17 @@ class Outbox:
         self._store, self._loop, self._commit, self._metrics, self._errors = store, loop, commit, metrics, errors
         self._threads = Threads(loop, EXCHANGES_MAX + LONG_EXCHANGES_MAX)
         self.gate = Gate(loop)  # held by exchanges under way, until their results are stored
-        self.has_hooks = self._is_sender = self._is_stopped = False
+        self.has_hooks = self._is_sender = False
+        self.is_stopping = False  # then no further exchange begins
         self._running: set[int] = set()  # hooks with a task
         self._newest = 0  # id of the newest delivery that has been seen
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
         self._dropped_logged, self._started = -NEVER, time.monotonic()
         self._lock_file: BinaryIO | None = None
 
-    def stop(self) -> None:
-        """Begin no further exchange."""
-        self._is_stopped = True
-        self._log_dropped()
-
     def close(self) -> None:
         """Let another process send."""
+        self._log_dropped()
         if self._lock_file:
             self._lock_file.close()
 
@@ -2908,9 +2900,10 @@ class Outbox:
 
     def look(self) -> None:
         """Start a task for each hook that has new deliveries; raise sqlite3.Error."""
-        self._log_dropped()
+        if self._dropped and self._dropped_logged + DROPPED_SECONDS < time.monotonic():
+            self._log_dropped()
         self.has_hooks = self._store.has_hooks()
-        if self.has_hooks and not self._is_stopped and self._may_send():
+        if self.has_hooks and not self.is_stopping and self._may_send():
             rows = self._store.new_deliveries(self._newest)
             self._newest = max((newest for *_, newest in rows), default=self._newest)
             for hook_id, origin, is_proven, _ in rows:
@@ -2923,7 +2916,7 @@ class Outbox:
         try:
             while True:
                 next_one = self._store.next_delivery(hook_id, with_values=False)
-                if not next_one or self._is_stopped:
+                if not next_one or self.is_stopping:
                     return
                 is_long = next_one.size > LONG_DELIVERY_BYTES
                 most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
@@ -2933,7 +2926,7 @@ class Outbox:
                 await self.gate.enter(bounds)
                 try:
                     delivery = self._store.next_delivery(hook_id, with_values=True)
-                    if delivery is None or delivery.number != next_one.number or self._is_stopped:
+                    if delivery is None or delivery.number != next_one.number or self.is_stopping:
                         continue  # while it waited, that one has been deleted, or the server stopped
                     is_proven, pause = await self._try(delivery, is_proven, next_pause)
                 finally:
@@ -2976,24 +2969,20 @@ class Outbox:
         overflow = delivery.number - 1 - delivery.handled  # those between had to make room
         if overflow > 0:
             bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
-            self._drop(hook, overflow, f"the oldest, since more than {bounds} were pending")
+            self._dropped[hook, f"the oldest, since more than {bounds} were pending"] += overflow
+            self._metrics.dropped_deliveries += overflow
         if not pause and not is_success:
-            self._drop(hook, 1, answer.text if is_proven else f"a day old, {answer.text}")
+            self._dropped[hook, answer.text if is_proven else f"a day old, {answer.text}"] += 1
+            self._metrics.dropped_deliveries += 1
         elif pause and next_pause == 1:
             self._errors.write(f"{hook}: {result}; trying again for 24 hours", DROPPED_SECONDS)
         return is_proven, pause
 
-    def _drop(self, hook: str, count: int, reason: str) -> None:
-        self._metrics.dropped_deliveries += count
-        self._dropped[hook, reason] += count
-        self._log_dropped()
-
     def _log_dropped(self) -> None:
-        if self._dropped and (self._is_stopped or self._dropped_logged + DROPPED_SECONDS < time.monotonic()):
-            for (hook, reason), count in self._dropped.items():
-                log("ERROR", f"{hook}: dropped deliveries: {count} ({reason})")
-            self._dropped.clear()
-            self._dropped_logged = time.monotonic()
+        for (hook, reason), count in self._dropped.items():
+            log("ERROR", f"{hook}: dropped deliveries: {count} ({reason})")
+        self._dropped.clear()
+        self._dropped_logged = time.monotonic()
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
@@ -3121,7 +3110,7 @@ class Server(http.server.ThreadingHTTPServer):
             await sleep(POLL_SECONDS)
         self.loop.throw(accepting, Cancelled())
         self.socket.close()
-        self.outbox.stop()
+        self.outbox.is_stopping = True
         self._wake_polls(None)
         for handler in list(self.connections.values()):
             if handler.state == IDLE and not handler.received:
@@ -3293,12 +3282,12 @@ def parse_switch(text: str) -> bool:
 
 SETTINGS = {
     "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
-    "port": Setting(functools.partial(parse_number, least=0, most=65535), DEFAULT_PORT, "P", "port; 0 picks one"),
+    "port": Setting(functools.partial(parse_number, least=0, most=65535), 8080, "P", "port; 0 picks one"),
     "db": Setting(str, DEFAULT_DATABASE, "FILE", "database file (default: see kvserver.py --help)"),
-    "base_path": Setting(parse_base_path, DEFAULT_BASE_PATH, "P", "all paths also exist below this prefix; / for none"),
+    "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "paths also exist below this prefix; / for none"),
     "log_requests": Setting(parse_switch, False, "", "log a line for each request, without values"),
-    "max_connections": Setting(parse_number, DEFAULT_CONNECTIONS_MAX, "N", "most open connections at a time"),
-    "max_db_mb": Setting(parse_number, DEFAULT_DATABASE_MB_MAX, "N", "largest size of the database in megabytes"),
+    "max_connections": Setting(parse_number, 256, "N", "most open connections at a time"),
+    "max_db_mb": Setting(parse_number, 1024, "N", "largest size of the database in megabytes"),
     "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this address or network; repeatable"),
     "tls_cert": Setting(str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
     "tls_key": Setting(str, "", "FILE", "private key of the certificate, in PEM format, not encrypted"),
@@ -3392,16 +3381,12 @@ def back_up(arguments: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
-def format_time(seconds: float) -> str:
-    """Return unix seconds as RFC 3339 in UTC, with microseconds."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
 def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
     """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
     for *texts, updated, expires in store.all_pairs(arguments.name):
-        members = dict(zip(PAIR_FIELDS, (*texts, format_time(updated), expires and format_time(expires))))
+        moments = [seconds and datetime.datetime.fromtimestamp(seconds, datetime.UTC) for seconds in (updated, expires)]
+        times = [moment and moment.isoformat(timespec="microseconds").replace("+00:00", "Z") for moment in moments]
+        members = dict(zip(PAIR_FIELDS, (*texts, *times)))
         sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
     sys.stdout.flush()
 
@@ -3454,9 +3439,8 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
             pair_rows = source.execute("SELECT user, key, value FROM state ORDER BY rowid DESC").fetchall()
     except sqlite3.Error as error:
         raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
-    users: dict[str, User] = {}
-    values: dict[tuple[str, str], str] = {}
-    left_out, unknown = [], []
+    users, values = dict[str, User](), dict[tuple[str, str], str]()
+    left_out, unknown = list[str](), list[str]()
     for name, stored, is_admin in user_rows:
         try:
             check_user_name(name if isinstance(name, str) else "")
@@ -3538,9 +3522,10 @@ def read_password(arguments: argparse.Namespace) -> str:
     return password
 
 
-def print_table(*rows: Sequence[str]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
+def print_table(*rows: Iterable[object]) -> None:
+    texts = [[escape_unprintable(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    for row in texts:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
@@ -3579,7 +3564,7 @@ def delete_user(arguments: argparse.Namespace, store: Store) -> None:
 
 def list_users(arguments: argparse.Namespace, store: Store) -> None:
     """List the users, with their roles and numbers of values."""
-    rows = ((user.name, "admin" if user.is_admin else "user", str(pairs)) for user, pairs, _ in store.users())
+    rows = ((user.name, "admin" if user.is_admin else "user", pairs) for user, pairs, _ in store.users())
     print_table(("NAME", "ROLE", "VALUES"), *rows)
 
 
@@ -3594,7 +3579,7 @@ def add_token(arguments: argparse.Namespace, store: Store) -> None:
 def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
     tokens = store.tokens(arguments.name)
-    rows = ((str(t.id), t.label or "-", t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
+    rows = ((t.id, t.label or "-", t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
     print_table(("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), *rows)
 
 
@@ -3623,12 +3608,11 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
 
 def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
-    rows = [("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST RESULT")]
+    rows: list[Sequence[object]] = [("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST RESULT")]
     for hook in store.hooks(arguments.name):
-        key, value = (escape_unprintable(text) for text in (cut_off(hook.pattern, 80), hook.value or "any"))
+        key, value, label = cut_off(hook.pattern, 80), hook.value or "any", hook.label or "-"
         result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result_time else "never tried"
-        label, pending = hook.label or "-", str(hook.pending)
-        rows.append((str(hook.id), hook.user_name, key, value, label, hook.origin, pending, result))
+        rows.append((hook.id, hook.user_name, key, value, label, hook.origin, hook.pending, result))
     print_table(*rows)
 
 
