@@ -1781,7 +1781,7 @@ class Throttle:
         self._paid_off: dict[Hashable, float] = {}  # when the last failure of a client is forgotten, monotonic seconds
 
     def charge(self, client: Hashable, failures: int = 1) -> None:
-        """Count a failed login, or -1 to take it back; raise HTTPError when that is one too many."""
+        """Count a failed login; raise HTTPError when that is one too many. With failures=-1, forget one again."""
         now = time.monotonic()
         paid_off = max(self._paid_off.get(client, now), now) + failures * FAILURE_SECONDS
         wait_seconds = math.ceil(round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3))
@@ -2177,9 +2177,8 @@ def make_page(request: Request, title: str, content: str) -> Response:
     """Return a page, with links to the main pages, and with the reason of a refusal if the content lacks it."""
     user, refusal, nav = request.user, request.refusal, ""
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
-        me, admin = (
-            Markup(' aria-current="page"') if request.path.endswith(path) else "" for path in ("/me/", "/admin/")
-        )
+        here, path = Markup(' aria-current="page"'), request.path
+        me, admin = (here if path.endswith(end) else "" for end in ("/me/", "/admin/"))
         users = fill('<a href="../admin/"{}>Users</a>', admin) if user.is_admin else ""
         nav = fill('<nav><a href="../me/"{}>Your values</a>{}<span>{}</span></nav>', me, users, user.name)
     alert = fill(ALERT, refusal.message) if refusal and 'role="alert"' not in content else ""
@@ -2379,7 +2378,7 @@ def change_user(store: Store, request: Request, action: str) -> str:
         check_user_name(name)
         store.add_user(name, request.password_hash, is_admin)
         return "./"
-    find_user(store, request)
+    find_user(store, request)  # raises HTTPError if there is none
     if action == "deluser":
         if name == request.user.name:
             raise HTTPError(409, "nobody can delete themselves; ask another admin")
