@@ -2610,9 +2610,17 @@ class RequestHandler:
             if self.state == IDLE or isinstance(error, ConnectionError):  # if it is there, and has sent something
                 raise
             response = answer_to_error(as_http_error(error, self.server.errors), self.route, request)
+        route, seconds = self.route, time.monotonic() - self.started
+        self.server.metrics.note_answer((route.path or "/") if route else "other", response.status, seconds)
+        if self.server.log_requests:
+            method = request.method if request.method in METHODS else ""
+            path = request.path.removesuffix(request.key_in_path) if route else ""  # an unknown one may be a value
+            key = request.parameters.get("key", "")[:KEY_BYTES_MAX]
+            line = f"request: method={method} path={path!r} key={key!r} status={response.status}"
+            line += f" milliseconds={seconds * 1000:.1f} user={request.user.name!r} address={self._address(request)}"
+            log("INFO", line)
         keep_alive = request.fields.keep_alive and not self.body_pending and not self.server.stopping
         connection = "close" if not keep_alive else "keep-alive" if request.fields.is_http_1_0 else ""
-        self._note_answer(request, response.status)
         data = encode_response(response, connection, with_body=request.method != "HEAD")
         del response  # its body may be long
         await self._send(data)
@@ -2781,17 +2789,6 @@ class RequestHandler:
                 await ready(WRITABLE, time.monotonic() + SEND_SECONDS)
         self.unsent_bytes = 0
 
-    def _note_answer(self, request: Request, status: int) -> None:
-        route, seconds = self.route, time.monotonic() - self.started
-        self.server.metrics.note_answer((route.path or "/") if route else "other", status, seconds)
-        if self.server.log_requests:
-            method = request.method if request.method in METHODS else ""
-            path = request.path.removesuffix(request.key_in_path) if route else ""  # an unknown one may be a value
-            key = request.parameters.get("key", "")[:KEY_BYTES_MAX]
-            line = f"request: method={method} path={path!r} key={key!r} status={status}"
-            line += f" milliseconds={seconds * 1000:.1f} user={request.user.name!r} address={self._address(request)}"
-            log("INFO", line)
-
 
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
 # Sends changes to URLs. Each hook with pending deliveries is one task. Only a shell on the machine can add hooks;
@@ -2861,8 +2858,7 @@ class Outbox:
         self._store, self._loop, self._commit, self._metrics, self._errors = store, loop, commit, metrics, errors
         self._threads = Threads(loop, EXCHANGES_MAX + LONG_EXCHANGES_MAX)
         self.gate = Gate(loop)  # held by exchanges under way, until their results are stored
-        self.has_hooks = self._is_sender = False
-        self.is_stopping = False  # then no further exchange begins
+        self.has_hooks = self._is_sender = self.is_stopping = False  # when it stops, no further exchange begins
         self._running: set[int] = set()  # hooks with a task
         self._newest = 0  # id of the newest delivery that has been seen
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
@@ -3552,11 +3548,10 @@ def delete_user(arguments: argparse.Namespace, store: Store) -> None:
     name = arguments.name
     ((_, values, _),), tokens, hooks = store.users(name), store.tokens(name), store.hooks(name)
     what = f"the user {name} and all they have (values: {values}, tokens: {len(tokens)}, hooks: {len(hooks)})"
-    if not arguments.yes:
-        if not sys.stdin.isatty():
-            raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
-        if input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
-            raise CommandError("nothing was deleted")
+    if not arguments.yes and not sys.stdin.isatty():
+        raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
+    if not arguments.yes and input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise CommandError("nothing was deleted")
     store.transact(lambda store: store.delete_user(name, even_last_admin=arguments.yes))
     print(f"deleted {what}")
 
@@ -3733,7 +3728,6 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
     ("export", export_pairs, "[USER]"),
     ("import", import_pairs, "EXPORT", "--merge"),
 )
-OPENS_DATABASE = (serve, add_user, back_up, import_pairs)  # the other commands get an open store
 
 
 def build_parser(only: str = "") -> argparse.ArgumentParser:
@@ -3770,7 +3764,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CommandError("standard input or output is closed; use /dev/null instead")
         sys.stdout.reconfigure(errors="backslashreplace")  # a label or a path may not be in its encoding
         arguments.db = read_settings(arguments, ["db"])["db"]
-        if arguments.run in OPENS_DATABASE:
+        if arguments.run in (serve, add_user, back_up, import_pairs):  # the other commands get an open store
             arguments.run(arguments)
             return 0
         with contextlib.closing(open_store(arguments.db, create=False)) as store:
