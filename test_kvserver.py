@@ -2992,10 +2992,10 @@ class Schedules(unittest.TestCase):
         self.metrics = kvserver.Metrics({}, {})
         self.enterContext(mock.patch.object(time, "monotonic", lambda: self.seconds))
         self.enterContext(mock.patch.object(time, "time", lambda: wall + self.seconds))
+        self.log = self.enterContext(captured_log())
         self.outbox = kvserver.Outbox(self.store, self.loop, self.commit, self.metrics, kvserver.ErrorLog())
         self.addCleanup(self.outbox.close)
         self.enterContext(mock.patch.object(self.outbox._threads, "run", self.exchange))
-        self.log = self.enterContext(captured_log())
         enter = self.outbox.gate.enter
         self.enter = self.enterContext(mock.patch.object(self.outbox.gate, "enter", wraps=enter))
 
