@@ -2102,15 +2102,15 @@ nav span{margin-left:auto}[aria-current]{font-weight:600}nav span,th,small,.quie
 h1,h2,p,code,pre,span,button,td:first-child,.values td,.hooks td{overflow-wrap:anywhere}td:first-child{min-width:4rem}
 table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.values th:first-child{width:40%}
 th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid GrayText;text-align:left;vertical-align:top}
-.values th:last-child{width:10rem}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
+.values th:last-child{width:12rem}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
 textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace}td,pre,code{white-space:pre-wrap}
-p time::after{content:" (" attr(datetime) ")"}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
+summary{white-space:nowrap}p time::after{content:" (" attr(datetime) ")"}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
 td time:hover::after{content:attr(datetime);position:absolute;right:0;padding:0 1ch;color:Canvas;background:CanvasText}
 form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}form{max-width:32rem;margin:.75rem 0}
 .bare,.search{padding:0;border:0}td form{margin:.35rem 0 0}.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}
 input:not([type=checkbox],[hidden]),textarea{display:block;width:100%}input,textarea,button{padding:.5rem .75rem}
 input,button{font:inherit}button{color:#fff;background:#0a5cc2;border:0;border-radius:.4rem;cursor:pointer}
-td button{padding:.15rem .6rem}h2{font-size:1.15rem}.bad,[role=alert]{color:#fff;background:#b3261e}
+[role=alert]::first-letter{text-transform:uppercase}td button{padding:.15rem .6rem}h2{font-size:1.15rem}.bad,[role=alert]{color:#fff;background:#b3261e}
 [role=alert],#done{margin:0;padding:.5rem;font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
 @media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
 """)
@@ -2121,7 +2121,8 @@ SMALL = "<small>{}</small>"
 PAGE_HTML = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title} - kvserver</title><style>{style}</style></head>
-<body>{nav}<main><h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}{content}</main></html>"""
+<body>{nav}<main><h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}
+{content}</main></body></html>"""
 FORM_HTML = """<form method="post" action="{url}" class="{kind}" autocapitalize="none" autocomplete="off"
 spellcheck="false">{alert}<input type="hidden" name="action" value="{action}">{hidden}{fields}</form>"""
 LINK = '<a href="{}">{}</a>'
@@ -2137,7 +2138,7 @@ ADD_USER = """<label>Name<input name="username" value="{username}" required></la
 <label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label><button>Add</button>"""
 USER_PAGE = """{facts}{password}<p class="quiet">The tokens stay as they are when the password changes.</p>
 {role}{delete}<h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
-SET_PASSWORD = "{new_password}<button>Set the password</button>"
+SET_PASSWORD = '<input value="{user}" autocomplete="username" hidden>{new_password}<button>Set the password</button>'
 VALUES_PAGE = """<p class="turns"><a href="#add">Add</a><a href="#tokens">Tokens</a><a href="#password">Password</a></p>
 <form class="search" role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <label>Keys that begin with<input type="search" name="prefix" value="{prefix}"></label><button>Search</button></form>
@@ -2287,7 +2288,7 @@ def users_page(store: Store, request: Request) -> Response:
         rows.append((link, "admin" if user.is_admin else "user", pairs, make_time(newest)))
     hook_rows = []
     for hook in hooks[:PAGE_ROWS_MAX]:
-        name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id} {hook.label}")]
+        name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id}: {hook.label}")]
         only = "" if hook.value is None else fill(SMALL, f"only when it becomes {make_visible(hook.value)}")
         result = [hook.result, fill(SMALL, make_time(hook.result_time))] if hook.result else ["never tried"]
         result.append(fill(SMALL, f"pending: {hook.pending}"))
@@ -2315,14 +2316,14 @@ def user_page(store: Store, request: Request) -> Response:
     name, hidden = user.name, {"username": user.name, "page": "user"}
     role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
     tokens, hooks = len(store.tokens(name)), len(store.hooks(name))
-    everything = f"{make_visible(name)} and all they have (values: {pairs}, tokens: {tokens}, hooks: {hooks})"
-    delete = make_question(request, "Delete", everything, "deluser", {"username": name})
+    everything = f"and all they have (values: {pairs}, tokens: {tokens}, hooks: {hooks})"
+    delete = make_question(request, "Delete this user", everything, "deluser", {"username": name})
     page = fill(
         USER_PAGE,
         facts=fill("<p>Role: {}, values: {}, newest change: {}</p>", role, pairs, make_time(newest)),
-        password=make_form(request, "setpassword", SET_PASSWORD, hidden),
+        password=make_form(request, "setpassword", SET_PASSWORD, hidden, user=name),
         role=make_question(request, "Change the role", f"to {other}", "setadmin", {"isAdmin": is_admin, **hidden}),
-        delete=delete if user.id != request.user.id else "",
+        delete=delete if user.id != request.user.id else fill("<p>To be deleted, ask another admin.</p>"),
         tokens=make_tokens(store, request, name, hidden),
         values=make_values(store, request, user.id, "user", username=name),
     )
