@@ -1027,7 +1027,7 @@ def parse_head(head: bytes, known: Fields | None = None) -> Request:
         raise HTTPError(505, "this version of HTTP is not supported; use HTTP/1.1")
     if host and target[:1] in ("", "?"):
         target = "/" + target
-    if "#" in target or not target.startswith("/"):
+    if "#" in target or not (target.startswith("/") or (method, target) == ("OPTIONS", "*")):
         raise HTTPError(400, "the address is malformed; its path begins with a slash, and a # in it is written as %23")
     if not target.isascii():  # many shell scripts send UTF-8 as it is, and the meaning is clear
         target = decode_utf8(target.encode("iso-8859-1"), "the address")
@@ -1393,8 +1393,11 @@ class Loop:
 
     def throw(self, task: Task, error: BaseException) -> None:
         """Raise an exception in a waiting task now; do nothing if the task has ended."""
-        if task in self._tasks:
-            self._resume(task, error)
+        try:
+            if task in self._tasks:
+                self._resume(task, error)
+        finally:
+            del error  # its traceback leads here: together they would keep all memory of the task
 
     def use(self, connection: socket.socket | None) -> None:
         """Set the connection on which the current task waits."""
@@ -2104,13 +2107,14 @@ table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.val
 th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid GrayText;text-align:left;vertical-align:top}
 .values th:last-child{width:12rem}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
 textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace}td,pre,code{white-space:pre-wrap}
-summary{white-space:nowrap}p time::after{content:" (" attr(datetime) ")"}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
+p time::after{content:" (" attr(datetime) ")"}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
 td time:hover::after{content:attr(datetime);position:absolute;right:0;padding:0 1ch;color:Canvas;background:CanvasText}
 form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}form{max-width:32rem;margin:.75rem 0}
 .bare,.search{padding:0;border:0}td form{margin:.35rem 0 0}.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}
 input:not([type=checkbox],[hidden]),textarea{display:block;width:100%}input,textarea,button{padding:.5rem .75rem}
 input,button{font:inherit}button{color:#fff;background:#0a5cc2;border:0;border-radius:.4rem;cursor:pointer}
-[role=alert]::first-letter{text-transform:uppercase}td button{padding:.15rem .6rem}h2{font-size:1.15rem}.bad,[role=alert]{color:#fff;background:#b3261e}
+td button{padding:.15rem .6rem}h2{font-size:1.15rem}.bad,[role=alert]{color:#fff;background:#b3261e}
+summary{white-space:nowrap}[role=alert]::first-letter{text-transform:uppercase}
 [role=alert],#done{margin:0;padding:.5rem;font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
 @media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
 """)
@@ -2509,6 +2513,7 @@ def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Resp
     """Answer OPTIONS, or raise HTTPError for an unknown path or method; methods are those of the path."""
     if method not in METHODS:
         raise HTTPError(501, f"the method {method!r:.40} is unknown; use {', '.join(methods or METHODS[:4])}")
+    methods = METHODS if path == "*" else methods
     if not methods:
         raise HTTPError(404, "Use the api endpoints: " + ", ".join(API_PATHS))
     allow = (("Allow", ", ".join(dict.fromkeys([*methods, "OPTIONS"]))),)
@@ -2723,7 +2728,8 @@ class RequestHandler:
             raise HTTPError(413, BODY_TOO_LARGE)
 
     async def _receive_parameters(self, route: Route, request: Request) -> None:
-        if "expect" in request.fields.headers and not request.fields.is_http_1_0:
+        expects = request.fields.headers.get("expect", "").lower()
+        if expects == "100-continue" and not request.fields.is_http_1_0:
             await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.state, self.deadline = RECEIVING, time.monotonic() + REQUEST_SECONDS
         length, body = request.fields.body_length, bytearray()

@@ -47,6 +47,7 @@ import unittest
 import urllib.parse
 import urllib.request
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, cast
 from unittest import mock
@@ -1081,6 +1082,20 @@ class Loops(unittest.TestCase):
         self.wakeups[2]("after the end")
         self.loop.run_once(may_wait=False)
         self.assertEqual((["first", "third"], []), (self.notes, self.errors))
+
+    def test_an_exception_from_outside_keeps_no_memory_of_its_task(self) -> None:
+        kept: list[Any] = []
+
+        async def hold(response: threading.Event) -> None:
+            kept.append(weakref.ref(response))
+            with contextlib.suppress(TimeoutError):
+                await kvserver.ready(0)
+
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for error in (kvserver.Cancelled, TimeoutError):
+            self.loop.throw(self.loop.start(hold(threading.Event())), error())
+        self.assertEqual([None, None], [reference() for reference in kept])
 
     def test_a_finished_task_leaves_no_registration_behind(self) -> None:
         async def receive_and_raise(connection: socket.socket, error: Exception | None) -> None:
