@@ -502,6 +502,7 @@ class Methods(ServerCase):
 
     def test_options_names_the_methods(self) -> None:
         for target, allow in (
+            ("*", ", ".join(kvserver.METHODS)),
             ("/set", "GET, POST, PUT, OPTIONS"),
             ("/iotpersistenceapi/get?key=a", "GET, HEAD, OPTIONS"),
         ):
