@@ -978,8 +978,6 @@ class Commits(ServerCase):
 
 
 class Hashes(unittest.TestCase):
-    """Stored passwords."""
-
     def test_stored_hash_has_the_phc_form_and_is_the_scrypt_of_rfc_7914(self) -> None:
         stored = kvserver.hash_password("a password")
         self.assertRegex(stored, r"\A\$scrypt\$ln=14,r=8,p=5\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}\Z")
@@ -1396,8 +1394,6 @@ def trust(certificate: str) -> ssl.SSLContext:
 
 
 class Secure(ServerCase):
-    """Connections by TLS."""
-
     def setUp(self) -> None:
         self.context = trust(CERTIFICATE)
         folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -1887,8 +1883,6 @@ class Values(ServerCase):
 
 
 class Waiting(ServerCase):
-    """Long polls."""
-
     def wait(self, query: str = "key=a&wait=60&unless=1", *lines: str) -> socket.socket:
         """Send a request on a connection of its own, and return when it waits."""
         count = len(self.server.polls)
@@ -2004,8 +1998,6 @@ class Waiting(ServerCase):
 
 
 class Resources(ServerCase):
-    """Values as resources below /kv/."""
-
     def test_put_get_and_delete(self) -> None:
         for prefix, content_type in (("", kvserver.FORM), ("", kvserver.JSON), ("/iotpersistenceapi", "text/plain")):
             path = prefix + "/kv/a%2Fb/c%20d+%25%C3%A9"
@@ -2079,8 +2071,6 @@ class Resources(ServerCase):
 
 
 class Tokens(ServerCase):
-    """Logins with a token."""
-
     def add_token(self, is_read_only: bool = False, prefix: str = "") -> str:
         token = kvserver.make_token()
         self.store.add_token("alice", kvserver.hash_token(token), "", is_read_only, prefix)
@@ -2279,8 +2269,6 @@ class Overload(ServerCase):
 
 
 class Observed(ServerCase):
-    """The server's metrics."""
-
     def metrics(self) -> dict[str, float]:
         """Return the numbers, by name with labels, after a check of the format."""
         answer = self.check(200, "GET", "/metrics")
@@ -3452,8 +3440,6 @@ class Model(ServerCase):
 
 
 class Fuzz(ServerCase):
-    """Requests with random mistakes."""
-
     failures_max = 10**9
     PIECES = (
         *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%", b"\xff", b"\x80", b"#", b"?", b"&", b"=", b","),
@@ -3530,8 +3516,6 @@ POST /admin?action=deluser | Content-Type: application/x-www-form-urlencoded | u
 
 
 class Secrets(ServerCase):
-    """Texts that must not come out."""
-
     log_requests = True
 
     def test_a_line_names_the_key_and_no_value(self) -> None:
@@ -3697,8 +3681,6 @@ def as_a_browser(target: str) -> str:
 
 
 class PageCase(ServerCase):
-    """A server with pages."""
-
     def see(self, status: int, target: str, user: str | None = "alice", method: str = "GET") -> Answer:
         """Return a browser's response, and check its status."""
         return self.check(status, method, as_a_browser(target), user=user, headers={"Accept": "text/html,*/*;q=0.8"})
@@ -3859,8 +3841,6 @@ class Visits(PageCase):
 
 
 class UserPages(PageCase):
-    """Pages for admins."""
-
     def test_users_are_a_table_with_pages(self) -> None:
         for key, value, expires in (("a", "1", None), ("b", "2", None), ("c", "3", time.time() - 1)):
             self.store.set_value(2, key, value, expires)
@@ -4308,8 +4288,6 @@ class WebDriver:
 
 @unittest.skipUnless(find_driver() or "CI" in os.environ, "on Debian: apt-get install chromium chromium-driver")
 class Browser(PageCase):
-    """The pages in a real browser."""
-
     log_requests = True
     browser: WebDriver
 
@@ -4934,8 +4912,6 @@ class Schemas(CommandCase):
 
 
 class Backups(CommandCase):
-    """Copies of the database."""
-
     def setUp(self) -> None:
         super().setUp()
         self.add_user("alice")
@@ -5032,8 +5008,6 @@ class Backups(CommandCase):
 
 
 class Exports(CommandCase):
-    """Values as lines of JSON."""
-
     def setUp(self) -> None:
         super().setUp()
         self.add_user("alice")
@@ -5340,8 +5314,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 
 class Terminal(CommandCase):
-    """The commands on a terminal."""
-
     def type_in(self, arguments: list[str], *answers: tuple[str, str]) -> tuple[int, str]:
         """Run the program on a new terminal and answer each prompt; return exit code and output."""
         terminal, end = os.openpty()
@@ -5815,8 +5787,6 @@ class Killed(CommandCase):
 
 @unittest.skipUnless(hasattr(resource, "prlimit"), "only Linux can change the limits of a running process")
 class Exhausted(CommandCase):
-    """A machine that runs out of something."""
-
     def setUp(self) -> None:
         super().setUp()
         self.add_user("alice")
@@ -5903,8 +5873,6 @@ def can_trace() -> bool:
 
 
 class Durable(CommandCase):
-    """Writes that are on the disk."""
-
     @unittest.skipUnless(can_trace(), "strace is not installed, or may not trace")
     def test_the_log_is_synced_before_each_response(self) -> None:
         self.add_user("alice")
@@ -5930,8 +5898,6 @@ class Durable(CommandCase):
 
 @unittest.skipUnless(os.path.exists(README), "README.md is not beside the tests")
 class Readme(CommandCase):
-    """The promises of the README."""
-
     def setUp(self) -> None:
         super().setUp()
         self.text = pathlib.Path(README).read_text("utf-8")
