@@ -2728,8 +2728,7 @@ class RequestHandler:
             raise HTTPError(413, BODY_TOO_LARGE)
 
     async def _receive_parameters(self, route: Route, request: Request) -> None:
-        expects = request.fields.headers.get("expect", "").lower()
-        if expects == "100-continue" and not request.fields.is_http_1_0:
+        if request.fields.headers.get("expect", "").lower() == "100-continue" and not request.fields.is_http_1_0:
             await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.state, self.deadline = RECEIVING, time.monotonic() + REQUEST_SECONDS
         length, body = request.fields.body_length, bytearray()
