@@ -15,7 +15,7 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /get?key=K               200 and the value; 404 for an unknown key, or default=D; format=json or age;
                                  wait=SECONDS&unless=V waits for another value
     GET /del?key=K               200 Successfully removed state; 404 for an unknown key, or missing=ok
-    GET /incr?key=K              200 and the stored number plus 1, or by=N
+    GET /incr?key=K              200 and the stored number plus 1, or plus N with by=N
     GET /toggle?key=K            200 and off if on was stored, else on; other words with values=A,B
     GET /list                    200 and a JSON object of keys and values; prefix=P, limit=N, after=K, format=json
     GET PUT DELETE /kv/KEY       the same values as resources
@@ -23,11 +23,11 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /metrics                 counters for admins, in Prometheus' text format
     GET /me/, /admin/            pages for browsers: a user's values, tokens and password; users, for admins
 
-/set, /del, /incr and /toggle also take POST; /set and /del PUT; the others HEAD. Parameters may be in the query, in a
-form or in a JSON object. The body of /set?key=K may be the value. All paths also exist below /iotpersistenceapi, or the
+/set, /del, /incr and /toggle also take POST; /set and /del also PUT; the others HEAD. Parameters may be in the query,
+a form or a JSON object. The body of /set?key=K may be the value. All paths also exist below /iotpersistenceapi, or the
 prefix that --base-path sets. An error is one line of text that says what to do.
 
-Lines like "# ---- Storage ----" divide the file into rooms. Each uses only the rooms above it.
+Lines like "# ---- Storage ----" divide the file into rooms. Code runs only code of the rooms above it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ import email.utils
 import errno
 import functools
 import gc
+import getpass
 import hashlib
 import html
 import http.server
@@ -64,7 +65,6 @@ import secrets
 import selectors
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import threading
@@ -77,8 +77,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 __version__ = "0.1.0"
 
 # ---- Limits and defaults ---------------------------------------------------------------------------------------------
-# The numbers that you may want to change; each name ends in its unit. Everything that a client controls has a limit, so
-# that nobody can fill the memory of a small machine or keep the server waiting.
+# The numbers that you may want to change; each name contains its unit. Whatever a client controls has a limit, so that
+# nobody can fill the memory of a small machine or keep the server waiting.
 
 KEY_BYTES_MAX = 512
 VALUE_BYTES_MAX = 1024 * 1024
@@ -96,11 +96,11 @@ SCRYPT_BLOCK_SIZE = 8
 SCRYPT_PARALLELISM = 5
 TOKENS_MAX = 100  # per user
 LABEL_CHARACTERS_MAX = 64
-FAILURES_MAX = 10  # failed logins that a client address may have at once
-FAILURE_SECONDS = 30  # until it may have one more
+FAILURES_MAX = 10  # failed logins before a client address must wait
+FAILURE_SECONDS = 30  # until one of them is forgotten
 
 WORKERS_MAX = 4  # threads for slow requests
-FIRST_BYTE_SECONDS = 10  # and as long for a handshake before it
+FIRST_BYTE_SECONDS = 10  # and as long again for a TLS handshake before it
 REQUEST_SECONDS = 10  # for the head of a request, and again for its body
 IDLE_SECONDS = 30
 SEND_SECONDS = 10  # without any progress
@@ -117,7 +117,7 @@ STATE_FOLDER = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or os.pat
 DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
-# One line per event on standard error, without secrets. Importing the logging module would take a tenth of the start.
+# One line per event on standard error, without secrets. The logging module would take a tenth of the start-up time.
 
 TOKEN_PREFIX = "kv_"
 
@@ -219,15 +219,15 @@ def hash_token(token: str) -> bytes:
 
 
 # ---- Storage ---------------------------------------------------------------------------------------------------------
-# The database: its schema, and the class that reads and changes it. A method that changes something returns after its
-# commit has reached the disk. Readers use other connections, to which SQLite shows a commit only after that: no read
+# The database: its schema, and the class that reads and changes it. What a method changes is on the disk when it
+# returns, or when commit does. Readers use other connections, to which SQLite shows a commit only after that: no read
 # returns a value that a power cut takes back. Nothing here knows of HTTP.
 
 DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
 LOCK_POLL_SECONDS = 0.02
 CHECKPOINT_SECONDS = 2  # that a checkpoint waits for readers
 CACHED_ROWS_MAX = 256
-CACHED_BYTES_MAX = 4 * 1024 * 1024  # and one more value
+CACHED_BYTES_MAX = 4 * 1024 * 1024  # plus the value that passes it
 EXPIRED_PAIRS_MAX = 100  # that one transaction deletes: long values take time
 DAY_SECONDS = 24 * 3600
 VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
@@ -237,7 +237,7 @@ APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id marks our files
 
 # One entry per schema version: the statements that lead to it from the version before. PRAGMA user_version holds the
 # version of a file. Never change an entry after its release; add another one. The classes below explain the columns.
-# With AUTOINCREMENT, a request of a deleted user cannot write as the next one. WITHOUT ROWID saves a search per pair.
+# AUTOINCREMENT: a late request of a deleted user cannot write to a newer one. WITHOUT ROWID saves a search per pair.
 MIGRATIONS = (
     (
         f"PRAGMA application_id = {APPLICATION_ID}",
@@ -288,7 +288,7 @@ HAD_EXPIRED = f"(OLD.expires IS NOT NULL AND OLD.expires <= {NOW})"
 # Adds a delivery for each hook that matches a row of pair, which is NEW or OLD.
 QUEUE = f"""INSERT INTO delivery (hook_id, number, bytes_before, key, value, old, created, idempotency_key)
     SELECT id, queued + 1, queued_bytes, {{row}}.key, {{value}}, {{old}}, {NOW}, lower(hex(randomblob(16))) FROM hook
-    WHERE {{condition}} AND user_id = {{row}}.user_id AND (value IS NULL OR value = {{value}}) AND pattern IN
+    WHERE {{condition}} AND user_id = {{row}}.user_id AND (hook.value IS NULL OR hook.value = {{value}}) AND pattern IN
         (SELECT {{row}}.key UNION ALL SELECT substr({{row}}.key, 1, length) || '*' FROM prefix_length
         WHERE length <= length({{row}}.key));"""
 OLD_VALUE = f"CASE WHEN {HAD_EXPIRED} THEN NULL ELSE OLD.value END"
@@ -440,14 +440,14 @@ class Store:
     """
 
     def __init__(self, path: str, wait: float = DATABASE_LOCK_SECONDS, mb_max: int = 0, migrate: bool = False) -> None:
-        """Open an existing file. A change waits for others' (seconds), and none makes the file larger than mb_max."""
+        """Open an existing file. wait: seconds that a change waits for other processes. mb_max: its largest size."""
         self.path = os.path.abspath(path)  # no absolute path is a special name like ":memory:"
         self._file = os.stat(self.path)
         uri = f"file://{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"  # creates no file
         self._connection = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
         self._pages_max = 2**30 - 1  # SQLite's own limit
         self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
-        self.changed_pairs, self.changed_more = set[tuple[int, str]](), False  # in the transaction
+        self.changed_pairs, self.changed_others = set[tuple[int, str]](), False  # in the transaction
         try:
             for pragma in PRAGMAS:
                 self._execute(pragma)
@@ -490,6 +490,7 @@ class Store:
             try:
                 if self._execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
                     raise StoreError(f"SQLite's WAL mode does not work on the disk of the database {self.path}")
+                self._execute("PRAGMA wal_checkpoint")  # syncs the last commit of a killed process before any read
                 return
             except StoreBusy:  # SQLite's own timeout ignores this statement
                 if time.monotonic() > give_up:
@@ -514,7 +515,7 @@ class Store:
         """Lock the database and begin a transaction, or one in which all reads see the same moment."""
         self.check_file()
         self._connection.rollback()  # a failed disk may have refused the last one
-        self.changed_pairs, self.changed_more = set(), False
+        self.changed_pairs, self.changed_others = set(), False
         self._execute("BEGIN" if is_reading else "BEGIN IMMEDIATE")
 
     def commit(self, operations: Sequence[Callable[[Store], Any]], begin: bool = False) -> list[Any]:
@@ -546,7 +547,7 @@ class Store:
                 self._connection.rollback()
         if len(operations) > 1:
             outcomes = [self.commit([operation], begin=True)[0] for operation in operations]
-            self.changed_more = True
+            self.changed_others = True
         return outcomes
 
     def transact(self, operation: Callable[[Store], Any]) -> Any:
@@ -618,7 +619,7 @@ class Store:
         return [(User(*row[:4]), *row[4:]) for row in self._execute(select, time.time(), name, after, limit)]
 
     def _change_users(self, refusal: StoreError, statement: str, *parameters: Any) -> sqlite3.Cursor:
-        self.changed_more = True
+        self.changed_others = True
         cursor = self._execute(statement, *parameters)
         if not cursor.rowcount:
             raise refusal
@@ -658,7 +659,7 @@ class Store:
 
     def note_token_uses(self, days: Mapping[int, int]) -> None:
         """Store the day of the last use of tokens, by their ids. Some may have been deleted."""
-        self.changed_more = True
+        self.changed_others = True
         for token_id, day in days.items():
             self._execute("UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
 
@@ -727,7 +728,7 @@ class Store:
         """Delete up to EXPIRED_PAIRS_MAX expired pairs, the oldest first; return whether others may remain."""
         delete = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
         deleted = self._delete(delete, time.time(), EXPIRED_PAIRS_MAX)
-        self.changed_more |= deleted > 0
+        self.changed_others |= deleted > 0
         return deleted == EXPIRED_PAIRS_MAX
 
     def add_hook(self, name: str, pattern: str, url: str, origin: str, value: str | None, label: str) -> int:
@@ -804,7 +805,7 @@ class CachingStore(Store):
         self._rows: dict[Any, Any] = {}
         self._rows_state = b""  # the state when _rows were read
         self._rows_bytes = 0  # of values
-        self.has_hooks()  # a first read creates the file.
+        self.has_hooks()  # a first read creates the -shm file.
         # It stays open: closing any descriptor of a file drops all the locks of the process on it (POSIX).
         self._shared_file = open(os.path.realpath(self.path) + "-shm", "rb")  # noqa: SIM115
         self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both copies
@@ -1212,7 +1213,7 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
                 members[name] = json.dumps(member, ensure_ascii=False, allow_nan=False)
         "".join(members.values()).encode("utf-8")
     except ValueError:
-        problem = "is malformed, nested too deeply, or has a number too large or half of a surrogate pair"
+        problem = "is malformed, nested too deeply, or has too large a number or half a surrogate pair"
         raise HTTPError(400, f"the JSON body {problem}") from None
     return members.items()
 
@@ -1306,7 +1307,7 @@ def take_seconds(request: Request, name: str, least: float, most: float) -> floa
 
 # ---- Loop ------------------------------------------------------------------------------------------------------------
 # Runs coroutines in one thread. A coroutine reads like a blocking program: where it would block, it awaits, and the
-# loop runs the others. Nothing else runs between two awaits, so we need no locks. This room ignores HTTP and SQL.
+# loop runs the others. Nothing else runs between two awaits, so we need no locks. Nothing here knows of HTTP or SQL.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER = math.inf  # as a deadline
@@ -1492,7 +1493,7 @@ class Gate:
 
 
 class Threads:
-    """Daemon threads that run functions for tasks. One more starts when all are busy, up to a number."""
+    """Daemon threads that run functions for tasks. One more starts when all are busy, up to a limit."""
 
     def __init__(self, loop: Loop, most: int) -> None:
         self._loop, self._most, self._gate = loop, most, Gate(loop)
@@ -2327,7 +2328,7 @@ def user_page(store: Store, request: Request) -> Response:
         facts=fill("<p>Role: {}, values: {}, newest change: {}</p>", role, pairs, make_time(newest)),
         password=make_form(request, "setpassword", SET_PASSWORD, hidden, user=name),
         role=make_question(request, "Change the role", f"to {other}", "setadmin", {"isAdmin": is_admin, **hidden}),
-        delete=delete if user.id != request.user.id else fill("<p>To be deleted, ask another admin.</p>"),
+        delete=delete if user.id != request.user.id else fill("<p>Only another admin can delete you.</p>"),
         tokens=make_tokens(store, request, name, hidden),
         values=make_values(store, request, user.id, "user", username=name),
     )
@@ -2366,7 +2367,7 @@ def value_page(store: Store, request: Request) -> Response:
         area = {"rows": min(20, value.count("\n") + 2), "value": value if typed is None else typed}
         parts.append(make_form(request, "set", EDIT_VALUE, hidden, url, **area))
     else:
-        parts.append(fill("<p>Edit this value by /set: a form cannot send it unchanged.</p>"))
+        parts.append(fill("<p>Edit this value with /set: a form cannot send it unchanged.</p>"))
     if pair and (request.refusal or not is_editable):
         shown = value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"})
         parts.append(fill("<p>Stored now:</p><pre>\n{}</pre>", shown))
@@ -2461,8 +2462,8 @@ def answer_form(store: Store, request: Request) -> Response:
 # ---- Routes ----------------------------------------------------------------------------------------------------------
 # The HTTP surface in one table, with the policy of each route on its row, and the answers to all other requests.
 
-# Where an endpoint runs. HERE: in the loop, because it is quick. COMMIT: in the next transaction; the answer waits for
-# the disk. THREAD: in a thread with its own store, because it may be slow.
+# Where an endpoint runs. HERE: in the loop, because it is quick. COMMIT: in the next transaction; the response
+# waits for the disk; it stores hardly more than its request has. THREAD: in a thread with its own store, if slow.
 HERE, COMMIT, THREAD = "here", "commit", "thread"
 READ = ("GET", "HEAD")
 ROUTES = (
@@ -2497,7 +2498,7 @@ API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or
 
 # Errors that the client or a second try can correct. Some of their messages name commands, which clients don't have.
 REFUSALS = {NoSuchUser: 401, NoSuchToken: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
-MESSAGES = {401: "the user was deleted", 404: "there is no such token, or no longer", 408: "the request is too slow"}
+MESSAGES = {401: "the user was deleted", 404: "this token does not exist any more", 408: "the request is too slow"}
 
 
 def find_routes(path: str, base_path: str) -> tuple[dict[str, Route], str]:
@@ -2561,7 +2562,7 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> 
 # The story of one connection: it receives a request, finds its user, runs its endpoint, and sends the response.
 
 LINGER_SECONDS = 2
-QUICK_BODY_BYTES_MAX = 16 * 1024  # to parse a longer body may take up to a second, during which others are served
+QUICK_BODY_BYTES_MAX = 16 * 1024  # parsing a longer body may take a second, so a thread does it
 NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # for one that cannot be parsed
 # What a connection does while its task waits. Of too many connections, this decides which ones give way.
 IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
@@ -2803,12 +2804,12 @@ class RequestHandler:
 HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that its sender sees no error
 HOOK_ANSWER_BYTES_MAX = 4 * 1024
 HOOK_RETRY_SECONDS_MAX = 3600
-HOOK_GRACE_SECONDS = 300  # after a start nothing is too old: after a power cut, the network may be late
+HOOK_GRACE_SECONDS = 300  # for so long after a start, nothing is too old: the network may come up late
 LONG_EXCHANGES_MAX = 2  # with long values, beyond EXCHANGES_MAX: JSON takes six times as much memory
 LONG_DELIVERY_BYTES = 64 * 1024
 DROPPED_SECONDS = 10  # until we log again that deliveries were dropped
 
-client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # it verifies; to make one takes long
+client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # making one takes long
 
 
 def seconds_until(deadline: float) -> float:
@@ -2896,7 +2897,7 @@ class Outbox:
             pass
         except OSError as error:
             problem = f"no hook is called, since {path} cannot be locked ({error.strerror})"
-            self._errors.write(f"{problem}; delete it, or mend its owner", HOOK_RETRY_SECONDS_MAX)
+            self._errors.write(f"{problem}; delete it, or correct its owner", HOOK_RETRY_SECONDS_MAX)
         return self._is_sender
 
     def look(self) -> None:
@@ -2944,7 +2945,7 @@ class Outbox:
 
     async def _try(self, delivery: Delivery, is_proven: bool, next_pause: float) -> tuple[bool, float]:
         """Send a delivery, and store the result. Return whether the hook works, and the pause until the next try."""
-        members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}
+        members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}  # IFTTT's names
         deadline, owner = time.monotonic() + HOOK_SECONDS, None if is_proven else "doubtful"
         exchange = functools.partial(deliver, delivery.url, delivery.idempotency_key, members, deadline)
         try:
@@ -2991,16 +2992,16 @@ class Outbox:
 
 TURN_CONNECTIONS = 8  # that are accepted between two looks for requests
 TURN_ANSWERS = 4  # to changes, between two looks for other requests
-GATHER_SECONDS_MAX = 0.001  # that changes wait for others of the same commit
-QUICK_COMMIT_SECONDS = 0.002  # the loop waits for a disk that took no longer for the last commit
-QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; a thread makes longer transactions as well
-TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, but for the last one
+GATHER_SECONDS_MAX = 0.001  # that a change waits for others to share its commit
+QUICK_COMMIT_SECONDS = 0.002  # if the last commit took no longer, the loop itself waits for the disk
+QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions go to a thread, even on a quick disk
+TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, except the last
 WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log begins again, even if it has to wait for readers
 CHECKPOINT_RETRY_SECONDS = 60  # all writers wait for an attempt, and a program that copies the database never ends
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
 POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
 SHORT_POLL_SECONDS = 0.02  # between two looks for room, or for the last request's end
-# After the stop: incomplete requests are dropped, then all connections closed; then the process ends in any case.
+# After the stop: late requests get 408 or 503, then all connections are closed, then the process ends in any case.
 STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5
 
 Change = tuple[Callable[[Store], Any], Wakeup, float]  # an operation, its task's Wakeup, bytes of its request or so
@@ -3050,7 +3051,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
         # Every connection inherits this: a response must not wait until the client has acknowledged the one before.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        socketserver.TCPServer.server_bind(self)
+        super(http.server.HTTPServer, self).server_bind()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def server_close(self) -> None:
@@ -3109,7 +3110,7 @@ class Server(http.server.ThreadingHTTPServer):
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
                 as_http_error(error, self.errors)
             await sleep(POLL_SECONDS)
-        self.loop.throw(accepting, Cancelled())
+        self.loop.throw(accepting, Cancelled())  # the stop begins
         self.socket.close()
         self.outbox.is_stopping = True
         self._wake_polls(None)
@@ -3129,6 +3130,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_finished = True
 
     async def _make_own_changes(self) -> None:
+        """Store the uses of tokens, and delete expired pairs: the triggers of hooks see these deletions."""
         while True:
             with contextlib.suppress(StoreError, sqlite3.Error):  # requests report a failing disk
                 days = self.token_uses.copy()
@@ -3188,7 +3190,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_committing, changes, size, now = True, list[Change](), 0.0, time.monotonic()
         try:
             self.writer.begin()
-            # A transaction is in the write-ahead log at once, so a bound for one is a bound for the other.
+            # A transaction enters the write-ahead log as a whole, so its bound also bounds the log.
             while self.changes and size < TRANSACTION_BYTES_MAX:
                 _, wakeup, change_size = change = self.changes.popleft()
                 wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
@@ -3204,7 +3206,7 @@ class Server(http.server.ThreadingHTTPServer):
                 wakeup(result)
             self.metrics.commits = self.writer.commits
             self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
-            pairs = None if self.writer.changed_more else self.writer.changed_pairs
+            pairs = None if self.writer.changed_others else self.writer.changed_pairs
             state = self.reader.state()
             if self.reader.keep_rows(state_before, state, pairs) and self._polls_state == state_before:
                 self._polls_state = state
@@ -3287,7 +3289,7 @@ SETTINGS = {
     "db": Setting(str, DEFAULT_DATABASE, "FILE", "database file (default: see kvserver.py --help)"),
     "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "paths also exist below this prefix; / for none"),
     "log_requests": Setting(parse_switch, False, "", "log a line for each request, without values"),
-    "max_connections": Setting(parse_number, 256, "N", "most open connections at a time"),
+    "max_connections": Setting(parse_number, 256, "N", "largest number of open connections"),
     "max_db_mb": Setting(parse_number, 1024, "N", "largest size of the database in megabytes"),
     "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this address or network; repeatable"),
     "tls_cert": Setting(str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
@@ -3509,8 +3511,6 @@ def import_pairs(arguments: argparse.Namespace) -> None:
 
 def read_password(arguments: argparse.Namespace) -> str:
     """Return a new password. It is never an argument, because all users of a machine can see those."""
-    import getpass
-
     if arguments.password_stdin:
         password = sys.stdin.buffer.readline(64 * 1024).decode("utf-8").removesuffix("\n").removesuffix("\r")
     elif not sys.stdin.isatty():
@@ -3702,14 +3702,14 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "USER": {"dest": "name", "metavar": "USER", "help": "the user's name"},
     "[USER]": {"dest": "name", "metavar": "USER", "nargs": "?", "help": "only this user (default: all users)"},
     "ID": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of the list"},
-    "KEY": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for all keys that begin so, or * for all keys"},
+    "KEY": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for keys with this prefix, or * for all keys"},
     "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
     "FILE": {"dest": "file", "metavar": "FILE", "help": "file to write, readable by its owner only"},
-    "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or a database.db"},
-    "--admin": {"action": "store_true", "help": "the user manages other users"},
+    "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or an old database.db"},
+    "--admin": {"action": "store_true", "help": "make the user an admin, who manages users"},
     "--config": {"metavar": "FILE", "help": "JSON file with settings, named like these flags, with _ for -"},
     "--force": {"action": "store_true", "help": "overwrite the file if it exists"},
-    "--label": {"metavar": "TEXT", "default": "", "help": "a note for the list"},
+    "--label": {"metavar": "TEXT", "default": "", "help": "a note that the list shows"},
     "--merge": {"action": "store_true", "help": "add values to users that exist here; they keep password and role"},
     "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
     "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
