@@ -123,7 +123,7 @@ TOKEN_PREFIX = "kv_"
 
 
 def escape_unprintable(text: str) -> str:
-    """Escape everything in a text that could break its line or control a terminal."""
+    """Escape everything in text that could break its line or control a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -163,7 +163,7 @@ SCRYPT_HASH = re.compile(rf"\$scrypt\$ln=(\d{{1,2}}),r=(\d{{1,2}}),p=(\d{{1,2}})
 
 
 def scrypt(secret: bytes, salt: bytes, cost: int, block_size: int, parallelism: int, length: int) -> bytes:
-    """Return the scrypt digest of a secret (RFC 7914); this takes a good part of a second."""
+    """Return the scrypt digest of a secret (RFC 7914); this takes some tenths of a second."""
     memory = SCRYPT_MEMORY_BYTES_MAX + 1024 * 1024  # OpenSSL needs a little more than the formula gives
     return hashlib.scrypt(secret, salt=salt, n=cost, r=block_size, p=parallelism, maxmem=memory, dklen=length)
 
@@ -443,7 +443,7 @@ class Store:
         """Open an existing file. wait: seconds that a change waits for other processes. mb_max: its largest size."""
         self.path = os.path.abspath(path)  # no absolute path is a special name like ":memory:"
         self._file = os.stat(self.path)
-        uri = f"file://{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"  # creates no file
+        uri = f"file:{urllib.parse.quote(os.fsencode(self.path), safe='')}?mode=rw"  # creates no file
         self._connection = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
         self._pages_max = 2**30 - 1  # SQLite's own limit
         self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
@@ -502,7 +502,7 @@ class Store:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path), self._file):
                 return
-        raise StoreError(f"{self.path} has been deleted or replaced; restart the server, and next time stop it first")
+        raise StoreError(f"{self.path} has been deleted or replaced; restart the server; next time, stop it first")
 
     def checkpoint(self) -> bool:
         """Copy the whole write-ahead log into the database; return whether the next commit restarts the log."""
@@ -733,7 +733,7 @@ class Store:
 
     def add_hook(self, name: str, pattern: str, url: str, origin: str, value: str | None, label: str) -> int:
         """Add a hook of a user, and return its id."""
-        while self.delete_expired():  # the hook hears nothing of earlier expiries
+        while self.delete_expired():  # the hook is not told of earlier expiries
             pass
         insert = """INSERT INTO hook (user_id, pattern, url, receiver, value, label)
             SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"""
@@ -1090,7 +1090,7 @@ def parse_hook_url(url: str) -> urllib.parse.SplitResult:
     """Return the parts of a hook's URL; raise HTTPError, whose message does not quote it."""
     if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
         raise HTTPError(400, f"a URL has at most {HOOK_URL_BYTES_MAX} ASCII characters; percent-encode the others")
-    with contextlib.suppress(ValueError):  # no port can be that
+    with contextlib.suppress(ValueError):  # not a possible port
         parts = urllib.parse.urlsplit(url)
         is_complete = parts.hostname and parts.port != 0 and not parts.netloc.endswith(":")
         if parts.scheme in HOOK_PORTS and is_complete and HOST.fullmatch(parts.netloc.rpartition("@")[2]):
@@ -1159,9 +1159,7 @@ def parse_form(text: str) -> list[tuple[str, str]]:
                 value = decode_utf8(urllib.parse.unquote_to_bytes(value.replace("+", " ")), "a parameter")
             pairs.append((name, value))
         elif field:  # a typing error must not store an empty value
-            raise HTTPError(
-                400, f"the parameter {name!r:.40} has no value; write {name:.40}=VALUE, and & in a value as %26"
-            )
+            raise HTTPError(400, f"the parameter {name!r:.40} has no value; write NAME=VALUE, and & in a value as %26")
     return pairs
 
 
@@ -1446,7 +1444,7 @@ class Loop:
     def _resume(self, task: Task, result: Any = None) -> None:
         previous, self.current, task.wakeup, task.events, task.deadline = self.current, task, None, 0, NEVER
         try:
-            task.events, task.deadline = events, deadline = task.coroutine.send(result)
+            events, deadline = task.events, task.deadline = task.coroutine.send(result)
             self._next_check = min(self._next_check, deadline)
             if events and events != task.watched:
                 try:
@@ -1538,7 +1536,7 @@ class Threads:
 
 TLS_SEND_BYTES = 64 * 1024  # at a time: within that, TLS reports no progress
 TLS_RECEIVE_BYTES = 4 * 1024  # at a time: records without data take a millisecond for each 1.4 KB
-TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # received beyond 64 for each byte of data, or of TLS's own replies
+TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # received beyond 64 per byte of data, or of TLS's own replies
 
 
 class SecureSocket:
@@ -1665,12 +1663,12 @@ class Metrics:
         self._started = time.monotonic()
         # By endpoint and status: a count for each of DURATION_SECONDS and one for longer responses, then all seconds.
         empty: list[float] = [0] * (len(DURATION_SECONDS) + 2)
-        self._answers: dict[tuple[str, int], list[float]] = collections.defaultdict(empty.copy)
+        self._responses: dict[tuple[str, int], list[float]] = collections.defaultdict(empty.copy)
         self.failed_logins = self.commits = self.writes = 0
         self.deliveries = self.failed_deliveries = self.dropped_deliveries = 0
 
-    def note_answer(self, endpoint: str, status: int, seconds: float) -> None:
-        numbers = self._answers[endpoint, status]
+    def note_response(self, endpoint: str, status: int, seconds: float) -> None:
+        numbers = self._responses[endpoint, status]
         numbers[bisect.bisect_left(DURATION_SECONDS, seconds)] += 1
         numbers[-1] += seconds
 
@@ -1678,7 +1676,7 @@ class Metrics:
         """Return all counters and the sizes of a store in the text format of Prometheus."""
         users, pairs, pending, database_bytes, log_bytes = store.sizes()
         requests, durations, by_endpoint = list[str](), list[str](), dict[str, list[float]]()
-        for (endpoint, status), numbers in list(self._answers.items()):  # a copy: the loop goes on counting
+        for (endpoint, status), numbers in list(self._responses.items()):  # a copy: the loop goes on counting
             requests.append(f'{{endpoint="{endpoint}",status="{status}"}} {sum(numbers[:-1])}')
             by_endpoint[endpoint] = [sum(both) for both in zip(numbers, by_endpoint.get(endpoint, itertools.repeat(0)))]
         for endpoint, (*counts, seconds) in by_endpoint.items():
@@ -1822,7 +1820,7 @@ class Authenticator:
         # One thread, because the allocator keeps 16 MiB for each thread that has ever run scrypt. The other threads are
         # for hashes of other programs, whose check may take many seconds.
         self.scrypt, self._threads = Threads(loop, 1), threads
-        # For unknown names, so that times do not tell which names exist (but for other programs' hashes, at first).
+        # For unknown names, so that times do not tell which names exist (except, at first, other programs' hashes).
         self._unknown_user_hash = hash_password(None)
         # From the keyed hash of an Authorization header to the user's name and the stored hash that it matches.
         self._verified: dict[bytes, tuple[str, str]] = {}
@@ -1893,21 +1891,21 @@ class Authenticator:
         result: bool | Exception | None  # None if no request waited in the end
         try:
             result = await (self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads).run(verify, "checks")
-            if result:
-                with contextlib.suppress(StoreError, sqlite3.Error):  # the old hash is good too
-                    if not stored.startswith(hash_parameters()):  # it is another program's, or has other parameters
-                        new_hash: str = await self.scrypt.run(lambda: hash_password(password), "checks")
-                        await self._commit(lambda store: store.set_password_hash(name, new_hash, stored))
-                        stored = new_hash
-                self._verified[digest] = (name, stored)
-                if len(self._verified) > CREDENTIALS_MAX:
-                    del self._verified[next(iter(self._verified))]
         except Exception as error:  # noqa: BLE001 - the requests raise it
             result = error
         if result is not False:
             self._throttle.charge(client, -1)
+        if result is True:
+            self._verified[digest] = (name, stored)
+            if len(self._verified) > CREDENTIALS_MAX:
+                del self._verified[next(iter(self._verified))]
         for wakeup in self._waiting.pop(check):
             wakeup(result)
+        if result is True and not stored.startswith(hash_parameters()):  # another program's, or with other parameters
+            with contextlib.suppress(StoreError, sqlite3.Error):  # the old hash is good too
+                new_hash: str = await self.scrypt.run(lambda: hash_password(password), "checks")
+                await self._commit(lambda store: store.set_password_hash(name, new_hash, stored))
+                self._verified[digest] = (name, new_hash)
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
@@ -2460,7 +2458,7 @@ def answer_form(store: Store, request: Request) -> Response:
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
-# The HTTP surface in one table, with the policy of each route on its row, and the answers to all other requests.
+# The HTTP surface in one table, with the policy of each route on its row, and the responses to all other requests.
 
 # Where an endpoint runs. HERE: in the loop, because it is quick. COMMIT: in the next transaction; the response
 # waits for the disk; it stores hardly more than its request has. THREAD: in a thread with its own store, if slow.
@@ -2504,7 +2502,8 @@ MESSAGES = {401: "the user was deleted", 404: "this token does not exist any mor
 def find_routes(path: str, base_path: str) -> tuple[dict[str, Route], str]:
     """Return the routes of a path by method, and its key, still encoded, if it has one."""
     below = path.removeprefix(base_path)
-    path = below if below[:1] in ("", "/") else path  # /a is no prefix of /admin
+    if path not in BY_PATH_AND_METHOD and not path.startswith("/kv/") and below[:1] in ("", "/"):
+        path = below  # /a is no prefix of /admin
     if path.startswith("/kv/") and path != "/kv/":
         return BY_PATH_AND_METHOD["/kv/KEY"], path[4:]
     return BY_PATH_AND_METHOD.get(path, {}), ""
@@ -2614,11 +2613,11 @@ class RequestHandler:
             request = await self._receive_request()
             response = await self.respond(request)
         except Exception as error:  # whatever happens, the client gets a response
-            if self.state == IDLE or isinstance(error, ConnectionError):  # if it is there, and has sent something
+            if self.state == IDLE or isinstance(error, ConnectionError):  # nobody is there to read one
                 raise
             response = answer_to_error(as_http_error(error, self.server.errors), self.route, request)
         route, seconds = self.route, time.monotonic() - self.started
-        self.server.metrics.note_answer((route.path or "/") if route else "other", response.status, seconds)
+        self.server.metrics.note_response((route.path or "/") if route else "other", response.status, seconds)
         if self.server.log_requests:
             method = request.method if request.method in METHODS else ""
             path = request.path.removesuffix(request.key_in_path) if route else ""  # an unknown one may be a value
@@ -2645,7 +2644,7 @@ class RequestHandler:
         if self.fields is None:
             if self.server.certificate:
                 await ready(READABLE, self.deadline)
-                if self.socket.recv(1, socket.MSG_PEEK).isalpha():  # as of a method, and of no record
+                if self.socket.recv(1, socket.MSG_PEEK).isalpha():  # begins a method, never a TLS record
                     self.state = RECEIVING
                     raise HTTPError(400, "this server speaks TLS; use https:// instead of http://")
                 self.connection = connection = SecureSocket(self.socket, self.server.certificate.context)
@@ -2821,17 +2820,15 @@ def seconds_until(deadline: float) -> float:
 
 
 def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadline: float | None = None) -> Answer:
-    """Send the members of a JSON object to a hook's URL, and return the answer, within HOOK_SECONDS or by a deadline.
-
-    Only a slow name look-up, or many addresses that do not answer, take longer; then nothing is sent.
-    """
+    """Send a JSON object to a hook's URL; return the answer by the deadline, or later if the name look-up is slow."""
     deadline, received, answer = deadline or time.monotonic() + HOOK_SECONDS, b"", None
     problem = "the connection was closed before a whole status line had come"
     try:
         parts: Any = parse_hook_url(url)
         address = parts.hostname, parts.port or HOOK_PORTS[parts.scheme]
         with contextlib.ExitStack() as opened:
-            connection = opened.enter_context(socket.create_connection(address, seconds_until(deadline) / 2))
+            count = len(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))  # all of them are tried in time
+            connection = opened.enter_context(socket.create_connection(address, seconds_until(deadline) / (count + 1)))
             if parts.scheme == "https":
                 secure = client_context().wrap_socket(connection, server_hostname=parts.hostname)
                 connection = opened.enter_context(secure)
@@ -2852,7 +2849,7 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadl
     except TimeoutError:
         problem = f"no answer within {HOOK_SECONDS} seconds"
     except UnicodeError:
-        problem = "the host's name cannot be one"
+        problem = "this is not a valid host name"
     except Exception as error:  # noqa: BLE001 - whatever it is, the delivery has not arrived
         problem = getattr(error, "strerror", None) or type(error).__name__
     return answer or Answer(0, problem)
@@ -2991,13 +2988,13 @@ class Outbox:
 # Accepts connections, and makes the changes that come in together in one transaction.
 
 TURN_CONNECTIONS = 8  # that are accepted between two looks for requests
-TURN_ANSWERS = 4  # to changes, between two looks for other requests
+TURN_RESPONSES = 4  # to changes, between two looks for other requests
 GATHER_SECONDS_MAX = 0.001  # that a change waits for others to share its commit
 QUICK_COMMIT_SECONDS = 0.002  # if the last commit took no longer, the loop itself waits for the disk
 QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions go to a thread, even on a quick disk
 TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, except the last
 WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log begins again, even if it has to wait for readers
-CHECKPOINT_RETRY_SECONDS = 60  # all writers wait for an attempt, and a program that copies the database never ends
+CHECKPOINT_RETRY_SECONDS = 60  # all writers wait for an attempt, and a program copying the database may never end
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
 POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
 SHORT_POLL_SECONDS = 0.02  # between two looks for room, or for the last request's end
@@ -3014,14 +3011,15 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = 128
-    allow_reuse_port = False  # a second server on the port must fail, not take half of the connections
+    # A second server on the port must fail, not take half of the connections.
+    allow_reuse_port, allow_reuse_address = False, os.name != "nt"
 
     def __init__(self, path: str, settings: Mapping[str, Any], certificate: Certificate | None = None) -> None:
         """Use the database at path, and listen, by TLS with a certificate; raise OSError. SETTINGS has the settings."""
         # An empty host is all interfaces: the IPv6 wildcard serves IPv4 as well, where the machine can do that.
         host = settings["host"] or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         passive = socket.getaddrinfo(host, settings["port"], type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family, address = passive[0][::4]
+        self.address_family, _, _, _, address = passive[0]
         self.base_path: str = settings["base_path"]
         self.trusted_proxy: Networks = settings["trusted_proxy"]
         self.log_requests: bool = settings["log_requests"]
@@ -3132,7 +3130,7 @@ class Server(http.server.ThreadingHTTPServer):
     async def _make_own_changes(self) -> None:
         """Store the uses of tokens, and delete expired pairs: the triggers of hooks see these deletions."""
         while True:
-            with contextlib.suppress(StoreError, sqlite3.Error):  # requests report a failing disk
+            try:
                 days = self.token_uses.copy()
                 if days:
                     await self.commit(lambda store: store.note_token_uses(days))  # noqa: B023 - it ends before
@@ -3140,6 +3138,8 @@ class Server(http.server.ThreadingHTTPServer):
                     del self.token_uses[token_id]
                 while not self.stopping and self.reader.has_expired():
                     await self.commit(Store.delete_expired)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next look tries again
+                as_http_error(error, self.errors)
             await sleep(POLL_SECONDS)
 
     async def _accept(self) -> None:
@@ -3201,7 +3201,7 @@ class Server(http.server.ThreadingHTTPServer):
             commit = functools.partial(self.writer.commit, operations)
             results = commit() if is_quick else await self.disk.run(commit)
             for number, ((_, wakeup, _), result) in enumerate(zip(changes, results), 1):
-                if not is_quick and number % TURN_ANSWERS == 0:  # reads do not wait for many responses
+                if not is_quick and number % TURN_RESPONSES == 0:  # reads do not wait for many responses
                     await self.loop.turn()
                 wakeup(result)
             self.metrics.commits = self.writer.commits
@@ -3221,7 +3221,7 @@ class Server(http.server.ThreadingHTTPServer):
             await sleep(LOCK_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
             as_http_error(error, self.errors)
-            failed = changes or self.changes
+            failed = changes or self.changes  # none taken: begin failed
             for _, wakeup, _ in failed:
                 wakeup(error)
             failed.clear()
@@ -3265,7 +3265,7 @@ def parse_number(text: str, least: int = 1, most: int = 999_999) -> int:
 
 def parse_networks(text: str) -> Networks:
     try:
-        return tuple(ipaddress.ip_network(network.strip()) for network in text.split(","))
+        return tuple(ipaddress.ip_network(network.strip()) for network in text.split(",") if network)
     except ValueError:
         raise argparse.ArgumentTypeError("it must be an address, or a network such as 10.1.0.0/16") from None
 
@@ -3312,7 +3312,7 @@ def read_config(path: str) -> dict[str, str]:
         if name not in SETTINGS:
             raise CommandError(f"unknown name {name!r} in {path}; the names are: {', '.join(SETTINGS)}")
         if isinstance(SETTINGS[name].default, str) and not isinstance(member, str):
-            raise CommandError(f"{name} in {path} must be a JSON string, and is {json.dumps(member)}")
+            raise CommandError(f"{name} in {path} must be a JSON string, not {json.dumps(member)}")
         if isinstance(SETTINGS[name].default, tuple) and isinstance(member, list):
             member = ",".join(map(str, member))
         config[name] = member if isinstance(member, str) else json.dumps(member)
@@ -3347,7 +3347,6 @@ def read_settings(arguments: argparse.Namespace, names: Iterable[str] = tuple(SE
 
 PAIR_FIELDS = ("user", "key", "value", "updated", "expires")
 LINE_BYTES_MAX = 8 * 1024 * 1024  # a value in which every character is escaped, and the rest of the line
-END_OF_TIME = 253402300800  # unix seconds at the end of the year 9999
 
 
 def back_up(arguments: argparse.Namespace) -> None:
@@ -3387,9 +3386,9 @@ def back_up(arguments: argparse.Namespace) -> None:
 def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
     """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
     for *texts, updated, expires in store.all_pairs(arguments.name):
-        moments = [seconds and datetime.datetime.fromtimestamp(seconds, datetime.UTC) for seconds in (updated, expires)]
-        times = [moment and moment.isoformat(timespec="microseconds").replace("+00:00", "Z") for moment in moments]
-        members = dict(zip(PAIR_FIELDS, (*texts, *times)))
+        moments = [datetime.datetime.fromtimestamp(seconds or 0, datetime.UTC) for seconds in (updated, expires)]
+        times = [moment.isoformat(timespec="microseconds").replace("+00:00", "Z") for moment in moments]
+        members = dict(zip(PAIR_FIELDS, (*texts, times[0], None if expires is None else times[1])))
         sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
     sys.stdout.flush()
 
@@ -3398,7 +3397,7 @@ def parse_time(text: object) -> float:
     """Return the unix seconds of a time in RFC 3339; raise ValueError."""
     with contextlib.suppress(ValueError):
         moment = datetime.datetime.fromisoformat(str(text).upper())
-        if moment.tzinfo and 0 <= moment.timestamp() < END_OF_TIME:
+        if moment.tzinfo and 0 <= moment.timestamp() < 253402300800:  # the year 10000
             return moment.timestamp()
     raise ValueError("a time is like 2030-01-31T23:59:59Z, with a time zone, in the years 1970 to 9999")
 
@@ -3425,13 +3424,13 @@ def read_export(file: BinaryIO) -> Iterator[UserPair]:
         except (ValueError, HTTPError) as error:
             # The decoders' own messages may quote a value.
             is_quoting = isinstance(error, (json.JSONDecodeError, UnicodeError))
-            reason = "each line is one JSON object in UTF-8, and this one is not" if is_quoting else error
+            reason = "this is not one JSON object in UTF-8" if is_quoting else error
             raise CommandError(f"line {number}: {reason}; nothing was imported") from None
 
 
 def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, str], str], list[str]]:
     """Return the users by name and the values by user and key of an IoT Persistence Api, and the rows left out."""
-    uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode=ro"
+    uri = f"file:{urllib.parse.quote(os.fsencode(os.path.abspath(path)), safe='')}?mode=ro"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
             source.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
@@ -3638,7 +3637,7 @@ def announce(server: Server, store: Store) -> None:
     url = f"{scheme}://{f'[{name}]' if ':' in name else name}:{server.server_port}"
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not (host and host.is_loopback) and not server.certificate:
-        log("WARNING", "plain HTTP shows passwords to the network; use --tls-cert, or --host 127.0.0.1 and a TLS proxy")
+        log("WARNING", "plain HTTP sends passwords unencrypted; use --tls-cert, or --host 127.0.0.1 and a TLS proxy")
 
     def add_admin(store: Store) -> None:  # in a transaction: a password that cannot be printed is not stored
         password = make_token()[-20:]
@@ -3672,7 +3671,7 @@ def serve(arguments: argparse.Namespace) -> None:
             server = Server(store.path, settings, certificate)
         except (OSError, UnicodeError) as error:
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
-            hint = "perhaps kvserver runs already; " if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
+            hint = "is kvserver running already? " if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
             reason = error.strerror if isinstance(error, OSError) else "this is not a host name"
             raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -3707,7 +3706,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "FILE": {"dest": "file", "metavar": "FILE", "help": "file to write, readable by its owner only"},
     "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or an old database.db"},
     "--admin": {"action": "store_true", "help": "make the user an admin, who manages users"},
-    "--config": {"metavar": "FILE", "help": "JSON file with settings, named like these flags, with _ for -"},
+    "--config": {"metavar": "FILE", "help": "JSON file with settings, named like flags, with _ for -"},
     "--force": {"action": "store_true", "help": "overwrite the file if it exists"},
     "--label": {"metavar": "TEXT", "default": "", "help": "a note that the list shows"},
     "--merge": {"action": "store_true", "help": "add values to users that exist here; they keep password and role"},
@@ -3784,7 +3783,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnicodeError:
         message = "an argument or the input is not UTF-8 text"
     except BrokenPipeError:  # the program that reads our output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return 1
     except OSError as error:
         message = ": ".join(filter(None, (error.filename, error.strerror)))
