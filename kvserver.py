@@ -2112,7 +2112,7 @@ form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}form{max-wid
 .bare,.search{padding:0;border:0}td form{margin:.35rem 0 0}.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}
 input:not([type=checkbox],[hidden]),textarea{display:block;width:100%}input,textarea,button{padding:.5rem .75rem}
 input,button{font:inherit}button{color:#fff;background:#0a5cc2;border:0;border-radius:.4rem;cursor:pointer}
-td button{padding:.15rem .6rem}h2{font-size:1.15rem}.bad,[role=alert]{color:#fff;background:#b3261e}
+td button{padding:.15rem .6rem}h2{font-size:1.15rem;margin-top:2rem}.bad,[role=alert]{color:#fff;background:#b3261e}
 summary{white-space:nowrap}[role=alert]::first-letter{text-transform:uppercase}
 [role=alert],#done{margin:0;padding:.5rem;font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
 @media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
