@@ -547,7 +547,7 @@ class Store:
                 self._connection.rollback()
         if len(operations) > 1:
             outcomes = [self.commit([operation], begin=True)[0] for operation in operations]
-            self.changed_others = True
+        self.changed_others = True  # what is in changed_pairs may not have been committed
         return outcomes
 
     def transact(self, operation: Callable[[Store], Any]) -> Any:

@@ -955,6 +955,9 @@ class Commits(ServerCase):
         self.store.set_password_hash("bob", "new")
         reader.keep_rows(state, reader.state(), set())
         self.assertNotEqual(user, reader.user("bob"))
+        with self.assertRaises(ZeroDivisionError):
+            self.store.transact(lambda store: (store.set_value(1, "a", "1"), 1 // 0))
+        self.assertTrue(self.store.changed_others, "rows are kept by pairs that were not committed")
 
     def test_remembered_rows_are_bounded(self) -> None:
         reader = kvserver.CachingStore(self.database)
@@ -2418,8 +2421,6 @@ class Target:
 
 
 class HookCase(ServerCase):
-    """A server with a target for hooks."""
-
     def setUp(self) -> None:
         super().setUp()
         self.patch("HOOK_RETRY_SECONDS_MAX", 0.02)
