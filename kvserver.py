@@ -490,7 +490,8 @@ class Store:
             try:
                 if self._execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
                     raise StoreError(f"SQLite's WAL mode does not work on the disk of the database {self.path}")
-                self._execute("PRAGMA wal_checkpoint")  # syncs the last commit of a killed process before any read
+                with contextlib.suppress(StoreFull):  # it has synced the log before that
+                    self._execute("PRAGMA wal_checkpoint")  # syncs a killed process's last commit before any read
                 return
             except StoreBusy:  # SQLite's own timeout ignores this statement
                 if time.monotonic() > give_up:
