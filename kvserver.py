@@ -27,7 +27,7 @@ Each user has their own keys, and logs in with a password or a token. The server
 a form or a JSON object. The body of /set?key=K may be the value. All paths also exist below /iotpersistenceapi, or the
 prefix that --base-path sets. An error is one line of text that says what to do.
 
-Lines like "# ---- Storage ----" divide the file into rooms. Code runs only code of the rooms above it.
+Lines like "# ---- Storage ----" divide the file into rooms. Each uses only the rooms above it.
 """
 
 from __future__ import annotations
@@ -806,7 +806,7 @@ class CachingStore(Store):
         self._rows: dict[Any, Any] = {}
         self._rows_state = b""  # the state when _rows were read
         self._rows_bytes = 0  # of values
-        self.has_hooks()  # a first read creates the -shm file.
+        self.has_hooks()  # a first read creates the -shm file
         # It stays open: closing any descriptor of a file drops all the locks of the process on it (POSIX).
         self._shared_file = open(os.path.realpath(self.path) + "-shm", "rb")  # noqa: SIM115
         self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both copies
@@ -3095,7 +3095,7 @@ class Server(http.server.ThreadingHTTPServer):
                     self.loop.start(self._commit())
 
     async def _keep_house(self, accepting: Task) -> None:
-        """Look for others' changes and new deliveries. After the stop, let requests end, drop those that take long."""
+        """Look for others' changes and new deliveries. After the stop, let requests end, and drop the slow ones."""
         while not self.stopping:
             try:
                 state = self.reader.state()
@@ -3243,7 +3243,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-# One table has all settings. A flag overrides the environment, that overrides the JSON file, and that the default.
+# One table has all settings. Flags override the environment, which overrides the JSON file, which overrides defaults.
 
 
 class CommandError(Exception): ...  # the message is one line for people
