@@ -2953,8 +2953,7 @@ class Outbox:
         is_success, pause = answer.is_success(), 0.0
         self._metrics.deliveries += is_success
         self._metrics.failed_deliveries += not is_success
-        # Another try is useless after such a refusal.
-        is_proven = is_success or (300 <= answer.status < 500 and answer.status not in (408, 429))
+        is_proven = is_success or (300 <= answer.status < 500 and answer.status not in (408, 429))  # a refusal is final
         if not is_proven:
             age, uptime = time.time() - delivery.created, time.monotonic() - self._started
             seconds_left = max(HOOK_GIVE_UP_SECONDS - age, HOOK_GRACE_SECONDS - uptime)
@@ -3553,7 +3552,8 @@ def delete_user(arguments: argparse.Namespace, store: Store) -> None:
     """Delete a user, with all values, tokens and hooks. The command asks first."""
     name = arguments.name
     ((_, values, _),), tokens, hooks = store.users(name), store.tokens(name), store.hooks(name)
-    what = f"the user {name} and all they have (values: {values}, tokens: {len(tokens)}, hooks: {len(hooks)})"
+    kind = "last admin" if [user.name for user, *_ in store.users() if user.is_admin] == [name] else "user"
+    what = f"the {kind} {name} and all they have (values: {values}, tokens: {len(tokens)}, hooks: {len(hooks)})"
     if not arguments.yes and not sys.stdin.isatty():
         raise CommandError(f"there is no terminal to ask; to delete {what}, add --yes")
     if not arguments.yes and input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):

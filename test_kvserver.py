@@ -4713,10 +4713,10 @@ class UserCommands(CommandCase):
     def test_the_last_admin_and_without_a_terminal_anybody_is_deleted_only_with_yes(self) -> None:
         for name, *flags in (("alice", "--admin"), ("bob",), ("carol", "--admin")):
             self.add_user(name, *flags)
-        self.assert_fails("add --yes", "deluser", "bob")
+        self.assert_fails("there is no terminal to ask; to delete the user bob", "deluser", "bob")
         for name in ("bob", "alice"):
             self.succeed("deluser", name, "--yes")
-        self.assert_fails("add --yes", "deluser", "carol")
+        self.assert_fails("there is no terminal to ask; to delete the last admin carol", "deluser", "carol")
         self.succeed("deluser", "carol", "--yes")
         self.assertEqual("NAME  ROLE  VALUES\n", self.succeed("users"))
 
