@@ -7,6 +7,7 @@ Each user has their own keys, and logs in with a password or a token. The server
     python kvserver.py serve                  run the server; its first start adds the user admin and prints a password
     python kvserver.py adduser NAME           add a user; see also passwd, deluser, users
     python kvserver.py addtoken USER          add a token for a device; see also tokens, deltoken
+    python kvserver.py get USER KEY           print a value; see also set, del, list
     python kvserver.py addhook USER KEY URL   call a URL when a value changes; see also hooks, delhook, testhook
     python kvserver.py backup FILE            copy the database to a file; export and import copy values as JSON
 
@@ -566,11 +567,11 @@ class Store:
             if copy.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
                 raise StoreError(f"{self.path} is damaged; no backup was made")
 
-    def all_pairs(self, user_name: str | None = None) -> Iterator[UserPair]:
-        """Return one user's or all pairs, sorted by name and key."""
+    def all_pairs(self, user_name: str | None = None, prefix: str = "") -> Iterator[UserPair]:
+        """Return one user's or all pairs whose keys begin with prefix, sorted by name and key."""
         select = f"""SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id
-            WHERE name = ifnull(?, name) AND {NOT_EXPIRED} ORDER BY name, key"""
-        return self._execute(select, user_name, time.time())
+            WHERE name = ifnull(?, name) AND key BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key"""
+        return self._execute(select, user_name, prefix, prefix + LAST_KEY, time.time())
 
     def import_all(self, users: Iterable[User], pairs: Iterable[UserPair]) -> tuple[int, int]:
         """Add users and store pairs, or nothing at all; return how many pairs are stored, and how many had expired.
@@ -1293,15 +1294,17 @@ def take_choice(request: Request, name: str, choices: Sequence[str]) -> str | No
     return text
 
 
-def take_seconds(request: Request, name: str, least: float, most: float) -> float | None:
-    """Return a parameter that is a number of seconds, or None if it is missing; raise HTTPError."""
-    text = request.parameters.get(name)
-    if text is None:
-        return None
+def parse_seconds(name: str, text: str, least: float, most: float) -> float:
     if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) or not least <= float(text) <= most:
         above = "" if least == 0 else "above 0 and "
         raise HTTPError(400, f"the parameter {name} is a number of seconds, {above}up to {most}, such as 1.5")
     return float(text)
+
+
+def take_seconds(request: Request, name: str, least: float, most: float) -> float | None:
+    """Return a parameter that is a number of seconds, or None if it is missing; raise HTTPError."""
+    text = request.parameters.get(name)
+    return None if text is None else parse_seconds(name, text, least, most)
 
 
 # ---- Loop ------------------------------------------------------------------------------------------------------------
@@ -3283,6 +3286,13 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
+def parse_ttl(text: str) -> float:
+    try:
+        return parse_seconds("ttl", text, sys.float_info.min, TTL_SECONDS_MAX)
+    except HTTPError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 SETTINGS = {
     "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     "port": Setting(functools.partial(parse_number, least=0, most=65535), 8080, "P", "port; 0 picks one"),
@@ -3631,6 +3641,51 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
         raise CommandError(f"the test of hook {arguments.id} failed; check the URL and the program there")
 
 
+def no_such_key(name: str, key: str) -> CommandError:
+    return CommandError(f"{name} has no key {key}; list the keys with: python kvserver.py list {name}")
+
+
+def print_value(arguments: argparse.Namespace, store: Store) -> None:
+    """Print a user's value, and a newline."""
+    pair = store.pair((store.user(arguments.name) or NOBODY).id, arguments.key)
+    if not pair:
+        raise no_such_key(arguments.name, arguments.key)
+    sys.stdout.buffer.write(pair.value + b"\n")
+
+
+def store_value(arguments: argparse.Namespace, store: Store) -> None:
+    """Store a value under a key of a user. Hooks and waiting requests notice the change."""
+    key, value = require_key(arguments.key), arguments.value
+    if value == "-":
+        if sys.stdin.isatty():
+            print("Type the value, and press Enter and Ctrl-D:", file=sys.stderr)
+        value = re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode("utf-8-sig"))
+    check_value(value)
+    user_id = (store.user(arguments.name) or NOBODY).id
+    expires = None if arguments.ttl is None else time.time() + arguments.ttl
+    store.transact(lambda store: store.set_value(user_id, key, value, expires))
+    print(f"stored the key {key} of {arguments.name}")
+
+
+def delete_value(arguments: argparse.Namespace, store: Store) -> None:
+    """Delete a key of a user, with its value. Hooks and waiting requests notice that."""
+    user_id = (store.user(arguments.name) or NOBODY).id
+    if not store.transact(lambda store: store.delete_pair(user_id, arguments.key)):
+        raise no_such_key(arguments.name, arguments.key)
+    print(f"deleted the key {arguments.key} of {arguments.name}")
+
+
+def print_values(arguments: argparse.Namespace, store: Store) -> None:
+    """List a user's keys and values, a line each, with a tab between. Control characters are escaped."""
+    is_empty = True
+    for _, key, value, *_ in store.all_pairs(arguments.name, arguments.prefix):
+        print(escape_unprintable(key), escape_unprintable(value), sep="\t")
+        is_empty = False
+    if is_empty:
+        what = f"keys that begin with {arguments.prefix}" if arguments.prefix else "values"
+        print(escape_unprintable(f"{arguments.name} has no {what}"), file=sys.stderr)
+
+
 def announce(server: Server, store: Store) -> None:
     """Print where the server listens, and tell systemd. If there are no users, add admin and print how to try it."""
     name, host = server.server_name, parse_address(server.server_name)
@@ -3702,7 +3757,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "USER": {"dest": "name", "metavar": "USER", "help": "the user's name"},
     "[USER]": {"dest": "name", "metavar": "USER", "nargs": "?", "help": "only this user (default: all users)"},
     "ID": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of the list"},
-    "KEY": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for keys with this prefix, or * for all keys"},
+    "KEY": {"dest": "key", "metavar": "KEY", "help": f"1 to {KEY_BYTES_MAX} bytes of UTF-8"},
+    "VALUE": {"dest": "value", "metavar": "VALUE", "help": "- reads standard input; write -- before one like -x"},
+    "[PREFIX]": {"dest": "prefix", "metavar": "PREFIX", "nargs": "?", "default": "", "help": "only keys that begin so"},
+    "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for keys that begin so, or * for all keys"},
     "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
     "FILE": {"dest": "file", "metavar": "FILE", "help": "file to write, readable by its owner only"},
     "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or an old database.db"},
@@ -3714,11 +3772,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
     "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
     "--read-only": {"action": "store_true", "help": "the token cannot change anything"},
+    "--ttl": {"metavar": "S", "type": parse_ttl, "help": "the value expires S seconds later (default: never)"},
     "--value": {"metavar": "V", "help": "send only changes to the value V"},
     "--yes": {"action": "store_true", "help": "do not ask, and delete even the last admin"},
 }
 COMMANDS: tuple[tuple[Any, ...], ...] = (
     ("serve", serve, "--config"),
+    ("get", print_value, "USER", "KEY"),
+    ("set", store_value, "USER", "KEY", "VALUE", "--ttl"),
+    ("del", delete_value, "USER", "KEY"),
+    ("list", print_values, "USER", "[PREFIX]"),
     ("adduser", add_user, "NAME", "--admin", "--password-stdin"),
     ("passwd", set_password, "USER", "--password-stdin"),
     ("deluser", delete_user, "USER", "--yes"),
@@ -3726,7 +3789,7 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
     ("addtoken", add_token, "USER", "--label", "--read-only", "--prefix"),
     ("tokens", list_tokens, "USER"),
     ("deltoken", delete_token, "USER", "ID"),
-    ("addhook", add_hook, "USER", "KEY", "URL", "--value", "--label"),
+    ("addhook", add_hook, "USER", "PATTERN", "URL", "--value", "--label"),
     ("hooks", list_hooks, "[USER]"),
     ("delhook", delete_hook, "ID"),
     ("testhook", test_hook, "ID"),

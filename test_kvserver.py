@@ -5126,6 +5126,81 @@ class Exports(CommandCase):
         self.assertFalse((self.folder / "missing.db").exists())
 
 
+class ValueCommands(CommandCase):
+    """The commands that read and change values without a password."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.add_user("alice")
+
+    def test_a_value_is_stored_printed_listed_and_deleted(self) -> None:
+        self.add_user("bob")
+        self.assertEqual("stored the key room/1 of alice\n", self.succeed("set", "alice", "room/1", "a\tb\x1b[0m\n"))
+        self.assertEqual("a\tb\x1b[0m\n\n", self.succeed("get", "alice", "room/1"))
+        for key, *value in (("door", "käse"), ("room/é\n", ""), ("roo", "-5"), ("rp", "--", "-x")):
+            self.succeed("set", "alice", key, *value)
+        in_room = "room/1\ta\\tb\\x1b[0m\\n\nroom/é\\n\t\n"
+        self.assertEqual(f"door\tkäse\nroo\t-5\n{in_room}rp\t-x\n", self.succeed("list", "alice"))
+        self.assertEqual(in_room, self.succeed("list", "alice", "room/"))
+        self.assertEqual("deleted the key door of alice\n", self.succeed("del", "alice", "door"))
+        for command, name, key in (("get", "alice", "door"), ("del", "alice", "door"), ("get", "bob", "roo")):
+            self.assert_fails(f"{name} has no key {key}; list the keys with: ", command, name, key)
+        for arguments, message in (
+            (("bob",), "bob has no values\n"),
+            (("bob", "x"), "bob has no keys that begin with x\n"),
+        ):
+            self.assertEqual((0, "", message), self.run_program("list", *arguments))
+        for command, *others in (("get", "a"), ("set", "a", "b"), ("del", "a"), ("list",)):
+            self.assert_fails("no user carol", command, "carol", *others)
+
+    def test_standard_input_loses_one_newline_and_a_byte_order_mark(self) -> None:
+        for text, value in (
+            (b"open", b"open"),
+            (b"open\n", b"open"),
+            (b"open\r\n", b"open"),
+            (b"\xef\xbb\xbfa\nb\n\n", b"a\nb\n"),
+            (b"\n", b""),
+            (b"", b""),
+            ("ä".encode() * 2**19 + b"\n", "ä".encode() * 2**19),
+        ):
+            self.succeed("set", "alice", "a", "-", stdin=text)
+            self.assertEqual(value, self.pairs()["alice", "a"].encode())
+        self.assert_fails("1048576 bytes", "set", "alice", "a", "-", stdin="a" * 2**20 + "a\n")
+        self.assert_fails("not UTF-8", "set", "alice", "a", "-", stdin=b"\xff")
+        self.assertEqual(2**19, len(self.pairs()["alice", "a"]))
+
+    def test_keys_and_times_have_limits(self) -> None:
+        self.succeed("set", "alice", "k" * 512, "v", "--ttl", "315360000")
+        for key in ("", "k" * 513):
+            self.assert_fails("a key is 1 to 512 bytes", "set", "alice", key, "v")
+        for ttl in ("0", "315360001", "5m", "-1", ""):
+            code, _, errors = self.run_program("set", "alice", "a", "v", "--ttl", ttl)
+            self.assertEqual(2, code)
+            self.assertIn("argument --ttl: ", errors)
+        self.assertEqual(["k" * 512], [key for _, key in self.pairs()])
+        ((updated, expires),) = self.sql("SELECT updated, expires FROM pair")
+        self.assertAlmostEqual(315360000, expires - updated, delta=WAIT_SECONDS)
+        self.sql(INSERT_PAIR, (1, "old", "v", 0, 1))
+        self.assertNotIn("old", self.succeed("list", "alice"))
+        for command in ("get", "del"):
+            self.assert_fails("no key old", command, "alice", "old")
+        self.succeed("set", "alice", "k" * 512, "v")
+        self.assertIn((None,), self.sql("SELECT expires FROM pair"))
+
+    def test_a_running_server_hears_of_them(self) -> None:
+        target = self.enterContext(contextlib.closing(Target()))
+        self.succeed("addhook", "alice", "door", target.url)
+        with self.serving_here() as (port, _, _):
+            for command, status in (("set", b"200"), ("del", b"404")):
+                tag = 'If-None-Match: "x"' if command == "set" else f"If-None-Match: {kvserver.entity_tag(b'open')}"
+                waiting = self.send(port, "GET /get?key=door&wait=60 HTTP/1.1", tag)
+                self.assertEqual(200, self.request(port, "/list")[0])
+                self.succeed(command, "alice", "door", *["open"][: command == "set"])
+                self.assertEqual(b"HTTP/1.1 " + status, waiting.recv(12))
+            wait_until(lambda: len(target.received) == 2)
+        self.assertEqual([("door", "open", None), ("door", None, "open")], [change[:3] for change in target.changes()])
+
+
 class MovingIn(CommandCase):
     scrypt, pbkdf2 = WERKZEUG_HASHES.values()
 
