@@ -121,6 +121,8 @@ DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")
 # One line per event on standard error, without secrets. The logging module would take a tenth of the start-up time.
 
 TOKEN_PREFIX = "kv_"
+LOGGED_KINDS_MAX = 10_000  # that are remembered; an address may be one
+RARE_LOG_SECONDS = 60  # between two lines of a kind that clients can cause
 
 
 def escape_unprintable(text: str) -> str:
@@ -140,18 +142,26 @@ def log(level: str, message: str) -> None:
         sys.stderr.flush()
 
 
+def remember(memory: dict[Any, Any], key: Hashable, value: object, most: int) -> None:
+    """Set memory[key]. Of more entries than most, the oldest goes."""
+    memory.pop(key, None)
+    memory[key] = value
+    if len(memory) > most:
+        del memory[next(iter(memory))]
+
+
 class ErrorLog:
-    """Logs errors, and repeats a message only after a pause, because an error may come with every request."""
+    """Logs what may come with every request, each kind only once in a while."""
 
     def __init__(self) -> None:
-        self._paused: dict[str, float] = {}  # messages, and when they may be repeated, in monotonic seconds
+        self._paused: dict[Hashable, float] = {}  # kinds, and when they may be logged again, in monotonic seconds
 
-    def write(self, message: str, pause_seconds: float = 1) -> None:
+    def write(self, message: str, pause_seconds: float = 1, kind: Hashable = None, level: str = "ERROR") -> None:
+        """Log a message, unless one of its kind is paused. Without a kind, only equal messages are of one kind."""
         now = time.monotonic()
-        self._paused = {paused: until for paused, until in self._paused.items() if until > now}
-        if message not in self._paused:
-            self._paused[message] = now + pause_seconds
-            log("ERROR", message)
+        if self._paused.get(kind or message, 0) <= now:
+            remember(self._paused, kind or message, now + pause_seconds, LOGGED_KINDS_MAX)
+            log(level, message)
 
 
 # ---- Passwords and tokens --------------------------------------------------------------------------------------------
@@ -1716,7 +1726,8 @@ class Metrics:
 # Credentials in, a User or an HTTPError out. scrypt makes guessing slow, but would slow every request too. So we
 # remember verified credentials, under a keyed hash, never as they came.
 
-CREDENTIALS_MAX = 1024  # verified credentials that are remembered
+CREDENTIALS_MAX = 1024  # right ones that are remembered, and as many wrong ones
+REFUSED_SECONDS = 600  # that wrong ones are remembered
 CHECKS_MAX = 64  # passwords that wait to be checked
 CHECK_SECONDS = 10  # that a request waits for that
 THROTTLED_ADDRESSES_MAX = 10_000
@@ -1730,7 +1741,15 @@ REALMS = {USER: "kvserver", OPERATOR: "kvserver", PERSON: "kvserver pages", ADMI
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
+Check = tuple[bytes, str]  # the keyed hash of a header, and the stored hash that it must match; "" if there is none
 Commit = Callable[[Callable[[Store], Any]], Awaitable[Any]]  # makes a change, and returns its result when it is on disk
+
+
+def check_no_prefetch(headers: Mapping[str, str]) -> None:
+    """Raise HTTPError when a browser loads this in advance, before anybody asks for it."""
+    for name in ("sec-purpose", "purpose", "x-moz", "x-purpose"):
+        if name in headers and re.search("prefetch|prerender|preview", headers[name].lower()):
+            raise HTTPError(503, "the browser loads this in advance, so nothing was changed; open it again")
 
 
 def check_same_site(headers: Mapping[str, str]) -> None:
@@ -1740,7 +1759,8 @@ def check_same_site(headers: Mapping[str, str]) -> None:
         # A proxy that does TLS hides the scheme from us, so either one is right.
         origin = re.match("https?://([^/?#]*)", url.lower())  # None for "null", for example
         site = "same-origin" if origin and origin[1] == headers.get("host", "").lower() else "cross-site"
-    if site not in (None, "same-origin", "none"):
+    # Browsers never add a token by themselves: the page knows it.
+    if site not in (None, "same-origin", "none") and headers.get("authorization", "")[:7].lower() != "bearer ":
         message = "this comes from another site's page, or a proxy has changed the header Host"
         raise HTTPError(403, f"{message}; open the page here, and try again")
 
@@ -1757,8 +1777,9 @@ def check_visitor(user: User, who: str) -> None:
 
 def parse_address(text: str) -> Address | None:
     """Return an IP address, an IPv4 address for one that is mapped to IPv6; None for any other text."""
+    text = re.sub(r"^\[(.*)\](:\d+)?$|^([\d.]+):\d+$", r"\1\3", text.strip())  # without the port that some proxies add
     try:
-        address = ipaddress.ip_address(text.strip().partition("%")[0])  # a zone may be any text
+        address = ipaddress.ip_address(text.partition("%")[0])  # a zone may be any text
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
@@ -1785,19 +1806,18 @@ class Throttle:
 
     def __init__(self) -> None:
         self._paid_off: dict[Hashable, float] = {}  # when the last failure of a client is forgotten, monotonic seconds
+        self._errors = ErrorLog()
 
-    def charge(self, client: Hashable, failures: int = 1) -> None:
+    def charge(self, address: Address | None, failures: int = 1) -> None:
         """Count a failed login; raise HTTPError when that is one too many. With failures=-1, forget one again."""
-        now = time.monotonic()
+        now, client = time.monotonic(), client_of(address)
         paid_off = max(self._paid_off.get(client, now), now) + failures * FAILURE_SECONDS
         wait_seconds = math.ceil(round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3))
         if wait_seconds > 0:
+            self._errors.write(f"login throttled: address={address}", RARE_LOG_SECONDS, client, "WARNING")
             message = f"too many failed logins; try again in {wait_seconds} seconds"
             raise HTTPError(429, message, (("Retry-After", str(wait_seconds)),))
-        self._paid_off.pop(client, None)
-        if len(self._paid_off) >= THROTTLED_ADDRESSES_MAX:
-            del self._paid_off[next(iter(self._paid_off))]  # the one that has been quiet longest
-        self._paid_off[client] = paid_off
+        remember(self._paid_off, client, paid_off, THROTTLED_ADDRESSES_MAX)
 
 
 def decode_credentials(authorization: str) -> tuple[str | None, str]:
@@ -1828,9 +1848,9 @@ class Authenticator:
         self._unknown_user_hash = hash_password(None)
         # From the keyed hash of an Authorization header to the user's name and the stored hash that it matches.
         self._verified: dict[bytes, tuple[str, str]] = {}
+        self._refused: dict[Check, float] = {}  # failed checks, until when: one device must not throttle its neighbours
         self._secret = secrets.token_bytes(32)
-        # The requests that wait for a check, by the keyed hash of their header and the row that it is checked against.
-        self._waiting: dict[tuple[bytes, User | None], list[Wakeup]] = {}
+        self._waiting: dict[Check, list[Wakeup]] = {}  # requests that wait for a check
         self._throttle = Throttle()
 
     def _digest(self, authorization: str) -> bytes:
@@ -1841,38 +1861,41 @@ class Authenticator:
     async def authenticate(self, authorization: str | None, find_address: Callable[[], Address | None]) -> User:
         """Return the user whose credentials an Authorization header holds; raise HTTPError or StoreBusy."""
         if authorization is None:
-            raise HTTPError(
-                401,
-                "log in with a user name and a password (curl -u NAME:PASSWORD), or with Authorization: Bearer TOKEN",
-            )
+            message = "log in with a name and a password (curl -u NAME:PASSWORD), or with Authorization: Bearer TOKEN"
+            raise HTTPError(401, message)
         user = self._known_user(authorization)
         while not user:
             (name, password), address = decode_credentials(authorization), find_address()
-            # Requests with equal headers share a check. With the row in it, a request that comes after a change of the
-            # password does not join an older check.
-            check, client = (self._digest(authorization), self._store.user(name or "")), client_of(address)
-            is_first, is_right = check not in self._waiting, False
-            if is_first:
-                if len(self._waiting) >= CHECKS_MAX and name and password:
-                    raise StoreBusy("no password can be checked just now; try again")
-                self._throttle.charge(client)  # now, or all guesses before the first failure would be free
-            if name and password:
-                self._waiting.setdefault(check, []).append(Wakeup(self._loop))
-                if is_first:
-                    self._loop.start(self._verify(check, password, client))
-                try:
-                    is_right = await ready(0, time.monotonic() + CHECK_SECONDS)
-                except TimeoutError:
-                    raise StoreBusy("the server is too busy; try again") from None
-            if is_right is False:
-                if not is_first:
-                    self._throttle.charge(client)
+            check = self._digest(authorization), (self._store.user(name or "") or NOBODY).password_hash
+            is_refused = time.monotonic() < self._refused.get(check, 0)
+            if is_refused or await self._check(check, name, password, address) is False:
                 self._metrics.failed_logins += 1
-                # repr escapes characters that could forge another line or field. The address is last for this reason.
-                log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
                 raise HTTPError(401, "the token is unknown" if name is None else "the user name or password is wrong")
             user = self._known_user(authorization)  # meanwhile, everything may have changed
         return user
+
+    async def _check(self, check: Check, name: str | None, password: str, address: Address | None) -> bool | None:
+        is_first = check not in self._waiting
+        if is_first:  # the others have the same header, and share its check
+            if len(self._waiting) >= CHECKS_MAX and name and password:
+                raise StoreBusy("no password can be checked just now; try again")
+            self._throttle.charge(address)  # now, or all guesses before the first failure would be free
+        if not (name and password):
+            return self._refuse(check, name, password, address)
+        self._waiting.setdefault(check, []).append(Wakeup(self._loop))
+        if is_first:
+            self._loop.start(self._verify(check, name, password, address))
+        try:
+            return cast("bool | None", await ready(0, time.monotonic() + CHECK_SECONDS))
+        except TimeoutError:
+            raise StoreBusy("the server is too busy; try again") from None
+
+    def _refuse(self, check: Check, name: str | None, password: str, address: Address | None) -> bool:
+        if name or password:  # else the header is malformed
+            remember(self._refused, check, time.monotonic() + REFUSED_SECONDS, CREDENTIALS_MAX)
+        # repr escapes characters that could forge another line or field. The address is last for this reason.
+        log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
+        return False
 
     def _known_user(self, authorization: str) -> User | None:
         # Every request reads the row, and verified credentials count only while it has the hash that they matched. So a
@@ -1885,9 +1908,9 @@ class Authenticator:
         user = self._store.user(hash_token(token)) if token.startswith(TOKEN_PREFIX) else None
         return user if user and owner in (None, user.name) else None
 
-    async def _verify(self, check: tuple[bytes, User | None], password: str, client: Hashable) -> None:
-        (digest, user), waiting = check, self._waiting[check]
-        name, stored = (user.name, user.password_hash) if user else ("", self._unknown_user_hash)
+    async def _verify(self, check: Check, name: str, password: str, address: Address | None) -> None:
+        (digest, password_hash), waiting = check, self._waiting[check]
+        stored = password_hash or self._unknown_user_hash
 
         def verify() -> bool | None:
             return verify_password(password, stored) if any(map(Wakeup.is_wanted, waiting)) else None
@@ -1897,19 +1920,19 @@ class Authenticator:
             result = await (self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads).run(verify, "checks")
         except Exception as error:  # noqa: BLE001 - the requests raise it
             result = error
-        if result is not False:
-            self._throttle.charge(client, -1)
+        if result is False:
+            self._refuse(check, name, password, address)
+        else:
+            self._throttle.charge(address, -1)
         if result is True:
-            self._verified[digest] = (name, stored)
-            if len(self._verified) > CREDENTIALS_MAX:
-                del self._verified[next(iter(self._verified))]
+            remember(self._verified, digest, (name, stored), CREDENTIALS_MAX)
         for wakeup in self._waiting.pop(check):
             wakeup(result)
         if result is True and not stored.startswith(hash_parameters()):  # another program's, or with other parameters
             with contextlib.suppress(StoreError, sqlite3.Error):  # the old hash is good too
                 new_hash: str = await self.scrypt.run(lambda: hash_password(password), "checks")
                 await self._commit(lambda store: store.set_password_hash(name, new_hash, stored))
-                self._verified[digest] = (name, new_hash)
+                remember(self._verified, digest, (name, new_hash), CREDENTIALS_MAX)
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
@@ -2619,6 +2642,9 @@ class RequestHandler:
         except Exception as error:  # whatever happens, the client gets a response
             if self.state == IDLE or isinstance(error, ConnectionError):  # nobody is there to read one
                 raise
+            if self.received.startswith(b"\x16\x03") and not self.server.certificate:  # the handshake of TLS
+                message = f"a client speaks TLS; use http:// or set --tls-cert: address={parse_address(self.peer)}"
+                self.server.errors.write(message, RARE_LOG_SECONDS, "TLS", "WARNING")
             response = answer_to_error(as_http_error(error, self.server.errors), self.route, request)
         route, seconds = self.route, time.monotonic() - self.started
         self.server.metrics.note_response((route.path or "/") if route else "other", response.status, seconds)
@@ -2691,6 +2717,8 @@ class RequestHandler:
         self.route = route or next(iter(methods.values()), None)
         if route is None or (route.who == BROWSER and not request.wants_html()):
             return answer_without_route(request.method, request.path, () if route else list(methods))  # 404, 405, 501
+        if route.where == COMMIT:
+            check_no_prefetch(request.fields.headers)  # 503
         await self._authorize(route, request)  # 401, 403, 413, 429, 503
         if self.body_pending and route.who not in NO_LOGIN:
             await self._receive_parameters(route, request)  # 400, 408, 413, 415

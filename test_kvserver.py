@@ -677,7 +677,7 @@ class Logins(ServerCase):
     def test_only_the_first_good_request_pays_for_scrypt(self) -> None:
         scrypt = self.count_scrypt()
         good, wrong = PASSWORDS["alice"], "wrong password"
-        steps = ((200, good, 1), (200, good, 1), (401, wrong, 2), (401, wrong, 3), (200, good, 3))
+        steps = ((200, good, 1), (200, good, 1), (401, wrong, 2), (401, "another one", 3), (200, good, 3))
         for status, password, count in steps:
             self.try_password(status, "alice", password)
             self.assertEqual(count, scrypt.call_count)
@@ -1175,6 +1175,14 @@ class Loops(unittest.TestCase):
 
 
 class Connections(ServerCase):
+    def test_tls_on_the_plain_port_is_logged_once_a_minute(self) -> None:
+        self.patch("parse_address", mock.Mock(side_effect=["192.0.2.1", "192.0.2.2", "192.0.2.3"]))
+        for _ in range(3):
+            with contextlib.suppress(OSError), self.connect() as connection:
+                ssl.create_default_context().wrap_socket(connection, server_hostname="localhost")
+            self.exchange(b"\x80\x16\x03\x01\r\n\r\n", end=True)
+        self.assertEqual(["a client speaks TLS; use http:// or set --tls-cert: address=192.0.2.1"], self.log.lines)
+
     def test_connection_is_kept_for_further_requests(self) -> None:
         connection, sockets = self.new_connection(), set()
         requests = ((200, "POST /set?key=a&value=1"), (404, "GET /get?key=b"), (400, "GET /get"), (404, "GET /x"))
@@ -1571,7 +1579,7 @@ class Throttled(ServerCase):
 
     def fail_often(self, address: str = "192.0.2.1") -> None:
         for number in range(kvserver.FAILURES_MAX):
-            self.assertEqual(401, self.login(f"wrong password {number}", address))
+            self.assertEqual(401, self.login(f"wrong password {number} from {address}", address))
 
     def test_an_address_has_ten_failures(self) -> None:
         self.assertEqual(200, self.login(PASSWORDS["bob"], name="bob"))
@@ -1601,19 +1609,89 @@ class Throttled(ServerCase):
             self.assertEqual(200, self.login(f"password {number}"))
 
     def test_only_guesses_are_charged(self) -> None:
-        free, guesses = [(None, 401), ("Digest x", 401)], [("Basic !!!!", 401)] * kvserver.FAILURES_MAX
+        free, malformed = ((None, 401), ("Digest x", 401)), ("Basic !!!!", "Basic eA==", "Bearer")  # eA== is x
         with mock.patch.object(kvserver, "scrypt") as scrypt:
-            for user, status in (*free * 20, *guesses, ("Basic !!!!", 429), *free):
-                self.check(status, "GET", "/list", user=user)
+            for number, login in enumerate(malformed):
+                headers = {"X-Forwarded-For": f"192.0.2.{number}"}
+                guesses = [(login, 401)] * kvserver.FAILURES_MAX  # a malformed header is not remembered
+                for user, status in (*free * 20, *guesses, (login, 429), *free):
+                    self.check(status, "GET", "/list", user=user, headers=headers)
             scrypt.assert_not_called()
+
+    def test_a_wrong_header_is_remembered_and_costs_its_neighbours_nothing(self) -> None:
+        logins = [basic("alice", "outdated"), basic("alice", ""), basic("nobody", "outdated"), "Bearer kv_deleted"]
+        logins += [basic("alice", "kv_deleted"), "Bearer x"]
+        with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
+            for login in logins * 3 * kvserver.FAILURES_MAX:
+                self.assertEqual(401, self.fetch("/list", user=login)[0])
+            self.assertEqual(3, scrypt.call_count)
+            self.assertEqual(len(logins), len(self.log.lines))
+            for number in range(kvserver.FAILURES_MAX - len(logins)):
+                self.assertEqual(401, self.login(f"guess {number}", "127.0.0.1"))
+            self.assertEqual(429, self.login("one guess more", "127.0.0.1"))
+            self.log.lines.clear()
+            calls = scrypt.call_count
+            for login, address in itertools.product(logins, ("127.0.0.1", "192.0.2.1")):
+                self.assertEqual(401, self.fetch("/list", user=login, X_Forwarded_For=address)[0])
+            self.assertEqual((calls, []), (scrypt.call_count, self.log.lines))
+            self.fail_often("192.0.2.1")  # all of them
+        failed = 2 * kvserver.FAILURES_MAX + len(logins) * (3 * kvserver.FAILURES_MAX + 1)
+        self.assertEqual(failed, self.server.metrics.failed_logins)
+
+    def test_a_wrong_header_is_forgotten_with_a_new_password_user_or_token(self) -> None:
+        token = kvserver.make_token()
+        changes: dict[str, Callable[[], object]] = {
+            basic("alice", "new password"): lambda: self.store.set_password_hash(
+                "alice", kvserver.hash_password("new password")
+            ),
+            basic("carol", "a password"): lambda: self.store.add_user(
+                "carol", kvserver.hash_password("a password"), False
+            ),
+            basic("bob", token): lambda: self.store.add_token("bob", kvserver.hash_token(token), "", False, ""),
+            f"Bearer {token}": lambda: None,
+        }
+        for login in changes:
+            self.check(401, "GET", "/list", user=login)
+        for login, change in changes.items():
+            change()
+            self.check(200, "GET", "/list", user=login)
+        self.store.delete_token("bob", 1)
+        for _ in range(2 * kvserver.FAILURES_MAX):
+            self.check(401, "GET", "/list", user=f"Bearer {token}")
+        self.assertEqual(600, kvserver.REFUSED_SECONDS)
+
+    def test_few_wrong_headers_are_remembered_and_not_forever(self) -> None:
+        with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
+            self.patch("CREDENTIALS_MAX", 2)
+            for password, count in (("a", 1), ("b", 2), ("a", 2), ("c", 3), ("b", 3), ("a", 4)):
+                self.assertEqual(401, self.login(password))
+                self.assertEqual(count, scrypt.call_count, password)
+            self.patch("REFUSED_SECONDS", 0)
+            for count in (5, 6):
+                self.assertEqual(401, self.login("d"))
+                self.assertEqual(count, scrypt.call_count)
+
+    def test_the_log_names_a_throttled_address_once_a_minute(self) -> None:
+        addresses = ("192.0.2.1", "2001:db8:0:1::1", "2001:db8:0:1::2", "192.0.2.1", "2001:db8:0:1::1")
+        for address in addresses[:2]:
+            self.fail_often(address)
+        self.log.lines.clear()
+        for address in addresses:
+            self.assertEqual(429, self.login("one guess more", address))
+        self.assertEqual([f"login throttled: address={address}" for address in addresses[:2]], self.log.lines)
+        self.assertEqual(60, kvserver.RARE_LOG_SECONDS)
 
     def test_parallel_guesses_stay_within_the_limit_and_parallel_logins_pass(self) -> None:
         limited = [401] * kvserver.FAILURES_MAX + [429] * (40 - kvserver.FAILURES_MAX)
         cases = [[f"guess {number}" for number in range(40)], ["the same guess"] * 40, [PASSWORDS["alice"]] * 40]
         with concurrent.futures.ThreadPoolExecutor(40) as pool:
-            for number, (passwords, expected) in enumerate(zip(cases, (limited, limited, [200] * 40))):
+            for number, (passwords, expected) in enumerate(zip(cases, (limited, [401] * 40, [200] * 40))):
                 addresses = itertools.repeat(f"192.0.2.{number}")
                 self.assertEqual(expected, sorted(pool.map(self.login, passwords, addresses)))
+        failures = [line for line in self.log.lines if line.endswith("address=192.0.2.1")]
+        self.assertEqual(["login failed: user='alice' address=192.0.2.1"], failures)
+        statuses = [self.login(f"wrong password {number}", "192.0.2.1") for number in range(kvserver.FAILURES_MAX)]
+        self.assertEqual([401] * (kvserver.FAILURES_MAX - 1) + [429], statuses, "equal guesses count once")
 
     def test_addresses_are_counted_apart_and_ipv6_by_network(self) -> None:
         self.fail_often("192.0.2.1")
@@ -1626,7 +1704,7 @@ class Throttled(ServerCase):
             ("2001:db8:0:2::1", 401, "2001:db8:0:2::1"),
             ("fe80::1%' status=200 address=192.0.2.3", 401, "fe80::1"),
         ):
-            self.assertEqual(status, self.login("wrong password", address), address)
+            self.assertEqual(status, self.login(f"wrong password from {address}", address), address)
             self.assertTrue(self.log.lines[-1].endswith(f"address={shown}" if shown else ""), self.log.lines[-1])
 
     def test_only_trusted_proxies_are_believed(self) -> None:
@@ -1639,6 +1717,15 @@ class Throttled(ServerCase):
             ("2001:db8::9", "2001:db8::5", " 2001:DB8::9 "),
             ("10.0.0.2", "10.0.0.1", "203.0.113.9, nonsense, 10.0.0.2"),
             ("10.0.0.7", "10.0.0.1", "10.0.0.7, 10.0.0.2"),
+            ("203.0.113.9", "10.0.0.1", "203.0.113.9:51234", "198.51.100.7:1, 203.0.113.9:65535,10.0.0.2:80"),
+            (
+                "2001:db8::7",
+                "10.0.0.1",
+                "[2001:db8::7]:443",
+                "[2001:db8::7]",
+                "[2001:DB8::7%25eth0]:443, [2001:db8::5]",
+            ),
+            ("10.0.0.1", "10.0.0.1", "203.0.113.9:x", "203.0.113.9:1:2", "[2001:db8::7", "[2001:db8::7]443", "[]:443"),
         ):
             for forwarded_for in headers:
                 with self.subTest(peer=peer, forwarded_for=forwarded_for):
@@ -1649,7 +1736,7 @@ class Throttled(ServerCase):
         for number in (1, 2, 3):
             self.fail_often(f"192.0.2.{number}")
         for number, status in ((1, 429), (4, 401), (1, 401)):
-            self.assertEqual(status, self.login("wrong password", f"192.0.2.{number}"))
+            self.assertEqual(status, self.login(f"wrong password {number}", f"192.0.2.{number}"))
 
     def test_an_unknown_user_costs_the_same_work_as_a_wrong_password(self) -> None:
         with mock.patch.object(kvserver, "scrypt", wraps=kvserver.scrypt) as scrypt:
@@ -1701,6 +1788,45 @@ class Sites(ServerCase):
         lines = ("Origin: null", "Expect: 100-continue", "Content-Length: 1")
         response = self.exchange(self.raw("POST /set?key=a HTTP/1.1", *lines), end=True)
         self.assertTrue(response.startswith(b"HTTP/1.1 403 "))
+
+    def test_a_bearer_token_needs_no_page_of_this_site(self) -> None:
+        token = kvserver.make_token()
+        self.store.add_token("alice", kvserver.hash_token(token), "", False, "")
+        foreign = (
+            {"Origin": "http://evil.example"},
+            {"Sec-Fetch-Site": "cross-site"},
+            {"Referer": "http://evil.example"},
+        )
+        logins = {
+            f"Bearer {token}": 200,
+            f"bEARER {token}": 200,
+            "alice": 403,
+            basic("alice", token): 403,
+            "Bearer x": 401,
+        }
+        for headers, (user, status) in itertools.product(foreign, logins.items()):
+            self.check(status, "GET", "/set?key=a&value=1", user=user, headers=headers)
+        self.check(401, "POST", "/me/", "action=set&key=a&value=2", kvserver.FORM, f"Bearer {token}", foreign[0])
+        self.assertEqual({"a": "1"}, self.pairs())
+
+    def test_what_a_browser_loads_in_advance_changes_nothing(self) -> None:
+        self.fetch("/set?key=a&value=1")
+        token = kvserver.make_token()
+        self.store.add_token("alice", kvserver.hash_token(token), "", False, "")
+        connection = self.new_connection()
+        for name, purpose in (
+            *(("Sec-Purpose", text) for text in ("prefetch", "prefetch;prerender", "Prerender", "x, prefetch;y=1")),
+            *(("purpose", "prefetch"), ("Purpose", "prerender"), ("X-moz", "prefetch"), ("X-Purpose", "preview")),
+        ):
+            for user in (None, "alice", basic("alice", "wrong"), f"Bearer {token}"):
+                for target in ("/set?key=a&value=2", "/del?key=a", "/toggle?key=a", "/iotpersistenceapi/incr?key=a"):
+                    answer = self.check(503, "GET", target, user=user, headers={name: purpose}, connection=connection)
+                    self.assertEqual("no-store", answer.headers["cache-control"])
+            self.check(503, "POST", "/me/", "action=set&key=a&value=2", kvserver.FORM, headers={name: purpose})
+            answer = self.check(200, "GET", "/get?key=a", headers={name: purpose}, connection=connection)
+            self.assertEqual(b"1", answer.body)
+        self.assertEqual([], self.log.lines)
+        self.check(200, "GET", "/set?key=a&value=2", headers={"Sec-Purpose": "", "Purpose": "x", "X-Moz": "y"})
 
     def test_the_host_of_an_absolute_target_counts(self) -> None:
         for host, status in (("kv.example", 200), ("localhost", 403)):
@@ -2264,7 +2390,16 @@ class Overload(ServerCase):
             for number in range(5):
                 errors.write("disk I/O error" if number != 1 else "another one")
         self.assertEqual(["disk I/O error", "another one", "disk I/O error"], self.log.lines)
-        self.assertEqual(1, len(errors._paused), "old ones are forgotten")
+        self.log.lines.clear()
+        with mock.patch("time.monotonic", side_effect=[5.0, 5.0, 64.9, 65.0]):
+            for number, kind in enumerate("abaa"):
+                errors.write(f"{kind} {number}", 60, kind)
+        self.assertEqual(["a 0", "b 1", "a 3"], self.log.lines)
+        errors = kvserver.ErrorLog()
+        self.patch("LOGGED_KINDS_MAX", 3)
+        for message in "abcabd":
+            errors.write(message, pause_seconds=0)
+        self.assertEqual(["a", "b", "d"], list(errors._paused), "the oldest goes")
 
 
 class Observed(ServerCase):
@@ -6001,9 +6136,12 @@ class Readme(CommandCase):
             "x' address=192.0.2.1": "2001:db8::9",
             "WARNING login failed: user='y' address=192.0.2.2": "203.0.113.10",
         }
+        self.enterContext(mock.patch.object(kvserver, "FAILURES_MAX", 1))
         with self.serving_here("--log-requests", "--trusted-proxy", "127.0.0.1") as (port, _, log):
             for name, address in addresses.items():
-                self.assertEqual(401, self.request(port, target, name, "wrong", **{"X-Forwarded-For": address})[0])
+                for password, status in (("wrong", 401), ("wrong", 401), ("throttled", 429)):
+                    answer = self.request(port, target, name, password, **{"X-Forwarded-For": address})
+                    self.assertEqual(status, answer[0])
             self.request(port, f"{target}''+address=192.0.2.3")
             self.request(port, "/WARNING%20login%20failed:%20user=''%20address=192.0.2.4")
         matches = [pattern.search(line) for line in log.getvalue().splitlines()]
