@@ -3721,6 +3721,7 @@ class Secrets(ServerCase):
             (kvserver.RequestHandler, "respond"),
         ):
             for error, user in itertools.product((RuntimeError, UnicodeError, OSError, MemoryError), users):
+                self.server.authenticator._refused.clear()
                 with mock.patch.object(owner, name, side_effect=error("s3cr3t-value s3cr3t-password")):
                     answers.append(self.request(*requests[0], user=user))
         self.assertGreater(len([answer for answer in answers if answer.status == 500]), 20)
@@ -6053,7 +6054,7 @@ class Exhausted(CommandCase):
             def guess(address: str) -> None:
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     for number in itertools.count():
-                        self.request(port, "/list", password=f"guess {number}", **{"X-Forwarded-For": address})
+                        self.request(port, "/list", password=f"{address} {number}", **{"X-Forwarded-For": address})
                         guesses.append(number)
 
             self.assertEqual(404, self.request(port, "/get?key=a")[0])
