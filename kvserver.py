@@ -905,14 +905,14 @@ STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for
 format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~-]+)?\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 REQUEST_LINE = re.compile(
     rf"({HTTP_TOKEN}) (?! )(?:(?i:https?)://(?=[^/?])({HOST.pattern}))?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])"
 )
 FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 
 MALFORMED_CHUNKS = "the chunked body is malformed"
-BODY_TOO_LARGE = f"the body is over {BODY_BYTES_MAX} bytes; send a value alone, of up to {VALUE_BYTES_MAX} bytes"
+BODY_TOO_LARGE = f"the body is too large: {{}} bytes; the limit is {BODY_BYTES_MAX}, and for a value {VALUE_BYTES_MAX}"
 RETRY_AFTER = (("Retry-After", "5"),)
 UNPARSED: dict[str, str] = {}  # the parameters of a request, until they are parsed
 
@@ -979,12 +979,13 @@ class Request:
             return condition == "*" and etag != ""
         if not re.fullmatch(r'(?:(?:W/)?"[!#-~\x80-\xff]*"(?:[ \t]*,[ \t]*|\Z))+', condition):
             raise HTTPError(400, f'the header {header} is malformed; send * or the ETag of a response, as in "0a1b"')
-        tags = re.findall(r'(W/)?("[^"]*")', condition)  # weak ones match in If-None-Match only (RFC 9110 section 13.1)
-        return any(tag == etag and (header != "if-match" or not weak) for weak, tag in tags)
+        # Weak tags match in If-None-Match only (RFC 9110 section 13.1). Proxies that compress add a suffix to ours.
+        tags = re.findall(r'(W/)?("[^"]*?)(?:-gzip|-br|-zstd|;gzip)?"', condition)
+        return any(tag + '"' == etag and (header != "if-match" or not weak) for weak, tag in tags)
 
 
 class Route(NamedTuple):
-    """A row of the table of routes. KEY at the end of a path matches any key. A key as first parameter is required."""
+    """A row of the table of routes. KEY at the end of a path matches any key."""
 
     path: str
     methods: tuple[str, ...]
@@ -992,6 +993,7 @@ class Route(NamedTuple):
     who: str
     where: str
     parameters: tuple[str, ...] = ()
+    required: int = 0  # of the first parameters
     body: str = PARAMETERS
 
 
@@ -1061,6 +1063,11 @@ def check_incomplete_head(received: bytearray, begin: int) -> int:
     return max(len(received) - 3, 0)  # the empty line may have begun
 
 
+def may_begin_request(received: bytearray) -> bool:
+    word, space, _ = received[:64].lstrip(b"\r\n").decode("iso-8859-1").partition(" ")
+    return word in METHODS if space else any(method.startswith(word) for method in METHODS)
+
+
 def take_chunks(received: bytearray, body: bytearray) -> bool:
     """Move whole chunks to body, and return whether the last one has come (RFC 9112 section 7.1); raise HTTPError."""
     while True:
@@ -1070,7 +1077,7 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
             break
         end = begin + size
         if len(body) + size > BODY_BYTES_MAX:
-            raise HTTPError(413, BODY_TOO_LARGE)
+            raise HTTPError(413, BODY_TOO_LARGE.format(len(body) + size))
         if len(received) < end + 2:
             return False
         if not received.startswith(b"\r\n", end):
@@ -1171,16 +1178,17 @@ def parse_form(text: str) -> list[tuple[str, str]]:
                 value = decode_utf8(urllib.parse.unquote_to_bytes(value.replace("+", " ")), "a parameter")
             pairs.append((name, value))
         elif field:  # a typing error must not store an empty value
-            raise HTTPError(400, f"the parameter {name!r:.40} has no value; write NAME=VALUE, and & in a value as %26")
+            raise HTTPError(400, "a parameter has no value; write NAME=VALUE, and & in a value as %26")
     return pairs
 
 
-def unique_names(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def unique_names(pairs: Iterable[tuple[str, Any]], in_value: bool = False) -> dict[str, Any]:
     """Return values by name; raise HTTPError for a repeated name, except "_", which is ignored anyway."""
     by_name: dict[str, Any] = {}
     for name, value in pairs:
         if name in by_name and name != "_":
-            raise HTTPError(400, f"the name {name!r:.40} is repeated; send it once")
+            which = "a name in the JSON" if in_value else f"the name {name!r:.40}"  # messages quote no value
+            raise HTTPError(400, f"{which} is repeated; send it once")
         by_name[name] = value
     return by_name
 
@@ -1194,19 +1202,30 @@ def parse_json(text: str) -> Any:
         if max(depths, default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
     # A byte order mark is not JSON, but may be ignored (RFC 8259 section 8.1). PowerShell sends one.
-    return json.loads(text.lstrip("\ufeff"), object_pairs_hook=unique_names)
+    return json.loads(text.lstrip("\ufeff"), object_pairs_hook=functools.partial(unique_names, in_value=True))
+
+
+def decode_body(request: Request, other: str = "") -> str:
+    """Return a body as text; raise HTTPError if it is a multipart form, or not UTF-8."""
+    content_type = request.fields.headers.get("content-type", "").lower()
+    if content_type.partition(";")[0].strip() == "multipart/form-data":
+        raise HTTPError(415, f"a body of the type multipart/form-data is not supported; send {other}the value alone")
+    charsets = re.findall(r"""charset\s*=\s*["']?([^\s"';,]*)""", content_type)
+    if set(charsets) - {"utf-8", "utf8", "us-ascii", "ascii"}:
+        raise HTTPError(415, "this charset is not supported; send UTF-8, with charset=utf-8 or without a charset")
+    return decode_utf8(request.body, "the body")
 
 
 def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iterable[tuple[str, str]]:
     """Return the parameters in a body, members of JSON as strings, or the value that it is; raise HTTPError."""
     content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type == "multipart/form-data":
-        raise HTTPError(415, f"a body of the type {content_type} is not supported; send {FORM}, or the value alone")
-    is_form, text = content_type == FORM, decode_utf8(request.body, "the body")
+    is_form, text = content_type == FORM, decode_body(request, f"{FORM}, or ")
     # Programs label bodies carelessly, so only a form with a field "value" is certainly a form.
     may_be_value = body == EITHER and "key" in in_query and "value" not in in_query
     if may_be_value and not (is_form and re.search("(?:^|&)value=", text)):
         return [("value", text)]
+    if content_type != JSON and re.match(r"\ufeff?\s*\{", text):  # curl -d calls everything a form
+        raise HTTPError(400, f"this looks like JSON; add the header Content-Type: {JSON}")
     if is_form:
         return parse_form(text)
     if content_type != JSON:
@@ -1214,7 +1233,7 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
     try:
         members = parse_json(text)
         if not isinstance(members, dict):
-            raise HTTPError(400, "the JSON body is not an object")
+            raise HTTPError(400, 'the JSON body is not an object; send one such as {"key": "door"}')
         for name, member in members.items():
             is_nested = isinstance(member, (dict, list)) and name not in ("value", "old", "unless", "default")
             if is_nested or (name == "key" and not isinstance(member, str)):
@@ -1222,8 +1241,10 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
             if not isinstance(member, str):  # raises ValueError for NaN, Infinity and numbers like 1e999
                 members[name] = json.dumps(member, ensure_ascii=False, allow_nan=False)
         "".join(members.values()).encode("utf-8")
-    except ValueError:
-        problem = "is malformed, nested too deeply, or has too large a number or half a surrogate pair"
+    except ValueError as error:
+        problem = "is nested too deeply, or has half a surrogate pair, or a number such as NaN or 1e999"
+        if isinstance(error, json.JSONDecodeError):
+            problem = f"is malformed at line {error.lineno}, column {error.colno}"
         raise HTTPError(400, f"the JSON body {problem}") from None
     return members.items()
 
@@ -1241,20 +1262,24 @@ def require_key(key: str | None, token: Token | None = None) -> str:
 
 def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     """Return the parameters of a request, with a checked key; raise HTTPError if its route doesn't take them."""
+    if request.fields.headers.get("content-encoding", "").lower() not in ("", "identity"):
+        raise HTTPError(415, "send the body as it is, without Content-Encoding", (("Accept-Encoding", "identity"),))
     parameters = unique_names(parse_form(request.query)) if request.query else {}
     if request.body and route.body != VALUE:
         parameters = unique_names([*parameters.items(), *parse_body(request, parameters, route.body)])
     parameters.pop("_", None)  # scripts in browsers send it to bypass caches
     for name in parameters:
         if name not in route.parameters:
+            missing = ", ".join(each for each in route.parameters[: route.required] if each not in parameters)
             names = ", ".join(route.parameters) or "none"
-            raise HTTPError(400, f"the parameter {name!r:.40} is unknown; {route.path} takes: {names}")
+            also = f"missing: {missing}; " if missing else ""
+            raise HTTPError(400, f"the parameter {name!r:.40} is unknown; {also}{route.path} takes: {names}")
     if request.key_in_path:
         parameters["key"] = decode_utf8(urllib.parse.unquote_to_bytes(request.key_in_path), "the key")
     if request.key_in_path or "key" in route.parameters[:1]:
         require_key(parameters.get("key"), request.user.token)
     if route.body == VALUE:
-        parameters["value"] = decode_utf8(request.body, "the body")
+        parameters["value"] = decode_body(request)
     return parameters
 
 
@@ -1266,8 +1291,9 @@ def required(request: Request, name: str, hint: str = "") -> str:
 
 
 def check_value(value: str) -> None:
-    if len(value.encode("utf-8")) > VALUE_BYTES_MAX:
-        raise HTTPError(413, f"the value is too large; the limit is {VALUE_BYTES_MAX} bytes")
+    size = len(value.encode("utf-8"))
+    if size > VALUE_BYTES_MAX:
+        raise HTTPError(413, f"the value is too large: {size} bytes; the limit is {VALUE_BYTES_MAX}")
 
 
 def check_user_name(name: str) -> None:
@@ -1307,7 +1333,7 @@ def take_choice(request: Request, name: str, choices: Sequence[str]) -> str | No
 def parse_seconds(name: str, text: str, least: float, most: float) -> float:
     if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) or not least <= float(text) <= most:
         above = "" if least == 0 else "above 0 and "
-        raise HTTPError(400, f"the parameter {name} is a number of seconds, {above}up to {most}, such as 1.5")
+        raise HTTPError(400, f"the parameter {name} is {text[:40]!r}; send seconds, {above}up to {most}, such as 1.5")
     return float(text)
 
 
@@ -1761,8 +1787,8 @@ def check_same_site(headers: Mapping[str, str]) -> None:
         site = "same-origin" if origin and origin[1] == headers.get("host", "").lower() else "cross-site"
     # Browsers never add a token by themselves: the page knows it.
     if site not in (None, "same-origin", "none") and headers.get("authorization", "")[:7].lower() != "bearer ":
-        message = "this comes from another site's page, or a proxy has changed the header Host"
-        raise HTTPError(403, f"{message}; open the page here, and try again")
+        way_out = "open the page here; in a program, leave out Origin and Referer, or use Authorization: Bearer TOKEN"
+        raise HTTPError(403, f"another site's page sent this, or a proxy changed the header Host; {way_out}")
 
 
 def check_visitor(user: User, who: str) -> None:
@@ -1825,6 +1851,8 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
     scheme, _, credentials = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return None, credentials.strip(" ")
+    if scheme.startswith(TOKEN_PREFIX):
+        raise HTTPError(401, "the word Bearer is missing before the token; send Authorization: Bearer TOKEN")
     if scheme.lower() != "basic":
         raise HTTPError(401, "send a token as Authorization: Bearer TOKEN; the only other scheme is Basic")
     try:
@@ -1942,6 +1970,7 @@ NUMBER_DIGITS_MAX = 100
 NUMBER = re.compile(rf"-?(?:[0-9]{{1,{NUMBER_DIGITS_MAX}}}|(?=[0-9.]{{3,{NUMBER_DIGITS_MAX + 1}}}\Z)[0-9]+\.[0-9]+)")
 A_NUMBER = f"a number such as 5, -1 or 0.25, without +, of at most {NUMBER_DIGITS_MAX} digits"
 UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
+NO_RESOURCE = "there is no such key; store one with PUT"
 
 
 def expiry(request: Request, otherwise: float | None = None) -> float | None:
@@ -1999,7 +2028,7 @@ def get_value(store: Store, request: Request) -> Response:
         return Response(wait_until=wait_until)
     if pair is None:
         if default is None:
-            raise HTTPError(404, UNKNOWN_KEY)
+            raise HTTPError(404, NO_RESOURCE if request.key_in_path else UNKNOWN_KEY)
         return Response(default.encode("utf-8"))
     if not form and "unless" not in request.parameters and request.names_etag("if-none-match", pair.etag):
         return Response(status=304, headers=(("ETag", pair.etag),))
@@ -2034,7 +2063,7 @@ def delete_pair(store: Store, request: Request) -> Response:
     key, may_be_missing = request.parameters["key"], take_choice(request, "missing", ("ok",))
     pair = store.pair(request.user.id, key)
     if pair is None and not may_be_missing:  # whatever the preconditions say (RFC 9110 section 13.2.1)
-        raise HTTPError(404, UNKNOWN_KEY)
+        raise HTTPError(404, NO_RESOURCE if request.key_in_path else "there is no such key; missing=ok allows this")
     if pair:
         check_preconditions(request, pair)
         store.delete_pair(request.user.id, key)
@@ -2063,12 +2092,14 @@ def increment(store: Store, request: Request) -> Response:
 
 
 def toggle(store: Store, request: Request) -> Response:
-    """Store the second of two words if the first is stored, else the first, and return it."""
+    """Store the second of two words if the first is stored; the first if the second or nothing is; return it."""
     words = request.parameters.get("values", "on,off").split(",")
     if len(words) != 2 or not all(words) or words[0] == words[1]:
         raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
     pair = store.pair(request.user.id, request.parameters["key"])
     expires = expiry(request, pair.expires if pair else None)
+    if pair and pair.value not in [word.encode("utf-8") for word in words]:
+        raise HTTPError(409, "the stored value is neither word; set one first, or send other words as values=A,B")
     word = words[1] if pair and pair.value == words[0].encode("utf-8") else words[0]
     check_value(word)
     store.set_value(request.user.id, request.parameters["key"], word, expires)
@@ -2081,7 +2112,7 @@ def list_pairs(store: Store, request: Request) -> Response:
     with_times = take_choice(request, "format", ("json",)) is not None
     limit = parameters.get("limit", "-1")
     if "limit" in parameters and not (re.fullmatch("[0-9]{1,5}", limit) and 1 <= int(limit) <= LIST_LIMIT_MAX):
-        raise HTTPError(400, f"the parameter limit is a number from 1 to {LIST_LIMIT_MAX}")
+        raise HTTPError(400, f"the parameter limit is {limit[:40]!r}; send a number from 1 to {LIST_LIMIT_MAX}")
     prefix, own_prefix = parameters.get("prefix", ""), token.prefix if token else ""
     if not prefix.startswith(own_prefix) and not own_prefix.startswith(prefix):
         return Response(b"{}", content_type=JSON)
@@ -2492,28 +2523,28 @@ def answer_form(store: Store, request: Request) -> Response:
 HERE, COMMIT, THREAD = "here", "commit", "thread"
 READ = ("GET", "HEAD")
 ROUTES = (
-    Route("/set", ("GET", "POST", "PUT"), set_value, USER, COMMIT, ("key", "value", "ttl", "nx", "old"), EITHER),
-    Route("/get", READ, get_value, USER, HERE, ("key", "default", "format", "wait", "unless")),
-    Route("/del", ("GET", "POST", "PUT"), delete_pair, USER, COMMIT, ("key", "missing")),
-    Route("/incr", ("GET", "POST"), increment, USER, COMMIT, ("key", "by", "ttl")),
-    Route("/toggle", ("GET", "POST"), toggle, USER, COMMIT, ("key", "values", "ttl")),
+    Route("/set", ("GET", "POST", "PUT"), set_value, USER, COMMIT, ("key", "value", "ttl", "nx", "old"), 2, EITHER),
+    Route("/get", READ, get_value, USER, HERE, ("key", "default", "format", "wait", "unless"), 1),
+    Route("/del", ("GET", "POST", "PUT"), delete_pair, USER, COMMIT, ("key", "missing"), 1),
+    Route("/incr", ("GET", "POST"), increment, USER, COMMIT, ("key", "by", "ttl"), 1),
+    Route("/toggle", ("GET", "POST"), toggle, USER, COMMIT, ("key", "values", "ttl"), 1),
     Route("/list", READ, list_pairs, USER, THREAD, ("prefix", "limit", "after", "format")),
     Route("/kv/KEY", READ, get_value, USER, HERE),
-    Route("/kv/KEY", ("PUT",), put_resource, USER, COMMIT, ("ttl",), VALUE),
+    Route("/kv/KEY", ("PUT",), put_resource, USER, COMMIT, ("ttl",), 0, VALUE),
     Route("/kv/KEY", ("DELETE",), delete_pair, USER, COMMIT),
     Route("/health", READ, check_health, ANYONE, THREAD),
     Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
     Route("", READ, add_slash, ANYONE, HERE),
     Route("/", READ, welcome_page, BROWSER, HERE),
     Route("/admin", READ, add_slash, ANYONE, HERE, ("after",)),
-    Route("/admin", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS),
+    Route("/admin", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS, 2),
     Route("/admin/", READ, users_page, ADMIN, THREAD, ("after",)),
-    Route("/admin/", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS),
-    Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "after")),
+    Route("/admin/", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS, 2),
+    Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "after"), 1),
     Route("/me", READ, add_slash, ANYONE, HERE, ("prefix", "after")),
     Route("/me/", READ, values_page, PERSON, THREAD, ("prefix", "after")),
-    Route("/me/", ("POST",), answer_form, PERSON, COMMIT, OWN_FIELDS),
-    Route("/me/state", READ, value_page, PERSON, THREAD, ("key",)),
+    Route("/me/", ("POST",), answer_form, PERSON, COMMIT, OWN_FIELDS, 1),
+    Route("/me/state", READ, value_page, PERSON, THREAD, ("key",), 1),
 )
 BY_PATH_AND_METHOD = {
     path: {method: route for route in ROUTES if route.path == path for method in route.methods}
@@ -2536,16 +2567,20 @@ def find_routes(path: str, base_path: str) -> tuple[dict[str, Route], str]:
     return BY_PATH_AND_METHOD.get(path, {}), ""
 
 
-def answer_without_route(method: str, path: str, methods: Sequence[str]) -> Response:
+def answer_without_route(request: Request, methods: Sequence[str], base_path: str) -> Response:
     """Answer OPTIONS, or raise HTTPError for an unknown path or method; methods are those of the path."""
-    if method not in METHODS:
-        raise HTTPError(501, f"the method {method!r:.40} is unknown; use {', '.join(methods or METHODS[:4])}")
-    methods = METHODS if path == "*" else methods
+    if request.method not in METHODS:
+        raise HTTPError(501, f"the method {request.method!r:.40} is unknown; use {', '.join(methods or METHODS[:4])}")
+    methods = METHODS if request.path == "*" else methods
     if not methods:
-        raise HTTPError(404, "Use the api endpoints: " + ", ".join(API_PATHS))
+        likely = re.sub("/+", "/", request.path).rstrip("/").lower()  # never quoted: it may contain a value
+        route = next(iter(find_routes(likely, base_path.lower())[0].values()), None)
+        if route and route.path:
+            raise HTTPError(404, f"there is no such path; use {route.path}")
+        raise HTTPError(404, "Use the api endpoints: " + ", ".join([*API_PATHS, "/me/", "/admin/"]))
     allow = (("Allow", ", ".join(dict.fromkeys([*methods, "OPTIONS"]))),)
-    if method != "OPTIONS":
-        raise HTTPError(405, f"{path} does not take {method}; use {', '.join(methods)}", allow)
+    if request.method != "OPTIONS":
+        raise HTTPError(405, f"{request.path} does not take {request.method}; use {', '.join(methods)}", allow)
     return Response(status=204, headers=allow)
 
 
@@ -2561,10 +2596,10 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
         if isinstance(error, StoreFull):
             return HTTPError(507, str(error))
         return HTTPError(503, "the database cannot be used; the server's log says why", RETRY_AFTER)
-    place, places = error.__traceback__, []  # without the message, which may quote the request
-    while place:
-        places.append(f"{place.tb_frame.f_code.co_name}:{place.tb_lineno}")
-        place = place.tb_next
+    import traceback
+
+    # Without the message, which may quote the request.
+    places = (f"{frame.f_code.co_name}:{line}" for frame, line in traceback.walk_tb(error.__traceback__))
     errors.write(f"internal error: {type(error).__name__} in {' > '.join(places)}")
     return HTTPError(500, "the server made a mistake; its log says where")
 
@@ -2606,6 +2641,7 @@ class RequestHandler:
         self.unsent_bytes = 0  # length of a response that the client is slow to take
         self.route: Route | None = None  # of the request
         self.fields: Fields | None = None  # of the last request
+        self.lacks_length = False  # the last request: its body, if it has one, looks like another request
         self.last: tuple[bytes, Request | None] = (b"", None)  # the last request, if it had no body, and its head
         self.login: tuple[Fields | None, User] = (None, NOBODY)  # the last user, and the fields that they sent
 
@@ -2626,6 +2662,13 @@ class RequestHandler:
             while await self.handle_one_request():
                 if self.received:  # pipelined: others first
                     await self.server.loop.turn()
+            if self.body_pending or self.lacks_length:
+                # Discard the rest of the request until the client has read the response and closes. If we closed with
+                # unread bytes, that would reset the connection and lose the response (RFC 9112 section 9.6).
+                self.state, deadline = RECEIVING, time.monotonic() + LINGER_SECONDS
+                self.connection.shutdown(socket.SHUT_WR)
+                while await receive(self.socket, RECEIVE_BYTES, deadline):
+                    pass
         except (OSError, HTTPError):  # the client has gone, or no request has come
             pass
         finally:
@@ -2642,6 +2685,8 @@ class RequestHandler:
         except Exception as error:  # whatever happens, the client gets a response
             if self.state == IDLE or isinstance(error, ConnectionError):  # nobody is there to read one
                 raise
+            if request is NO_REQUEST and self.lacks_length:  # a late body, whose request has been answered
+                return False
             if self.received.startswith(b"\x16\x03") and not self.server.certificate:  # the handshake of TLS
                 message = f"a client speaks TLS; use http:// or set --tls-cert: address={parse_address(self.peer)}"
                 self.server.errors.write(message, RARE_LOG_SECONDS, "TLS", "WARNING")
@@ -2660,13 +2705,6 @@ class RequestHandler:
         data = encode_response(response, connection, with_body=request.method != "HEAD")
         del response  # its body may be long
         await self._send(data)
-        if self.body_pending:
-            # Discard the rest of the request until the client has read the response and closes. To close a connection
-            # with unread bytes would reset it, and the client would lose the response (RFC 9112 section 9.6).
-            self.state, deadline = RECEIVING, time.monotonic() + LINGER_SECONDS
-            self.connection.shutdown(socket.SHUT_WR)
-            while await receive(self.socket, RECEIVE_BYTES, deadline):
-                pass
         self.state, self.deadline = IDLE, time.monotonic() + IDLE_SECONDS
         return keep_alive
 
@@ -2691,6 +2729,8 @@ class RequestHandler:
         end = self.received.find(b"\r\n\r\n")
         while end < 0:
             begin = check_incomplete_head(self.received, begin)
+            if self.lacks_length and not may_begin_request(self.received):
+                raise HTTPError(411, "the body came after the response")  # without an answer
             await self._receive_more()
             end = self.received.find(b"\r\n\r\n", begin)
         head = bytes(self.received[:end])
@@ -2701,6 +2741,8 @@ class RequestHandler:
         else:
             request = parse_head(head, self.fields)
         self.state, self.fields, self.body_pending = WORKING, request.fields, request.fields.body_length != 0
+        lengths = ("content-length", "transfer-encoding")
+        self.lacks_length = request.method in ("POST", "PUT") and not request.fields.headers.keys() & lengths
         self.last = (b"", None) if self.body_pending else (head, request)
         return request
 
@@ -2716,10 +2758,12 @@ class RequestHandler:
         route = methods.get(request.method)
         self.route = route or next(iter(methods.values()), None)
         if route is None or (route.who == BROWSER and not request.wants_html()):
-            return answer_without_route(request.method, request.path, () if route else list(methods))  # 404, 405, 501
+            return answer_without_route(request, () if route else list(methods), self.server.base_path)  # 404, 405, 501
         if route.where == COMMIT:
             check_no_prefetch(request.fields.headers)  # 503
         await self._authorize(route, request)  # 401, 403, 413, 429, 503
+        if self.lacks_length:
+            self._look_for_body(route)  # 411
         if self.body_pending and route.who not in NO_LOGIN:
             await self._receive_parameters(route, request)  # 400, 408, 413, 415
         elif request.parameters is UNPARSED:
@@ -2732,6 +2776,14 @@ class RequestHandler:
             await self._authorize(route, request)
             response = route.endpoint(self.server.reader, request)
         return response
+
+    def _look_for_body(self, route: Route) -> None:
+        with contextlib.suppress(BlockingIOError):  # cheap clients send the body in a second write
+            self.received += self.connection.recv(RECEIVE_BYTES)
+        # Without a length, the body is empty (RFC 9112 section 6.3), but a late one would be lost: never store that.
+        if route.body == VALUE or not may_begin_request(self.received):
+            self.body_pending = True
+            raise HTTPError(411, "send the header Content-Length with the number of bytes in the body, 0 for none")
 
     def _address(self, request: Request) -> Address | None:
         return client_address(self.peer, request.fields.headers.get("x-forwarded-for", ""), self.server.trusted_proxy)
@@ -2757,7 +2809,7 @@ class RequestHandler:
             if user.token and user.token.is_read_only:
                 raise HTTPError(403, "this token may only read; make another one with: python kvserver.py addtoken")
         if request.fields.body_length > BODY_BYTES_MAX:
-            raise HTTPError(413, BODY_TOO_LARGE)
+            raise HTTPError(413, BODY_TOO_LARGE.format(request.fields.body_length))
 
     async def _receive_parameters(self, route: Route, request: Request) -> None:
         if request.fields.headers.get("expect", "").lower() == "100-continue" and not request.fields.is_http_1_0:

@@ -499,8 +499,22 @@ class Methods(ServerCase):
         answer = self.request("POST", "/list", user=None)
         self.assertEqual("GET, HEAD, OPTIONS", answer.headers["allow"])
         self.assertEqual(b"/list does not take POST; use GET, HEAD", answer.body)
-        endpoints = b"Use the api endpoints: /set, /get, /del, /incr, /toggle, /list, /kv/KEY, /health"
-        self.assertEqual(endpoints, self.request("GET", "/", user=None).body)
+        endpoints = b"Use the api endpoints: /set, /get, /del, /incr, /toggle, /list, /kv/KEY, /health, /me/, /admin/"
+        for path in ("/", "/s3cr3t", "/set&key=a&value=s3cr3t", "/set/s3cr3t"):
+            self.assertEqual(endpoints, self.request("GET", path, user=None).body)
+
+    def test_a_path_that_is_almost_right_gets_the_right_one(self) -> None:
+        for wrong, right in (
+            ("/set/", "/set"),
+            ("//set", "/set"),
+            ("/SET", "/set"),
+            ("/KV/s3cr3t", "/kv/KEY"),
+            ("/iotpersistenceapi/get/", "/get"),
+            ("//IotPersistenceApi//Get", "/get"),
+            ("/Admin/user/", "/admin/user"),
+        ):
+            answer = self.check(404, "GET", wrong + "?key=a&value=s3cr3t", user=None)
+            self.assertEqual(f"there is no such path; use {right}", answer.body.decode(), wrong)
 
     def test_options_names_the_methods(self) -> None:
         for target, allow in (
@@ -601,12 +615,32 @@ class Bodies(ServerCase):
             for body in bodies:
                 self.assert_stored({"a": body}, "/set?key=a", body, content_type)
 
-    def test_a_multipart_form_is_refused_instead_of_stored(self) -> None:
-        body = '--x\r\nContent-Disposition: form-data; name="value"\r\n\r\n1\r\n--x--\r\n'
-        for target in ("/set?key=a", "/set"):
-            answer = self.check(415, "POST", target, body, "Multipart/Form-Data; boundary=x")
-            self.assertIn(b"send application/x-www-form-urlencoded, or the value alone", answer.body)
+    def test_bodies_that_are_not_plain_utf8_text_are_415_and_not_stored(self) -> None:
+        form = '--x\r\nContent-Disposition: form-data; name="value"\r\n\r\n1\r\n--x--\r\n'
+        for method, target, other in (
+            ("POST", "/set?key=a", f"{kvserver.FORM}, or "),
+            ("PUT", "/set", f"{kvserver.FORM}, or "),
+            ("POST", "/del?key=a", f"{kvserver.FORM}, or "),
+            ("PUT", "/kv/a", ""),
+        ):
+            answer = self.check(415, method, target, form, "Multipart/Form-Data; boundary=x")
+            self.assertTrue(answer.body.endswith(f"; send {other}the value alone".encode()), answer.body)
+            for charset in ("utf-16", "UTF-16LE", '"utf-16"', "'iso-8859-1'", "utf-8-sig", "utf-8; charset=utf-16", ""):
+                answer = self.check(415, method, target, "open".encode("utf-16-le"), f"text/plain; charset={charset}")
+                self.assertIn(b"send UTF-8", answer.body)
+            for coding in ("gzip", "GZip, identity", "deflate", "x"):
+                for body in (b"open", b""):
+                    answer = self.check(415, method, target, body, "text/plain", headers={"Content-Encoding": coding})
+                    self.assertIn(b"without Content-Encoding", answer.body)
+                    self.assertEqual("identity", answer.headers["accept-encoding"])
         self.assertEqual({}, self.pairs())
+        for charset in ("utf-8", "UTF8", '"Utf-8"', "us-ascii", "ASCII", "'utf-8'", 'utf-8; format="flowed"'):
+            for separator in (";charset=", "; Charset = "):
+                headers = {"Content-Encoding": "Identity"}
+                answer = self.check(201, "PUT", "/kv/a", "é", f"text/plain{separator}{charset}", headers=headers)
+                self.assertEqual({"a": "é"}, self.pairs())
+                self.store.delete_pair(1, "a")
+        self.check(404, "GET", "/get?key=a", None, "text/plain; charset=utf-16")  # no body, no charset
 
     def test_body_without_a_meaning_is_400(self) -> None:
         self.assert_refused(None, "/set?key=a&value=1", "on")
@@ -627,6 +661,61 @@ class Bodies(ServerCase):
             for version in ("1.0", "1.1"):
                 data = self.raw(f"POST /set?{query} HTTP/{version}", "Connection: close")
                 self.assertEqual([status], statuses(self.exchange(data)), query)
+        connection = self.begin("POST /incr?key=n HTTP/1.1")
+        for piece in (
+            b"\r\n",
+            b"PO",
+            b"ST /incr?key=n HTTP/1.1\r\n",
+            self.raw("")[2:] + self.raw("GET /get?key=n HTTP/1.1"),
+        ):
+            connection.sendall(piece)
+        connection.shutdown(socket.SHUT_WR)
+        self.assertEqual([200] * 3, statuses(read_all(connection)))
+        self.assertEqual({"a": "1", "n": "2"}, self.pairs())
+
+    def test_a_body_without_length_is_411_and_closes(self) -> None:
+        self.patch("REQUEST_SECONDS", 10 * WAIT_SECONDS)
+        bodies = (b"open", b"GETTING", b"get /x HTTP/1.1\r\n\r\n", b'{"a": 1}', b" ", b"\xff", b"a" * 100_000)
+        for request, expected in (
+            ("POST /set?key=a HTTP/1.1", 411),
+            ("PUT /set?key=a&value=1 HTTP/1.1", 411),
+            ("PUT /kv/a HTTP/1.0", 411),
+            ("POST /me/ HTTP/1.1", 411),
+            ("POST /nowhere HTTP/1.1", 404),
+            ("PUT /get?key=a HTTP/1.1", 405),
+        ):
+            for body in bodies:
+                answer = self.exchange(self.raw(request, body=body), end=True)
+                self.assertEqual([expected], statuses(answer), (request, body))
+                if expected == 411:
+                    self.assertIn(b"\r\nConnection: close\r\n", answer)
+                    self.assertIn(b"send the header Content-Length", answer)
+        stranger = self.raw("PUT /kv/a HTTP/1.1", "Origin: null", body=b"open")
+        self.assertEqual([403], statuses(self.exchange(stranger, end=True)))
+        self.assertEqual([401], statuses(self.exchange(stranger.replace(b"Basic", b"Other"), end=True)))
+        self.assertEqual(
+            [411], statuses(self.exchange(self.raw("PUT /kv/a HTTP/1.1")))
+        )  # it would store an empty value
+        self.assertEqual({}, self.pairs())
+
+    def test_a_late_body_without_length_gets_no_second_response(self) -> None:
+        self.patch("REQUEST_SECONDS", 10 * WAIT_SECONDS)
+        with held(kvserver, "check_same_site") as (begun, release):
+            connection = self.begin("POST /incr?key=n HTTP/1.1")
+            self.assertTrue(begun.acquire(timeout=WAIT_SECONDS))
+            connection.sendall(b"open")
+            release.set()
+            self.assertEqual([411], statuses(read_all(connection)))
+        for body in (b"open", b"GET open\r\n\r\n", b'{"a": 1}\r\n\r\n', b"\0", b"x" * 100_000):
+            for status, request in ((200, "POST /incr?key=n HTTP/1.1"), (404, "PUT /nowhere HTTP/1.1")):
+                connection = self.begin(request)
+                self.assertEqual([status], statuses(connection.recv(65536)))
+                connection.sendall(body)
+                self.assertEqual(b"", read_all(connection))
+        closing = self.begin("POST /incr?key=n HTTP/1.1", "Connection: close")
+        self.assertEqual([200], statuses(read_all(closing)))
+        closing.sendall(b"open")
+        closing.sendall(b"open")  # not reset: the client may still read its response
 
     def test_chunked_body(self) -> None:
         chunks = b'2;x="y"\r\nop\r\n2\r\nen\r\n0\r\nTrailer: x\r\n\r\n'
@@ -645,6 +734,51 @@ class Bodies(ServerCase):
             release.set()
             self.assertEqual([200], statuses(connection.recv(65536)))
         self.assertEqual(b"A" * kvserver.QUICK_BODY_BYTES_MAX, self.get("a"))
+
+
+class Messages(ServerCase):
+    """What a refusal says."""
+
+    def test_a_mistake_is_named_with_the_way_out(self) -> None:
+        takes = "/set takes: key, value, ttl, nx, old"
+        json_body, form = ("POST", kvserver.JSON), ("POST", kvserver.FORM)
+        limit = kvserver.BODY_BYTES_MAX
+        long_value, long_body = "x" * (kvserver.VALUE_BYTES_MAX + 1), "x" * (limit + 1)
+        for status, message, target, *more in (
+            (400, "this looks like JSON; add the header Content-Type: application/json", "/set", '{"key":"a"}', *form),
+            (400, "this looks like JSON; add the header Content-Type: application/json", "/del", "\ufeff {}", "PUT"),
+            (400, "'kye' is unknown; missing: key; /get takes: key, default, format, wait, unless", "/get?kye=a"),
+            (400, f"'lamp' is unknown; missing: key, value; {takes}", "/set", "lamp=on", *form),
+            (400, f"'valeu' is unknown; missing: value; {takes}", "/set?key=a&valeu=on"),
+            (400, f"'ttll' is unknown; {takes}", "/set?key=a&ttll=5", "on", "POST"),
+            (400, "'act' is unknown; missing: action; /me/ takes: action", "/me/", "act=set", *form),
+            (400, "a parameter has no value; write NAME=VALUE, and & in a value as %26", "/set?key=a&value=b&s3cr3t"),
+            (400, "is '5m'; send seconds, above 0 and up to 315360000, such as 1.5", "/set?key=a&value=1&ttl=5m"),
+            (400, f"the parameter ttl is '{'1' * 40}'; send", "/set?key=a&value=1&ttl=" + "1" * 50),
+            (400, "the parameter wait is 'long'; send seconds, up to 60, such as 1.5", "/get?key=a&unless=&wait=long"),
+            (400, "the parameter limit is 'all'; send a number from 1 to 10000", "/list?limit=all"),
+            (400, "is malformed at line 2, column 10", "/set", '{"key": "s3cr3t",\n"value": s3cr3t}', *json_body),
+            (400, "has half a surrogate pair, or a number such as NaN", "/set", '{"value": NaN}', *json_body),
+            (400, "a name in the JSON is repeated", "/set", '{"value": {"s3cr3t": 1, "s3cr3t": 2}}', *json_body),
+            (400, "the name 'value' is repeated; send it once", "/set?value=s3cr3t&value=s3cr3t"),
+            (404, "there is no such key; missing=ok allows this", "/del?key=a"),
+            (404, "there is no such key; store one with PUT", "/kv/a"),
+            (413, "the value is too large: 1048577 bytes; the limit is 1048576", "/set?key=a", long_value, "POST"),
+            (413, f"the body is too large: {limit + 1} bytes; the limit is {limit}", "/kv/a", long_body, "PUT"),
+        ):
+            body, method, content_type = (*more, None, None, None)[:3]
+            answer = self.check(status, method or "GET", target, body, content_type)
+            self.assertIn(message, answer.body.decode())
+            self.assertNotIn(b"s3cr3t", answer.body)
+        self.assertEqual({}, self.pairs())
+
+    def test_refusals_of_a_login_or_a_site_say_what_a_program_needs(self) -> None:
+        for user in ("kv_s3cr3ts3cr3t", "kv_ s3cr3t"):
+            message = b"the word Bearer is missing before the token; send Authorization: Bearer TOKEN"
+            self.assertEqual(message, self.check(401, "GET", "/list", user=user).body)
+        answer = self.check(403, "GET", "/set?key=a&value=1", headers={"Origin": "http://other.example"})
+        for hint in (b"open the page here", b"leave out Origin and Referer", b"Authorization: Bearer TOKEN"):
+            self.assertIn(hint, answer.body)
 
 
 class Logins(ServerCase):
@@ -1223,7 +1357,7 @@ class Connections(ServerCase):
         cases += [(505, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")]
         texts = ["GET / HTTP/1.1\r\n\r\n", "GET /\r\n", "GET\r\n\r\n", "\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03", "\0"]
         texts += ["GET / HTTP/1.1\nHost: x\n\n", "GET / HTTP/1.1\rHost: x\r\r", "GET / HTTP/1.1\r\nHost: x\n\r\n"]
-        texts += [f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n" for host in ("x\r\nHost: x", "a b", "user@x")]
+        texts += [f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n" for host in ("x\r\nHost: x", "a b", "user@x", "[::1%]")]
         starts = ["G(T /", "GET get", "GET *", "CONNECT x:80", "GET /a#b", "GET /\xff", "GET  /", "GET\t/"]
         starts.append("GET http://a@b/")
         texts += [start + " HTTP/1.1\r\nHost: x\r\n\r\n" for start in starts]
@@ -1554,7 +1688,10 @@ class Secure(ServerCase):
     def test_the_end_is_told(self) -> None:
         for request, end in (
             (self.raw("GET /list HTTP/1.0"), b"{}"),
-            (self.raw("PUT /kv/a HTTP/1.1", "Content-Length: 9999999"), kvserver.BODY_TOO_LARGE.encode()),
+            (
+                self.raw("PUT /kv/a HTTP/1.1", "Content-Length: 9999999"),
+                kvserver.BODY_TOO_LARGE.format(9999999).encode(),
+            ),
         ):
             raw = self.connect()
             with self.context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False) as connection:
@@ -1767,6 +1904,8 @@ class Sites(ServerCase):
             ("kv.example:8080", "http://kv.example:8080", "http://kv.example"),
             ("[::1]:8080", "http://[::1]:8080", ""),
             ("[::1]", "http://[::1]", "http://[::2]"),
+            ("[fe80::1%eth0]:8080", "http://[fe80::1%eth0]:8080", "http://[fe80::1]:8080"),
+            ("[fe80::1%25wlan0.1]", "http://[fe80::1%25wlan0.1]", ""),
         ):
             for status, origins in ((200, allowed.split()), (403, refused.split())):
                 for origin in origins:
@@ -1877,8 +2016,12 @@ class Values(ServerCase):
 
     def test_toggle_has_two_words_of_the_length_of_a_value(self) -> None:
         self.assertEqual(["on", "off", "on"], [self.fetch("/toggle?key=a")[1] for _ in range(3)])
-        self.assertEqual(["auf", "zu", "auf"], [self.fetch("/toggle?key=a&values=auf,zu")[1] for _ in range(3)])
-        self.assertEqual((200, "auf"), self.fetch("/get?key=a"))
+        self.assertEqual(["auf", "zu", "auf"], [self.fetch("/toggle?key=b&values=auf,zu")[1] for _ in range(3)])
+        for stored in ("on", "auf,zu", "", "Auf", "auf\n"):
+            self.store.set_value(1, "b", stored)
+            self.assertEqual(409, self.fetch("/toggle?key=b&values=auf,zu")[0], stored)
+            self.assertEqual((200, stored), self.fetch("/get?key=b"))
+        self.fetch("/del?key=b")
         for words in ("on", "on,on", "on,", ",on", "a,b,c", ""):
             self.assertEqual(400, self.fetch(f"/toggle?key=a&values={words}")[0], words)
         for extra, status in ((1, 413), (0, 200)):
@@ -1935,8 +2078,8 @@ class Values(ServerCase):
             self.assertEqual(expected, self.fetch(target))
 
     def test_set_clears_the_ttl_and_incr_and_toggle_keep_it(self) -> None:
-        for path in ("/incr", "/toggle"):
-            self.fetch("/set?key=a&value=1&ttl=1000")
+        for path, value in (("/incr", "1"), ("/toggle", "on")):
+            self.fetch(f"/set?key=a&value={value}&ttl=1000")
             expires = self.members()["expires"]
             self.assertRegex(expires, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")
             self.fetch(f"{path}?key=a")
@@ -2135,8 +2278,8 @@ class Resources(ServerCase):
                 ("PUT", None, (200, "Success")),
                 ("GET", None, (200, "")),
                 ("DELETE", None, (200, "Successfully removed state")),
-                ("DELETE", None, (404, kvserver.UNKNOWN_KEY)),
-                ("GET", None, (404, kvserver.UNKNOWN_KEY)),
+                ("DELETE", None, (404, "there is no such key; store one with PUT")),
+                ("GET", None, (404, "there is no such key; store one with PUT")),
             ):
                 self.assertEqual(expected, self.fetch(path, method, body, Content_Type=content_type), method)
                 if body:
@@ -2179,6 +2322,16 @@ class Resources(ServerCase):
                 if status == 304:
                     self.assertEqual(b"", answer.body)
                     self.assertFalse({"content-length", "content-type"} & answer.headers.keys())
+            for suffix, status in (
+                ("-gzip", 304),
+                ("-br", 304),
+                ("-zstd", 304),
+                (";gzip", 304),
+                ("-x", 200),
+                ("gzip", 200),
+            ):
+                condition = f'"x", {tag[:-1]}{suffix}"'
+                self.assertEqual(status, self.fetch(path, If_None_Match=condition)[0], condition)
             for condition in ("x", '"', tag + "x", "", '"a" "b"', "W/*"):
                 self.assertEqual(400, self.fetch(path, If_None_Match=condition)[0], condition)
 
@@ -2191,6 +2344,7 @@ class Resources(ServerCase):
                 self.assertEqual(412, self.fetch("/kv/a", method, body, **headers)[0])
         self.assertEqual(400, self.fetch("/kv/a", "PUT", "2", If_Match="x")[0])
         self.assertEqual({"a": "1"}, self.pairs())
+        self.assertEqual(200, self.fetch("/kv/a", "PUT", "1", If_Match=tag[:-1] + '-gzip"')[0])
         self.assertEqual(200, self.fetch("/kv/a", "PUT", "2", If_Match=f'"x", {tag}')[0])
         self.assertEqual(412, self.fetch("/kv/a", "DELETE", If_Match=tag)[0])
         self.assertEqual(404, self.fetch("/kv/b", "DELETE", If_Match=tag)[0])
@@ -3542,6 +3696,8 @@ class Model(ServerCase):
             model[key] = re.sub(r"\.?0+\Z", "", f"{float(total):.6f}")
             return (200, model[key]), "POST", url("/incr", key=key, by="0.25")
         if kind == "toggle":
+            if stored not in (None, "a", "b"):
+                return (409, ""), "GET", url("/toggle", key=key, values="a,b")
             model[key] = "b" if stored == "a" else "a"
             return (200, model[key]), "GET", url("/toggle", key=key, values="a,b")
         if kind == "old":
