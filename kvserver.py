@@ -64,6 +64,7 @@ import queue
 import re
 import secrets
 import selectors
+import shlex
 import signal
 import socket
 import sqlite3
@@ -3328,7 +3329,10 @@ class Server(http.server.ThreadingHTTPServer):
 # One table has all settings. Flags override the environment, which overrides the JSON file, which overrides defaults.
 
 
-class CommandError(Exception): ...  # the message is one line for people
+class CommandError(Exception): ...  # the message is one line for people; the program exits with 1
+
+
+class UsageError(CommandError): ...  # it exits with 2
 
 
 class Setting(NamedTuple):
@@ -3376,7 +3380,7 @@ def parse_ttl(text: str) -> float:
 SETTINGS = {
     "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     "port": Setting(functools.partial(parse_number, least=0, most=65535), 8080, "P", "port; 0 picks one"),
-    "db": Setting(str, DEFAULT_DATABASE, "FILE", "database file (default: see kvserver.py --help)"),
+    "db": Setting(str, DEFAULT_DATABASE, "FILE", "database (default: kvserver.db beside the program)"),
     "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "paths also exist below this prefix; / for none"),
     "log_requests": Setting(parse_switch, False, "", "log a line for each request, without values"),
     "max_connections": Setting(parse_number, 256, "N", "largest number of open connections"),
@@ -3392,17 +3396,18 @@ def read_config(path: str) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             members = parse_json(file.read())
-    except (OSError, ValueError, HTTPError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CommandError(f"cannot read the configuration file {path}: {reason}") from None
+    except OSError as error:
+        raise CommandError(f"cannot read the configuration file {path}: {error.strerror}") from None
+    except (ValueError, HTTPError) as error:
+        raise UsageError(f"cannot read the configuration file {path}: {error}") from None
     if not isinstance(members, dict):
-        raise CommandError(f"the configuration file {path} is not a JSON object")
+        raise UsageError(f"the configuration file {path} is not a JSON object")
     config = {}
     for name, member in members.items():
         if name not in SETTINGS:
-            raise CommandError(f"unknown name {name!r} in {path}; the names are: {', '.join(SETTINGS)}")
+            raise UsageError(f"unknown name {name!r} in {path}; the names are: {', '.join(SETTINGS)}")
         if isinstance(SETTINGS[name].default, str) and not isinstance(member, str):
-            raise CommandError(f"{name} in {path} must be a JSON string, not {json.dumps(member)}")
+            raise UsageError(f"{name} in {path} must be a JSON string, not {json.dumps(member)}")
         if isinstance(SETTINGS[name].default, tuple) and isinstance(member, list):
             member = ",".join(map(str, member))
         config[name] = member if isinstance(member, str) else json.dumps(member)
@@ -3416,7 +3421,7 @@ def read_settings(arguments: argparse.Namespace, names: Iterable[str] = tuple(SE
     variables = {name: "KVSERVER_" + name.upper() for name in ("config", *SETTINGS)}
     for name in os.environ:
         if name.startswith("KVSERVER_") and name not in variables.values():
-            raise CommandError(f"unknown environment variable {name}; the names are: {', '.join(variables.values())}")
+            raise UsageError(f"unknown environment variable {name}; the names are: {', '.join(variables.values())}")
     path = getattr(arguments, "config", None) or os.environ.get(variables["config"])
     config, values = read_config(path) if path else {}, {}
     for name in names:
@@ -3424,11 +3429,11 @@ def read_settings(arguments: argparse.Namespace, names: Iterable[str] = tuple(SE
         if not text:
             text, source = config.get(name), f"{name} in the configuration file"
         try:
-            values[name] = getattr(arguments, name)
+            values[name] = getattr(arguments, name, None)
             if values[name] is None:  # the flag is not given
                 values[name] = SETTINGS[name].default if text is None else SETTINGS[name].parse(text)
         except argparse.ArgumentTypeError as error:
-            raise CommandError(f"{source} is {text!r}; {error}") from None
+            raise UsageError(f"{source} is {text!r}; {error}") from None
     return values
 
 
@@ -3480,7 +3485,6 @@ def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
         times = [moment.isoformat(timespec="microseconds").replace("+00:00", "Z") for moment in moments]
         members = dict(zip(PAIR_FIELDS, (*texts, times[0], None if expires is None else times[1])))
         sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
-    sys.stdout.flush()
 
 
 def parse_time(text: object) -> float:
@@ -3580,7 +3584,7 @@ def import_database(arguments: argparse.Namespace) -> None:
     if len(merged) < len(users):
         print("the new users log in with their old passwords")
     if not has_admin:
-        print("nobody is an admin; add one with: python kvserver.py adduser NAME --admin")
+        print(f"nobody is an admin; add one with: {arguments.program} adduser NAME --admin")
 
 
 def import_pairs(arguments: argparse.Namespace) -> None:
@@ -3601,7 +3605,7 @@ def import_pairs(arguments: argparse.Namespace) -> None:
 def read_password(arguments: argparse.Namespace) -> str:
     """Return a new password. It is never an argument, because all users of a machine can see those."""
     if arguments.password_stdin:
-        password = sys.stdin.buffer.readline(64 * 1024).decode("utf-8").removesuffix("\n").removesuffix("\r")
+        password = sys.stdin.buffer.readline(64 * 1024).decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     elif not sys.stdin.isatty():
         raise CommandError("there is no terminal to ask for the password; pipe it in and add --password-stdin")
     else:
@@ -3612,11 +3616,21 @@ def read_password(arguments: argparse.Namespace) -> str:
     return password
 
 
-def print_table(*rows: Iterable[object]) -> None:
+def print_table(head: Sequence[str], rows: Iterable[Iterable[object]], if_empty: str) -> None:
+    """Print a table that fits the terminal, or 80 columns. A column of nothing but "-" is left out."""
+    import shutil
+
     texts = [[escape_unprintable(str(cell)) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    for row in texts:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    if not texts:
+        print(if_empty)
+        return
+    columns = [column for column in zip(head, *texts) if set(column[1:]) != {"-"}]
+    widths = [max(map(len, column)) for column in columns]
+    while sum(widths) + 2 * len(widths) - 2 > max(80, shutil.get_terminal_size().columns):
+        widths[widths.index(max(widths))] -= 1
+    for row in zip(*columns):
+        cells = (text if len(text) <= width else text[: width - 1] + "…" for text, width in zip(row, widths))
+        print("  ".join(map(str.ljust, cells, widths)).rstrip())
 
 
 def add_user(arguments: argparse.Namespace) -> None:
@@ -3655,7 +3669,7 @@ def delete_user(arguments: argparse.Namespace, store: Store) -> None:
 def list_users(arguments: argparse.Namespace, store: Store) -> None:
     """List the users, with their roles and numbers of values."""
     rows = ((user.name, "admin" if user.is_admin else "user", pairs) for user, pairs, _ in store.users())
-    print_table(("NAME", "ROLE", "VALUES"), *rows)
+    print_table(("NAME", "ROLE", "VALUES"), rows, f"there are no users; add one with: {arguments.program} adduser NAME")
 
 
 def add_token(arguments: argparse.Namespace, store: Store) -> None:
@@ -3670,7 +3684,10 @@ def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
     tokens = store.tokens(arguments.name)
     rows = ((t.id, t.label or "-", t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
-    print_table(("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), *rows)
+    if_empty = (
+        f"{arguments.name} has no tokens; add one with: {arguments.program} addtoken {shlex.quote(arguments.name)}"
+    )
+    print_table(("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), rows, if_empty)
 
 
 def delete_token(arguments: argparse.Namespace, store: Store) -> None:
@@ -3689,7 +3706,7 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     if url == "-":
         if sys.stdin.isatty():
             print("Type the URL, and press Enter:", file=sys.stderr)
-        url = sys.stdin.buffer.readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8", "replace").strip()
+        url = sys.stdin.buffer.readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8-sig", "replace").strip()
     parts = parse_hook_url(url)
     origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     hook = (arguments.name, arguments.key, url, origin, arguments.value, arguments.label)
@@ -3698,12 +3715,14 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
 
 def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
-    rows: list[Sequence[object]] = [("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST RESULT")]
+    rows: list[Sequence[object]] = []
     for hook in store.hooks(arguments.name):
-        key, value, label = cut_off(hook.pattern, 80), hook.value or "any", hook.label or "-"
-        result = f"{utc_second(hook.result_time)} {hook.result}" if hook.result_time else "never tried"
-        rows.append((hook.id, hook.user_name, key, value, label, hook.origin, hook.pending, result))
-    print_table(*rows)
+        value, label, pending = hook.value or "-", hook.label or "-", hook.pending or "-"
+        last_try = utc_second(hook.result_time) if hook.result_time else "never"
+        row = (hook.id, hook.user_name, hook.pattern, value, label, hook.origin, pending, last_try, hook.result or "-")
+        rows.append(row)
+    head = ("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST TRY", "RESULT")
+    print_table(head, rows, f"there are no hooks; add one with: {arguments.program} addhook USER KEY URL")
 
 
 def delete_hook(arguments: argparse.Namespace, store: Store) -> None:
@@ -3716,7 +3735,7 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Send a test to a hook's URL now, and print the response's status. The command fails unless that is 2xx."""
     pattern, url = store.hook_url(arguments.id)
     answer = deliver(url, os.urandom(16).hex(), {"value1": pattern, "value2": "test", "value3": None, "test": True})
-    print(answer.text, flush=True)
+    print(answer.text)
     if not answer.is_success():
         raise CommandError(f"the test of hook {arguments.id} failed; check the URL and the program there")
 
@@ -3766,26 +3785,42 @@ def print_values(arguments: argparse.Namespace, store: Store) -> None:
         print(escape_unprintable(f"{arguments.name} has no {what}"), file=sys.stderr)
 
 
-def announce(server: Server, store: Store) -> None:
+def reachable_hosts() -> list[str]:
+    """Return the name and the address by which other machines probably reach this one."""
+    hosts = [socket.gethostname().partition(".")[0] + ".local"]
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # sends nothing, but the system chooses the interface
+            return [*hosts, probe.getsockname()[0]]
+    return hosts
+
+
+def announce(server: Server, store: Store, program: str) -> None:
     """Print where the server listens, and tell systemd. If there are no users, add admin and print how to try it."""
     name, host = server.server_name, parse_address(server.server_name)
     scheme, curl = ("https", "curl -k") if server.certificate else ("http", "curl")  # few certificates name an address
-    url = f"{scheme}://{f'[{name}]' if ':' in name else name}:{server.server_port}"
+    others = ["127.0.0.1", *reachable_hosts()] if host and host.is_unspecified else [name, name]
+    urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.server_port}" for host in (name, *others)]
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not (host and host.is_loopback) and not server.certificate:
-        log("WARNING", "plain HTTP sends passwords unencrypted; use --tls-cert, or --host 127.0.0.1 and a TLS proxy")
+        log("WARNING", "plain HTTP sends passwords in clear; see --tls-cert")
+    log("INFO", f"started: database={store.path}")
 
     def add_admin(store: Store) -> None:  # in a transaction: a password that cannot be printed is not stored
         password = make_token()[-20:]
         store.add_user("admin", hash_password(password), is_admin=True)
-        print(f"created the user admin with the password {password} (it is shown only now)")
-        here = url.replace("//[::]", "//127.0.0.1").replace("//0.0.0.0", "//127.0.0.1")
-        print(f"try it: {curl} -u admin:{password} '{here}/set?key=door&value=open'", flush=True)
+        print("open in a browser:", " or ".join(url + "/" for url in urls[2:]))
+        print(f"user: admin, password: {password} (shown only now)")
+        print(f'{curl} -u admin:{password} "{urls[1]}/set?key=door&value=open"', flush=True)
 
-    if not store.users():
+    users = store.users()
+    if users:
+        user = max((user for user, *_ in users), key=lambda user: user.is_admin)
+        print(f"to set a new password: {program} passwd {shlex.quote(user.name)}")
+    else:
         with contextlib.suppress(Conflict):  # another process was quicker
             store.transact(add_admin)
-    print(f"listening on {url}", flush=True)
+    print(f"listening on {urls[0]}", flush=True)
     try:
         if address:  # sd_notify(3)
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
@@ -3815,8 +3850,7 @@ def serve(arguments: argparse.Namespace) -> None:
         if hasattr(signal, "SIGHUP"):  # closing the terminal sends it too, and must not stop the server
             renew = certificate.renew if certificate else lambda: None
             signal.signal(signal.SIGHUP, lambda *_: renew())
-        log("INFO", f"started: database={store.path}")
-        announce(server, store)
+        announce(server, store, arguments.program)
         gc.collect()
         gc.freeze()  # modules and classes stay: looking at them again and again would take a quarter of the time
         gc.set_threshold(20_000, 20, 100)
@@ -3831,7 +3865,8 @@ def serve(arguments: argparse.Namespace) -> None:
 MORE_HELP = """COMMAND --help explains a command. All but serve also work while the server runs, and act at once.
 Each flag of serve can also come from the environment (KVSERVER_MAX_DB_MB), or from the JSON file that --config or
 KVSERVER_CONFIG names ("max_db_mb"). Flags override the environment, which overrides the file. The default database is
-kvserver.db in $STATE_DIRECTORY, else beside the program. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+kvserver.db in $STATE_DIRECTORY, else beside the program. Exit codes: 0 done, 1 failed, 2 wrong usage (also in the
+environment or the file), 130 interrupted."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "NAME": {"dest": "name", "metavar": "NAME", "help": "1 to 64 printable ASCII characters without a colon"},
     "USER": {"dest": "name", "metavar": "USER", "help": "the user's name"},
@@ -3879,12 +3914,13 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
 )
 
 
-def build_parser(only: str = "") -> argparse.ArgumentParser:
-    """Return the parser of all commands, or of only one: a start that needs one doesn't wait for the others."""
+def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser, and those of all commands, or of only one: a start doesn't wait for the others."""
     description = "A small key-value server over HTTP, for things that cannot keep values. To begin: %(prog)s serve"
-    parser = argparse.ArgumentParser(description=description, epilog=MORE_HELP, allow_abbrev=False)
+    parser = argparse.ArgumentParser(program, description=description, epilog=MORE_HELP, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kvserver {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument("--db", metavar="FILE", help=SETTINGS["db"].help)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for name, run, *its_arguments in [row for row in COMMANDS if row[0] == only] or COMMANDS:
         text = run.__doc__ or ""
         command = commands.add_parser(name, help=text.partition(".")[0], description=text, allow_abbrev=False)
@@ -3900,43 +3936,90 @@ def build_parser(only: str = "") -> argparse.ArgumentParser:
                 options["action"] = "extend"
             if isinstance(setting.default, bool):
                 options = {"action": argparse.BooleanOptionalAction, "help": setting.help}
-            command.add_argument("--" + flag.replace("_", "-"), **options)
-    return parser
+            # A --db before the command stays, because a flag that is not given has no default here.
+            command.add_argument("--" + flag.replace("_", "-"), default=argparse.SUPPRESS, **options)
+    return parser, commands.choices
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    import difflib
+
+    return "".join(f" (did you mean {likely}?)" for likely in difflib.get_close_matches(word, known, 1))
+
+
+def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Add the parsed arguments to a namespace. Wrong usage exits with 2, and names a likely command or flag."""
+    parser, commands = build_parser(arguments.program, *argv[:1])
+    level, words = parser, iter(argv)
+    for word in itertools.takewhile("--".__ne__, words):
+        flag, flags = word.partition("=")[0], level._option_string_actions
+        if re.fullmatch("--?[A-Za-z][A-Za-z0-9_-]*", flag) and flag not in flags:
+            hint = " before the command" if level is parser else "; put -- before a text that begins with -"
+            level.error(f"there is no flag {flag}{suggest(flag, flags) or hint}")
+        if word == "--db":
+            next(words, "")
+        elif level is parser and not word.startswith("-"):
+            if word not in commands:
+                hint = f"; list all with: {parser.prog} --help"
+                raise UsageError(f"there is no command {cut_off(word, 40)}{suggest(word, commands)}{hint}")
+            level = commands[word]
+    _, rest = parser.parse_known_args(argv, arguments)
+    if rest:
+        level.error("too many arguments; one that contains spaces needs quotes")
+    if level is parser:
+        parser.print_help(sys.stderr)
+        parser.exit(2, f"\nTo begin: {parser.prog} serve\n")
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    is_named = arguments.db or getattr(arguments, "config", None) or os.environ.get("STATE_DIRECTORY")
+    arguments.db = read_settings(arguments, ["db"])["db"]
+    if is_named:  # a shell may not find this database by itself
+        arguments.program += f" --db {shlex.quote(arguments.db)}"
+    if arguments.run in (serve, add_user, back_up, import_pairs):  # the other commands get an open store
+        arguments.run(arguments)
+        return
+    with contextlib.closing(open_store(arguments.db, create=False)) as store:
+        name = getattr(arguments, "name", None)
+        if name is not None and not store.user(name):
+            raise NoSuchUser(name)
+        arguments.run(arguments, store)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 failed. Wrong usage exits with 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = build_parser(*argv[:1]).parse_args(argv)
+    """Run the command line; return the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments, code, line_end = argparse.Namespace(program="python kvserver.py"), 1, ""
+    if argv is None:
+        argv = sys.argv[1:]
+        arguments.program = shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(argv)])
     try:
         if not sys.stdin or not isinstance(sys.stdout, io.TextIOWrapper):
             raise CommandError("standard input or output is closed; use /dev/null instead")
         sys.stdout.reconfigure(errors="backslashreplace")  # a label or a path may not be in its encoding
-        arguments.db = read_settings(arguments, ["db"])["db"]
-        if arguments.run in (serve, add_user, back_up, import_pairs):  # the other commands get an open store
-            arguments.run(arguments)
-            return 0
-        with contextlib.closing(open_store(arguments.db, create=False)) as store:
-            name = getattr(arguments, "name", None)
-            if name is not None and not store.user(name):
-                raise NoSuchUser(name)
-            arguments.run(arguments, store)
-            return 0
+        try:
+            parse_arguments(argv, arguments)
+            run_command(arguments)
+        finally:
+            try:
+                sys.stdout.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+                raise
+        return 0
     except (CommandError, StoreError, HTTPError) as error:
-        message = str(error)
+        message, code = str(error), 2 if isinstance(error, UsageError) else 1
     except UnicodeError:
         message = "an argument or the input is not UTF-8 text"
-    except BrokenPipeError:  # the program that reads our output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
-        return 1
     except OSError as error:
-        message = ": ".join(filter(None, (error.filename, error.strerror)))
+        message = f"{error.filename or 'standard input or output'}: {error.strerror}"
     except sqlite3.Error as error:
         message = f"the database failed: {error}"
-    except (KeyboardInterrupt, EOFError):
-        message = "interrupted; nothing was changed"
-    print(f"kvserver: {escape_unprintable(message)}", file=sys.stderr)
-    return 1
+    except (KeyboardInterrupt, EOFError) as error:
+        message, code = "interrupted; nothing was changed", 130 if isinstance(error, KeyboardInterrupt) else 1
+        line_end = "\n" if sys.stdin.isatty() else ""  # a prompt may stand there
+    message = message.replace("python kvserver.py", arguments.program)
+    print(f"{line_end}kvserver: {escape_unprintable(message)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
