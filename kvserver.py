@@ -3396,8 +3396,6 @@ def read_config(path: str) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             members = parse_json(file.read())
-    except OSError as error:
-        raise CommandError(f"cannot read the configuration file {path}: {error.strerror}") from None
     except (ValueError, HTTPError) as error:
         raise UsageError(f"cannot read the configuration file {path}: {error}") from None
     if not isinstance(members, dict):
@@ -3684,9 +3682,7 @@ def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
     tokens = store.tokens(arguments.name)
     rows = ((t.id, t.label or "-", t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
-    if_empty = (
-        f"{arguments.name} has no tokens; add one with: {arguments.program} addtoken {shlex.quote(arguments.name)}"
-    )
+    if_empty = f"there are no tokens; add one with: {arguments.program} addtoken {shlex.quote(arguments.name)}"
     print_table(("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), rows, if_empty)
 
 
@@ -3717,10 +3713,9 @@ def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
     rows: list[Sequence[object]] = []
     for hook in store.hooks(arguments.name):
-        value, label, pending = hook.value or "-", hook.label or "-", hook.pending or "-"
         last_try = utc_second(hook.result_time) if hook.result_time else "never"
-        row = (hook.id, hook.user_name, hook.pattern, value, label, hook.origin, pending, last_try, hook.result or "-")
-        rows.append(row)
+        cells = (hook.pattern, hook.value, hook.label, hook.origin, hook.pending, last_try, hook.result)
+        rows.append((hook.id, hook.user_name, *(cell or "-" for cell in cells)))
     head = ("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST TRY", "RESULT")
     print_table(head, rows, f"there are no hooks; add one with: {arguments.program} addhook USER KEY URL")
 
@@ -3785,25 +3780,20 @@ def print_values(arguments: argparse.Namespace, store: Store) -> None:
         print(escape_unprintable(f"{arguments.name} has no {what}"), file=sys.stderr)
 
 
-def reachable_hosts() -> list[str]:
-    """Return the name and the address by which other machines probably reach this one."""
-    hosts = [socket.gethostname().partition(".")[0] + ".local"]
-    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((target, 9))  # sends nothing, but the system chooses the interface
-            return [*hosts, probe.getsockname()[0]]
-    return hosts
-
-
 def announce(server: Server, store: Store, program: str) -> None:
     """Print where the server listens, and tell systemd. If there are no users, add admin and print how to try it."""
     name, host = server.server_name, parse_address(server.server_name)
     scheme, curl = ("https", "curl -k") if server.certificate else ("http", "curl")  # few certificates name an address
-    others = ["127.0.0.1", *reachable_hosts()] if host and host.is_unspecified else [name, name]
-    urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.server_port}" for host in (name, *others)]
+    hosts = [name, name, name]  # to listen on, to try from here, and to open from other machines
+    if host and host.is_unspecified:
+        hosts = [name, "127.0.0.1", socket.gethostname().partition(".")[0] + ".local"]
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing, but the system chooses an interface
+            hosts.append(probe.getsockname()[0])
+    urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.server_port}" for host in hosts]
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not (host and host.is_loopback) and not server.certificate:
-        log("WARNING", "plain HTTP sends passwords in clear; see --tls-cert")
+        log("WARNING", "plain HTTP sends passwords openly; see --tls-cert")
     log("INFO", f"started: database={store.path}")
 
     def add_admin(store: Store) -> None:  # in a transaction: a password that cannot be printed is not stored
@@ -3813,10 +3803,9 @@ def announce(server: Server, store: Store, program: str) -> None:
         print(f"user: admin, password: {password} (shown only now)")
         print(f'{curl} -u admin:{password} "{urls[1]}/set?key=door&value=open"', flush=True)
 
-    users = store.users()
+    users = store.users(limit=1)
     if users:
-        user = max((user for user, *_ in users), key=lambda user: user.is_admin)
-        print(f"to set a new password: {program} passwd {shlex.quote(user.name)}")
+        print(f"to set a new password: {program} passwd {shlex.quote(users[0][0].name)}")
     else:
         with contextlib.suppress(Conflict):  # another process was quicker
             store.transact(add_admin)
@@ -3968,7 +3957,8 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
         level.error("too many arguments; one that contains spaces needs quotes")
     if level is parser:
         parser.print_help(sys.stderr)
-        parser.exit(2, f"\nTo begin: {parser.prog} serve\n")
+        named = f" --db {shlex.quote(arguments.db)}" if arguments.db else ""
+        parser.exit(2, f"\nTo begin: {parser.prog}{named} serve\n")
 
 
 def run_command(arguments: argparse.Namespace) -> None:

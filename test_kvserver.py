@@ -5024,7 +5024,7 @@ class UserCommands(CommandCase):
 
     def test_tokens_are_added_listed_and_deleted(self) -> None:
         self.add_user("alice")
-        no_tokens = "alice has no tokens; add one with: python kvserver.py addtoken alice\n"
+        no_tokens = "there are no tokens; add one with: python kvserver.py addtoken alice\n"
         self.assertEqual(no_tokens, self.succeed("tokens", "alice"))
         token = self.succeed("addtoken", "alice", "--label", "Küche", "--read-only", "--prefix", "a/")
         self.assertRegex(token, r"\Akv_[A-Za-z0-9_-]{43}\n\Z")
@@ -5960,7 +5960,7 @@ class Serving(CommandCase):
         for message, *texts in (
             ("prot", '{"prot": 80}'),
             ("port", '{"port": 65536}', '{"port": "x"}', '{"port": true}', '{"port": 1.5}', '{"port": [80]}'),
-            ("port", '{"port": 1, "port": 2}'),
+            ("repeated", '{"port": 1, "port": 2}'),
             ("db", '{"db": 5}'),
             ("host", '{"host": null}'),
             ("log_requests", '{"log_requests": "perhaps"}'),
@@ -5998,7 +5998,7 @@ class Serving(CommandCase):
         kvserver = "python kvserver.py"
         code, _, errors = self.run_program("--db", "x.db")
         self.assertEqual(2, code)
-        self.assertEqual(self.succeed("--help") + f"\nTo begin: {kvserver} serve\n", errors)
+        self.assertEqual(self.succeed("--help") + f"\nTo begin: {kvserver} --db x.db serve\n", errors)
         listed = f"list all with: {kvserver} --help\n"
         usages = {line: re.escape(self.succeed(*line.split(), "--help").partition("\n\n")[0]) for line in ("", "serve")}
         for line, end in (
