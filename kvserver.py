@@ -240,6 +240,9 @@ LOCK_POLL_SECONDS = 0.02
 CHECKPOINT_SECONDS = 2  # that a checkpoint waits for readers
 CACHED_ROWS_MAX = 256
 CACHED_BYTES_MAX = 4 * 1024 * 1024  # plus the value that passes it
+TIMED_PAIRS_MAX = 10_000  # that the server remembers, in case the clock jumps
+CLOCK_JUMP_SECONDS = 2  # or less is no jump
+RUNNING_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))  # counts sleep; not on Windows
 EXPIRED_PAIRS_MAX = 100  # that one transaction deletes: long values take time
 DAY_SECONDS = 24 * 3600
 VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
@@ -310,7 +313,7 @@ TRIGGERS = {
     "pair_removed": f"""AFTER DELETE ON pair WHEN EXISTS (SELECT 1 FROM hook WHERE user_id = OLD.user_id)
         BEGIN {QUEUE.format(row="OLD", value="NULL", old="OLD.value", condition="TRUE")} END""",
     # An expired pair ended before the new value came.
-    "pair_changed": f"""AFTER UPDATE ON pair WHEN (NEW.value <> OLD.value OR {HAD_EXPIRED})
+    "pair_changed": f"""AFTER UPDATE OF value ON pair WHEN (NEW.value <> OLD.value OR {HAD_EXPIRED})
         AND EXISTS (SELECT 1 FROM hook WHERE user_id = NEW.user_id)
         BEGIN {QUEUE.format(row="OLD", value="NULL", old="OLD.value", condition=HAD_EXPIRED)}
         {QUEUE.format(row="NEW", value="NEW.value", old=OLD_VALUE, condition="TRUE")} END""",
@@ -339,6 +342,11 @@ REPLACE = """ON CONFLICT (user_id, key)
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
 USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
+
+
+def clock_offset() -> float:
+    """Return wall time minus running time: seconds that change only when the clock is set."""
+    return time.time() - (time.monotonic() if RUNNING_CLOCK is None else time.clock_gettime(RUNNING_CLOCK))
 
 
 def utc_second(seconds: float) -> str:
@@ -460,6 +468,9 @@ class Store:
         self._pages_max = 2**30 - 1  # SQLite's own limit
         self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
         self.changed_pairs, self.changed_others = set[tuple[int, str]](), False  # in the transaction
+        # The expiries of pairs that got a ttl: since the start, and in the transaction.
+        self.timed_pairs, self._newly_timed = dict[tuple[int, str], float](), dict[tuple[int, str], float]()
+        self._clock_offset = clock_offset()  # that these expiries fit
         try:
             for pragma in PRAGMAS:
                 self._execute(pragma)
@@ -528,7 +539,7 @@ class Store:
         """Lock the database and begin a transaction, or one in which all reads see the same moment."""
         self.check_file()
         self._connection.rollback()  # a failed disk may have refused the last one
-        self.changed_pairs, self.changed_others = set(), False
+        self.changed_pairs, self.changed_others, self._newly_timed = set(), False, {}
         self._execute("BEGIN" if is_reading else "BEGIN IMMEDIATE")
 
     def commit(self, operations: Sequence[Callable[[Store], Any]], begin: bool = False) -> list[Any]:
@@ -541,6 +552,9 @@ class Store:
         try:
             if begin:
                 self.begin()
+            jump = self.clock_jump()
+            if jump:
+                self._shift_expiries(jump)
             for operation in operations:
                 changes_before = self._connection.total_changes
                 try:
@@ -549,10 +563,20 @@ class Store:
                     outcomes.append(error)
                     if self._connection.total_changes != changes_before or not self._connection.in_transaction:
                         raise
+            if abs(self.clock_jump() - jump) > CLOCK_JUMP_SECONDS:  # the operations saw both times
+                return self.commit(operations, begin=True)
             begun = time.monotonic()
             self._execute("COMMIT")
             self.commit_seconds = time.monotonic() - begun
             self.commits += 1
+            self._clock_offset += jump
+            if jump:
+                log("WARNING", f"the clock jumped by {jump:+.1f} seconds; values set since the start keep their ttl")
+            for pair, expires in self._newly_timed.items():
+                self.timed_pairs.pop(pair, None)  # the oldest come first
+                self.timed_pairs[pair] = expires
+            while len(self.timed_pairs) > TIMED_PAIRS_MAX:
+                del self.timed_pairs[next(iter(self.timed_pairs))]
             return outcomes
         except Exception as error:  # noqa: BLE001
             outcomes = [error]
@@ -562,6 +586,19 @@ class Store:
             outcomes = [self.commit([operation], begin=True)[0] for operation in operations]
         self.changed_others = True  # what is in changed_pairs may not have been committed
         return outcomes
+
+    def clock_jump(self) -> float:
+        """Return by how many seconds the clock has jumped since expiries were last shifted, or 0."""
+        jump = clock_offset() - self._clock_offset
+        return jump if abs(jump) > CLOCK_JUMP_SECONDS else 0
+
+    def _shift_expiries(self, jump: float) -> None:
+        update = "UPDATE pair SET expires = ? WHERE user_id = ? AND key = ? AND expires = ?"  # or it has a newer one
+        self._newly_timed = {pair: expires + jump for pair, expires in self.timed_pairs.items()}
+        self.changed_others = True
+        self._renew_triggers()  # those of earlier versions take a shift for an expiry
+        for pair, expires in self.timed_pairs.items():
+            self._exceed_limit(update, expires + jump, *pair, expires)
 
     def transact(self, operation: Callable[[Store], Any]) -> Any:
         """Run an operation in its own transaction; return or raise its outcome."""
@@ -713,13 +750,16 @@ class Store:
         rows = self._execute(select, 4 * (VALUE_SHOWN_CHARACTERS_MAX + 1), *page)  # a character has up to 4 bytes
         return [(key, start.decode("utf-8", "ignore"), updated, expires) for key, start, updated, expires in rows]
 
-    def set_value(self, user_id: int, key: str, value: str, expires: float | None = None) -> None:
-        """Store a value under a key until expires (unix seconds); raise NoSuchUser if the user was deleted."""
-        self._execute(SET_VALUE, user_id, key, value, time.time(), expires)
+    def set_value(self, user_id: int, key: str, value: str, expires: float | None = None, ttl: float = 0) -> None:
+        """Store a value until expires (unix seconds), or for ttl seconds; raise NoSuchUser if the user was deleted."""
+        now = time.time()
+        if ttl:
+            expires = self._newly_timed[user_id, key] = now + ttl
+        self._execute(SET_VALUE, user_id, key, value, now, expires)
         self.changed_pairs.add((user_id, key))
 
-    def _delete(self, statement: str, *parameters: Any) -> int:
-        # Deletes may exceed the limit, because hooks store the deleted value.
+    def _exceed_limit(self, statement: str, *parameters: Any) -> int:
+        # Deletes need room too, because hooks store the deleted value.
         self._execute(f"PRAGMA max_page_count = {2**30 - 1}")
         try:
             return self._execute(statement, *parameters).rowcount
@@ -729,7 +769,7 @@ class Store:
     def delete_pair(self, user_id: int, key: str) -> bool:
         """Delete a key and its value; return whether it existed."""
         delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
-        if not self._delete(delete, user_id, key, time.time()):
+        if not self._exceed_limit(delete, user_id, key, time.time()):
             return False
         self.changed_pairs.add((user_id, key))
         return True
@@ -740,7 +780,7 @@ class Store:
     def delete_expired(self) -> bool:
         """Delete up to EXPIRED_PAIRS_MAX expired pairs, the oldest first; return whether others may remain."""
         delete = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
-        deleted = self._delete(delete, time.time(), EXPIRED_PAIRS_MAX)
+        deleted = self._exceed_limit(delete, time.time(), EXPIRED_PAIRS_MAX)
         self.changed_others |= deleted > 0
         return deleted == EXPIRED_PAIRS_MAX
 
@@ -1974,17 +2014,15 @@ UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
 NO_RESOURCE = "there is no such key; store one with PUT"
 
 
-def expiry(request: Request, otherwise: float | None = None) -> float | None:
-    """Return the time when the request's pair expires: unix seconds, or None for never."""
-    seconds = take_seconds(request, "ttl", sys.float_info.min, TTL_SECONDS_MAX)
-    return otherwise if seconds is None else time.time() + seconds
+def take_ttl(request: Request) -> float:
+    return take_seconds(request, "ttl", sys.float_info.min, TTL_SECONDS_MAX) or 0
 
 
 def set_value(store: Store, request: Request) -> Response:
     """Store a value. With nx the key must be new; with old the stored value must equal it."""
-    key, value, expires = request.parameters["key"], require_value(request), None
+    key, value, ttl = request.parameters["key"], require_value(request), 0.0
     if len(request.parameters) > 2:
-        old, only_new, expires = request.parameters.get("old"), take_choice(request, "nx", ("1",)), expiry(request)
+        old, only_new, ttl = request.parameters.get("old"), take_choice(request, "nx", ("1",)), take_ttl(request)
         if old is not None and only_new:
             raise HTTPError(400, "the parameters nx and old exclude each other; leave one out")
         pair = store.pair(request.user.id, key) if only_new or old is not None else None
@@ -1992,7 +2030,7 @@ def set_value(store: Store, request: Request) -> Response:
             raise HTTPError(409, "Key exists")
         if old is not None and (pair is None or pair.value != old.encode("utf-8")):
             raise HTTPError(409, "Value differs")
-    store.set_value(request.user.id, key, value, expires)
+    store.set_value(request.user.id, key, value, ttl=ttl)
     return Response(b"Success")
 
 
@@ -2050,12 +2088,12 @@ def check_preconditions(request: Request, pair: Pair | None) -> None:
 
 def put_resource(store: Store, request: Request) -> Response:
     """Store a value under the key in the path if the preconditions hold."""
-    value, expires = require_value(request), expiry(request)
+    value, ttl = require_value(request), take_ttl(request)
     if "content-range" in request.fields.headers:  # RFC 9110 section 14.5
         raise HTTPError(400, "a part of a value cannot be stored; send all of it, without Content-Range")
     pair = store.pair(request.user.id, request.parameters["key"])
     check_preconditions(request, pair)
-    store.set_value(request.user.id, request.parameters["key"], value, expires)
+    store.set_value(request.user.id, request.parameters["key"], value, ttl=ttl)
     return Response(b"Success", 200 if pair else 201, headers=(("ETag", entity_tag(value.encode("utf-8"))),))
 
 
@@ -2079,7 +2117,7 @@ def increment(store: Store, request: Request) -> Response:
     if not NUMBER.fullmatch(by):
         raise HTTPError(400, f"the parameter by is {A_NUMBER}")
     pair = store.pair(request.user.id, request.parameters["key"])
-    expires = expiry(request, pair.expires if pair else None)
+    ttl = take_ttl(request)
     stored = pair.value.decode("utf-8") if pair else "0"
     if not NUMBER.fullmatch(stored):
         raise HTTPError(409, f"the stored value is not {A_NUMBER}; set one first")
@@ -2088,7 +2126,7 @@ def increment(store: Store, request: Request) -> Response:
     number = f"{total:f}" if total else "0"
     if not NUMBER.fullmatch(number):
         raise HTTPError(409, f"the sum would not be {A_NUMBER}")
-    store.set_value(request.user.id, request.parameters["key"], number, expires)
+    store.set_value(request.user.id, request.parameters["key"], number, pair.expires if pair else None, ttl)
     return Response(number.encode())
 
 
@@ -2098,12 +2136,12 @@ def toggle(store: Store, request: Request) -> Response:
     if len(words) != 2 or not all(words) or words[0] == words[1]:
         raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
     pair = store.pair(request.user.id, request.parameters["key"])
-    expires = expiry(request, pair.expires if pair else None)
+    ttl = take_ttl(request)
     if pair and pair.value not in [word.encode("utf-8") for word in words]:
         raise HTTPError(409, "the stored value is neither word; set one first, or send other words as values=A,B")
     word = words[1] if pair and pair.value == words[0].encode("utf-8") else words[0]
     check_value(word)
-    store.set_value(request.user.id, request.parameters["key"], word, expires)
+    store.set_value(request.user.id, request.parameters["key"], word, pair.expires if pair else None, ttl)
     return Response(word.encode("utf-8"))
 
 
@@ -2811,6 +2849,10 @@ class RequestHandler:
                 raise HTTPError(403, "this token may only read; make another one with: python kvserver.py addtoken")
         if request.fields.body_length > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE.format(request.fields.body_length))
+        if self.server.writer.timed_pairs and self.server.writer.clock_jump():
+            with contextlib.suppress(StoreFull, sqlite3.Error):  # reads go on while the disk fails
+                await self.server.commit(lambda store: None)  # each transaction shifts expiries
+                await self._authorize(route, request)  # meanwhile, the user may have been deleted
 
     async def _receive_parameters(self, route: Route, request: Request) -> None:
         if request.fields.headers.get("expect", "").lower() == "100-continue" and not request.fields.is_http_1_0:
@@ -3213,14 +3255,18 @@ class Server(http.server.ThreadingHTTPServer):
 
     async def _make_own_changes(self) -> None:
         """Store the uses of tokens, and delete expired pairs: the triggers of hooks see these deletions."""
+        offset = clock_offset()
         while True:
             try:
+                last_offset, offset = offset, clock_offset()
                 days = self.token_uses.copy()
-                if days:
+                if days or self.writer.clock_jump():
                     await self.commit(lambda store: store.note_token_uses(days))  # noqa: B023 - it ends before
                 for token_id in days:
                     del self.token_uses[token_id]
-                while not self.stopping and self.reader.has_expired():
+                # After a jump, another server on this database first shifts its expiries, too.
+                has_jumped = abs(offset - last_offset) > CLOCK_JUMP_SECONDS
+                while not has_jumped and not self.stopping and self.reader.has_expired():
                     await self.commit(Store.delete_expired)
             except Exception as error:  # noqa: BLE001 - whatever it is, the next look tries again
                 as_http_error(error, self.errors)
@@ -3282,6 +3328,7 @@ class Server(http.server.ThreadingHTTPServer):
                 size += change_size
             operations, state_before = [operation for operation, _, _ in changes], self.reader.state()
             is_quick = size < QUICK_CHANGES_BYTES_MAX and self.writer.commit_seconds < QUICK_COMMIT_SECONDS
+            is_quick &= not self.writer.clock_jump()  # shifting the expiries of long values takes seconds
             commit = functools.partial(self.writer.commit, operations)
             results = commit() if is_quick else await self.disk.run(commit)
             for number, ((_, wakeup, _), result) in enumerate(zip(changes, results), 1):

@@ -2066,7 +2066,11 @@ class Values(ServerCase):
                 self.check(400, "GET", target + ttl)
             self.check(200, "GET", target + "315360000")
             self.check(200, "GET", "/get?key=a")
-            with mock.patch("time.time", return_value=time.time() + 315360001):
+            offset = kvserver.clock_offset()
+            with (
+                mock.patch("time.time", return_value=time.time() + 315360001),
+                mock.patch.object(kvserver, "clock_offset", return_value=offset),
+            ):
                 self.check(404, "GET", "/get?key=a")  # though its row is cached
             self.expire()
             for method, path in (("GET", "/get?key=a"), ("GET", "/del?key=a"), ("DELETE", "/kv/a")):
@@ -3250,6 +3254,198 @@ class Deliveries(HookCase):
         self.assertEqual(expected | {"pending_deliveries": 1}, counted)
 
 
+class Clocks(HookCase):
+    """A clock that is set while the server runs: a ttl counts real seconds."""
+
+    def setUp(self) -> None:
+        real, self.jump = time.time, -3600.0  # the server starts in the past, as on a Pi without a clock
+        self.enterContext(mock.patch("time.time", lambda: real() + self.jump))
+        super().setUp()
+
+    def rest(self) -> None:
+        """Leave it to the requests to notice a jump."""
+
+        async def do_nothing(server: kvserver.Server) -> None:
+            pass
+
+        self.stop()
+        self.enterContext(mock.patch.object(kvserver.Server, "_make_own_changes", do_nothing))
+        self.start()
+
+    def seconds_left(self) -> dict[str, float]:
+        """Return the seconds until pairs expire, rounded to tens."""
+        pairs = json.loads(self.check(200, "GET", "/list?format=json").body)
+        times = {key: pair["expires"] for key, pair in pairs.items() if pair["expires"]}
+        now = time.time()
+        return {key: round(datetime.datetime.fromisoformat(at).timestamp() - now, -1) for key, at in times.items()}
+
+    def jumps(self) -> list[float]:
+        """Return the logged jumps."""
+        return [float(jump) for jump in re.findall(r"the clock jumped by (\S+) seconds", self.log.text())]
+
+    def jump_to(self, seconds: float) -> None:
+        """Set the clock, and wait until the server has noticed that without a request."""
+        expected, self.jump = [*self.jumps(), seconds - self.jump], seconds
+        wait_until(lambda: self.jumps() == expected)
+
+    def test_a_ttl_follows_every_jump_and_other_expiries_do_not(self) -> None:
+        for target in ("/set?key=a&value=1&ttl=500", "/incr?key=b&ttl=1000", "/incr?key=b", "/toggle?key=c&ttl=2000"):
+            self.check(200, "GET", target)
+        for target in ("/incr?key=edited&ttl=9000", "/set?key=e&value=1&ttl=9000", "/set?key=e&value=1"):
+            self.check(200, "GET", target)
+        self.check(201, "PUT", "/kv/d?ttl=3000", "1")
+        given = {"a": 500, "b": 1000, "c": 2000, "d": 3000}
+        for key, ttl in (("before", 9000), ("edited", 8000), ("gone", 3000)):
+            self.store.set_value(1, key, "1", ttl=ttl)  # by another process
+        self.jump_to(0)
+        wait_until(lambda: not self.store._execute("SELECT 1 FROM pair WHERE key = 'gone'").fetchall())
+        self.assertEqual({**given, "before": 5400, "edited": 4400}, self.seconds_left())
+        for seconds in (-1e6, -7200):
+            self.jump_to(seconds)
+        self.assertEqual({**given, "before": 12600, "edited": 11600}, self.seconds_left())
+        self.jump_to(1e9)
+        self.assertEqual(given, self.seconds_left())
+        self.assertEqual(b"1", self.get("e"))
+
+    def test_the_next_request_sees_the_jump(self) -> None:
+        self.rest()
+        self.check(200, "GET", "/set?key=a&value=1&ttl=600")
+        self.assertEqual(b"1", self.get("a"))  # its row is remembered
+        waiting = self.begin("GET /get?key=a&wait=60&unless=1 HTTP/1.1")
+        wait_until(lambda: len(self.server.polls) == 1)
+        for status, method, target, body in (
+            (200, "GET", "/get?key=a", b"1"),
+            (409, "GET", "/set?key=a&value=2&nx=1&ttl=600", b"Key exists"),
+            (409, "GET", "/set?key=a&value=2&old=3", b"Value differs"),
+            (200, "GET", "/list", b'{"a":"1"}'),
+            (200, "GET", "/me/state?key=a", b"in 9 minutes"),
+            (200, "GET", "/get?key=a&wait=0.001&unless=1", b"1"),
+            (200, "GET", "/incr?key=a&by=0", b"1"),
+            (200, "DELETE", "/kv/a", b"removed"),
+        ):
+            self.jump += 3600
+            self.assertIn(body, self.check(status, method, target).body, target)
+        self.assertEqual([404], statuses(waiting.recv(65536)))
+        self.assertEqual([3600] * 8, self.jumps())
+
+    def test_small_jumps_add_up(self) -> None:
+        self.rest()
+        self.check(200, "GET", "/set?key=a&value=1&ttl=600")
+        for jump, expected in ((1.9, []), (0.2, [2.1]), (-1.9, [2.1]), (-0.2, [2.1, -2.1])):
+            self.jump += jump
+            self.get("a")
+            self.assertEqual(expected, self.jumps())
+
+    def test_a_wait_for_an_expiry_ends_in_time(self) -> None:
+        for seconds in (7200, -7200):
+            begun = time.monotonic()
+            for query in ("key=a&value=1&ttl=600", "key=b&value=1&ttl=0.5"):
+                self.check(200, "GET", "/set?" + query)
+            waiting = [self.begin(f"GET /get?key={key}&wait=60&unless=1 HTTP/1.1") for key in "ab"]
+            wait_until(lambda: len(self.server.polls) == 2)
+            self.jump_to(seconds)
+            self.assertEqual([404], statuses(waiting[1].recv(65536)))
+            self.assertGreater(time.monotonic() - begun, 0.5)
+            wait_until(lambda: len(self.server.polls) == 1)
+            self.set("a", "2")
+            self.assertEqual(b"2", waiting[0].recv(65536)[-1:])
+
+    def test_hooks_hear_of_no_false_expiry(self) -> None:
+        self.add_hook("*")
+        old = kvserver.TRIGGERS["pair_changed"].replace("UPDATE OF value", "UPDATE")  # an earlier version's
+        execute(self.database, f"DROP TRIGGER pair_changed; CREATE TRIGGER pair_changed {old}")
+        self.check(200, "GET", "/set?key=a&value=1&ttl=600")
+        self.store.set_value(1, "b", "1", ttl=600)  # by another process
+        self.jump_to(0)
+        self.check(200, "GET", "/set?key=a&value=2&ttl=0.1")
+        wait_until(lambda: len(self.target.received) == 5)
+        changes = self.target.changes()
+        self.assertEqual(
+            [("a", "1", None), ("a", "2", "1"), ("a", None, "2")], [change for change in changes if change[0] == "a"]
+        )
+        self.assertIn(("b", None, "1"), changes)
+
+    def test_of_two_servers_each_shifts_what_it_has_given(self) -> None:
+        self.jump_to(0)  # the triggers use the real clock
+        self.patch("POLL_SECONDS", PromptHooks.poll_seconds)  # each waits so long for the other
+        other = kvserver.Server(self.database, self.settings)
+        self.addCleanup(join, in_threads(other.run, [()]))
+        self.addCleanup(other.stop)
+        self.add_hook("*")
+        ports = self.port, other.server_port
+        for key, port in (("a", ports[0]), ("a", ports[1]), ("b", ports[1]), ("b", ports[0]), ("c", ports[1])):
+            with mock.patch.object(self, "port", port):
+                self.check(200, "GET", f"/set?key={key}&value=1&ttl=600")
+        for self.jump in (7200, -100):
+            with held(other.reader, "state") as (begun, _):
+                self.assertTrue(begun.acquire(timeout=WAIT_SECONDS))
+                wait_until(lambda: not self.server.writer.clock_jump())
+                self.set("d", "1")
+            wait_until(lambda: not other.writer.clock_jump())
+            self.assertEqual({"a": 600, "b": 600, "c": 600}, self.seconds_left())
+        self.assertEqual([7200, 7200, -7300, -7300], self.jumps()[-4:])
+        self.assert_told(*((key, "1", None) for key in "abcd"))
+
+    def test_a_failed_transaction_shifts_nothing_and_the_next_one_does(self) -> None:
+        self.rest()
+        self.add_hook("*")
+        for query in ("key=a", "key=b&nx=1"):
+            self.check(200, "GET", f"/set?{query}&value=1&ttl=600")
+        real, error = kvserver.Store.set_value, sqlite3.OperationalError("disk I/O error")
+
+        def set_and_fail(store: kvserver.Store, *arguments: Any, **named: Any) -> None:
+            real(store, *arguments, **named)
+            raise error
+
+        with mock.patch.object(kvserver.Store, "set_value", set_and_fail):
+            self.check(503, "GET", "/set?key=b&value=2&ttl=900")
+        self.jump = 0
+        for function in ("_renew_triggers", "_exceed_limit"):
+            with mock.patch.object(self.server.writer, function, side_effect=error):
+                self.check(503, "GET", "/set?key=b&value=2&ttl=900")
+                self.check(200, "GET", "/list")  # reads go on
+        self.assertEqual([], self.jumps())
+        self.check(409, "GET", "/set?key=b&value=2&nx=1&ttl=900")
+        self.jump = 3600
+        self.assertEqual({"a": 600, "b": 600}, self.seconds_left())
+        with locked(self.database):
+            self.assertEqual(b"1", self.get("a"))  # its row is remembered
+            waiting = [self.begin("GET /set?key=c&value=1 HTTP/1.1")]
+            wait_until(lambda: self.server.changes)
+            self.jump = 7200
+            waiting.append(self.begin("GET /get?key=b HTTP/1.1"))
+            wait_until(lambda: len(self.server.changes) == 2)
+        self.assertEqual([b"s", b"1"], [connection.recv(65536)[-1:] for connection in waiting])
+        self.assertEqual(b"1", self.get("a"))
+
+    def test_a_jump_within_a_transaction_or_while_the_disk_is_slow(self) -> None:
+        real = kvserver.Store.set_value
+
+        def jump_and_set(store: kvserver.Store, *arguments: Any, **named: Any) -> None:
+            self.jump = 0
+            real(store, *arguments, **named)
+
+        for seconds in (0.0, 1.0):
+            self.check(200, "GET", "/set?key=a&value=1&ttl=600")
+            self.server.writer.commit_seconds = seconds
+            with mock.patch.object(kvserver.Store, "set_value", jump_and_set):
+                self.check(200, "GET", "/set?key=b&value=1&ttl=1200")
+            self.assertEqual({"a": 600, "b": 1200}, self.seconds_left())
+            with held(self.server.writer, "_shift_expiries") as (begun, _):
+                self.jump = -3600
+                waiting = [self.begin(f"GET {target} HTTP/1.1") for target in ("/list", "/incr?key=a&by=0")]
+                self.assertTrue(begun.acquire(timeout=WAIT_SECONDS))
+                self.check(200, "GET", "/health")  # the loop goes on
+            self.assertEqual([[200]] * 2, [statuses(connection.recv(65536)) for connection in waiting])
+
+    def test_only_the_newest_are_remembered(self) -> None:
+        self.patch("TIMED_PAIRS_MAX", 3)
+        for key in "abcad":
+            self.check(200, "GET", f"/set?key={key}&value=1&ttl=9000")
+        self.jump_to(0)
+        self.assertEqual({"a": 9000, "b": 5400, "c": 9000, "d": 9000}, self.seconds_left())
+
+
 class Gates(unittest.TestCase):
     """A gate limits how many tasks pass at once."""
 
@@ -3294,6 +3490,7 @@ class Schedules(unittest.TestCase):
         self.metrics = kvserver.Metrics({}, {})
         self.enterContext(mock.patch.object(time, "monotonic", lambda: self.seconds))
         self.enterContext(mock.patch.object(time, "time", lambda: wall + self.seconds))
+        self.enterContext(mock.patch.object(kvserver, "clock_offset", return_value=kvserver.clock_offset()))
         self.log = self.enterContext(captured_log())
         self.outbox = kvserver.Outbox(self.store, self.loop, self.commit, self.metrics, kvserver.ErrorLog())
         self.addCleanup(self.outbox.close)
@@ -3513,8 +3710,8 @@ class Disk(ServerCase):
     def test_a_write_that_fails_is_undone_and_does_not_fail_its_neighbours(self) -> None:
         real = kvserver.Store.set_value
 
-        def set_and_fail(store: kvserver.Store, user_id: int, key: str, *arguments: Any) -> None:
-            real(store, user_id, key, *arguments)
+        def set_and_fail(store: kvserver.Store, user_id: int, key: str, *arguments: Any, **named: Any) -> None:
+            real(store, user_id, key, *arguments, **named)
             if key == "mistake":
                 raise RuntimeError("after the change")
             if key == "rollback":  # as SQLite does when the disk is full
