@@ -1293,7 +1293,7 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
 def require_key(key: str | None, token: Token | None = None) -> str:
     """Return a key; raise HTTPError if it is missing or not allowed, or if the token may not see it."""
     if key is None:
-        raise HTTPError(400, "the parameter key is missing; send it as in ?key=door")
+        raise HTTPError(400, "the parameter key is missing; send it as in ?key=door, or in a body with Content-Length")
     if not 1 <= len(key.encode("utf-8")) <= KEY_BYTES_MAX or "\0" in key:
         raise HTTPError(400, f"a key is 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
     if token and not key.startswith(token.prefix):
@@ -1358,7 +1358,7 @@ def check_label_and_prefix(label: str, prefix: str) -> None:
 
 
 def require_value(request: Request) -> str:
-    value = required(request, "value", "; send &value=open (in a shell, quote the address), or the value as the body")
+    value = required(request, "value", "; send &value=open (in a shell, in quotes), or a body with Content-Length")
     check_value(value)
     return value
 
@@ -2635,9 +2635,8 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
         if isinstance(error, StoreFull):
             return HTTPError(507, str(error))
         return HTTPError(503, "the database cannot be used; the server's log says why", RETRY_AFTER)
-    import traceback
+    import traceback  # for the places only: the message may quote the request
 
-    # Without the message, which may quote the request.
     places = (f"{frame.f_code.co_name}:{line}" for frame, line in traceback.walk_tb(error.__traceback__))
     errors.write(f"internal error: {type(error).__name__} in {' > '.join(places)}")
     return HTTPError(500, "the server made a mistake; its log says where")

@@ -384,7 +384,7 @@ class Api(ServerCase):
     def test_missing_parameters_are_400_and_only_an_explicit_empty_value_is_empty(self) -> None:
         for target in ("/set", "/set?key=a", "/set?value=a", "/set?key=a&value", "/get", "/get?key", "/del?key="):
             self.check(400, "GET", target)
-        self.check(400, "POST", "/set?key=a")
+        self.assertIn(b"or a body with Content-Length", self.check(400, "POST", "/set?key=a").body)
         self.check(400, "POST", "/set?key=a", "")
         self.assertNotIn("\n", self.fetch("/incr", "POST", "key=a&a\nb", Content_Type=kvserver.FORM)[1])
         self.assertEqual({}, self.pairs())
@@ -402,13 +402,14 @@ class Api(ServerCase):
         ):
             self.assertEqual(body, self.check(200, "GET", target).body)
         self.stop()
-        for self.base_path in ("/kv", "/api/v1"):  # what is at the root stays there
+        for self.base_path in ("/kv", "/Api/v1"):  # what is at the root stays there
             self.start()
             self.request("PUT", "/kv/a", "1")
             self.assertEqual(b"1", self.get("a"))
             self.stop()
         self.start()
-        self.check(200, "GET", "/api/v1/get?key=a")
+        self.check(200, "GET", "/Api/v1/get?key=a")
+        self.assertEqual(b"there is no such path; use /get", self.check(404, "GET", "/api/v1/get/").body)
         self.check(404, "GET", "/iotpersistenceapi/get?key=a")
 
     def test_query_is_form_encoded_or_raw_utf8(self) -> None:
@@ -528,7 +529,7 @@ class Methods(ServerCase):
         self.check(404, "OPTIONS", "/nowhere", user=None)
 
     def test_errors_are_problems_for_clients_that_take_json(self) -> None:
-        detail = "the parameter key is missing; send it as in ?key=door"
+        detail = "the parameter key is missing; send it as in ?key=door, or in a body with Content-Length"
         problem = {"title": "Bad Request", "status": 400, "detail": detail}
         for accept in ("text/html, application/json;q=0.5", "application/ld+json", "APPLICATION/JSON"):
             answer = self.check(400, "GET", "/get", headers={"Accept": accept})
