@@ -9,7 +9,8 @@ Each user has their own keys, and logs in with a password or a token. The server
     python kvserver.py addtoken USER          add a token for a device; see also tokens, deltoken
     python kvserver.py get USER KEY           print a value; see also set, del, list
     python kvserver.py addhook USER KEY URL   call a URL when a value changes; see also hooks, delhook, testhook
-    python kvserver.py backup FILE            copy the database to a file; export and import copy values as JSON
+    python kvserver.py backup FILE            copy the database to a file; restore puts the copy back in its place;
+                                              export and import copy values as JSON
 
     request                      response
     GET /set?key=K&value=V       200 Success; ttl=SECONDS; nx=1 (409 if the key exists); old=V (409 if it differs)
@@ -495,16 +496,22 @@ class Store:
                 raise
             raise kind(message) from error
 
+    def schema_version(self, newest: float = len(MIGRATIONS)) -> int:
+        """Return 0 for an empty file; raise StoreError for another program's database, or one newer than newest."""
+        version: int = self._execute("PRAGMA user_version").fetchone()[0]
+        is_new = version == 0 and not self._execute("SELECT 1 FROM sqlite_master").fetchone()
+        if not is_new and self._execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+            raise StoreError(f"{self.path} is a database of another program; name another file")
+        if version > newest:
+            known = f"it has schema version {version}, this program knows up to {newest}"
+            raise StoreError(f"{self.path} was written by a newer kvserver.py ({known}); use that")
+        return version
+
     def _migrate(self) -> None:
         self.begin()
         with self._connection:  # commits, or rolls back after an error
-            version: int = self._execute("PRAGMA user_version").fetchone()[0]
-            is_new = version == 0 and not self._execute("SELECT 1 FROM sqlite_master").fetchone()
-            if not is_new and self._execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
-                raise StoreError(f"{self.path} is a database of another program; name another file with --db")
-            if version > len(MIGRATIONS):
-                known = f"it has schema version {version}, this program knows up to {len(MIGRATIONS)}"
-                raise StoreError(f"{self.path} was written by a newer kvserver.py ({known}); use that")
+            self.check_file()  # a restore may have replaced it while we waited for the lock
+            version = self.schema_version()
             for number, statements in enumerate(MIGRATIONS[version:], version + 1):
                 for statement in (*statements, f"PRAGMA user_version = {number}"):
                     self._execute(statement)
@@ -515,6 +522,7 @@ class Store:
                     raise StoreError(f"SQLite's WAL mode does not work on the disk of the database {self.path}")
                 with contextlib.suppress(StoreFull):  # it has synced the log before that
                     self._execute("PRAGMA wal_checkpoint")  # syncs a killed process's last commit before any read
+                self.check_file()  # in WAL mode, no restore can get the lock any more
                 return
             except StoreBusy:  # SQLite's own timeout ignores this statement
                 if time.monotonic() > give_up:
@@ -607,13 +615,20 @@ class Store:
             raise outcome
         return outcome
 
+    def lock_alone(self) -> None:
+        """Fold the log into the file, and lock the file until close; raise StoreBusy if another process uses it."""
+        for statement in ("PRAGMA journal_mode = DELETE", "BEGIN EXCLUSIVE", "PRAGMA journal_mode"):
+            mode = self._execute(statement).fetchone()
+        if mode != ("delete",):  # somebody was quick between the first two
+            raise StoreBusy
+
     def back_up(self, path: str) -> None:
         """Copy the database at one moment into the empty file at path; raise StoreError if the copy is damaged."""
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
             self._connection.backup(copy)  # all pages in one step, which is one transaction
             copy.execute("PRAGMA journal_mode = DELETE")  # one file is the whole copy, and may be read-only
             if copy.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
-                raise StoreError(f"{self.path} is damaged; no backup was made")
+                raise StoreError(f"{self.path} is damaged, and was not copied")
 
     def all_pairs(self, user_name: str | None = None, prefix: str = "") -> Iterator[UserPair]:
         """Return one user's or all pairs whose keys begin with prefix, sorted by name and key."""
@@ -913,18 +928,62 @@ class CachingStore(Store):
         return pair
 
 
+def hand_over(descriptor: int, path: str) -> None:
+    """Give root's file to the owner of the database at path, or of its folder: a service must be able to open it."""
+    if os.name != "nt" and os.geteuid() == 0:
+        owner = os.stat(path if os.path.exists(path) else os.path.dirname(path))
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
+def lock_beside(path: str) -> BinaryIO:
+    """Return a file beside a database, locked until it is closed; raise BlockingIOError if another process has it."""
+    path, flags = os.path.realpath(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with contextlib.ExitStack() as on_error:
+        lock = on_error.enter_context(os.fdopen(os.open(path + "-lock", flags, 0o600), "rb"))
+        hand_over(lock.fileno(), path)
+        if os.name != "nt":  # Windows has no such locks
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        on_error.pop_all()
+    return lock
+
+
+def has_stray_log(path: str) -> bool:
+    """Tell whether a write-ahead log lies beside a database that has none. SQLite would mix the two."""
+    path, header = os.path.realpath(path), b""
+    if not os.path.exists(path + "-wal") or not os.path.getsize(path + "-wal"):
+        return False
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        header = file.read(20)
+    return header[18:] != b"\2\2"  # WAL mode (SQLite's documentation, "Database File Format", section 1.3.3)
+
+
 def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
     """Open the database at path with the newest schema; raise StoreError. Without migrate, its schema stays."""
     path = os.path.abspath(path)
-    if not create and not os.path.exists(path):
-        raise StoreError(f"there is no database {path}; name it with --db, or make one with adduser or serve")
+    folder, (right, mode) = os.path.dirname(path), ("write", os.W_OK) if migrate else ("read", os.R_OK)
     try:
+        if os.path.isdir(path):
+            raise StoreError(f"{path} is a folder; name a file in it, such as --db {os.path.join(path, 'kvserver.db')}")
+        if not os.path.isdir(folder):
+            hint = f"name another one with --db, or make the folder with: mkdir -p {folder}"
+            raise StoreError(f"there is no database {path}, because there is no folder {folder}; {hint}")
+        for place, modes in ((folder, mode | os.X_OK), (path, mode)):
+            if os.path.exists(place) and not os.access(place, modes):
+                raise StoreError(f"no permission to {right} {place}; use sudo, or become its owner: ls -ld {place}")
+        if has_stray_log(path):
+            log = os.path.realpath(path) + "-wal"
+            raise StoreError(f"{log} is not the write-ahead log of {path}, and would damage it; move {log} away")
+        if not create and not os.path.exists(path):
+            raise StoreError(f"there is no database {path}; name it with --db, or make one with adduser or serve")
         # Only the owner may read it. SQLite gives its -wal and -shm files the same permissions.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         return Store(path, migrate=migrate)
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
-        raise StoreError(f"cannot use the database {path}: {getattr(error, 'strerror', error)}; see --db") from error
+        hint = "name another file with --db, or return to a backup with: python kvserver.py restore FILE"
+        raise StoreError(f"cannot use the database {path}: {getattr(error, 'strerror', error)}; {hint}") from error
 
 
 # ---- HTTP messages ---------------------------------------------------------------------------------------------------
@@ -2988,47 +3047,38 @@ class Outbox:
         self._store, self._loop, self._commit, self._metrics, self._errors = store, loop, commit, metrics, errors
         self._threads = Threads(loop, EXCHANGES_MAX + LONG_EXCHANGES_MAX)
         self.gate = Gate(loop)  # held by exchanges under way, until their results are stored
-        self.has_hooks = self._is_sender = self.is_stopping = False  # when it stops, no further exchange begins
+        self.has_hooks = self.is_stopping = False  # when it stops, no further exchange begins
         self._running: set[int] = set()  # hooks with a task
         self._newest = 0  # id of the newest delivery that has been seen
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
         self._dropped_logged, self._started = -NEVER, time.monotonic()
-        self._lock_file: BinaryIO | None = None
+        self._lock: BinaryIO | None = None
 
     def close(self) -> None:
         """Let another process send."""
         self._log_dropped()
-        if self._lock_file:
-            self._lock_file.close()
+        if self._lock:
+            self._lock.close()
 
-    def _may_send(self) -> bool:
-        """Return whether this process sends: of several with one database only one does, as long as it lives."""
-        if self._is_sender or os.name == "nt":  # Windows has no such locks
-            return True
-        import fcntl
-
-        path = os.path.realpath(self._store.path) + "-hooks"
+    def take_lock(self) -> bool:
+        """Return whether this server sends: of several with one database only one does, as long as it lives."""
+        path = self._store.path
         try:
-            if not self._lock_file:
-                self._lock_file = open(path, "ab", opener=functools.partial(os.open, mode=0o600))  # noqa: SIM115
-                if os.geteuid() == 0:  # root's file would be closed to the service: SQLite does so with its files, too
-                    database = os.stat(self._store.path)
-                    os.fchown(self._lock_file.fileno(), database.st_uid, database.st_gid)
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._is_sender = True
+            self._lock = self._lock or lock_beside(path)
         except BlockingIOError:
-            pass
+            other = f"another server uses the database {path} too; only one of them calls hooks"
+            self._errors.write(f"{other}; stop one, unless you want both", NEVER)
         except OSError as error:
-            problem = f"no hook is called, since {path} cannot be locked ({error.strerror})"
+            problem = f"no hook is called, since {path}-lock cannot be locked ({error.strerror})"
             self._errors.write(f"{problem}; delete it, or correct its owner", HOOK_RETRY_SECONDS_MAX)
-        return self._is_sender
+        return self._lock is not None
 
     def look(self) -> None:
         """Start a task for each hook that has new deliveries; raise sqlite3.Error."""
         if self._dropped and self._dropped_logged + DROPPED_SECONDS < time.monotonic():
             self._log_dropped()
         self.has_hooks = self._store.has_hooks()
-        if self.has_hooks and not self.is_stopping and self._may_send():
+        if self.take_lock() and self.has_hooks and not self.is_stopping:
             rows = self._store.new_deliveries(self._newest)
             self._newest = max((newest for *_, newest in rows), default=self._newest)
             for hook_id, origin, is_proven, _ in rows:
@@ -3167,6 +3217,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._next_checkpoint = 0.0  # monotonic seconds
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
+        self.outbox.take_lock()
 
     def server_bind(self) -> None:
         """Bind the socket. HTTPServer's own method would ask the DNS for our name, which can take seconds."""
@@ -3488,10 +3539,31 @@ PAIR_FIELDS = ("user", "key", "value", "updated", "expires")
 LINE_BYTES_MAX = 8 * 1024 * 1024  # a value in which every character is escaped, and the rest of the line
 
 
-def back_up(arguments: argparse.Namespace) -> None:
-    """Copy the database to a file, even while the server runs. The file is complete, or does not appear."""
+@contextlib.contextmanager
+def copying(source: Store, path: str) -> Iterator[int]:
+    """Copy a database, give the copy's descriptor, and move the copy to path after the block."""
     import tempfile
 
+    folder, name = os.path.split(os.path.abspath(path))
+    try:
+        with tempfile.TemporaryDirectory(".part", name + ".", folder) as temporary:
+            descriptor, copy = tempfile.mkstemp(dir=temporary)  # only its owner can read it
+            with open(descriptor, "rb"):
+                source.back_up(copy)
+                os.fsync(descriptor)
+                yield descriptor
+            os.replace(copy, path)
+        with contextlib.suppress(OSError):  # Windows cannot open folders
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot copy {source.path} to {path}: {reason}") from None
+
+
+def back_up(arguments: argparse.Namespace) -> None:
+    """Copy the database to a file, even while the server runs. The file is complete, or does not appear."""
     path, database = arguments.file, arguments.db
     suffixes = ("-wal", "-shm", "-journal")  # SQLite keeps these beside a database in use
     in_use = [os.path.realpath(database) + suffix for suffix in ("", *suffixes)]
@@ -3505,21 +3577,60 @@ def back_up(arguments: argparse.Namespace) -> None:
             raise CommandError(f"{path} exists; to overwrite it, add --force")
         if any(os.path.exists(path + suffix) for suffix in suffixes):
             raise CommandError(f"{path} is a database in use, as the files beside it show; name another file")
-        folder, name = os.path.split(os.path.abspath(path))
-        try:
-            with tempfile.TemporaryDirectory(".part", name + ".", folder) as temporary:
-                descriptor, copy = tempfile.mkstemp(dir=temporary)  # only its owner can read it
-                with open(descriptor, "rb") as file:
-                    store.back_up(copy)
-                    os.fsync(file.fileno())
-                os.replace(copy, path)
-            with contextlib.suppress(OSError):  # Windows cannot open folders
-                descriptor = os.open(folder, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-        except (OSError, sqlite3.Error) as error:
-            raise CommandError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+        with copying(store, path):
+            pass  # nothing can stop it any more
     print(f"wrote {path}")
+
+
+def set_aside(database: str, locks: contextlib.ExitStack) -> str:
+    """Give the old database a second name too, and return that. Nobody else can use the old one until locks end."""
+    try:
+        locks.enter_context(lock_beside(database))
+        if os.path.exists(database) and not has_stray_log(database):
+            old = locks.enter_context(contextlib.closing(Store(database, wait=0)))
+            old.lock_alone()
+            old.schema_version(newest=math.inf)
+    except (BlockingIOError, StoreBusy):
+        raise CommandError(f"another process uses the database {database}; stop the server, and try again") from None
+    except sqlite3.Error:  # it is damaged, and keeps its log
+        pass
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the rest takes no time
+    kept = ""
+    while not kept or os.path.lexists(kept) or os.path.lexists(kept + "-wal"):
+        kept = f"{database}.before-restore-{time.strftime('%Y%m%d-%H%M%S')}"
+    if os.path.exists(database):
+        try:
+            os.link(database, kept)  # after a rename, a server that starts now would make a new database
+        except OSError:  # this file system has no links
+            import shutil
+
+            shutil.copy2(database, kept)
+    for suffix in ("-wal", "-shm", "-journal"):
+        if os.path.exists(database + suffix):
+            os.rename(database + suffix, kept + suffix)
+    if os.name == "nt":  # Windows replaces no open file
+        locks.close()
+    return kept
+
+
+def restore(arguments: argparse.Namespace) -> None:
+    """Put a backup in place of the database, which stays under another name. Stop the server first."""
+    path, database = arguments.file, os.path.realpath(arguments.db)
+    if not os.path.isfile(path) or (os.path.exists(database) and os.path.samefile(path, database)):
+        raise CommandError(
+            f"{path} is {'the database itself' if os.path.isfile(path) else 'not a file'}; name a backup"
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete copy
+    with contextlib.ExitStack() as locks, contextlib.closing(open_store(path, create=False, migrate=False)) as backup:
+        if not backup.schema_version():
+            raise CommandError(f"{path} is empty; name a backup")
+        with copying(backup, database) as copy:
+            hand_over(copy, database)
+            kept = set_aside(database, locks)
+    print(f"restored {database}")
+    if os.path.exists(kept):
+        print(f"the old database is now {kept}; delete it when all is well")
 
 
 def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
@@ -3573,7 +3684,9 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
             source.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
             if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
-                raise CommandError(f"{path} is a database of kvserver; to restore it, put it where the other one is")
+                raise CommandError(
+                    f"{path} is a database of kvserver; to use it, type: python kvserver.py restore {path}"
+                )
             # SQLite would read a missing column "isAdmin" as a text, if the table's name did not precede it.
             user_rows = source.execute('SELECT user.name, user."passwordHash", user."isAdmin" FROM user').fetchall()
             pair_rows = source.execute("SELECT user, key, value FROM state ORDER BY rowid DESC").fetchall()
@@ -3877,7 +3990,10 @@ def serve(arguments: argparse.Namespace) -> None:
             server = Server(store.path, settings, certificate)
         except (OSError, UnicodeError) as error:
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
-            hint = "is kvserver running already? " if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
+            hint = {
+                errno.EADDRINUSE: "is kvserver running already? ",
+                errno.EACCES: "a port below 1024 needs rights, see: python kvserver.py unit --help; ",
+            }.get(getattr(error, "errno", None) or 0, "")
             reason = error.strerror if isinstance(error, OSError) else "this is not a host name"
             raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -3897,8 +4013,8 @@ def serve(arguments: argparse.Namespace) -> None:
             os._exit(0)  # a commit hangs on its disk; it has no response yet, so no promise is broken
 
 
-MORE_HELP = """COMMAND --help explains a command. All but serve also work while the server runs, and act at once.
-Each flag of serve can also come from the environment (KVSERVER_MAX_DB_MB), or from the JSON file that --config or
+MORE_HELP = """COMMAND --help explains a command. All but serve and restore also work while the server runs, and act at
+once. Each flag of serve can also come from the environment (KVSERVER_MAX_DB_MB), or from the JSON file that --config or
 KVSERVER_CONFIG names ("max_db_mb"). Flags override the environment, which overrides the file. The default database is
 kvserver.db in $STATE_DIRECTORY, else beside the program. Exit codes: 0 done, 1 failed, 2 wrong usage (also in the
 environment or the file), 130 interrupted."""
@@ -3913,6 +4029,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for keys that begin so, or * for all keys"},
     "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
     "FILE": {"dest": "file", "metavar": "FILE", "help": "file to write, readable by its owner only"},
+    "BACKUP": {"dest": "file", "metavar": "FILE", "help": "a file that the command backup wrote"},
     "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or an old database.db"},
     "--admin": {"action": "store_true", "help": "make the user an admin, who manages users"},
     "--config": {"metavar": "FILE", "help": "JSON file with settings, named like flags, with _ for -"},
@@ -3944,6 +4061,7 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
     ("delhook", delete_hook, "ID"),
     ("testhook", test_hook, "ID"),
     ("backup", back_up, "FILE", "--force"),
+    ("restore", restore, "BACKUP"),
     ("export", export_pairs, "[USER]"),
     ("import", import_pairs, "EXPORT", "--merge"),
 )
@@ -4012,7 +4130,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     arguments.db = read_settings(arguments, ["db"])["db"]
     if is_named:  # a shell may not find this database by itself
         arguments.program += f" --db {shlex.quote(arguments.db)}"
-    if arguments.run in (serve, add_user, back_up, import_pairs):  # the other commands get an open store
+    if arguments.run in (serve, add_user, back_up, restore, import_pairs):  # the other commands get an open store
         arguments.run(arguments)
         return
     with contextlib.closing(open_store(arguments.db, create=False)) as store:

@@ -14,6 +14,7 @@ import datetime
 import fractions
 import functools
 import gc
+import glob
 import hashlib
 import html
 import html.parser
@@ -2787,7 +2788,7 @@ class Hooks(HookCase):
         self.assertEqual(self.target.origin, "http://" + received.headers["host"])
         self.assertRegex(received.headers["idempotency-key"], r"\A[0-9a-f]{32}\Z")
         self.assertEqual(len(values), len({each.headers["idempotency-key"] for each in self.target.received}))
-        self.assertEqual(stat.S_IFREG | 0o600, os.stat(self.database + "-hooks").st_mode)
+        self.assertEqual(stat.S_IFREG | 0o600, os.stat(self.database + "-lock").st_mode)
 
     def test_a_hook_is_for_a_key_or_a_prefix_or_all_of_one_user(self) -> None:
         keys = ("room", "room/", "room/a", "roo", "zürich/☃", "zürich", "a*", "a*b", "x" * 512)
@@ -3194,10 +3195,12 @@ class Deliveries(HookCase):
             with mock.patch.object(self, "port", (self.port, other.server_port)[number % 2]):
                 self.set("a", number)
         self.assert_values("a", *map(str, range(10)))
-        heir, sender = sorted((self.server, other), key=lambda server: server.outbox._is_sender)
-        self.assertFalse(heir.outbox._is_sender)
+        sender, heir = self.server, other
+        self.assertFalse(heir.outbox.take_lock())
+        (line,) = self.log.lines
+        self.assertIn(f"another server uses the database {self.database} too", line)
         sender.stop()
-        wait_until(lambda: heir.outbox._is_sender)
+        wait_until(heir.outbox.take_lock)
         self.store.set_value(1, "a", "end")
         self.assert_values("a", *map(str, range(10)), "end")
 
@@ -3205,21 +3208,24 @@ class Deliveries(HookCase):
         if os.geteuid() != 0:
             self.skipTest("only root can start a server on another user's database and leave such a file")
         os.chown(self.database, 12345, 12346)
-        self.add_hook("a")
-        wait_until(lambda: self.server.outbox._is_sender)
-        status = os.stat(self.database + "-hooks")
+        os.remove(self.database + "-lock")
+        kvserver.lock_beside(self.database).close()
+        status = os.stat(self.database + "-lock")
         self.assertEqual((12345, 12346), (status.st_uid, status.st_gid))
 
     def test_a_lock_that_cannot_be_opened_is_logged_once(self) -> None:
         self.patch("HOOK_RETRY_SECONDS_MAX", 3600)
-        os.mkdir(self.database + "-hooks")
+        self.stop()
+        os.remove(self.database + "-lock")
+        os.mkdir(self.database + "-lock")
+        self.start()
         self.add_hook("a")
-        wait_until(lambda: self.log.lines != [])
         self.set("a", "1")
-        os.rmdir(self.database + "-hooks")
+        wait_until(lambda: self.server.outbox.has_hooks)
+        os.rmdir(self.database + "-lock")
         self.assert_values("a", "1")
         (line,) = self.log.lines
-        self.assertIn("-hooks cannot be locked (Is a directory)", line)
+        self.assertIn("-lock cannot be locked (Is a directory)", line)
 
     def test_a_stop_waits_for_an_exchange_and_logs_all_dropped_deliveries(self) -> None:
         go_on = threading.Event()
@@ -4981,6 +4987,20 @@ NO_USERS = "there are no users; add one with: python kvserver.py adduser NAME\n"
 INSERT_PAIR = "INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?)"
 
 
+@contextlib.contextmanager
+def as_another_user() -> Iterator[None]:
+    """Act as a user without rights, if this is root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    "a".encode("idna")  # an import that the other user may not make
+    os.setresuid(12345, 12345, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
 class CommandCase(unittest.TestCase):
     """The command line: commands run in this process, and servers in processes or threads."""
 
@@ -5409,7 +5429,37 @@ class Schemas(CommandCase):
             for arguments in (("users",), ("serve",)):
                 self.assert_fails(message, *arguments)
             self.assertEqual(content, (self.folder / "test.db").read_bytes())
-        self.assert_fails("cannot use the database", "serve", KVSERVER_DB=str(self.folder))
+
+    def test_a_place_that_cannot_be_used_is_named_with_the_way_out(self) -> None:
+        for arguments in (("users",), ("serve",), ("adduser", "x", "--password-stdin"), ("backup", "x")):
+            message = f"{self.folder} is a folder; name a file in it, such as --db {self.folder}/kvserver.db"
+            if arguments[0] != "adduser":
+                self.assert_fails(message, *arguments, "--db", str(self.folder))
+            self.assert_fails(f"mkdir -p {self.folder}/no", *arguments, "--db", "no/x.db", stdin="a password")
+
+    def test_missing_rights_are_named_at_the_start(self) -> None:
+        self.add_user("alice")
+        (self.folder / "new").mkdir()
+        self.folder.chmod(0o555)
+        with as_another_user():
+            for name, place in (("test.db", self.folder), ("new.db", self.folder)):
+                for arguments in (("users",), ("serve",), ("adduser", "x", "--password-stdin")):
+                    message = f"no permission to write {place}; use sudo, or become its owner: ls -ld {place}"
+                    self.assert_fails(message, *arguments, "--db", name, stdin="a password")
+        self.folder.chmod(0o777)
+        (self.folder / "test.db").chmod(0)
+        with as_another_user():
+            self.assert_fails(f"no permission to write {self.database};", "serve")
+            self.assert_fails(f"no permission to read {self.database};", "backup", "x")
+        self.assertEqual(["new", "test.db"], sorted(os.listdir(self.folder)))
+
+    def test_a_low_port_needs_rights(self) -> None:
+        self.folder.chmod(0o777)
+        with as_another_user():
+            with contextlib.suppress(PermissionError), socket.socket() as unused:
+                unused.bind(("127.0.0.1", 1))
+                self.skipTest("this machine lets everybody listen on port 1")
+            self.assert_fails("a port below 1024 needs rights, see: python kvserver.py unit", "serve", "--port", "1")
 
     def test_the_file_may_be_anywhere_or_empty_or_a_symbolic_link(self) -> None:
         (self.folder / "sub").mkdir()
@@ -5489,7 +5539,7 @@ class Backups(CommandCase):
             ("sub", "sub is not a plain file"),
             ("pipe", "pipe is not a plain file"),
             ("used", "used is a database in use"),
-            ("nowhere/backup.db", "cannot write nowhere/backup.db: No such file or directory"),
+            ("nowhere/backup.db", "test.db to nowhere/backup.db: No such file or directory"),
         ):
             self.assert_fails(message, "backup", path, "--force")
         self.assertEqual(names, os.listdir(self.folder))
@@ -5509,14 +5559,197 @@ class Backups(CommandCase):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # bytes of a file, as if the disk were full
         try:
-            self.assert_fails("cannot write backup.db: ", "backup", "backup.db")
+            self.assert_fails("test.db to backup.db: ", "backup", "backup.db")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         self.assertEqual(["test.db"], os.listdir(self.folder))
         content = (self.folder / "test.db").read_bytes()
         self.write("test.db", content[:200_000] + b"damaged" * 2000 + content[214_000:])
-        self.assert_fails("is damaged; no backup was made", "backup", "backup.db")
+        self.assert_fails("is damaged, and was not copied", "backup", "backup.db")
         self.assertEqual(["test.db"], os.listdir(self.folder))
+
+
+class Restores(CommandCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.add_user("alice")
+        self.set("old")
+        self.succeed("backup", "backup.db")
+        self.sql(INSERT_PAIR, *((1, str(number), "x" * 5000, 0, None) for number in range(50)))
+        self.set("new", in_log=True)
+
+    def set(self, value: str, in_log: bool = False) -> None:
+        """Store a value of the key a; leave it in the write-ahead log, as a killed server does."""
+        with contextlib.closing(sqlite3.connect(self.database)) as connection, connection:
+            connection.execute("INSERT OR REPLACE INTO pair VALUES (1, 'a', ?, 0, NULL)", (value,)).connection.commit()
+            files = {name: (self.folder / name).read_bytes() for name in ("test.db", "test.db-wal")} if in_log else {}
+        for name, content in files.items():
+            self.write(name, content)
+
+    def value(self, path: str = "") -> str:
+        """Return the value of the key a, in a copy of a database and its log."""
+        for suffix in ("", "-wal"):
+            if os.path.exists((path or self.database) + suffix):
+                shutil.copy((path or self.database) + suffix, self.folder / f"copy{suffix}")
+        with contextlib.closing(sqlite3.connect(self.folder / "copy")) as connection:
+            ((value,),) = connection.execute("SELECT value FROM pair WHERE key = 'a'")
+        os.remove(self.folder / "copy")
+        return str(value)
+
+    def kept(self) -> list[str]:
+        """Return the names of the old databases and of their logs."""
+        return sorted(glob.glob("*.before-restore-*", root_dir=self.folder))
+
+    def restore(self, **environment: str) -> str:
+        """Restore the backup, check that it is the database, and return the path of the old one, if there was one."""
+        output = self.succeed("restore", "backup.db", **environment)
+        self.assertEqual("old", self.value())
+        self.assertEqual(0o600, stat.S_IMODE(os.stat(self.database).st_mode))
+        self.assertFalse({"test.db-wal", "test.db-shm", "test.db-journal"} & set(os.listdir(self.folder)))
+        old = r"(?:the old database is now (\S+); delete it when all is well\n)?"
+        match = re.fullmatch(rf"restored {self.database}\n{old}", output)
+        assert match, output
+        return match[1] or ""
+
+    def test_the_backup_is_the_database_and_the_old_one_is_kept_with_what_was_in_its_log(self) -> None:
+        self.addCleanup(os.umask, os.umask(0))
+        kept = self.restore()
+        self.assertRegex(kept, rf"\A{self.database}\.before-restore-\d{{8}}-\d{{6}}\Z")
+        self.assertEqual([os.path.basename(kept)], self.kept())
+        self.assertEqual("new", self.value(kept))
+        with self.serving_here() as (port, _, _):
+            self.assertEqual((200, b"old"), self.request(port, "/get?key=a"))
+            self.assertEqual((200, b"Success"), self.request(port, "/set?key=a&value=newer"))
+        times = iter(["1", "1", "2", "3"])  # the clock stands still, and earlier ones are not overwritten
+        with mock.patch.object(time, "strftime", lambda *arguments: next(times)):
+            self.assertEqual("newer", self.value(self.restore()))
+            self.write("test.db.before-restore-2-wal", "the log of another one")
+            self.assertEqual(self.database + ".before-restore-3", self.restore())
+        self.assertEqual("new", self.value(kept))
+
+    def test_a_link_stays_and_the_file_system_may_have_no_links(self) -> None:
+        (self.folder / "sub").mkdir()
+        os.symlink("../test.db", self.folder / "sub/link.db")
+        with mock.patch("os.link", side_effect=PermissionError):
+            kept = self.restore(KVSERVER_DB="sub/link.db")
+        self.assertEqual("new", self.value(kept))
+        self.assertTrue(os.path.islink(self.folder / "sub/link.db"))
+        os.remove(self.database)
+        self.assertEqual("", self.restore(KVSERVER_DB="sub/link.db"))
+
+    def test_a_log_beside_another_database_is_refused_and_moved_away_by_restore(self) -> None:
+        log, backup = ((self.folder / name).read_bytes() for name in ("test.db-wal", "backup.db"))
+        commands = (("serve",), ("users",), ("adduser", "x", "--password-stdin"), ("import", "x"), ("backup", "x"))
+        message = f"{self.database}-wal is not the write-ahead log of {self.database}"
+        self.write("x", "")
+        for content in (backup, b"", b"damaged", None):
+            self.write("test.db", content or b"")
+            self.write("test.db-wal", log)
+            if content is None:
+                os.remove(self.database)
+            names = sorted(os.listdir(self.folder))
+            for arguments in commands:
+                if content is not None or arguments[0] != "adduser":
+                    self.assert_fails(message, *arguments, stdin="a password")
+            self.assertEqual(names, sorted(os.listdir(self.folder)))
+            kept = self.restore()
+            if content is not None:
+                self.assertEqual(content, pathlib.Path(kept).read_bytes())
+            (old_log,) = (self.folder / name for name in self.kept() if name.endswith("-wal"))
+            self.assertEqual(log, old_log.read_bytes())
+            old_log.unlink()
+        self.write("test.db-wal", "")  # an empty log says nothing
+        self.assertIn("alice", self.succeed("users"))
+
+    def test_a_damaged_database_is_kept(self) -> None:
+        damaged = (self.folder / "test.db").read_bytes()[:20] + b"damaged" * 5000
+        for log in ("", "damaged"):
+            self.write("test.db", damaged)
+            self.write("test.db-wal", log)
+            self.assert_fails("return to a backup with: python kvserver.py restore FILE", "users")
+            self.write("test.db-wal", log)
+            self.assertEqual(damaged, pathlib.Path(self.restore()).read_bytes())
+
+    def test_nothing_changes_while_anybody_uses_the_database(self) -> None:
+        message = f"another process uses the database {self.database}; stop the server"
+        with self.serving_here() as (port, _, _):
+            names = set(os.listdir(self.folder))
+            self.assert_fails(message, "restore", "backup.db")
+            self.assertEqual((200, b"new"), self.request(port, "/get?key=a"))
+        with contextlib.closing(sqlite3.connect(self.database)) as other:  # a command at work
+            other.execute("SELECT * FROM pair").fetchone()
+            self.assert_fails(message, "restore", "backup.db")
+        with kvserver.lock_beside(self.database):
+            self.assert_fails(message, "restore", "backup.db")
+        self.assertEqual(names - {"test.db-wal", "test.db-shm"}, set(os.listdir(self.folder)))
+        self.assertEqual("new", self.value())
+        self.restore()
+
+    def test_a_file_that_is_no_sound_backup_changes_nothing(self) -> None:
+        content = (self.folder / "backup.db").read_bytes()
+        self.write("damaged", content[:4096] + b"damaged" * 100 + content[4796:])
+        self.write("short", content[:20_000])
+        self.write("text", "No database. " * 400)
+        self.write("empty", "")
+        self.write("raw", content)
+        self.write("raw-wal", "the log of another one")
+        for name, statement in (("foreign", "CREATE TABLE user (name TEXT)"), ("newer", "PRAGMA user_version = 99")):
+            shutil.copy(self.folder / ("backup.db" if name == "newer" else "empty"), self.folder / name)
+            with contextlib.closing(sqlite3.connect(self.folder / name)) as connection, connection:
+                connection.execute(statement)
+        os.mkfifo(self.folder / "pipe")
+        names = sorted(os.listdir(self.folder))
+        for path, message in (
+            ("damaged", "damaged is damaged, and was not copied"),
+            ("short", "short"),
+            ("text", "text: file is not a database"),
+            ("empty", "empty is empty; name a backup"),
+            ("raw", "raw-wal is not the write-ahead log of"),
+            ("foreign", "foreign is a database of another program"),
+            ("newer", "written by a newer kvserver.py"),
+            ("pipe", "pipe is not a file"),
+            ("nothing", "nothing is not a file"),
+            (".", ". is not a file"),
+            ("test.db", "test.db is the database itself"),
+        ):
+            self.assert_fails(message, "restore", path)
+            self.assertEqual(names, sorted(os.listdir(self.folder)), path)
+        self.assertEqual("new", self.value())
+        message = f"cannot copy {self.folder}/backup.db to {self.folder}/no/x.db: No such file or directory"
+        self.assert_fails(message, "restore", "backup.db", "--db", "no/x.db")
+        shutil.copy(self.folder / "foreign", self.database)
+        os.remove(self.database + "-wal")
+        self.assert_fails("database of another program", "restore", "backup.db")
+        self.assertEqual([], self.kept())
+
+    def test_a_kill_at_any_step_leaves_the_old_or_the_new_database(self) -> None:
+        values = list[str]()
+        for name in ("os.fsync", "kvserver.Store.lock_alone", "os.link", "os.replace"):
+            die = f"call = {name}\ndef step(*a): call(*a); os.kill(os.getpid(), 9)\n{name} = step\n"
+            command = [*program("import os\n" + die), "restore", "backup.db"]
+            self.assertEqual(-signal.SIGKILL, run(command, cwd=self.folder, env=self.environment)[0], name)
+            values.append(self.value())
+            self.succeed("users")
+        self.assertEqual(["new", "new", "new", "old"], values)
+        self.restore()
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root can restore a database of another user")
+    def test_root_leaves_the_database_to_its_owner(self) -> None:
+        os.chown(self.database, 12345, 12346)
+        self.restore()
+        os.remove(self.database)
+        os.remove(self.database + "-lock")
+        os.chown(self.folder, 12345, 12346)
+        self.restore()
+        for path in (self.database, self.database + "-lock"):
+            status = os.stat(path)
+            self.assertEqual((12345, 12346), (status.st_uid, status.st_gid))
+
+    def test_a_signal_takes_the_incomplete_copy_away(self) -> None:
+        names = sorted(os.listdir(self.folder))
+        with mock.patch.object(kvserver.Store, "back_up", side_effect=KeyboardInterrupt):
+            self.assertEqual("kvserver: interrupted", self.run_program("restore", "backup.db")[2][:21])
+        self.assertEqual(names, sorted(os.listdir(self.folder)))
 
 
 class Exports(CommandCase):
@@ -6296,7 +6529,7 @@ class Stopping(CommandCase):
                 self.assertEqual(200, self.request(port, "/set?key=a&value=1")[0])
                 self.assertNotIn("ERROR", self.stop(process, number))
                 self.assertEqual(b"", idle.recv(1))
-                self.assertEqual(["test.db"], os.listdir(self.folder))
+                self.assertEqual(["test.db", "test.db-lock"], sorted(os.listdir(self.folder)))
 
     def test_a_response_and_a_commit_that_never_come_are_not_waited_for(self) -> None:
         route = 'kvserver.Route("/list", ("GET",), hang, kvserver.ANYONE, kvserver.THREAD)'
