@@ -5177,7 +5177,7 @@ class UserCommands(CommandCase):
         with self.serving_here() as (port, _, _):
             self.assertEqual((200, b"{}"), self.request(port, "/list"))
             modes = {name: stat.S_IMODE(os.stat(self.folder / name).st_mode) for name in os.listdir(self.folder)}
-        self.assertEqual({"test.db": 0o600, "test.db-shm": 0o600, "test.db-wal": 0o600}, modes)
+        self.assertEqual(dict.fromkeys(("test.db", "test.db-lock", "test.db-shm", "test.db-wal"), 0o600), modes)
 
     def test_commands_count_at_once_while_the_server_runs(self) -> None:
         self.add_user("alice", "--admin")
@@ -5291,7 +5291,7 @@ class UserCommands(CommandCase):
             ("no user eve; list all with: python kvserver.py users", "passwd", "eve"),
             ("no user eve", "deluser", "eve", "--yes"),
             ("--password-stdin", "adduser", "eve"),  # there is no terminal
-            ("cannot use the database", "adduser", "eve", "--password-stdin", "--db", "/nowhere/test.db"),
+            ("mkdir -p /nowhere", "adduser", "eve", "--password-stdin", "--db", "/nowhere/test.db"),
             ("alice has no token 2; list them with: python kvserver.py tokens alice", "deltoken", "alice", "2"),
             ("bob has no token 1", "deltoken", "bob", "1"),
             ("no token 999999", "deltoken", "alice", "999999"),
@@ -5600,9 +5600,11 @@ class Restores(CommandCase):
         """Return the names of the old databases and of their logs."""
         return sorted(glob.glob("*.before-restore-*", root_dir=self.folder))
 
-    def restore(self, **environment: str) -> str:
+    def restore(self, *times: str, **environment: str) -> str:
         """Restore the backup, check that it is the database, and return the path of the old one, if there was one."""
-        output = self.succeed("restore", "backup.db", **environment)
+        clock = iter(times or [str(time.monotonic_ns())])
+        with mock.patch.object(time, "strftime", lambda *arguments: next(clock)):
+            output = self.succeed("restore", "backup.db", **environment)
         self.assertEqual("old", self.value())
         self.assertEqual(0o600, stat.S_IMODE(os.stat(self.database).st_mode))
         self.assertFalse({"test.db-wal", "test.db-shm", "test.db-journal"} & set(os.listdir(self.folder)))
@@ -5613,18 +5615,17 @@ class Restores(CommandCase):
 
     def test_the_backup_is_the_database_and_the_old_one_is_kept_with_what_was_in_its_log(self) -> None:
         self.addCleanup(os.umask, os.umask(0))
-        kept = self.restore()
+        self.succeed("restore", "backup.db")
+        (kept,) = (str(self.folder / name) for name in self.kept())
         self.assertRegex(kept, rf"\A{self.database}\.before-restore-\d{{8}}-\d{{6}}\Z")
-        self.assertEqual([os.path.basename(kept)], self.kept())
         self.assertEqual("new", self.value(kept))
         with self.serving_here() as (port, _, _):
             self.assertEqual((200, b"old"), self.request(port, "/get?key=a"))
             self.assertEqual((200, b"Success"), self.request(port, "/set?key=a&value=newer"))
-        times = iter(["1", "1", "2", "3"])  # the clock stands still, and earlier ones are not overwritten
-        with mock.patch.object(time, "strftime", lambda *arguments: next(times)):
-            self.assertEqual("newer", self.value(self.restore()))
-            self.write("test.db.before-restore-2-wal", "the log of another one")
-            self.assertEqual(self.database + ".before-restore-3", self.restore())
+        self.assertEqual("newer", self.value(self.restore("1")))
+        self.write("test.db.before-restore-2-wal", "the log of another one")
+        self.assertEqual(self.database + ".before-restore-3", self.restore("1", "1", "2", "3"))  # none is overwritten
+        self.assertEqual("newer", self.value(self.database + ".before-restore-1"))
         self.assertEqual("new", self.value(kept))
 
     def test_a_link_stays_and_the_file_system_may_have_no_links(self) -> None:
