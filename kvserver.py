@@ -9,8 +9,7 @@ Each user has their own keys, and logs in with a password or a token. The server
     python kvserver.py addtoken USER          add a token for a device; see also tokens, deltoken
     python kvserver.py get USER KEY           print a value; see also set, del, list
     python kvserver.py addhook USER KEY URL   call a URL when a value changes; see also hooks, delhook, testhook
-    python kvserver.py backup FILE            copy the database to a file; restore puts the copy back in its place;
-                                              export and import copy values as JSON
+    python kvserver.py backup FILE            copy the database to a file; see also restore, export, import
 
     request                      response
     GET /set?key=K&value=V       200 Success; ttl=SECONDS; nx=1 (409 if the key exists); old=V (409 if it differs)
@@ -3066,8 +3065,9 @@ class Outbox:
         try:
             self._lock = self._lock or lock_beside(path)
         except BlockingIOError:
-            other = f"another server uses the database {path} too; only one of them calls hooks"
-            self._errors.write(f"{other}; stop one, unless you want both", NEVER)
+            self._errors.write(
+                f"another server runs on {path}, and calls the hooks; stop one, unless you want both", NEVER
+            )
         except OSError as error:
             problem = f"no hook is called, since {path}-lock cannot be locked ({error.strerror})"
             self._errors.write(f"{problem}; delete it, or correct its owner", HOOK_RETRY_SECONDS_MAX)
@@ -3578,7 +3578,7 @@ def back_up(arguments: argparse.Namespace) -> None:
         if any(os.path.exists(path + suffix) for suffix in suffixes):
             raise CommandError(f"{path} is a database in use, as the files beside it show; name another file")
         with copying(store, path):
-            pass  # nothing can stop it any more
+            pass
     print(f"wrote {path}")
 
 
@@ -3603,9 +3603,7 @@ def set_aside(database: str, locks: contextlib.ExitStack) -> str:
         try:
             os.link(database, kept)  # after a rename, a server that starts now would make a new database
         except OSError:  # this file system has no links
-            import shutil
-
-            shutil.copy2(database, kept)
+            os.rename(database, kept)
     for suffix in ("-wal", "-shm", "-journal"):
         if os.path.exists(database + suffix):
             os.rename(database + suffix, kept + suffix)
@@ -3618,9 +3616,7 @@ def restore(arguments: argparse.Namespace) -> None:
     """Put a backup in place of the database, which stays under another name. Stop the server first."""
     path, database = arguments.file, os.path.realpath(arguments.db)
     if not os.path.isfile(path) or (os.path.exists(database) and os.path.samefile(path, database)):
-        raise CommandError(
-            f"{path} is {'the database itself' if os.path.isfile(path) else 'not a file'}; name a backup"
-        )
+        raise CommandError(f"{path} is no file, or the database itself; name a backup")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete copy
     with contextlib.ExitStack() as locks, contextlib.closing(open_store(path, create=False, migrate=False)) as backup:
         if not backup.schema_version():
@@ -3684,9 +3680,7 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
             source.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
             if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
-                raise CommandError(
-                    f"{path} is a database of kvserver; to use it, type: python kvserver.py restore {path}"
-                )
+                raise CommandError(f"{path} is a database of kvserver; see: python kvserver.py restore --help")
             # SQLite would read a missing column "isAdmin" as a text, if the table's name did not precede it.
             user_rows = source.execute('SELECT user.name, user."passwordHash", user."isAdmin" FROM user').fetchall()
             pair_rows = source.execute("SELECT user, key, value FROM state ORDER BY rowid DESC").fetchall()
@@ -3990,10 +3984,9 @@ def serve(arguments: argparse.Namespace) -> None:
             server = Server(store.path, settings, certificate)
         except (OSError, UnicodeError) as error:
             where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
-            hint = {
-                errno.EADDRINUSE: "is kvserver running already? ",
-                errno.EACCES: "a port below 1024 needs rights, see: python kvserver.py unit --help; ",
-            }.get(getattr(error, "errno", None) or 0, "")
+            number, unit = getattr(error, "errno", 0), "python kvserver.py unit"
+            hint = "is kvserver running already? " if number == errno.EADDRINUSE else ""
+            hint = f"a port below 1024 needs rights, which {unit} gives; " if number == errno.EACCES else hint
             reason = error.strerror if isinstance(error, OSError) else "this is not a host name"
             raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -3198,7 +3198,7 @@ class Deliveries(HookCase):
         sender, heir = self.server, other
         self.assertFalse(heir.outbox.take_lock())
         (line,) = self.log.lines
-        self.assertIn(f"another server uses the database {self.database} too", line)
+        self.assertIn(f"another server runs on {self.database}, ", line)
         sender.stop()
         wait_until(heir.outbox.take_lock)
         self.store.set_value(1, "a", "end")
@@ -5459,7 +5459,9 @@ class Schemas(CommandCase):
             with contextlib.suppress(PermissionError), socket.socket() as unused:
                 unused.bind(("127.0.0.1", 1))
                 self.skipTest("this machine lets everybody listen on port 1")
-            self.assert_fails("a port below 1024 needs rights, see: python kvserver.py unit", "serve", "--port", "1")
+            self.assert_fails(
+                "a port below 1024 needs rights, which python kvserver.py unit gives", "serve", "--port", "1"
+            )
 
     def test_the_file_may_be_anywhere_or_empty_or_a_symbolic_link(self) -> None:
         (self.folder / "sub").mkdir()
@@ -5708,10 +5710,10 @@ class Restores(CommandCase):
             ("raw", "raw-wal is not the write-ahead log of"),
             ("foreign", "foreign is a database of another program"),
             ("newer", "written by a newer kvserver.py"),
-            ("pipe", "pipe is not a file"),
-            ("nothing", "nothing is not a file"),
-            (".", ". is not a file"),
-            ("test.db", "test.db is the database itself"),
+            ("pipe", "pipe is no file, or the database itself"),
+            ("nothing", "nothing is no file, or the database itself"),
+            (".", ". is no file, or the database itself"),
+            ("test.db", "test.db is no file, or the database itself"),
         ):
             self.assert_fails(message, "restore", path)
             self.assertEqual(names, sorted(os.listdir(self.folder)), path)
