@@ -774,6 +774,20 @@ class Messages(ServerCase):
             self.assertNotIn(b"s3cr3t", answer.body)
         self.assertEqual({}, self.pairs())
 
+    def test_a_refusal_shows_no_stored_value(self) -> None:
+        self.store.set_value(1, "a", "s3cr3t")
+        for query in (
+            "/toggle?",
+            "/incr?",
+            "/set?nx=1&value=1&",
+            "/set?old=1&value=s3cr3t&",
+            "/toggle?values=on,s3cr3t1&",
+        ):
+            answer = self.check(409, "GET", query + "key=a")
+            self.assertNotIn(b"s3cr3t", answer.body)
+        for query in ("/toggle?values=s3cr3t", "/incr?by=s3cr3t", "/set?value=1&nx=s3cr3t", "/get?format=s3cr3t"):
+            self.assertNotIn(b"s3cr3t", self.check(400, "GET", query + "&key=a").body)
+
     def test_refusals_of_a_login_or_a_site_say_what_a_program_needs(self) -> None:
         for user in ("kv_s3cr3ts3cr3t", "kv_ s3cr3t"):
             message = b"the word Bearer is missing before the token; send Authorization: Bearer TOKEN"
@@ -1699,6 +1713,14 @@ class Secure(ServerCase):
             with self.context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False) as connection:
                 connection.sendall(request)
                 self.assertTrue(read_all(connection).endswith(end))  # raises if the end is not told
+
+    def test_a_body_without_length_is_noticed(self) -> None:
+        refused = self.wrap(self.raw("POST /set?key=a&value=1 HTTP/1.1", body=b"open"))
+        self.assertEqual([411], statuses(read_all(refused)))
+        late = self.wrap(self.raw("POST /incr?key=n HTTP/1.1"))
+        self.assertEqual([200], statuses(late.recv(65536)))
+        late.sendall(b"open")
+        self.assertEqual(b"", read_all(late))
 
     def test_a_stop_does_not_wait_for_a_handshake(self) -> None:
         self.patch("STOP_REQUEST_SECONDS", 10 * WAIT_SECONDS)
