@@ -5,6 +5,7 @@ Applets, automations, chips and shell scripts store a value under a key with one
 Each user has their own keys, and logs in with a password or a token. The server confirms a write once it is on disk.
 
     python kvserver.py serve                  run the server; its first start adds the user admin and prints a password
+    python kvserver.py unit                   print a unit for systemd that keeps it running
     python kvserver.py adduser NAME           add a user; see also passwd, deluser, users
     python kvserver.py addtoken USER          add a token for a device; see also tokens, deltoken
     python kvserver.py get USER KEY           print a value; see also set, del, list
@@ -3889,7 +3890,7 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
 
 
 def no_such_key(name: str, key: str) -> CommandError:
-    return CommandError(f"{name} has no key {key}; list the keys with: python kvserver.py list {name}")
+    return CommandError(f"{name} has no key {key}; list the keys with: python kvserver.py list {shlex.quote(name)}")
 
 
 def print_value(arguments: argparse.Namespace, store: Store) -> None:
@@ -3911,7 +3912,7 @@ def store_value(arguments: argparse.Namespace, store: Store) -> None:
     user_id = (store.user(arguments.name) or NOBODY).id
     expires = None if arguments.ttl is None else time.time() + arguments.ttl
     store.transact(lambda store: store.set_value(user_id, key, value, expires))
-    print(f"stored the key {key} of {arguments.name}")
+    print(f"stored the key {escape_unprintable(key)} of {arguments.name}")
 
 
 def delete_value(arguments: argparse.Namespace, store: Store) -> None:
@@ -3919,7 +3920,7 @@ def delete_value(arguments: argparse.Namespace, store: Store) -> None:
     user_id = (store.user(arguments.name) or NOBODY).id
     if not store.transact(lambda store: store.delete_pair(user_id, arguments.key)):
         raise no_such_key(arguments.name, arguments.key)
-    print(f"deleted the key {arguments.key} of {arguments.name}")
+    print(f"deleted the key {escape_unprintable(arguments.key)} of {arguments.name}")
 
 
 def print_values(arguments: argparse.Namespace, store: Store) -> None:
@@ -4006,6 +4007,82 @@ def serve(arguments: argparse.Namespace) -> None:
             os._exit(0)  # a commit hangs on its disk; it has no response yet, so no promise is broken
 
 
+UNIT_PROTECTIONS = """DevicePolicy=closed LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
+    PrivateDevices=yes PrivateMounts=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid ProtectClock=yes
+    ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes ProtectKernelModules=yes
+    ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict RemoveIPC=yes RestrictNamespaces=yes
+    RestrictRealtime=yes RestrictSUIDSGID=yes SystemCallArchitectures=native SystemCallErrorNumber=EPERM UMask=0077"""
+
+
+def unit_flags(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings that come from flags or the environment as flags, with absolute paths."""
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if getattr(arguments, name, None) is None and not os.environ.get("KVSERVER_" + name.upper()):
+            continue  # the service finds the same default, or the same configuration file
+        if isinstance(value, bool):
+            yield flag if value else flag.replace("--", "--no-")
+            continue
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            is_path = part and name in ("config", "db", "tls_cert", "tls_key")
+            yield from (flag, os.path.abspath(part) if is_path else str(part))
+
+
+def quote_for_systemd(text: str) -> str:
+    return (text if shlex.quote(text) == text else json.dumps(text, ensure_ascii=False)).replace("%", "%%")
+
+
+def print_unit(arguments: argparse.Namespace) -> None:
+    """Print a systemd unit that runs serve with these flags. Its first lines say how to install it."""
+    settings = {**read_settings(arguments), "config": arguments.config or os.environ.get("KVSERVER_CONFIG", "")}
+    start, flags = [sys.executable, os.path.abspath(__file__)], list(unit_flags(arguments, settings))
+    database, has_path = os.path.abspath(settings["db"]), "--db" in flags or settings["db"] != DEFAULT_DATABASE
+    folder, is_elsewhere = os.path.dirname(database), has_path and not database.startswith("/var/lib/kvserver/")
+    own = ["--db", database] if has_path else []
+    at_home = [path for path in (*start, os.path.realpath(start[0]), *flags, *own) if re.match("/(home|root)/", path)]
+    home = os.stat("/".join(at_home[0].split("/")[:3]) if at_home else "/")
+    # A user of its own can write only to the state folder, and read only what is open to others.
+    uid = os.stat(folder).st_uid if is_elsewhere else 0 if home.st_mode & 1 else home.st_uid
+    lines, notes = [f"User={uid or 'kvserver'}", f"DynamicUser={'no' if uid or is_elsewhere else 'yes'}"], ""
+    run = f"sudo systemd-run -qt -p {' -p '.join(lines)} -p StateDirectory=kvserver"
+    if is_elsewhere:
+        lines.append(f"ReadWritePaths={quote_for_systemd(folder)}")
+        files = f"{shlex.quote(folder)} {shlex.quote(database)}*"
+        notes += "" if uid else f"# First: sudo useradd --system kvserver; sudo chown kvserver {files}\n"
+    if at_home:
+        notes += f"# ProtectHome= is left out, for {at_home[0]}; if the service cannot read that, move it to /opt\n"
+    capability = "CAP_NET_BIND_SERVICE" if 0 < settings["port"] < 1024 else ""  # in vain among PrivateUsers
+    dropped = ("ProtectHome=yes" if at_home else "", "PrivateUsers=yes" if capability else "")
+    protections = "\n".join(lines + [line for line in UNIT_PROTECTIONS.split() if line not in dropped])
+    print(f"""{notes}# To install this service with NAME as an admin, type:
+#     {shlex.join([*start, "unit", *flags])} | sudo tee /etc/systemd/system/kvserver.service >/dev/null
+#     sudo systemctl daemon-reload
+#     {run} {shlex.join([*start, "adduser", "NAME", "--admin", *own])}
+#     sudo systemctl enable --now kvserver
+
+[Unit]
+Description=kvserver, a key-value store over HTTP
+Wants=network-online.target time-sync.target
+After=network-online.target time-sync.target
+
+[Service]
+Type=notify
+ExecStart={" ".join(map(quote_for_systemd, [*start, "serve", *flags])).replace("$", "$$")}
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=on-failure
+RestartSec=5
+StateDirectory=kvserver
+AmbientCapabilities={capability}
+CapabilityBoundingSet={capability}
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+{protections}
+
+[Install]
+WantedBy=multi-user.target""")
+
+
 MORE_HELP = """COMMAND --help explains a command. All but serve and restore also work while the server runs, and act at
 once. Each flag of serve can also come from the environment (KVSERVER_MAX_DB_MB), or from the JSON file that --config or
 KVSERVER_CONFIG names ("max_db_mb"). Flags override the environment, which overrides the file. The default database is
@@ -4017,7 +4094,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "[USER]": {"dest": "name", "metavar": "USER", "nargs": "?", "help": "only this user (default: all users)"},
     "ID": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of the list"},
     "KEY": {"dest": "key", "metavar": "KEY", "help": f"1 to {KEY_BYTES_MAX} bytes of UTF-8"},
-    "VALUE": {"dest": "value", "metavar": "VALUE", "help": "- reads standard input; write -- before one like -x"},
+    "VALUE": {"dest": "value", "metavar": "VALUE", "help": "- reads it from standard input"},
     "[PREFIX]": {"dest": "prefix", "metavar": "PREFIX", "nargs": "?", "default": "", "help": "only keys that begin so"},
     "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for keys that begin so, or * for all keys"},
     "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
@@ -4038,6 +4115,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 COMMANDS: tuple[tuple[Any, ...], ...] = (
     ("serve", serve, "--config"),
+    ("unit", print_unit, "--config"),
     ("get", print_value, "USER", "KEY"),
     ("set", store_value, "USER", "KEY", "VALUE", "--ttl"),
     ("del", delete_value, "USER", "KEY"),
@@ -4074,7 +4152,7 @@ def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser,
         for argument in its_arguments:
             flags = [argument] if argument.startswith("--") else []
             command.add_argument(*flags, **ARGUMENTS[argument])
-        for flag, setting in SETTINGS.items() if run is serve else [("db", SETTINGS["db"])]:
+        for flag, setting in SETTINGS.items() if run in (serve, print_unit) else [("db", SETTINGS["db"])]:
             options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar, "help": setting.help}
             if setting.default and flag != "db":
                 options["help"] += f" (default: {setting.default})"
@@ -4119,6 +4197,9 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    if arguments.run is print_unit:  # it must know which flags are given
+        print_unit(arguments)
+        return
     is_named = arguments.db or getattr(arguments, "config", None) or os.environ.get("STATE_DIRECTORY")
     arguments.db = read_settings(arguments, ["db"])["db"]
     if is_named:  # a shell may not find this database by itself

@@ -5934,7 +5934,7 @@ class ValueCommands(CommandCase):
         ):
             self.succeed("set", "alice", "a", "-", stdin=text)
             self.assertEqual(value, self.pairs()["alice", "a"].encode())
-        self.assert_fails("1048576 bytes", "set", "alice", "a", "-", stdin="a" * 2**20 + "a\n")
+        self.assert_fails("1048577 bytes; the limit is 1048576", "set", "alice", "a", "-", stdin="a" * 2**20 + "a\n")
         self.assert_fails("not UTF-8", "set", "alice", "a", "-", stdin=b"\xff")
         self.assertEqual(2**19, len(self.pairs()["alice", "a"]))
 
@@ -6537,6 +6537,90 @@ def hang(*arguments):
 """
 
 
+class Units(CommandCase):
+    """The unit for systemd, for a program in /opt and Debian's Python."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.environment.clear()
+        self.enterContext(mock.patch.object(sys, "executable", "/usr/bin/python3"))
+        self.enterContext(mock.patch.object(kvserver, "__file__", "/opt/kvserver/kvserver.py"))
+
+    def unit(self, *flags: str, **environment: str) -> tuple[list[str], list[str]]:
+        """Return the comments, without their marks, and the other lines."""
+        lines = self.succeed("unit", *flags, **environment).splitlines()
+        comments = [line[1:].strip() for line in lines if line.startswith("#")]
+        return comments, [line for line in lines if not line.startswith("#")]
+
+    def test_the_usual_unit(self) -> None:
+        comments, lines = self.unit("--trusted-proxy", "127.0.0.1", "--no-log-requests", "--base-path", "/")
+        flags = "--base-path '' --no-log-requests --trusted-proxy 127.0.0.1/32"
+        python = "/usr/bin/python3 /opt/kvserver/kvserver.py"
+        path = "/etc/systemd/system/kvserver.service"
+        self.assertEqual(f"{python} unit {flags} | sudo tee {path} >/dev/null", comments[1])
+        run = "sudo systemd-run -qt -p User=kvserver -p DynamicUser=yes -p StateDirectory=kvserver"
+        self.assertEqual(f"{run} {python} adduser NAME --admin", comments[3])
+        self.assertEqual(["sudo systemctl daemon-reload", "sudo systemctl enable --now kvserver"], comments[2::2])
+        self.assertIn(f"ExecStart={python} serve {flags}".replace("''", '""'), lines)
+        targets = "network-online.target time-sync.target"
+        for line in (f"Wants={targets}", f"After={targets}", "Type=notify", "Restart=on-failure", "RestartSec=5"):
+            self.assertIn(line, lines)
+        for line in ("DynamicUser=yes", "StateDirectory=kvserver", "CapabilityBoundingSet=", "ProtectHome=yes"):
+            self.assertIn(line, lines)
+        self.assertNotIn("ReadWritePaths", "".join(lines))
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_ports_below_1024_need_a_capability(self) -> None:
+        for port in ("1", "1023"):
+            _, lines = self.unit("--port", port)
+            self.assertIn("AmbientCapabilities=CAP_NET_BIND_SERVICE", lines)
+            self.assertIn("CapabilityBoundingSet=CAP_NET_BIND_SERVICE", lines)
+            self.assertNotIn("PrivateUsers=yes", lines)  # a capability counts only among all users
+        for port in ("1024", "0"):
+            _, lines = self.unit(KVSERVER_PORT=port)
+            self.assertIn("CapabilityBoundingSet=", lines)
+            self.assertIn("PrivateUsers=yes", lines)
+            self.assertIn(f"ExecStart=/usr/bin/python3 /opt/kvserver/kvserver.py serve --port {port}", lines)
+
+    def test_paths_are_absolute_and_quoted(self) -> None:
+        (self.folder / 'a "b" 50%').mkdir()
+        database = f'{self.folder}/a "b" 50%/$x.db'
+        comments, lines = self.unit("--db", 'a "b" 50%/$x.db', "--tls-cert", "c", "--tls-key=../k", "--config=")
+        quoted = f'"{self.folder}/a \\"b\\" 50%%'
+        tls = f'--tls-cert {self.folder}/c --tls-key {os.path.dirname(self.folder)}/k --config ""'
+        command = f'ExecStart=/usr/bin/python3 /opt/kvserver/kvserver.py serve --db {quoted}/$$x.db" {tls}'
+        self.assertIn(command, lines)
+        self.assertIn(f'ReadWritePaths={quoted}"', lines)
+        self.assertIn(f"adduser NAME --admin --db '{database}'", "\n".join(comments))
+        self.write("config.json", '{"db": "new.db", "port": 80}')
+        _, lines = self.unit("--config", "config.json")
+        self.assertIn(f"ReadWritePaths={self.folder}", lines)
+        command = f"/usr/bin/python3 /opt/kvserver/kvserver.py serve --config {self.folder}/config.json"
+        self.assertIn(f"ExecStart={command}", lines)
+        self.assertIn("CapabilityBoundingSet=CAP_NET_BIND_SERVICE", lines)
+        _, lines = self.unit("--db", "/var/lib/kvserver/other.db")
+        self.assertIn("DynamicUser=yes", lines)
+        self.assertNotIn("ReadWritePaths", "".join(lines))
+
+    def test_the_owner_of_the_files_runs_the_service_if_others_cannot(self) -> None:
+        database = ("--db", "/srv/x/y.db")
+        for program, flags, mode, owner, user, hint in (
+            ("/opt/kvserver.py", database, 0o755, 1000, "1000", ""),
+            ("/opt/kvserver.py", database, 0o755, 0, "kvserver", "sudo chown kvserver /srv/x /srv/x/y.db*"),
+            ("/home/pi/kvserver.py", (), 0o700, 1000, "1000", "left out, for /home/pi/kvserver.py"),
+            ("/home/pi/kvserver.py", (), 0o711, 1000, "kvserver", "left out, for /home/pi/kvserver.py"),
+            ("/opt/kvserver.py", ("--tls-key", "/root/key"), 0o700, 0, "kvserver", "left out, for /root/key"),
+        ):
+            status = mock.Mock(st_mode=mode, st_uid=owner)
+            with mock.patch.object(kvserver, "__file__", program), mock.patch("os.stat", return_value=status):
+                comments, lines = self.unit(*flags)
+            is_dynamic = "no" if flags == database or user != "kvserver" else "yes"
+            self.assertEqual([f"User={user}", f"DynamicUser={is_dynamic}"], [line for line in lines if "User=" in line])
+            self.assertIn(f" -p User={user} -p DynamicUser={is_dynamic} ", "\n".join(comments))
+            self.assertIn(hint, "\n".join(comments))
+            self.assertEqual("left out" not in hint, "ProtectHome=yes" in lines)
+
+
 class Stopping(CommandCase):
     def setUp(self) -> None:
         super().setUp()
@@ -6874,11 +6958,18 @@ class Readme(CommandCase):
         self.assertEqual(["inject", "http request", "debug", "inject", "http request"], nodes)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
-    def test_systemd_accepts_the_unit_and_finds_it_hardened(self) -> None:
-        unit, drop_in = re.findall(r"```ini\n(.*?)```", self.text, re.DOTALL)
+    def test_systemd_accepts_the_units_and_finds_them_hardened(self) -> None:
+        self.environment.clear()
+        (drop_in,) = re.findall(r"```ini\n(.*?)```", self.text, re.DOTALL)
         (self.folder / "kvserver.service.d").mkdir()
-        self.write("kvserver.service", unit)
-        for tls in ("", drop_in):
+        (self.folder / "a b%").mkdir()
+        flags = re.findall("unit (--port 443 .*)", self.text)[0].split()
+        for arguments, tls in (([], ""), (["--db", "a b%/x.db", "--base-path", "/"], ""), (flags, drop_in)):
+            with (
+                mock.patch.object(sys, "executable", "/bin/sh"),
+                mock.patch.object(kvserver, "__file__", "/opt/k v.py"),
+            ):
+                self.write("kvserver.service", self.succeed("unit", *arguments))
             self.write("kvserver.service.d/tls.conf", tls)
             for check in (("verify",), ("security", "--offline=true", "--threshold=15", "--no-pager")):
                 code, output, errors = run(["systemd-analyze", *check, f"{self.folder}/kvserver.service"])
