@@ -243,7 +243,9 @@ CACHED_ROWS_MAX = 256
 CACHED_BYTES_MAX = 4 * 1024 * 1024  # plus the value that passes it
 TIMED_PAIRS_MAX = 10_000  # that the server remembers, in case the clock jumps
 CLOCK_JUMP_SECONDS = 2  # or less is no jump
-RUNNING_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))  # counts sleep; not on Windows
+# Seconds that nobody can set, and that count sleep. macOS has the second clock, Windows neither.
+BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))
+running_time: Callable[[], float] = functools.partial(time.clock_gettime, BOOT_CLOCK) if BOOT_CLOCK else time.monotonic
 EXPIRED_PAIRS_MAX = 100  # that one transaction deletes: long values take time
 DAY_SECONDS = 24 * 3600
 VALUE_SHOWN_CHARACTERS_MAX = 40  # in a table
@@ -343,11 +345,6 @@ REPLACE = """ON CONFLICT (user_id, key)
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
 USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
-
-
-def clock_offset() -> float:
-    """Return wall time minus running time: seconds that change only when the clock is set."""
-    return time.time() - (time.monotonic() if RUNNING_CLOCK is None else time.clock_gettime(RUNNING_CLOCK))
 
 
 def utc_second(seconds: float) -> str:
@@ -471,7 +468,7 @@ class Store:
         self.changed_pairs, self.changed_others = set[tuple[int, str]](), False  # in the transaction
         # The expiries of pairs that got a ttl: since the start, and in the transaction.
         self.timed_pairs, self._newly_timed = dict[tuple[int, str], float](), dict[tuple[int, str], float]()
-        self._clock_offset = clock_offset()  # that these expiries fit
+        self.clock_offset = time.time() - running_time()  # that these expiries fit
         try:
             for pragma in PRAGMAS:
                 self._execute(pragma)
@@ -577,7 +574,7 @@ class Store:
             self._execute("COMMIT")
             self.commit_seconds = time.monotonic() - begun
             self.commits += 1
-            self._clock_offset += jump
+            self.clock_offset += jump
             if jump:
                 log("WARNING", f"the clock jumped by {jump:+.1f} seconds; values set since the start keep their ttl")
             for pair, expires in self._newly_timed.items():
@@ -597,7 +594,7 @@ class Store:
 
     def clock_jump(self) -> float:
         """Return by how many seconds the clock has jumped since expiries were last shifted, or 0."""
-        jump = clock_offset() - self._clock_offset
+        jump = time.time() - running_time() - self.clock_offset
         return jump if abs(jump) > CLOCK_JUMP_SECONDS else 0
 
     def _shift_expiries(self, jump: float) -> None:
@@ -3306,17 +3303,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     async def _make_own_changes(self) -> None:
         """Store the uses of tokens, and delete expired pairs: the triggers of hooks see these deletions."""
-        offset = clock_offset()
+        offset = self.writer.clock_offset
         while True:
             try:
-                last_offset, offset = offset, clock_offset()
                 days = self.token_uses.copy()
                 if days or self.writer.clock_jump():
                     await self.commit(lambda store: store.note_token_uses(days))  # noqa: B023 - it ends before
                 for token_id in days:
                     del self.token_uses[token_id]
                 # After a jump, another server on this database first shifts its expiries, too.
-                has_jumped = abs(offset - last_offset) > CLOCK_JUMP_SECONDS
+                has_jumped, offset = self.writer.clock_offset != offset, self.writer.clock_offset
                 while not has_jumped and not self.stopping and self.reader.has_expired():
                     await self.commit(Store.delete_expired)
             except Exception as error:  # noqa: BLE001 - whatever it is, the next look tries again
@@ -3910,8 +3906,7 @@ def store_value(arguments: argparse.Namespace, store: Store) -> None:
         value = re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode("utf-8-sig"))
     check_value(value)
     user_id = (store.user(arguments.name) or NOBODY).id
-    expires = None if arguments.ttl is None else time.time() + arguments.ttl
-    store.transact(lambda store: store.set_value(user_id, key, value, expires))
+    store.transact(lambda store: store.set_value(user_id, key, value, ttl=arguments.ttl or 0))
     print(f"stored the key {escape_unprintable(key)} of {arguments.name}")
 
 

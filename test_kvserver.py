@@ -2090,11 +2090,9 @@ class Values(ServerCase):
                 self.check(400, "GET", target + ttl)
             self.check(200, "GET", target + "315360000")
             self.check(200, "GET", "/get?key=a")
-            offset = kvserver.clock_offset()
-            with (
-                mock.patch("time.time", return_value=time.time() + 315360001),
-                mock.patch.object(kvserver, "clock_offset", return_value=offset),
-            ):
+            times = [clock() + 315360001 for clock in (time.time, kvserver.running_time)]
+            running = mock.patch.object(kvserver, "running_time", return_value=times[1])
+            with mock.patch("time.time", return_value=times[0]), running:
                 self.check(404, "GET", "/get?key=a")  # though its row is cached
             self.expire()
             for method, path in (("GET", "/get?key=a"), ("GET", "/del?key=a"), ("DELETE", "/kv/a")):
@@ -3509,7 +3507,7 @@ class Schedules(unittest.TestCase):
         self.addCleanup(self.store.close)
         self.store.add_user("alice", "", True)
         self.add_hook("http://h")
-        self.seconds, wall = 0.0, time.time()
+        self.seconds, wall, running = 0.0, time.time(), kvserver.running_time()
         self.tries, self.answers = list[tuple[float, str | None]](), list[kvserver.Answer]()
         self.answer = kvserver.Answer(0, "Connection refused")  # after self.answers
         self.mistakes = list[Exception]()
@@ -3519,7 +3517,7 @@ class Schedules(unittest.TestCase):
         self.metrics = kvserver.Metrics({}, {})
         self.enterContext(mock.patch.object(time, "monotonic", lambda: self.seconds))
         self.enterContext(mock.patch.object(time, "time", lambda: wall + self.seconds))
-        self.enterContext(mock.patch.object(kvserver, "clock_offset", return_value=kvserver.clock_offset()))
+        self.enterContext(mock.patch.object(kvserver, "running_time", lambda: running + self.seconds))
         self.log = self.enterContext(captured_log())
         self.outbox = kvserver.Outbox(self.store, self.loop, self.commit, self.metrics, kvserver.ErrorLog())
         self.addCleanup(self.outbox.close)

@@ -398,6 +398,8 @@ class Process:
             self.wait_for_port()
         else:
             line = self.read_line()
+            while "serve" in command and "listening" not in line:  # our server says more first
+                line = self.output.readline() or sys.exit(f"this has ended: {command!r}")
             self.port = urllib.parse.urlsplit(line.split()[-1]).port or 0 if "listening" in line else 0
         self.start_seconds = time.perf_counter() - begun
 
