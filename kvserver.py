@@ -4160,27 +4160,24 @@ def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser,
     return parser, commands.choices
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    import difflib
-
-    return "".join(f" (did you mean {likely}?)" for likely in difflib.get_close_matches(word, known, 1))
-
-
 def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
     """Add the parsed arguments to a namespace. Wrong usage exits with 2, and names a likely command or flag."""
     parser, commands = build_parser(arguments.program, *argv[:1])
     level, words = parser, iter(argv)
     for word in itertools.takewhile("--".__ne__, words):
-        flag, flags = word.partition("=")[0], level._option_string_actions
-        if re.fullmatch("--?[A-Za-z][A-Za-z0-9_-]*", flag) and flag not in flags:
-            hint = " before the command" if level is parser else "; put -- before a text that begins with -"
-            level.error(f"there is no flag {flag}{suggest(flag, flags) or hint}")
-        if word == "--db":
+        flag = re.match("--?[A-Za-z][A-Za-z0-9_-]*(?==|$)", word)
+        name, known = (flag[0], level._option_string_actions) if flag else (word, commands)
+        if name not in known and (flag or level is parser):
+            import difflib
+
+            likely = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {level.prog} {likely[0]}?" if likely else f"list all with: {level.prog} --help"
+            if flag:
+                level.print_usage(sys.stderr)
+            raise UsageError(f"there is no {f'flag {name} here' if flag else f'command {cut_off(name, 40)}'}; {hint}")
+        if name == "--db" and word == name:
             next(words, "")
-        elif level is parser and not word.startswith("-"):
-            if word not in commands:
-                hint = f"; list all with: {parser.prog} --help"
-                raise UsageError(f"there is no command {cut_off(word, 40)}{suggest(word, commands)}{hint}")
+        elif level is parser and not flag:
             level = commands[word]
     _, rest = parser.parse_known_args(argv, arguments)
     if rest:
