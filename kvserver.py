@@ -2757,8 +2757,7 @@ class RequestHandler:
                 if self.received:  # pipelined: others first
                     await self.server.loop.turn()
             if self.body_pending or self.lacks_length:
-                # Discard the rest of the request until the client has read the response and closes. If we closed with
-                # unread bytes, that would reset the connection and lose the response (RFC 9112 section 9.6).
+                # Closing with unread bytes resets the connection and loses the response (RFC 9112 section 9.6).
                 self.state, deadline = RECEIVING, time.monotonic() + LINGER_SECONDS
                 self.connection.shutdown(socket.SHUT_WR)
                 while await receive(self.socket, RECEIVE_BYTES, deadline):
