@@ -5866,7 +5866,7 @@ class Exports(CommandCase):
             ("nested too deeply", "[" * 100_000),
             ("a line is a JSON object with: user, key, value, updated, expires", "[]", {"expire": "SECRET"}),
             ("a line is a JSON object with", '{"user": "alice", "key": "SECRET"}'),
-            ("the name 'value' is repeated", begin + '"value": "2"}'),
+            ("a name in the JSON is repeated", begin + '"value": "2"}'),
             ("Exceeds the limit (4300 digits)", begin + '"updated": %s}' % ("1" * 5000)),
             ("a line has at most", begin + '"updated": "%s"}' % ("\\u0041" * 1500_000)),
             ("user, key and value are strings", {"value": 1}),
