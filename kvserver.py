@@ -3062,9 +3062,8 @@ class Outbox:
         try:
             self._lock = self._lock or lock_beside(path)
         except BlockingIOError:
-            self._errors.write(
-                f"another server runs on {path}, and calls the hooks; stop one, unless you want both", NEVER
-            )
+            message = f"another server runs on {path}, and calls the hooks; stop one, unless you want both"
+            self._errors.write(message, NEVER, level="WARNING")
         except OSError as error:
             problem = f"no hook is called, since {path}-lock cannot be locked ({error.strerror})"
             self._errors.write(f"{problem}; delete it, or correct its owner", HOOK_RETRY_SECONDS_MAX)
