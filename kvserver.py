@@ -3918,11 +3918,10 @@ def delete_value(arguments: argparse.Namespace, store: Store) -> None:
 
 def print_values(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's keys and values, a line each, with a tab between. Control characters are escaped."""
-    is_empty = True
-    for _, key, value, *_ in store.all_pairs(arguments.name, arguments.prefix):
+    number = 0
+    for number, (_, key, value, *_) in enumerate(store.all_pairs(arguments.name, arguments.prefix), 1):
         print(escape_unprintable(key), escape_unprintable(value), sep="\t")
-        is_empty = False
-    if is_empty:
+    if not number:
         what = f"keys that begin with {arguments.prefix}" if arguments.prefix else "values"
         print(escape_unprintable(f"{arguments.name} has no {what}"), file=sys.stderr)
 
@@ -4029,12 +4028,12 @@ def print_unit(arguments: argparse.Namespace) -> None:
     """Print a systemd unit that runs serve with these flags. Its first lines say how to install it."""
     settings = {**read_settings(arguments), "config": arguments.config or os.environ.get("KVSERVER_CONFIG", "")}
     start, flags = [sys.executable, os.path.abspath(__file__)], list(unit_flags(arguments, settings))
-    database, has_path = os.path.abspath(settings["db"]), "--db" in flags or settings["db"] != DEFAULT_DATABASE
-    folder, is_elsewhere = os.path.dirname(database), has_path and not database.startswith("/var/lib/kvserver/")
-    own = ["--db", database] if has_path else []
-    at_home = [path for path in (*start, os.path.realpath(start[0]), *flags, *own) if re.match("/(home|root)/", path)]
+    is_default = "--db" not in flags and settings["db"] == DEFAULT_DATABASE
+    database = "/var/lib/kvserver/kvserver.db" if is_default else os.path.abspath(settings["db"])
+    folder, is_elsewhere = os.path.dirname(database), not database.startswith("/var/lib/kvserver/")
+    at_home = list(filter(re.compile("/(home|root)/").match, (*start, os.path.realpath(start[0]), *flags, database)))
     home = os.stat("/".join(at_home[0].split("/")[:3]) if at_home else "/")
-    # A user of its own can write only to the state folder, and read only what is open to others.
+    # A dynamic user cannot write to other folders, and cannot enter a closed home: there the owner runs the service.
     uid = os.stat(folder).st_uid if is_elsewhere else 0 if home.st_mode & 1 else home.st_uid
     lines, notes = [f"User={uid or 'kvserver'}", f"DynamicUser={'no' if uid or is_elsewhere else 'yes'}"], ""
     run = f"sudo systemd-run -qt -p {' -p '.join(lines)} -p StateDirectory=kvserver"
@@ -4050,7 +4049,7 @@ def print_unit(arguments: argparse.Namespace) -> None:
     print(f"""{notes}# To install this service with NAME as an admin, type:
 #     {shlex.join([*start, "unit", *flags])} | sudo tee /etc/systemd/system/kvserver.service >/dev/null
 #     sudo systemctl daemon-reload
-#     {run} {shlex.join([*start, "adduser", "NAME", "--admin", *own])}
+#     {run} {shlex.join([*start, "adduser", "NAME", "--admin", "--db", database])}
 #     sudo systemctl enable --now kvserver
 
 [Unit]

@@ -6560,7 +6560,7 @@ class Units(CommandCase):
         path = "/etc/systemd/system/kvserver.service"
         self.assertEqual(f"{python} unit {flags} | sudo tee {path} >/dev/null", comments[1])
         run = "sudo systemd-run -qt -p User=kvserver -p DynamicUser=yes -p StateDirectory=kvserver"
-        self.assertEqual(f"{run} {python} adduser NAME --admin", comments[3])
+        self.assertEqual(f"{run} {python} adduser NAME --admin --db /var/lib/kvserver/kvserver.db", comments[3])
         self.assertEqual(["sudo systemctl daemon-reload", "sudo systemctl enable --now kvserver"], comments[2::2])
         self.assertIn(f"ExecStart={python} serve {flags}".replace("''", '""'), lines)
         targets = "network-online.target time-sync.target"
@@ -6599,6 +6599,8 @@ class Units(CommandCase):
         command = f"/usr/bin/python3 /opt/kvserver/kvserver.py serve --config {self.folder}/config.json"
         self.assertIn(f"ExecStart={command}", lines)
         self.assertIn("CapabilityBoundingSet=CAP_NET_BIND_SERVICE", lines)
+        _, lines = self.unit("--db", kvserver.DEFAULT_DATABASE)
+        self.assertIn(f"ReadWritePaths={os.path.dirname(kvserver.DEFAULT_DATABASE)}", lines)
         _, lines = self.unit("--db", "/var/lib/kvserver/other.db")
         self.assertIn("DynamicUser=yes", lines)
         self.assertNotIn("ReadWritePaths", "".join(lines))
@@ -6619,6 +6621,7 @@ class Units(CommandCase):
             self.assertEqual([f"User={user}", f"DynamicUser={is_dynamic}"], [line for line in lines if "User=" in line])
             self.assertIn(f" -p User={user} -p DynamicUser={is_dynamic} ", "\n".join(comments))
             self.assertIn(hint, "\n".join(comments))
+            self.assertEqual("chown" in hint, "chown" in "".join(comments))
             self.assertEqual("left out" not in hint, "ProtectHome=yes" in lines)
 
 
