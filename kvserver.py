@@ -4233,7 +4233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"the database failed: {error}"
     except (KeyboardInterrupt, EOFError) as error:
         message, code = "interrupted; nothing was changed", 130 if isinstance(error, KeyboardInterrupt) else 1
-        line_end = "\n" if sys.stdin.isatty() else ""  # a prompt may stand there
+        line_end = "\n" if sys.stdin.isatty() else ""  # after a prompt
     message = message.replace("python kvserver.py", arguments.program)
     print(f"{line_end}kvserver: {escape_unprintable(message)}", file=sys.stderr)
     return code
