@@ -4086,7 +4086,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "[USER]": {"dest": "name", "metavar": "USER", "nargs": "?", "help": "only this user (default: all users)"},
     "ID": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of the list"},
     "KEY": {"dest": "key", "metavar": "KEY", "help": f"1 to {KEY_BYTES_MAX} bytes of UTF-8"},
-    "VALUE": {"dest": "value", "metavar": "VALUE", "help": "- reads it from standard input"},
+    "VALUE": {"dest": "value", "metavar": "VALUE", "help": "- reads standard input; put -- before one like -x"},
     "[PREFIX]": {"dest": "prefix", "metavar": "PREFIX", "nargs": "?", "default": "", "help": "only keys that begin so"},
     "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for keys that begin so, or * for all keys"},
     "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
@@ -4234,7 +4234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, EOFError) as error:
         message, code = "interrupted; nothing was changed", 130 if isinstance(error, KeyboardInterrupt) else 1
         line_end = "\n" if sys.stdin.isatty() else ""  # after a prompt
-    message = message.replace("python kvserver.py", arguments.program)
+    message = re.sub(r"(?<!\S)python kvserver\.py", lambda _: arguments.program, message)
     print(f"{line_end}kvserver: {escape_unprintable(message)}", file=sys.stderr)
     return code
 

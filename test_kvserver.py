@@ -6487,12 +6487,19 @@ class Serving(CommandCase):
         with self.serving_here("--config", "config.json", KVSERVER_DB="") as (_, lines, _):
             self.assertEqual("to set a new password: python kvserver.py --db 'a b.db' passwd alice", lines[0])
         shutil.copy(PROGRAM, self.folder)
-        for start in ([sys.executable, "-B", "./kvserver.py"], [sys.executable, "-m", "kvserver"]):
+        python = self.folder / "python"
+        python.symlink_to(sys.executable)
+        for start in (
+            [str(python), "kvserver.py"],
+            [str(python), "-B", "./kvserver.py"],
+            [str(python), "-m", "kvserver"],
+        ):
             options: dict[str, Any] = {"cwd": self.folder, "env": self.environment}
             code, output, errors = run([*start, "--db", "a b.db", "tokens", "eve"], **options)
             self.assertEqual((1, ""), (code, output))
             self.assertIn(f"list all with: {shlex.join(start)} --db 'a b.db' users; ", errors)
             self.assertIn(f"\nTo begin: {shlex.join(start)} serve\n", run(start, **options)[2])
+            self.assertIn(f"list all with: {shlex.join(start)} --help\n", run([*start, "fly"], **options)[2])
 
     def test_version_and_help(self) -> None:
         self.assertEqual(f"kvserver {kvserver.__version__}\n", self.succeed("--version"))
