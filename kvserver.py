@@ -973,7 +973,7 @@ def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
             log = os.path.realpath(path) + "-wal"
             raise StoreError(f"{log} is not the write-ahead log of {path}, and would damage it; move {log} away")
         if not create and not os.path.exists(path):
-            raise StoreError(f"there is no database {path}; name it with --db, or make one with adduser or serve")
+            raise StoreError(f"there is no database {path}; name it with --db, or type: python kvserver.py serve")
         # Only the owner may read it. SQLite gives its -wal and -shm files the same permissions.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -3785,7 +3785,7 @@ def add_user(arguments: argparse.Namespace) -> None:
     if os.path.exists(arguments.db):
         with contextlib.closing(open_store(arguments.db)) as store:
             if store.user(arguments.name):  # before somebody types a password
-                raise CommandError(f"the user {arguments.name} exists; to set the password, use passwd")
+                raise CommandError(f"{arguments.name} exists; set the password with: python kvserver.py passwd USER")
     password_hash = hash_password(read_password(arguments))
     with contextlib.closing(open_store(arguments.db)) as store:
         store.add_user(arguments.name, password_hash, arguments.admin)

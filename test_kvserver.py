@@ -5307,7 +5307,7 @@ class UserCommands(CommandCase):
             self.add_user(name)
         self.succeed("addtoken", "alice")
         for message, *arguments in (
-            ("the user alice exists", "adduser", "alice", "--password-stdin"),
+            ("alice exists; set the password with: python kvserver.py passwd USER", "adduser", "alice"),
             ("no user eve; list all with: python kvserver.py users", "passwd", "eve"),
             ("no user eve", "deluser", "eve", "--yes"),
             ("--password-stdin", "adduser", "eve"),  # there is no terminal
@@ -6187,7 +6187,7 @@ class Terminal(CommandCase):
             ("adduser", 130, f"{asks}\r\nkvserver: interrupted; nothing was changed\r\n", (asks, "\x03")),
             ("adduser", 1, "\r\nkvserver: interrupted; nothing was changed\r\n", (asks, "\x04")),
             ("adduser", 0, "added the user alice", (asks, "pässword1\n"), (again, "pässword1\n")),
-            ("adduser", 1, "the user alice exists"),  # before anybody types
+            ("adduser", 1, "alice exists; set the password"),  # before anybody types
             ("passwd", 1, "at least 8 characters", (asks, "short\n")),
             ("passwd", 1, "nothing was changed", (asks, "pässword2\n"), (again, "pässword3\n")),
         ):
