@@ -507,7 +507,7 @@ class Store:
     def _migrate(self) -> None:
         self.begin()
         with self._connection:  # commits, or rolls back after an error
-            self.check_file()  # a restore may have replaced it while we waited for the lock
+            self.check_file()  # a restore may have replaced it during the wait for the lock
             version = self.schema_version()
             for number, statements in enumerate(MIGRATIONS[version:], version + 1):
                 for statement in (*statements, f"PRAGMA user_version = {number}"):
@@ -519,7 +519,6 @@ class Store:
                     raise StoreError(f"SQLite's WAL mode does not work on the disk of the database {self.path}")
                 with contextlib.suppress(StoreFull):  # it has synced the log before that
                     self._execute("PRAGMA wal_checkpoint")  # syncs a killed process's last commit before any read
-                self.check_file()  # in WAL mode, no restore can get the lock any more
                 return
             except StoreBusy:  # SQLite's own timeout ignores this statement
                 if time.monotonic() > give_up:
@@ -948,29 +947,29 @@ def lock_beside(path: str) -> BinaryIO:
 
 def has_stray_log(path: str) -> bool:
     """Tell whether a write-ahead log lies beside a database that has none. SQLite would mix the two."""
-    path, header = os.path.realpath(path), b""
     if not os.path.exists(path + "-wal") or not os.path.getsize(path + "-wal"):
         return False
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        header = file.read(20)
-    return header[18:] != b"\2\2"  # WAL mode (SQLite's documentation, "Database File Format", section 1.3.3)
+        return file.read(20)[18:] != b"\2\2"  # WAL mode (SQLite's "Database File Format", section 1.3.3)
+    return True
 
 
 def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
     """Open the database at path with the newest schema; raise StoreError. Without migrate, its schema stays."""
     path = os.path.abspath(path)
-    folder, (right, mode) = os.path.dirname(path), ("write", os.W_OK) if migrate else ("read", os.R_OK)
     try:
+        real_path = os.path.realpath(path)  # SQLite keeps other files beside it
+        folder = os.path.dirname(real_path)
         if os.path.isdir(path):
             raise StoreError(f"{path} is a folder; name a file in it, such as --db {os.path.join(path, 'kvserver.db')}")
         if not os.path.isdir(folder):
             hint = f"name another one with --db, or make the folder with: mkdir -p {folder}"
             raise StoreError(f"there is no database {path}, because there is no folder {folder}; {hint}")
-        for place, modes in ((folder, mode | os.X_OK), (path, mode)):
-            if os.path.exists(place) and not os.access(place, modes):
-                raise StoreError(f"no permission to {right} {place}; use sudo, or become its owner: ls -ld {place}")
-        if has_stray_log(path):
-            log = os.path.realpath(path) + "-wal"
+        for place in (folder, real_path):
+            if migrate and os.path.exists(place) and not os.access(place, os.W_OK):
+                raise StoreError(f"no permission to write {place}; use sudo, or become its owner: ls -ld {place}")
+        if has_stray_log(real_path):
+            log = real_path + "-wal"
             raise StoreError(f"{log} is not the write-ahead log of {path}, and would damage it; move {log} away")
         if not create and not os.path.exists(path):
             raise StoreError(f"there is no database {path}; name it with --db, or type: python kvserver.py serve")
@@ -3583,8 +3582,8 @@ def set_aside(database: str, locks: contextlib.ExitStack) -> str:
         locks.enter_context(lock_beside(database))
         if os.path.exists(database) and not has_stray_log(database):
             old = locks.enter_context(contextlib.closing(Store(database, wait=0)))
-            old.lock_alone()
             old.schema_version(newest=math.inf)
+            old.lock_alone()
     except (BlockingIOError, StoreBusy):
         raise CommandError(f"another process uses the database {database}; stop the server, and try again") from None
     except sqlite3.Error:  # it is damaged, and keeps its log

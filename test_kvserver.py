@@ -5470,7 +5470,7 @@ class Schemas(CommandCase):
         (self.folder / "test.db").chmod(0)
         with as_another_user():
             self.assert_fails(f"no permission to write {self.database};", "serve")
-            self.assert_fails(f"no permission to read {self.database};", "backup", "x")
+            self.assert_fails(f"cannot use the database {self.database}", "backup", "x")
         self.assertEqual(["new", "test.db"], sorted(os.listdir(self.folder)))
 
     def test_a_low_port_needs_rights(self) -> None:
@@ -5767,6 +5767,19 @@ class Restores(CommandCase):
         for path in (self.database, self.database + "-lock"):
             status = os.stat(path)
             self.assertEqual((12345, 12346), (status.st_uid, status.st_gid))
+
+    def test_a_command_that_waited_for_the_lock_notices_the_restore(self) -> None:
+        begin = kvserver.Store.begin
+        os.remove(self.database + "-wal")
+        for path in (self.database, self.folder / "copy"):
+            shutil.copy(self.folder / "backup.db", path)
+
+        def begin_late(store: kvserver.Store) -> None:
+            begin(store)
+            os.replace(self.folder / "copy", self.database)
+
+        with mock.patch.object(kvserver.Store, "begin", begin_late):
+            self.assert_fails("has been deleted or replaced", "users")
 
     def test_a_signal_takes_the_incomplete_copy_away(self) -> None:
         names = sorted(os.listdir(self.folder))
