@@ -3403,9 +3403,10 @@ class Clocks(HookCase):
         for key, port in (("a", ports[0]), ("a", ports[1]), ("b", ports[1]), ("b", ports[0]), ("c", ports[1])):
             with mock.patch.object(self, "port", port):
                 self.check(200, "GET", f"/set?key={key}&value=1&ttl=600")
-        for self.jump in (7200, -100):
+        for seconds in (7200, -100):
             with held(other.reader, "state") as (begun, _):
                 self.assertTrue(begun.acquire(timeout=WAIT_SECONDS))
+                self.jump = seconds
                 wait_until(lambda: not self.server.writer.clock_jump())
                 self.set("d", "1")
             wait_until(lambda: not other.writer.clock_jump())
