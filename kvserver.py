@@ -932,7 +932,7 @@ def hand_over(descriptor: int, path: str) -> None:
 
 
 def lock_beside(path: str) -> BinaryIO:
-    """Return a file beside a database, locked until it is closed; raise BlockingIOError if another process has it."""
+    """Lock a file beside a database until it is closed, and return it. BlockingIOError: another process has it."""
     path, flags = os.path.realpath(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     with contextlib.ExitStack() as on_error:
         lock = on_error.enter_context(os.fdopen(os.open(path + "-lock", flags, 0o600), "rb"))
@@ -946,7 +946,7 @@ def lock_beside(path: str) -> BinaryIO:
 
 
 def has_stray_log(path: str) -> bool:
-    """Tell whether a write-ahead log lies beside a database that has none. SQLite would mix the two."""
+    """Tell whether the write-ahead log beside a database is another one's. SQLite would mix the two."""
     if not os.path.exists(path + "-wal") or not os.path.getsize(path + "-wal"):
         return False
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
@@ -963,14 +963,12 @@ def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
         if os.path.isdir(path):
             raise StoreError(f"{path} is a folder; name a file in it, such as --db {os.path.join(path, 'kvserver.db')}")
         if not os.path.isdir(folder):
-            hint = f"name another one with --db, or make the folder with: mkdir -p {folder}"
-            raise StoreError(f"there is no database {path}, because there is no folder {folder}; {hint}")
+            raise StoreError(f"there is no database {path}, and no folder for it; make that with: mkdir -p {folder}")
         for place in (folder, real_path):
             if migrate and os.path.exists(place) and not os.access(place, os.W_OK):
                 raise StoreError(f"no permission to write {place}; use sudo, or become its owner: ls -ld {place}")
         if has_stray_log(real_path):
-            log = real_path + "-wal"
-            raise StoreError(f"{log} is not the write-ahead log of {path}, and would damage it; move {log} away")
+            raise StoreError(f"{real_path}-wal is not the write-ahead log of {path}; move {real_path}-wal away")
         if not create and not os.path.exists(path):
             raise StoreError(f"there is no database {path}; name it with --db, or type: python kvserver.py serve")
         # Only the owner may read it. SQLite gives its -wal and -shm files the same permissions.
@@ -978,7 +976,7 @@ def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         return Store(path, migrate=migrate)
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
-        hint = "name another file with --db, or return to a backup with: python kvserver.py restore FILE"
+        hint = "name another file, or return to a backup with: python kvserver.py restore FILE"
         raise StoreError(f"cannot use the database {path}: {getattr(error, 'strerror', error)}; {hint}") from error
 
 
@@ -3539,6 +3537,7 @@ def copying(source: Store, path: str) -> Iterator[int]:
     import tempfile
 
     folder, name = os.path.split(os.path.abspath(path))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete copy
     try:
         with tempfile.TemporaryDirectory(".part", name + ".", folder) as temporary:
             descriptor, copy = tempfile.mkstemp(dir=temporary)  # only its owner can read it
@@ -3561,7 +3560,6 @@ def back_up(arguments: argparse.Namespace) -> None:
     path, database = arguments.file, arguments.db
     suffixes = ("-wal", "-shm", "-journal")  # SQLite keeps these beside a database in use
     in_use = [os.path.realpath(database) + suffix for suffix in ("", *suffixes)]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete copy
     with contextlib.closing(open_store(database, create=False, migrate=False)) as store:
         if os.path.realpath(path) in in_use or (os.path.exists(path) and os.path.samefile(path, database)):
             raise CommandError(f"{path} is the database itself; name another file")
@@ -3611,7 +3609,6 @@ def restore(arguments: argparse.Namespace) -> None:
     path, database = arguments.file, os.path.realpath(arguments.db)
     if not os.path.isfile(path) or (os.path.exists(database) and os.path.samefile(path, database)):
         raise CommandError(f"{path} is no file, or the database itself; name a backup")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete copy
     with contextlib.ExitStack() as locks, contextlib.closing(open_store(path, create=False, migrate=False)) as backup:
         if not backup.schema_version():
             raise CommandError(f"{path} is empty; name a backup")
