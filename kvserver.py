@@ -931,8 +931,8 @@ def hand_over(descriptor: int, path: str) -> None:
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
-def lock_beside(path: str) -> BinaryIO:
-    """Lock a file beside a database until it is closed, and return it. BlockingIOError: another process has it."""
+def lock_database(path: str) -> BinaryIO:
+    """Lock a file next to a database until it is closed, and return it; raise BlockingIOError if another has it."""
     path, flags = os.path.realpath(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     with contextlib.ExitStack() as on_error:
         lock = on_error.enter_context(os.fdopen(os.open(path + "-lock", flags, 0o600), "rb"))
@@ -946,7 +946,7 @@ def lock_beside(path: str) -> BinaryIO:
 
 
 def has_stray_log(path: str) -> bool:
-    """Tell whether the write-ahead log beside a database is another one's. SQLite would mix the two."""
+    """Tell whether the write-ahead log next to a database is another one's. SQLite would mix the two."""
     if not os.path.exists(path + "-wal") or not os.path.getsize(path + "-wal"):
         return False
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
@@ -958,7 +958,7 @@ def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
     """Open the database at path with the newest schema; raise StoreError. Without migrate, its schema stays."""
     path = os.path.abspath(path)
     try:
-        real_path = os.path.realpath(path)  # SQLite keeps other files beside it
+        real_path = os.path.realpath(path)  # SQLite puts its other files next to this one
         folder = os.path.dirname(real_path)
         if os.path.isdir(path):
             raise StoreError(f"{path} is a folder; name a file in it, such as --db {os.path.join(path, 'kvserver.db')}")
@@ -3057,7 +3057,7 @@ class Outbox:
         """Return whether this server sends: of several with one database only one does, as long as it lives."""
         path = self._store.path
         try:
-            self._lock = self._lock or lock_beside(path)
+            self._lock = self._lock or lock_database(path)
         except BlockingIOError:
             message = f"another server runs on {path}, and calls the hooks; stop one, unless you want both"
             self._errors.write(message, NEVER, level="WARNING")
@@ -3577,7 +3577,7 @@ def back_up(arguments: argparse.Namespace) -> None:
 def set_aside(database: str, locks: contextlib.ExitStack) -> str:
     """Give the old database a second name too, and return that. Nobody else can use the old one until locks end."""
     try:
-        locks.enter_context(lock_beside(database))
+        locks.enter_context(lock_database(database))
         if os.path.exists(database) and not has_stray_log(database):
             old = locks.enter_context(contextlib.closing(Store(database, wait=0)))
             old.schema_version(newest=math.inf)

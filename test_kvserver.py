@@ -3229,7 +3229,7 @@ class Deliveries(HookCase):
             self.skipTest("only root can start a server on another user's database and leave such a file")
         os.chown(self.database, 12345, 12346)
         os.remove(self.database + "-lock")
-        kvserver.lock_beside(self.database).close()
+        kvserver.lock_database(self.database).close()
         status = os.stat(self.database + "-lock")
         self.assertEqual((12345, 12346), (status.st_uid, status.st_gid))
 
@@ -5661,7 +5661,7 @@ class Restores(CommandCase):
         os.remove(self.database)
         self.assertEqual("", self.restore(KVSERVER_DB="sub/link.db"))
 
-    def test_a_log_beside_another_database_is_refused_and_moved_away_by_restore(self) -> None:
+    def test_a_log_next_to_another_database_is_refused_and_moved_away_by_restore(self) -> None:
         log, backup = ((self.folder / name).read_bytes() for name in ("test.db-wal", "backup.db"))
         commands = (("serve",), ("users",), ("adduser", "x", "--password-stdin"), ("import", "x"), ("backup", "x"))
         message = f"{self.database}-wal is not the write-ahead log of {self.database}"
@@ -5703,7 +5703,7 @@ class Restores(CommandCase):
         with contextlib.closing(sqlite3.connect(self.database)) as other:  # a command at work
             other.execute("SELECT * FROM pair").fetchone()
             self.assert_fails(message, "restore", "backup.db")
-        with kvserver.lock_beside(self.database):
+        with kvserver.lock_database(self.database):
             self.assert_fails(message, "restore", "backup.db")
         self.assertEqual(names - {"test.db-wal", "test.db-shm"}, set(os.listdir(self.folder)))
         self.assertEqual("new", self.value())
