@@ -2869,7 +2869,7 @@ class RequestHandler:
 
     def _look_for_body(self, route: Route) -> None:
         with contextlib.suppress(BlockingIOError):  # cheap clients send the body in a second write
-            self.received += self.connection.recv(RECEIVE_BYTES)
+            self.received = self.received or bytearray(self.connection.recv(RECEIVE_BYTES))  # what is there is enough
         # Without a length, the body is empty (RFC 9112 section 6.3), but a late one would be lost: never store that.
         if route.body == VALUE or not may_begin_request(self.received):
             self.body_pending = True

@@ -700,6 +700,18 @@ class Bodies(ServerCase):
         )  # it would store an empty value
         self.assertEqual({}, self.pairs())
 
+    def test_many_requests_without_length_take_little_memory(self) -> None:
+        self.patch("RECEIVE_BYTES", 1024)
+        request, lengths, real = self.raw("POST /incr?key=n HTTP/1.1"), list[int](), kvserver.may_begin_request
+
+        def look(received: bytearray) -> bool:
+            lengths.append(len(received))
+            return real(received)
+
+        self.patch("may_begin_request", look)
+        self.assertEqual([200] * 51, statuses(self.exchange(request * 50 + self.raw("GET /get?key=n HTTP/1.0"))))
+        self.assertLess(max(lengths), 1024 + len(request))
+
     def test_a_late_body_without_length_gets_no_second_response(self) -> None:
         self.patch("REQUEST_SECONDS", 10 * WAIT_SECONDS)
         with held(kvserver, "check_same_site") as (begun, release):
