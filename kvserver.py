@@ -2777,7 +2777,7 @@ class RequestHandler:
                 raise
             if request is NO_REQUEST and self.lacks_length:  # a late body, whose request has been answered
                 return False
-            if self.received.startswith(b"\x16\x03") and not self.server.certificate:  # the handshake of TLS
+            if self.received.startswith(b"\x16") and not self.server.certificate:  # the handshake of TLS
                 message = f"a client speaks TLS; use http:// or set --tls-cert: address={parse_address(self.peer)}"
                 self.server.errors.write(message, RARE_LOG_SECONDS, "TLS", "WARNING")
             response = answer_to_error(as_http_error(error, self.server.errors), self.route, request)
