@@ -2672,7 +2672,8 @@ def answer_without_route(request: Request, methods: Sequence[str], base_path: st
         raise HTTPError(404, "Use the api endpoints: " + ", ".join([*API_PATHS, "/me/", "/admin/"]))
     allow = (("Allow", ", ".join(dict.fromkeys([*methods, "OPTIONS"]))),)
     if request.method != "OPTIONS":
-        raise HTTPError(405, f"{request.path} does not take {request.method}; use {', '.join(methods)}", allow)
+        path = request.path.removesuffix(request.key_in_path)  # a key may be a value by mistake
+        raise HTTPError(405, f"{path} does not take {request.method}; use {', '.join(methods)}", allow)
     return Response(status=204, headers=allow)
 
 
