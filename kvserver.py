@@ -567,8 +567,8 @@ class Store:
                     outcomes.append(error)
                     if self._connection.total_changes != changes_before or not self._connection.in_transaction:
                         raise
-            if self.timed_pairs and abs(self.clock_jump() - jump) > CLOCK_JUMP_SECONDS:  # operations saw both times
-                return self.commit(operations, begin=True)
+            if (self.timed_pairs or self._newly_timed) and abs(self.clock_jump() - jump) > CLOCK_JUMP_SECONDS:
+                return self.commit(operations, begin=True)  # operations saw both times
             begun = time.monotonic()
             self._execute("COMMIT")
             self.commit_seconds = time.monotonic() - begun
@@ -577,10 +577,7 @@ class Store:
             if jump:
                 log("WARNING", f"the clock jumped by {jump:+.1f} seconds; values set since the start keep their ttl")
             for pair, expires in self._newly_timed.items():
-                self.timed_pairs.pop(pair, None)  # the oldest come first
-                self.timed_pairs[pair] = expires
-            while len(self.timed_pairs) > TIMED_PAIRS_MAX:
-                del self.timed_pairs[next(iter(self.timed_pairs))]
+                remember(self.timed_pairs, pair, expires, TIMED_PAIRS_MAX)
             return outcomes
         except Exception as error:  # noqa: BLE001
             outcomes = [error]

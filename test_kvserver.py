@@ -3482,6 +3482,20 @@ class Clocks(HookCase):
                 self.check(200, "GET", "/health")  # the loop goes on
             self.assertEqual([[200]] * 2, [statuses(connection.recv(65536)) for connection in waiting])
 
+    def test_a_jump_between_the_first_two_of_a_transaction(self) -> None:
+        real = kvserver.Store.set_value
+
+        def set_and_jump(store: kvserver.Store, *arguments: Any, **named: Any) -> None:
+            real(store, *arguments, **named)
+            self.jump = 0
+
+        with mock.patch.object(kvserver.Store, "set_value", set_and_jump):
+            with locked(self.database):
+                waiting = [self.begin(f"GET /set?key={key}&value=1&ttl=600 HTTP/1.1") for key in "ab"]
+                wait_until(lambda: len(self.server.changes) == 2)
+            self.assertEqual([[200]] * 2, [statuses(connection.recv(65536)) for connection in waiting])
+        self.assertEqual({"a": 600, "b": 600}, self.seconds_left())
+
     def test_only_the_newest_are_remembered(self) -> None:
         self.patch("TIMED_PAIRS_MAX", 3)
         for key in "abcad":
