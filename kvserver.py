@@ -1005,7 +1005,7 @@ FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 MALFORMED_CHUNKS = "the chunked body is malformed"
 BODY_TOO_LARGE = f"the body is too large: {{}} bytes; the limit is {BODY_BYTES_MAX}, and for a value {VALUE_BYTES_MAX}"
 RETRY_AFTER = (("Retry-After", "5"),)
-UNPARSED: dict[str, str] = {}  # the parameters of a request, until they are parsed
+UNPARSED: dict[str, str] = {}  # a request's parameters, until they are parsed
 
 
 class Response(NamedTuple):
@@ -1047,17 +1047,17 @@ class Request:
 
     user = NOBODY
     body = b""
+    parameters = UNPARSED
     key_in_path = ""  # still encoded
     may_wait = True  # for a change
     was_there = False  # the pair, when the request began to wait
     metrics: Metrics | None = None  # for endpoints that run in a thread
     password_hash = ""  # of the parameter password
+    form_page: Callable[[Any, Request], Response] | None = None  # that shows a refused form again
     refusal: HTTPError | None = None  # of the request, for the page that shows it
 
-    def __init__(
-        self, method: str, path: str, query: str, fields: Fields, parameters: dict[str, str] = UNPARSED
-    ) -> None:
-        self.method, self.path, self.query, self.fields, self.parameters = method, path, query, fields, parameters
+    def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
+        self.method, self.path, self.query, self.fields = method, path, query, fields
         self.begun = time.monotonic()
 
     def wants_html(self) -> bool:
@@ -1296,24 +1296,20 @@ def parse_json(text: str) -> Any:
     return json.loads(text.lstrip("\ufeff"), object_pairs_hook=functools.partial(unique_names, in_value=True))
 
 
-def decode_body(request: Request, other: str = "") -> str:
-    """Return a body as text; raise HTTPError if it is a multipart form, or not UTF-8."""
-    content_type = request.fields.headers.get("content-type", "").lower()
-    if content_type.partition(";")[0].strip() == "multipart/form-data":
-        raise HTTPError(415, f"a body of the type multipart/form-data is not supported; send {other}the value alone")
-    charsets = re.findall(r"""charset\s*=\s*["']?([^\s"';,]*)""", content_type)
-    if set(charsets) - {"utf-8", "utf8", "us-ascii", "ascii"}:
-        raise HTTPError(415, "this charset is not supported; send UTF-8, with charset=utf-8 or without a charset")
-    return decode_utf8(request.body, "the body")
-
-
 def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iterable[tuple[str, str]]:
     """Return the parameters in a body, members of JSON as strings, or the value that it is; raise HTTPError."""
-    content_type = request.fields.headers.get("content-type", "").partition(";")[0].strip().lower()
-    is_form, text = content_type == FORM, decode_body(request, f"{FORM}, or ")
+    content_type, _, options = request.fields.headers.get("content-type", "").lower().partition(";")
+    content_type = content_type.strip()
+    is_form, other = content_type == FORM, "" if body == VALUE else f"{FORM}, or "
+    if content_type == "multipart/form-data":
+        raise HTTPError(415, f"a body of the type {content_type} is not supported; send {other}the value alone")
+    charsets = re.findall(r"""charset\s*=\s*["']?([^\s"';,]*)""", options)
+    if set(charsets) - {"utf-8", "utf8", "us-ascii", "ascii"}:
+        raise HTTPError(415, "this charset is not supported; send UTF-8, with charset=utf-8 or without a charset")
+    text = decode_utf8(request.body, "the body")
     # Programs label bodies carelessly, so only a form with a field "value" is certainly a form.
     may_be_value = body == EITHER and "key" in in_query and "value" not in in_query
-    if may_be_value and not (is_form and re.search("(?:^|&)value=", text)):
+    if body == VALUE or (may_be_value and not (is_form and re.search("(?:^|&)value=", text))):
         return [("value", text)]
     if content_type != JSON and re.match(r"\ufeff?\s*\{", text):  # curl -d calls everything a form
         raise HTTPError(400, f"this looks like JSON; add the header Content-Type: {JSON}")
@@ -1370,21 +1366,22 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     if request.key_in_path or "key" in route.parameters[:1]:
         require_key(parameters.get("key"), request.user.token)
     if route.body == VALUE:
-        parameters["value"] = decode_body(request)
+        parameters.update(parse_body(request, parameters, VALUE))
     return parameters
 
 
-def required(request: Request, name: str, hint: str = "") -> str:
-    text = request.parameters.get(name)
-    if text is None:
+def required(parameters: Mapping[str, str], name: str) -> str:
+    if name not in parameters:
+        hint = "; send &value=open (in a shell, in quotes), or a body with Content-Length" if name == "value" else ""
         raise HTTPError(400, f"the parameter {name} is missing{hint}")
-    return text
+    return parameters[name]
 
 
-def check_value(value: str) -> None:
+def check_value(value: str) -> str:
     size = len(value.encode("utf-8"))
     if size > VALUE_BYTES_MAX:
         raise HTTPError(413, f"the value is too large: {size} bytes; the limit is {VALUE_BYTES_MAX}")
+    return value
 
 
 def check_user_name(name: str) -> None:
@@ -1407,31 +1404,27 @@ def check_label_and_prefix(label: str, prefix: str) -> None:
         raise HTTPError(400, f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
 
 
-def require_value(request: Request) -> str:
-    value = required(request, "value", "; send &value=open (in a shell, in quotes), or a body with Content-Length")
-    check_value(value)
-    return value
-
-
-def take_choice(request: Request, name: str, choices: Sequence[str]) -> str | None:
+def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]) -> str | None:
     """Return a parameter that is one of a few words, or None if it is missing; raise HTTPError."""
-    text = request.parameters.get(name)
+    text = parameters.get(name)
     if text is not None and text not in choices:
         raise HTTPError(400, f"the parameter {name} can be: {', '.join(choices)}")
     return text
 
 
-def parse_seconds(name: str, text: str, least: float, most: float) -> float:
+def take_seconds(parameters: Mapping[str, str], name: str, least: float, most: float) -> float | None:
+    """Return a parameter that is a number of seconds, or None if it is missing; raise HTTPError."""
+    text = parameters.get(name)
+    if text is None:
+        return None
     if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) or not least <= float(text) <= most:
         above = "" if least == 0 else "above 0 and "
         raise HTTPError(400, f"the parameter {name} is {text[:40]!r}; send seconds, {above}up to {most}, such as 1.5")
     return float(text)
 
 
-def take_seconds(request: Request, name: str, least: float, most: float) -> float | None:
-    """Return a parameter that is a number of seconds, or None if it is missing; raise HTTPError."""
-    text = request.parameters.get(name)
-    return None if text is None else parse_seconds(name, text, least, most)
+def take_ttl(parameters: Mapping[str, str]) -> float:
+    return take_seconds(parameters, "ttl", sys.float_info.min, TTL_SECONDS_MAX) or 0
 
 
 # ---- Loop ------------------------------------------------------------------------------------------------------------
@@ -1677,19 +1670,18 @@ class SecureSocket:
         self._connection = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._is_open, self._fruitless_bytes = False, 0  # after the handshake
+        self._fruitless_bytes = 0  # after the handshake
         self._encrypted, self._in_flight = b"", 0  # bytes to send, and the length of the data in them
 
     async def shake_hands(self, threads: Threads, owner: Hashable, deadline: float) -> None:
         """Complete the handshake, which a thread computes; raise OSError or TimeoutError."""
-        while not self._is_open:
+        while not self._tls.version():
             data = await receive(self._connection, TLS_RECEIVE_BYTES, deadline)
             if not data:
                 raise ConnectionResetError
             self._incoming.write(data)
             try:
                 await threads.run(self._tls.do_handshake, owner, deadline)
-                self._is_open = True
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLError:
@@ -1737,7 +1729,7 @@ class SecureSocket:
 
     def shutdown(self, how: int) -> None:
         """Send no more, and say so: otherwise the data might seem to be cut off (RFC 8446 section 6.1)."""
-        if self._is_open:
+        if self._tls.version():
             with contextlib.suppress(OSError, ValueError):
                 self._tls.unwrap()
             self._flush()
@@ -1792,29 +1784,30 @@ class Metrics:
     def __init__(self, connections: Mapping[Any, Any], polls: Mapping[Any, Any]) -> None:
         self._connections, self._polls = connections, polls  # their lengths are reported
         self._started = time.monotonic()
-        # By endpoint and status: a count for each of DURATION_SECONDS and one for longer responses, then all seconds.
+        self._responses = collections.Counter[tuple[str, int]]()  # by endpoint and status
+        # By endpoint: a count for each of DURATION_SECONDS and one for longer responses, then all seconds.
         empty: list[float] = [0] * (len(DURATION_SECONDS) + 2)
-        self._responses: dict[tuple[str, int], list[float]] = collections.defaultdict(empty.copy)
+        self._durations: dict[str, list[float]] = collections.defaultdict(empty.copy)
         self.failed_logins = self.commits = self.writes = 0
         self.deliveries = self.failed_deliveries = self.dropped_deliveries = 0
 
     def note_response(self, endpoint: str, status: int, seconds: float) -> None:
-        numbers = self._responses[endpoint, status]
+        self._responses[endpoint, status] += 1
+        numbers = self._durations[endpoint]
         numbers[bisect.bisect_left(DURATION_SECONDS, seconds)] += 1
         numbers[-1] += seconds
 
     def text(self, store: Store) -> str:
         """Return all counters and the sizes of a store in the text format of Prometheus."""
         users, pairs, pending, database_bytes, log_bytes = store.sizes()
-        requests, durations, by_endpoint = list[str](), list[str](), dict[str, list[float]]()
-        for (endpoint, status), numbers in list(self._responses.items()):  # a copy: the loop goes on counting
-            requests.append(f'{{endpoint="{endpoint}",status="{status}"}} {sum(numbers[:-1])}')
-            by_endpoint[endpoint] = [sum(both) for both in zip(numbers, by_endpoint.get(endpoint, itertools.repeat(0)))]
-        for endpoint, (*counts, seconds) in by_endpoint.items():
+        requests, durations = [], []
+        for (endpoint, status), total in list(self._responses.items()):  # a copy: the loop goes on counting
+            requests.append(f'{{endpoint="{endpoint}",status="{status}"}} {total}')
+        for endpoint, (*counts, seconds) in list(self._durations.items()):
             for bound, count in zip((*DURATION_SECONDS, "+Inf"), itertools.accumulate(counts)):
                 durations.append(f'_bucket{{endpoint="{endpoint}",le="{bound}"}} {count}')
-            label = f'{{endpoint="{endpoint}"}}'
-            durations += [f"_sum{label} {seconds}", f"_count{label} {sum(counts)}"]
+            durations.append(f'_sum{{endpoint="{endpoint}"}} {seconds}')
+            durations.append(f'_count{{endpoint="{endpoint}"}} {sum(counts)}')
         lines = []
         for name, kind, meaning, samples in (
             ("requests_total", "counter", "Responses by endpoint and status.", requests),
@@ -1929,11 +1922,10 @@ class Throttle:
         """Count a failed login; raise HTTPError when that is one too many. With failures=-1, forget one again."""
         now, client = time.monotonic(), client_of(address)
         paid_off = max(self._paid_off.get(client, now), now) + failures * FAILURE_SECONDS
-        wait_seconds = math.ceil(round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3))
-        if wait_seconds > 0:
+        wait = math.ceil(round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3))  # seconds
+        if wait > 0:
             self._errors.write(f"login throttled: address={address}", RARE_LOG_SECONDS, client, "WARNING")
-            message = f"too many failed logins; try again in {wait_seconds} seconds"
-            raise HTTPError(429, message, (("Retry-After", str(wait_seconds)),))
+            raise HTTPError(429, f"too many failed logins; try again in {wait} seconds", (("Retry-After", str(wait)),))
         remember(self._paid_off, client, paid_off, THROTTLED_ADDRESSES_MAX)
 
 
@@ -2030,13 +2022,12 @@ class Authenticator:
     async def _verify(self, check: Check, name: str, password: str, address: Address | None) -> None:
         (digest, password_hash), waiting = check, self._waiting[check]
         stored = password_hash or self._unknown_user_hash
-
-        def verify() -> bool | None:
-            return verify_password(password, stored) if any(map(Wakeup.is_wanted, waiting)) else None
-
+        threads = self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads
         result: bool | Exception | None  # None if no request waited in the end
         try:
-            result = await (self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads).run(verify, "checks")
+            result = await threads.run(
+                lambda: verify_password(password, stored) if any(map(Wakeup.is_wanted, waiting)) else None, "checks"
+            )
         except Exception as error:  # noqa: BLE001 - the requests raise it
             result = error
         if result is False:
@@ -2064,15 +2055,12 @@ UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
 NO_RESOURCE = "there is no such key; store one with PUT"
 
 
-def take_ttl(request: Request) -> float:
-    return take_seconds(request, "ttl", sys.float_info.min, TTL_SECONDS_MAX) or 0
-
-
 def set_value(store: Store, request: Request) -> Response:
     """Store a value. With nx the key must be new; with old the stored value must equal it."""
-    key, value, ttl = request.parameters["key"], require_value(request), 0.0
-    if len(request.parameters) > 2:
-        old, only_new, ttl = request.parameters.get("old"), take_choice(request, "nx", ("1",)), take_ttl(request)
+    parameters, ttl = request.parameters, 0.0
+    key, value = parameters["key"], check_value(required(parameters, "value"))
+    if len(parameters) > 2:
+        old, only_new, ttl = parameters.get("old"), take_choice(parameters, "nx", ("1",)), take_ttl(parameters)
         if old is not None and only_new:
             raise HTTPError(400, "the parameters nx and old exclude each other; leave one out")
         pair = store.pair(request.user.id, key) if only_new or old is not None else None
@@ -2086,7 +2074,8 @@ def set_value(store: Store, request: Request) -> Response:
 
 def end_of_wait(request: Request, pair: Pair | None) -> float:
     """Return the monotonic time until which the request waits for a change, or 0 to respond now."""
-    wait_seconds, unless = take_seconds(request, "wait", 0, WAIT_SECONDS_MAX), request.parameters.get("unless")
+    wait_seconds = take_seconds(request.parameters, "wait", 0, WAIT_SECONDS_MAX)
+    unless = request.parameters.get("unless")
     if wait_seconds is None and unless is None:
         return 0
     if wait_seconds is None or (unless is None and "if-none-match" not in request.fields.headers):
@@ -2109,7 +2098,7 @@ def get_value(store: Store, request: Request) -> Response:
     pair = store.pair(request.user.id, request.parameters["key"])
     if pair and len(request.parameters) == 1 and "if-none-match" not in request.fields.headers:  # the usual case
         return Response(pair.value, headers=(("ETag", pair.etag),))
-    form, default = take_choice(request, "format", ("json", "age")), request.parameters.get("default")
+    form, default = take_choice(request.parameters, "format", ("json", "age")), request.parameters.get("default")
     if form and default is not None:
         raise HTTPError(400, "the parameter default is for the plain value; leave out format")
     wait_until = end_of_wait(request, pair)
@@ -2138,7 +2127,7 @@ def check_preconditions(request: Request, pair: Pair | None) -> None:
 
 def put_resource(store: Store, request: Request) -> Response:
     """Store a value under the key in the path if the preconditions hold."""
-    value, ttl = require_value(request), take_ttl(request)
+    value, ttl = check_value(required(request.parameters, "value")), take_ttl(request.parameters)
     if "content-range" in request.fields.headers:  # RFC 9110 section 14.5
         raise HTTPError(400, "a part of a value cannot be stored; send all of it, without Content-Range")
     pair = store.pair(request.user.id, request.parameters["key"])
@@ -2149,7 +2138,7 @@ def put_resource(store: Store, request: Request) -> Response:
 
 def delete_pair(store: Store, request: Request) -> Response:
     """Delete a key and its value if the preconditions hold."""
-    key, may_be_missing = request.parameters["key"], take_choice(request, "missing", ("ok",))
+    key, may_be_missing = request.parameters["key"], take_choice(request.parameters, "missing", ("ok",))
     pair = store.pair(request.user.id, key)
     if pair is None and not may_be_missing:  # whatever the preconditions say (RFC 9110 section 13.2.1)
         raise HTTPError(404, NO_RESOURCE if request.key_in_path else "there is no such key; missing=ok allows this")
@@ -2167,7 +2156,7 @@ def increment(store: Store, request: Request) -> Response:
     if not NUMBER.fullmatch(by):
         raise HTTPError(400, f"the parameter by is {A_NUMBER}")
     pair = store.pair(request.user.id, request.parameters["key"])
-    ttl = take_ttl(request)
+    ttl = take_ttl(request.parameters)
     stored = pair.value.decode("utf-8") if pair else "0"
     if not NUMBER.fullmatch(stored):
         raise HTTPError(409, f"the stored value is not {A_NUMBER}; set one first")
@@ -2186,7 +2175,7 @@ def toggle(store: Store, request: Request) -> Response:
     if len(words) != 2 or not all(words) or words[0] == words[1]:
         raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
     pair = store.pair(request.user.id, request.parameters["key"])
-    ttl = take_ttl(request)
+    ttl = take_ttl(request.parameters)
     if pair and pair.value not in [word.encode("utf-8") for word in words]:
         raise HTTPError(409, "the stored value is neither word; set one first, or send other words as values=A,B")
     word = words[1] if pair and pair.value == words[0].encode("utf-8") else words[0]
@@ -2198,7 +2187,7 @@ def toggle(store: Store, request: Request) -> Response:
 def list_pairs(store: Store, request: Request) -> Response:
     """Return the user's keys and values as one JSON object, with a link to the next page if more follow."""
     parameters, token = request.parameters, request.user.token
-    with_times = take_choice(request, "format", ("json",)) is not None
+    with_times = take_choice(request.parameters, "format", ("json",)) is not None
     limit = parameters.get("limit", "-1")
     if "limit" in parameters and not (re.fullmatch("[0-9]{1,5}", limit) and 1 <= int(limit) <= LIST_LIMIT_MAX):
         raise HTTPError(400, f"the parameter limit is {limit[:40]!r}; send a number from 1 to {LIST_LIMIT_MAX}")
@@ -2455,7 +2444,7 @@ def users_page(store: Store, request: Request) -> Response:
 
 
 def find_user(store: Store, request: Request) -> UserSummary:
-    for summary in store.users(required(request, "username")):
+    for summary in store.users(required(request.parameters, "username")):
         return summary
     raise HTTPError(404, "this user does not exist; it may have been deleted")
 
@@ -2497,7 +2486,7 @@ def values_page(store: Store, request: Request) -> Response:
 
 def value_page(store: Store, request: Request) -> Response:
     """Show one pair, with forms to edit and delete it; the typed text stays even if the pair is gone."""
-    key, typed = required(request, "key"), request.parameters.get("value") if request.refusal else None
+    key, typed = required(request.parameters, "key"), request.parameters.get("value") if request.refusal else None
     pair = store.pair(request.user.id, key)
     if pair is None and request.parameters.get("page") == "add":
         return values_page(store, request)
@@ -2523,8 +2512,8 @@ def value_page(store: Store, request: Request) -> Response:
 
 def change_user(store: Store, request: Request, action: str) -> str:
     """Run an action on a user, and return the address of the form's page."""
-    take_choice(request, "action", ("adduser", "deluser", "setpassword", "setadmin", "deltoken"))
-    name, is_admin = required(request, "username"), is_on(request.parameters, "isAdmin")
+    take_choice(request.parameters, "action", ("adduser", "deluser", "setpassword", "setadmin", "deltoken"))
+    name, is_admin = required(request.parameters, "username"), is_on(request.parameters, "isAdmin")
     if action == "adduser":
         check_user_name(name)
         store.add_user(name, request.password_hash, is_admin)
@@ -2541,22 +2530,22 @@ def change_user(store: Store, request: Request, action: str) -> str:
         if name == request.user.name and not is_admin:
             return "../me/"  # the pages for admins are closed to them now
     elif action == "deltoken":
-        store.delete_token(name, required(request, "id"))  # SQLite compares digits with a number
+        store.delete_token(name, required(request.parameters, "id"))  # SQLite compares digits with a number
     return url_to("user", username=name) if request.parameters.get("page") == "user" else "./"
 
 
 def change_own(store: Store, request: Request, action: str) -> str | Response:
     """Run an action on the visitor's pairs, tokens or password, and return the address of the form's page."""
-    take_choice(request, "action", ("set", "del", "passwd", "addtoken", "deltoken"))
+    take_choice(request.parameters, "action", ("set", "del", "passwd", "addtoken", "deltoken"))
     user, parameters, page = request.user, request.parameters, request.parameters.get("page", "")
     if action == "set":
         key = require_key(parameters.get("key"))
         pair = store.pair(user.id, key)
         etag = pair.etag if pair else ""  # an empty one means that the form has seen no value
-        value = require_value(request).replace("\r\n", "\n").replace("\r", "\n")  # browsers send line ends as CR LF
+        value = required(parameters, "value").replace("\r\n", "\n").replace("\r", "\n")  # browsers send CR LF
         if parameters.get("etag", etag) != etag:
             raise HTTPError(409, "the key has another value now, or none; save again to store this one all the same")
-        store.set_value(user.id, key, value, pair.expires if pair and page == "state" else None)
+        store.set_value(user.id, key, check_value(value), pair.expires if pair and page == "state" else None)
         return {"state": url_to("state", key=key), "add": url_to("./", prefix=key)}.get(page, "./")
     if action == "addtoken":
         label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
@@ -2568,39 +2557,35 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
             raise HTTPError(404, UNKNOWN_KEY)
     elif action == "passwd":
         _, password = decode_credentials(request.fields.headers["authorization"])  # this one has been checked
-        if not secrets.compare_digest(required(request, "current").encode("utf-8"), password.encode("utf-8")):
+        if not secrets.compare_digest(
+            required(request.parameters, "current").encode("utf-8"), password.encode("utf-8")
+        ):
             raise HTTPError(400, "the current password is wrong")
         store.set_password_hash(user.name, request.password_hash)
     elif action == "deltoken":
-        store.delete_token(user.name, required(request, "id"))
+        store.delete_token(user.name, required(request.parameters, "id"))
     return "./"
 
 
-class RefusedForm(Exception):
-    """A form is refused. The arguments are the page that shows it again, outside the transaction, and the reason."""
-
-
 def answer_form(store: Store, request: Request) -> Response:
-    """Run the action of a form; raise RefusedForm with the page that its field page names, or the main page."""
+    """Run the action of a form. If that is refused, the page that its field page names shows it again."""
     if request.path.endswith("/me/"):
         who, change, pages = PERSON, change_own, {"": values_page, "state": value_page, "add": value_page}
     else:
         who, change, pages = ADMIN, change_user, {"": users_page, "user": user_page}
-    user, action = store.user(request.user.name), required(request, "action")
+    user, action = store.user(request.user.name), required(request.parameters, "action")
     if user is None or user.id != request.user.id:  # deleted while the password was hashed
         raise NoSuchUser(request.user.name)
     check_visitor(user, who)
-    try:
-        if action in ("adduser", "setpassword", "passwd"):
-            check_password(request.parameters.get("password", ""))
-        done = change(store, request, action)
-    except (HTTPError, Conflict, NoSuchToken) as error:
-        if request.path.endswith("/admin"):  # a program, which wants no page
-            raise
-        raise RefusedForm(pages.get(request.parameters.get("page", ""), pages[""]), error) from None
+    is_program = request.path.endswith("/admin")
+    if not is_program:
+        request.form_page = pages.get(request.parameters.get("page", ""), pages[""])
+    if action in ("adduser", "setpassword", "passwd"):
+        check_password(request.parameters.get("password", ""))
+    done = change(store, request, action)
     if isinstance(done, Response):
         return done
-    url = "admin/" if request.path.endswith("/admin") else urllib.parse.quote(done, SAFE_IN_LOCATION) + "#done"
+    url = "admin/" if is_program else urllib.parse.quote(done, SAFE_IN_LOCATION) + "#done"
     return Response(status=303, headers=(("Location", url),))
 
 
@@ -2695,17 +2680,16 @@ def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
 
 def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> Response:
     """Return the response to a refused request: a page, a problem (RFC 9457) if it accepts any JSON, or a line."""
-    status, message, headers = error.status, error.message, error.headers
-    accept, title = request.fields.headers.get("accept", "").lower(), http.HTTPStatus(status).phrase
-    if status == 401 and route:
-        headers += (("WWW-Authenticate", f'Basic realm="{REALMS[route.who]}", charset="UTF-8"'),)
+    accept, title = request.fields.headers.get("accept", "").lower(), http.HTTPStatus(error.status).phrase
+    if error.status == 401 and route:
+        error.headers += (("WWW-Authenticate", f'Basic realm="{REALMS[route.who]}", charset="UTF-8"'),)
     if route and route.who in PAGE_VISITORS and request.wants_html():
-        request.refusal = HTTPError(status, message, headers)
+        request.refusal = error
         return make_page(request, title, "")
     if JSON in accept or "+json" in accept:
-        problem = json.dumps({"title": title, "status": status, "detail": message})
-        return Response(problem.encode(), status, "application/problem+json", headers)
-    return Response(message.encode(), status, headers=headers)
+        problem = json.dumps({"title": title, "status": error.status, "detail": error.message})
+        return Response(problem.encode(), error.status, "application/problem+json", error.headers)
+    return Response(error.message.encode(), error.status, headers=error.headers)
 
 
 # ---- Connections -----------------------------------------------------------------------------------------------------
@@ -2825,7 +2809,8 @@ class RequestHandler:
         del self.received[: end + 4]
         known_head, known = self.last
         if known and head == known_head:  # many clients send the same request again and again
-            request = Request(known.method, known.path, known.query, known.fields, known.parameters)
+            request = Request(known.method, known.path, known.query, known.fields)
+            request.parameters = known.parameters
         else:
             request = parse_head(head, self.fields)
         self.state, self.fields, self.body_pending = WORKING, request.fields, request.fields.body_length != 0
@@ -2929,9 +2914,10 @@ class RequestHandler:
             size = math.inf if route.who == ADMIN else len(request.query) + len(request.body)  # admins' may take long
             try:
                 return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
-            except RefusedForm as refused:
-                endpoint, error = refused.args
-                request.refusal = as_http_error(error, self.server.errors)
+            except (HTTPError, Conflict, NoSuchToken) as error:
+                if not request.form_page:
+                    raise
+                endpoint, request.refusal = request.form_page, as_http_error(error, self.server.errors)
 
         def run() -> Response:
             self.server.writer.check_file()
@@ -3459,7 +3445,7 @@ def parse_switch(text: str) -> bool:
 
 def parse_ttl(text: str) -> float:
     try:
-        return parse_seconds("ttl", text, sys.float_info.min, TTL_SECONDS_MAX)
+        return take_ttl({"ttl": text})
     except HTTPError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
