@@ -167,8 +167,7 @@ class ErrorLog:
 
 
 # ---- Passwords and tokens --------------------------------------------------------------------------------------------
-# How passwords and tokens are stored. A stored hash contains its own parameters, so it stays valid when the settings
-# above change.
+# How they are stored. A stored hash contains its own parameters, so it stays valid when the settings above change.
 
 SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024  # for hashes that another program made
 BASE64 = "((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2,4})"  # without padding
@@ -181,8 +180,7 @@ def scrypt(secret: bytes, salt: bytes, cost: int, block_size: int, parallelism: 
     return hashlib.scrypt(secret, salt=salt, n=cost, r=block_size, p=parallelism, maxmem=memory, dklen=length)
 
 
-def hash_parameters() -> str:
-    """Return the beginning of the hashes that are made now."""
+def new_hash_parameters() -> str:
     return f"$scrypt$ln={SCRYPT_COST_LOG2},r={SCRYPT_BLOCK_SIZE},p={SCRYPT_PARALLELISM}$"
 
 
@@ -191,7 +189,7 @@ def hash_password(password: str | None) -> str:
     salt, digest = secrets.token_bytes(16), secrets.token_bytes(32)
     if password is not None:
         digest = scrypt(password.encode(), salt, 1 << SCRYPT_COST_LOG2, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM, 32)
-    return hash_parameters() + "$".join(base64.b64encode(part).decode().rstrip("=") for part in (salt, digest))
+    return new_hash_parameters() + "$".join(base64.b64encode(part).decode().rstrip("=") for part in (salt, digest))
 
 
 def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
@@ -1026,12 +1024,11 @@ class HTTPError(Exception):
         self.status, self.message, self.headers = status, message, headers
 
 
-def decode_utf8(data: bytes, name: str) -> str:
-    """Decode UTF-8; raise HTTPError, whose message contains the name of the data."""
+def decode_utf8(data: bytes, what: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise HTTPError(400, f"{name} is not UTF-8; send UTF-8 (in an address, ü is %C3%BC)") from None
+        raise HTTPError(400, f"{what} is not UTF-8; send UTF-8 (in an address, ü is %C3%BC)") from None
 
 
 class Fields(NamedTuple):
@@ -1473,7 +1470,6 @@ def ready(events: int, deadline: float = NEVER) -> Generator[tuple[int, float], 
 
 
 async def sleep(seconds: float) -> None:
-    """Pause the task."""
     with contextlib.suppress(TimeoutError):
         await ready(0, time.monotonic() + seconds)
 
@@ -1600,7 +1596,6 @@ class Gate:
         await ready(0)
 
     def leave(self, bounds: Mapping[Hashable, int]) -> None:
-        """Give keys back."""
         self.taken -= collections.Counter(bounds.keys())
         line, self._line = self._line, []
         self._admit(line)
@@ -1757,7 +1752,6 @@ class Certificate:
             log("ERROR", f"the old certificate stays in use: {error}")
 
     def load(self) -> None:
-        """Load the certificate chain and the key; raise OSError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION
@@ -1851,7 +1845,7 @@ REALMS = {USER: "kvserver", OPERATOR: "kvserver", PERSON: "kvserver pages", ADMI
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
-Check = tuple[bytes, str]  # the keyed hash of a header, and the stored hash that it must match; "" if there is none
+Check = tuple[bytes, str]  # the keyed hash of a login, and the stored hash that it must match; "" if there is none
 Commit = Callable[[Callable[[Store], Any]], Awaitable[Any]]  # makes a change, and returns its result when it is on disk
 
 
@@ -1876,7 +1870,6 @@ def check_same_site(headers: Mapping[str, str]) -> None:
 
 
 def check_visitor(user: User, who: str) -> None:
-    """Raise HTTPError unless a route for these visitors allows the user."""
     if who in PAGE_VISITORS and user.token:
         raise HTTPError(401, "a token does not open pages; log in with your password")
     if who in (ADMIN, OPERATOR) and not user.is_admin:
@@ -1957,33 +1950,31 @@ class Authenticator:
         self.scrypt, self._threads = Threads(loop, 1), threads
         # For unknown names, so that times do not tell which names exist (except, at first, other programs' hashes).
         self._unknown_user_hash = hash_password(None)
-        # From the keyed hash of an Authorization header to the user's name and the stored hash that it matches.
-        self._verified: dict[bytes, tuple[str, str]] = {}
+        self._verified: dict[Check, None] = {}  # a check contains the stored hash: a new password counts at once
         self._refused: dict[Check, float] = {}  # failed checks, until when: one device must not throttle its neighbours
         self._secret = secrets.token_bytes(32)
         self._waiting: dict[Check, list[Wakeup]] = {}  # requests that wait for a check
         self._throttle = Throttle()
-
-    def _digest(self, authorization: str) -> bytes:
-        scheme, _, credentials = authorization.partition(" ")
-        spelling = f"{scheme.lower()} {credentials.strip(' ')}"  # one for all ways to write the same
-        return hashlib.blake2b(spelling.encode("iso-8859-1"), key=self._secret).digest()
 
     async def authenticate(self, authorization: str | None, find_address: Callable[[], Address | None]) -> User:
         """Return the user whose credentials an Authorization header holds; raise HTTPError or StoreBusy."""
         if authorization is None:
             message = "log in with a name and a password (curl -u NAME:PASSWORD), or with Authorization: Bearer TOKEN"
             raise HTTPError(401, message)
-        user = self._known_user(authorization)
-        while not user:
-            (name, password), address = decode_credentials(authorization), find_address()
-            check = self._digest(authorization), (self._store.user(name or "") or NOBODY).password_hash
+        name, password = decode_credentials(authorization)
+        digest = hashlib.blake2b(f"{name}:{password}".encode(), key=self._secret).digest()
+        while True:  # every round reads the rows: during a check, everything may change, in another process too
+            user = self._store.user(hash_token(password)) if password.startswith(TOKEN_PREFIX) else None
+            if user and name in (None, user.name):
+                return user
+            user = self._store.user(name or "") or NOBODY
+            check = digest, user.password_hash
+            if check in self._verified:
+                return user
             is_refused = time.monotonic() < self._refused.get(check, 0)
-            if is_refused or await self._check(check, name, password, address) is False:
+            if is_refused or await self._check(check, name, password, find_address()) is False:
                 self._metrics.failed_logins += 1
                 raise HTTPError(401, "the token is unknown" if name is None else "the user name or password is wrong")
-            user = self._known_user(authorization)  # meanwhile, everything may have changed
-        return user
 
     async def _check(self, check: Check, name: str | None, password: str, address: Address | None) -> bool | None:
         is_first = check not in self._waiting
@@ -2008,17 +1999,6 @@ class Authenticator:
         log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
         return False
 
-    def _known_user(self, authorization: str) -> User | None:
-        # Every request reads the row, and verified credentials count only while it has the hash that they matched. So a
-        # new password or a deletion counts at once, whichever process made it.
-        name, password_hash = self._verified.get(self._digest(authorization), ("", ""))
-        if name:
-            user = self._store.user(name)
-            return user if user and user.password_hash == password_hash else None
-        owner, token = decode_credentials(authorization)
-        user = self._store.user(hash_token(token)) if token.startswith(TOKEN_PREFIX) else None
-        return user if user and owner in (None, user.name) else None
-
     async def _verify(self, check: Check, name: str, password: str, address: Address | None) -> None:
         (digest, password_hash), waiting = check, self._waiting[check]
         stored = password_hash or self._unknown_user_hash
@@ -2035,14 +2015,16 @@ class Authenticator:
         else:
             self._throttle.charge(address, -1)
         if result is True:
-            remember(self._verified, digest, (name, stored), CREDENTIALS_MAX)
+            remember(self._verified, check, None, CREDENTIALS_MAX)
         for wakeup in self._waiting.pop(check):
             wakeup(result)
-        if result is True and not stored.startswith(hash_parameters()):  # another program's, or with other parameters
+        if result is True and not stored.startswith(
+            new_hash_parameters()
+        ):  # another program's, or with other parameters
             with contextlib.suppress(StoreError, sqlite3.Error):  # the old hash is good too
                 new_hash: str = await self.scrypt.run(lambda: hash_password(password), "checks")
                 await self._commit(lambda store: store.set_password_hash(name, new_hash, stored))
-                remember(self._verified, digest, (name, new_hash), CREDENTIALS_MAX)
+                remember(self._verified, (digest, new_hash), None, CREDENTIALS_MAX)
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
@@ -2126,7 +2108,6 @@ def check_preconditions(request: Request, pair: Pair | None) -> None:
 
 
 def put_resource(store: Store, request: Request) -> Response:
-    """Store a value under the key in the path if the preconditions hold."""
     value, ttl = check_value(required(request.parameters, "value")), take_ttl(request.parameters)
     if "content-range" in request.fields.headers:  # RFC 9110 section 14.5
         raise HTTPError(400, "a part of a value cannot be stored; send all of it, without Content-Range")
@@ -2137,7 +2118,6 @@ def put_resource(store: Store, request: Request) -> Response:
 
 
 def delete_pair(store: Store, request: Request) -> Response:
-    """Delete a key and its value if the preconditions hold."""
     key, may_be_missing = request.parameters["key"], take_choice(request.parameters, "missing", ("ok",))
     pair = store.pair(request.user.id, key)
     if pair is None and not may_be_missing:  # whatever the preconditions say (RFC 9110 section 13.2.1)
@@ -2419,7 +2399,6 @@ def welcome_page(store: Store, request: Request) -> Response:
 
 
 def users_page(store: Store, request: Request) -> Response:
-    """Show all users, a form to add one, and all hooks."""
     after, rows = request.parameters.get("after", ""), []
     users, hooks = store.users(after=after, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
     for user, pairs, newest in users[:PAGE_ROWS_MAX]:
@@ -2728,7 +2707,6 @@ class RequestHandler:
         return (2 if self.state == IDLE and not self.received else NEVER), self.deadline
 
     async def handle(self) -> None:
-        """Serve the connection until its end."""
         self.task = self.server.loop.current
         self.server.loop.use(self.socket)
         try:
