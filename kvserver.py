@@ -230,18 +230,15 @@ def hash_token(token: str) -> bytes:
 
 
 # ---- Storage ---------------------------------------------------------------------------------------------------------
-# The database: its schema, and the class that reads and changes it. What a method changes is on the disk when it
-# returns, or when commit does. Readers use other connections, to which SQLite shows a commit only after that: no read
-# returns a value that a power cut takes back. Nothing here knows of HTTP.
+# The database: its schema, and the class that reads and changes it. SQLite shows a commit to the readers' connections
+# only when it is on the disk: no read returns a value that a power cut takes back. Nothing here knows of HTTP.
 
 DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
 LOCK_POLL_SECONDS = 0.02
-CHECKPOINT_SECONDS = 2  # that a checkpoint waits for readers
 CACHED_ROWS_MAX = 256
 CACHED_BYTES_MAX = 4 * 1024 * 1024  # plus the value that passes it
 TIMED_PAIRS_MAX = 10_000  # that the server remembers, in case the clock jumps
-CLOCK_JUMP_SECONDS = 2  # or less is no jump
-# Seconds that nobody can set, and that count sleep. macOS has the second clock, Windows neither.
+# A clock that nobody can set, and that counts sleep. macOS has the second one, Windows neither.
 BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))
 running_time: Callable[[], float] = functools.partial(time.clock_gettime, BOOT_CLOCK) if BOOT_CLOCK else time.monotonic
 EXPIRED_PAIRS_MAX = 100  # that one transaction deletes: long values take time
@@ -376,8 +373,9 @@ class User(NamedTuple):
 
 
 NOBODY = User(0, "", "", False)  # SQLite's ids begin with 1
-UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
+PairId = tuple[int, str]  # user's id, key
 UserSummary = tuple[User, int, float | None]  # with the number of pairs, and when the newest was set (unix seconds)
+UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
 
 
 class Pair(NamedTuple):
@@ -457,16 +455,16 @@ class Store:
 
     def __init__(self, path: str, wait: float = DATABASE_LOCK_SECONDS, mb_max: int = 0, migrate: bool = False) -> None:
         """Open an existing file. wait: seconds that a change waits for other processes. mb_max: its largest size."""
-        self.path = os.path.abspath(path)  # no absolute path is a special name like ":memory:"
+        self.path = os.path.realpath(path)  # SQLite keeps other files beside it; it is no name like ":memory:"
         self._file = os.stat(self.path)
         uri = f"file:{urllib.parse.quote(os.fsencode(self.path), safe='')}?mode=rw"  # creates no file
         self._connection = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
         self._pages_max = 2**30 - 1  # SQLite's own limit
         self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
-        self.changed_pairs, self.changed_others = set[tuple[int, str]](), False  # in the transaction
-        # The expiries of pairs that got a ttl: since the start, and in the transaction.
-        self.timed_pairs, self._newly_timed = dict[tuple[int, str], float](), dict[tuple[int, str], float]()
-        self.clock_offset = time.time() - running_time()  # that these expiries fit
+        self.changed_pairs, self.changed_others = set[PairId](), False  # in the transaction
+        # Pairs that got a ttl since the start, and in the transaction: their expires, and the same by running_time.
+        self.timed_pairs, self._newly_timed = dict[PairId, tuple[float, float]](), dict[PairId, tuple[float, float]]()
+        self.clock_offset = time.time() - running_time()  # when expiries were last shifted
         try:
             for pragma in PRAGMAS:
                 self._execute(pragma)
@@ -498,8 +496,7 @@ class Store:
         if not is_new and self._execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
             raise StoreError(f"{self.path} is a database of another program; name another file")
         if version > newest:
-            known = f"it has schema version {version}, this program knows up to {newest}"
-            raise StoreError(f"{self.path} was written by a newer kvserver.py ({known}); use that")
+            raise StoreError(f"{self.path} was written by a newer kvserver.py (schema version {version}); use that")
         return version
 
     def _migrate(self) -> None:
@@ -532,9 +529,8 @@ class Store:
 
     def checkpoint(self) -> bool:
         """Copy the whole write-ahead log into the database; return whether the next commit restarts the log."""
-        # SQLite's own checkpoint, every 1,000 pages, doesn't wait for readers. With a reader at every moment, the log
-        # would grow without limit (SQLite's documentation, "Write-Ahead Logging", section 6).
-        with contextlib.closing(Store(self.path, CHECKPOINT_SECONDS)) as store:
+        # SQLite's own one doesn't wait for readers: with one at every moment, the log would grow without limit.
+        with contextlib.closing(Store(self.path, wait=2)) as store:
             return not store._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
 
     def begin(self, is_reading: bool = False) -> None:
@@ -550,54 +546,56 @@ class Store:
         An operation that raises changes nothing. If a failure also undoes other operations, as a full disk does, each
         operation runs again in its own transaction.
         """
-        outcomes: list[Any] = []
         try:
             if begin:
                 self.begin()
             jump = self.clock_jump()
             if jump:
                 self._shift_expiries(jump)
-            for operation in operations:
-                changes_before = self._connection.total_changes
-                try:
-                    outcomes.append(operation(self))
-                except Exception as error:  # its caller raises it
-                    outcomes.append(error)
-                    if self._connection.total_changes != changes_before or not self._connection.in_transaction:
-                        raise
-            if (self.timed_pairs or self._newly_timed) and abs(self.clock_jump() - jump) > CLOCK_JUMP_SECONDS:
-                return self.commit(operations, begin=True)  # operations saw both times
+            outcomes = [self._run(operation) for operation in operations]
             begun = time.monotonic()
             self._execute("COMMIT")
-            self.commit_seconds = time.monotonic() - begun
-            self.commits += 1
-            self.clock_offset += jump
-            if jump:
-                log("WARNING", f"the clock jumped by {jump:+.1f} seconds; values set since the start keep their ttl")
-            for pair, expires in self._newly_timed.items():
-                remember(self.timed_pairs, pair, expires, TIMED_PAIRS_MAX)
-            return outcomes
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - its caller raises it
             outcomes = [error]
             with contextlib.suppress(sqlite3.Error):  # begin tries again
                 self._connection.rollback()
-        if len(operations) > 1:
-            outcomes = [self.commit([operation], begin=True)[0] for operation in operations]
-        self.changed_others = True  # what is in changed_pairs may not have been committed
+            if len(operations) > 1:
+                outcomes = [self.commit([operation], begin=True)[0] for operation in operations]
+            self.changed_others = True  # what is in changed_pairs may not have been committed
+            return outcomes
+        self.commit_seconds = time.monotonic() - begun
+        self.commits += 1
+        self.clock_offset += jump
+        if jump:
+            log("WARNING", f"the clock jumped by {jump:+.1f} seconds; values set since the start keep their ttl")
+        for pair, expiry in self._newly_timed.items():
+            remember(self.timed_pairs, pair, expiry, TIMED_PAIRS_MAX)
         return outcomes
 
+    def _run(self, operation: Callable[[Store], Any]) -> Any:
+        changes_before = self._connection.total_changes
+        try:
+            return operation(self)
+        except Exception as error:
+            if self._connection.total_changes != changes_before or not self._connection.in_transaction:
+                raise
+            return error  # its caller raises it
+
     def clock_jump(self) -> float:
-        """Return by how many seconds the clock has jumped since expiries were last shifted, or 0."""
+        """Return by how many seconds the clock has jumped since expiries were last shifted; 0 if by 2 or less."""
         jump = time.time() - running_time() - self.clock_offset
-        return jump if abs(jump) > CLOCK_JUMP_SECONDS else 0
+        return jump if abs(jump) > 2 else 0
 
     def _shift_expiries(self, jump: float) -> None:
-        update = "UPDATE pair SET expires = ? WHERE user_id = ? AND key = ? AND expires = ?"  # or it has a newer one
-        self._newly_timed = {pair: expires + jump for pair, expires in self.timed_pairs.items()}
-        self.changed_others = True
         self._renew_triggers()  # those of earlier versions take a shift for an expiry
-        for pair, expires in self.timed_pairs.items():
-            self._exceed_limit(update, expires + jump, *pair, expires)
+        self.changed_others = True
+        for pair, (expires, end) in self.timed_pairs.items():
+            shifted = end + self.clock_offset + jump
+            self._newly_timed[pair] = shifted, end
+            update = (
+                "UPDATE pair SET expires = ? WHERE user_id = ? AND key = ? AND expires = ?"  # or it has a newer one
+            )
+            self._exceed_limit(update, shifted, *pair, expires)
 
     def transact(self, operation: Callable[[Store], Any]) -> Any:
         """Run an operation in its own transaction; return or raise its outcome."""
@@ -637,7 +635,6 @@ class Store:
         with self._connection:
             self._execute("BEGIN")
             self._connection.executemany("INSERT OR REPLACE INTO imported VALUES (?, ?, ?, ?, ?)", pairs)
-
         self.begin()
         with self._connection:  # commits, or rolls back after an error
             for user in users:
@@ -656,8 +653,8 @@ class Store:
         # One condition in one count would read all values.
         select = """SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair)
             - (SELECT count(*) FROM pair WHERE expires <= ?), (SELECT count(*) FROM delivery)"""
-        path, counts = os.path.realpath(self.path), self._execute(select, time.time()).fetchone()
-        return (*counts, os.path.getsize(path), os.path.getsize(path + "-wal"))
+        counts = self._execute(select, time.time()).fetchone()
+        return (*counts, os.path.getsize(self.path), os.path.getsize(self.path + "-wal"))
 
     def user(self, login: str | bytes) -> User | None:
         """Return the user with this name, or the user and the token with this digest."""
@@ -760,7 +757,8 @@ class Store:
         """Store a value until expires (unix seconds), or for ttl seconds; raise NoSuchUser if the user was deleted."""
         now = time.time()
         if ttl:
-            expires = self._newly_timed[user_id, key] = now + ttl
+            expires = now + ttl
+            self._newly_timed[user_id, key] = expires, running_time() + ttl
         self._execute(SET_VALUE, user_id, key, value, now, expires)
         self.changed_pairs.add((user_id, key))
 
@@ -861,12 +859,11 @@ class CachingStore(Store):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._rows: dict[Any, Any] = {}
-        self._rows_state = b""  # the state when _rows were read
-        self._rows_bytes = 0  # of values
+        self._rows, self._rows_bytes = dict[Any, Any](), 0  # of their values
+        self._rows_state = b""  # when they were read
         self.has_hooks()  # a first read creates the -shm file
         # It stays open: closing any descriptor of a file drops all the locks of the process on it (POSIX).
-        self._shared_file = open(os.path.realpath(self.path) + "-shm", "rb")  # noqa: SIM115
+        self._shared_file = open(self.path + "-shm", "rb")  # noqa: SIM115
         self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both copies
 
     def close(self) -> None:
@@ -881,7 +878,7 @@ class CachingStore(Store):
     def wal_pages(self) -> int:
         return int.from_bytes(self._shared[16:20], sys.byteorder)
 
-    def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[tuple[int, str]] | None) -> bool:
+    def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[PairId] | None) -> bool:
         """If only our commit lies between the states, keep all rows but the changed pairs, and return True."""
         before, after = (int.from_bytes(header[8:12], sys.byteorder) for header in (state_before, state))
         if not changed_pairs or after != before + 1 or self._rows_state != state_before:
@@ -909,13 +906,12 @@ class CachingStore(Store):
     def pair(self, user_id: int, key: str) -> Pair | None:
         rows = self._current_rows()
         pair: Pair | None = rows.get((user_id, key))
-        if pair is None:
-            pair = super().pair(user_id, key)
-            if pair is not None:
-                rows[user_id, key] = pair
-                self._rows_bytes += len(pair.value)
-        elif pair.expires is not None and pair.expires <= time.time():
-            return None
+        if pair:
+            return pair if pair.expires is None or pair.expires > time.time() else None
+        pair = super().pair(user_id, key)
+        if pair:
+            rows[user_id, key] = pair
+            self._rows_bytes += len(pair.value)
         return pair
 
 
@@ -928,7 +924,7 @@ def hand_over(descriptor: int, path: str) -> None:
 
 def lock_database(path: str) -> BinaryIO:
     """Lock a file next to a database until it is closed, and return it; raise BlockingIOError if another has it."""
-    path, flags = os.path.realpath(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     with contextlib.ExitStack() as on_error:
         lock = on_error.enter_context(os.fdopen(os.open(path + "-lock", flags, 0o600), "rb"))
         hand_over(lock.fileno(), path)
@@ -951,23 +947,21 @@ def has_stray_log(path: str) -> bool:
 
 def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
     """Open the database at path with the newest schema; raise StoreError. Without migrate, its schema stays."""
-    path = os.path.abspath(path)
     try:
-        real_path = os.path.realpath(path)  # SQLite puts its other files next to this one
-        folder = os.path.dirname(real_path)
+        path = os.path.realpath(path)
+        folder = os.path.dirname(path)
         if os.path.isdir(path):
             raise StoreError(f"{path} is a folder; name a file in it, such as --db {os.path.join(path, 'kvserver.db')}")
         if not os.path.isdir(folder):
             raise StoreError(f"there is no database {path}, and no folder for it; make that with: mkdir -p {folder}")
-        for place in (folder, real_path):
+        for place in (folder, path):
             if migrate and os.path.exists(place) and not os.access(place, os.W_OK):
                 raise StoreError(f"no permission to write {place}; use sudo, or become its owner: ls -ld {place}")
-        if has_stray_log(real_path):
-            raise StoreError(f"{real_path}-wal is not the write-ahead log of {path}; move {real_path}-wal away")
+        if has_stray_log(path):
+            raise StoreError(f"{path}-wal is not the write-ahead log of {path}; move {path}-wal away")
         if not create and not os.path.exists(path):
             raise StoreError(f"there is no database {path}; name it with --db, or type: python kvserver.py serve")
-        # Only the owner may read it. SQLite gives its -wal and -shm files the same permissions.
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):  # SQLite gives its -wal and -shm files the same permissions
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         return Store(path, migrate=migrate)
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
@@ -3117,14 +3111,11 @@ class Outbox:
 # ---- Server ----------------------------------------------------------------------------------------------------------
 # Accepts connections, and makes the changes that come in together in one transaction.
 
-TURN_CONNECTIONS = 8  # that are accepted between two looks for requests
-TURN_RESPONSES = 4  # to changes, between two looks for other requests
 GATHER_SECONDS_MAX = 0.001  # that a change waits for others to share its commit
 QUICK_COMMIT_SECONDS = 0.002  # if the last commit took no longer, the loop itself waits for the disk
 QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions go to a thread, even on a quick disk
 TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, except the last
 WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log begins again, even if it has to wait for readers
-CHECKPOINT_RETRY_SECONDS = 60  # all writers wait for an attempt, and a program copying the database may never end
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
 POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
 SHORT_POLL_SECONDS = 0.02  # between two looks for room, or for the last request's end
@@ -3150,18 +3141,15 @@ class Server(http.server.ThreadingHTTPServer):
         host = settings["host"] or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         passive = socket.getaddrinfo(host, settings["port"], type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, _, _, _, address = passive[0]
-        self.base_path: str = settings["base_path"]
-        self.trusted_proxy: Networks = settings["trusted_proxy"]
-        self.log_requests: bool = settings["log_requests"]
-        self.max_connections: int = settings["max_connections"]
-        self.certificate = certificate
-        self.errors = ErrorLog()
+        self.base_path, self.trusted_proxy = settings["base_path"], settings["trusted_proxy"]
+        self.log_requests, self.max_connections = settings["log_requests"], settings["max_connections"]
+        self.certificate, self.errors = certificate, ErrorLog()
         self.reader, self.writer = CachingStore(path), Store(path, wait=0, mb_max=settings["max_db_mb"])
         self.loop = Loop(lambda error: as_http_error(error, self.errors))
         # A slow commit must not wait for long lists, nor they for it.
         self.threads, self.disk = Threads(self.loop, WORKERS_MAX), Threads(self.loop, 1)
         self.connections: dict[socket.socket, RequestHandler] = {}
-        self.polls: dict[Wakeup, tuple[int, str]] = {}  # requests that wait for a change, and the pair of each
+        self.polls: dict[Wakeup, PairId] = {}  # requests that wait for a change, and the pair of each
         self.metrics = Metrics(self.connections, self.polls)
         self.authenticator = Authenticator(self.reader, self.loop, self.threads, self.commit, self.metrics)
         self.outbox = Outbox(self.reader, self.loop, self.commit, self.metrics, self.errors)
@@ -3234,8 +3222,6 @@ class Server(http.server.ThreadingHTTPServer):
                     self._wake_polls(None)
                 self._bound_unsent()
                 self.outbox.look()
-            except sqlite3.Error:  # requests report a failing disk
-                pass
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
                 as_http_error(error, self.errors)
             await sleep(POLL_SECONDS)
@@ -3282,7 +3268,7 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 await ready(READABLE)
                 is_full = len(self.connections) >= self.max_connections
-                for _ in range(min(TURN_CONNECTIONS, self.max_connections - len(self.connections))):
+                for _ in range(min(8, self.max_connections - len(self.connections))):  # then requests have their turn
                     self.process_request(*self.get_request())
                 if not is_full:
                     continue
@@ -3303,7 +3289,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.connections[request] = handler = RequestHandler(request, client_address, self)
         self.loop.start(handler.handle())
 
-    def _wake_polls(self, changed_pairs: set[tuple[int, str]] | None) -> None:
+    def _wake_polls(self, changed_pairs: set[PairId] | None) -> None:
         for wakeup, pair in self.polls.items():
             if changed_pairs is None or pair in changed_pairs:
                 wakeup(True)
@@ -3336,7 +3322,7 @@ class Server(http.server.ThreadingHTTPServer):
             commit = functools.partial(self.writer.commit, operations)
             results = commit() if is_quick else await self.disk.run(commit)
             for number, ((_, wakeup, _), result) in enumerate(zip(changes, results), 1):
-                if not is_quick and number % TURN_RESPONSES == 0:  # reads do not wait for many responses
+                if not is_quick and number % 4 == 0:  # reads do not wait for many responses
                     await self.loop.turn()
                 wakeup(result)
             self.metrics.commits = self.writer.commits
@@ -3349,7 +3335,7 @@ class Server(http.server.ThreadingHTTPServer):
             if self.outbox.has_hooks:
                 self.outbox.look()
             if self.reader.wal_pages() > WAL_PAGES_MAX and now >= self._next_checkpoint:
-                self._next_checkpoint = now + CHECKPOINT_RETRY_SECONDS
+                self._next_checkpoint = now + 60  # all writers wait for each try, and a reader may never end
                 if await self.disk.run(self.writer.checkpoint):
                     self._next_checkpoint = now
         except StoreBusy:  # another process is writing, and the changes wait
