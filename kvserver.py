@@ -3160,7 +3160,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._next_checkpoint = 0.0  # monotonic seconds
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
-        self.outbox.take_lock()
 
     def server_bind(self) -> None:
         """Bind the socket. HTTPServer's own method would ask the DNS for our name, which can take seconds."""
@@ -3382,7 +3381,7 @@ class Setting(NamedTuple):
 
 
 def parse_number(text: str, least: int = 1, most: int = 999_999) -> int:
-    if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"it must be a number from {least} to {most}")
     return int(text)
 
@@ -3407,13 +3406,7 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def parse_ttl(text: str) -> float:
-    try:
-        return take_ttl({"ttl": text})
-    except HTTPError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
+parse_ttl = functools.partial(parse_number, most=TTL_SECONDS_MAX)
 SETTINGS = {
     "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     "port": Setting(functools.partial(parse_number, least=0, most=65535), 8080, "P", "port; 0 picks one"),
@@ -3437,39 +3430,35 @@ def read_config(path: str) -> dict[str, str]:
         raise UsageError(f"cannot read the configuration file {path}: {error}") from None
     if not isinstance(members, dict):
         raise UsageError(f"the configuration file {path} is not a JSON object")
-    config = {}
     for name, member in members.items():
-        if name not in SETTINGS:
-            raise UsageError(f"unknown name {name!r} in {path}; the names are: {', '.join(SETTINGS)}")
-        if isinstance(SETTINGS[name].default, str) and not isinstance(member, str):
+        default, metavar = (SETTINGS[name].default, SETTINGS[name].metavar) if name in SETTINGS else (None, "")
+        if isinstance(default, str) and not isinstance(member, str):
             raise UsageError(f"{name} in {path} must be a JSON string, not {json.dumps(member)}")
-        if isinstance(SETTINGS[name].default, tuple) and isinstance(member, list):
-            member = ",".join(map(str, member))
-        config[name] = member if isinstance(member, str) else json.dumps(member)
-        if SETTINGS[name].metavar == "FILE" and member:
-            config[name] = os.path.join(os.path.dirname(path), member)
-    return config
+        if isinstance(default, tuple) and isinstance(member, list):
+            members[name] = ",".join(map(str, member))
+        elif metavar == "FILE" and member:
+            members[name] = os.path.join(os.path.dirname(path), member)
+        elif not isinstance(member, str):
+            members[name] = json.dumps(member)
+    return members
 
 
-def read_settings(arguments: argparse.Namespace, names: Iterable[str] = tuple(SETTINGS)) -> dict[str, Any]:
-    """Return the values of settings by name; raise CommandError. An empty environment variable counts as unset."""
-    variables = {name: "KVSERVER_" + name.upper() for name in ("config", *SETTINGS)}
-    for name in os.environ:
-        if name.startswith("KVSERVER_") and name not in variables.values():
-            raise UsageError(f"unknown environment variable {name}; the names are: {', '.join(variables.values())}")
-    path = getattr(arguments, "config", None) or os.environ.get(variables["config"])
-    config, values = read_config(path) if path else {}, {}
-    for name in names:
-        text, source = os.environ.get(variables[name]), f"the environment variable {variables[name]}"
-        if not text:
-            text, source = config.get(name), f"{name} in the configuration file"
+def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of all settings by name; raise UsageError. An empty environment variable counts as unset."""
+    path = flags.get("config") or environment.get("KVSERVER_CONFIG")
+    texts = [(f"{name} in {path}", name, text) for name, text in (read_config(path) if path else {}).items()]
+    for variable, text in environment.items():
+        if variable.startswith("KVSERVER_") and variable != "KVSERVER_CONFIG" and text:
+            texts.append((variable, variable[len("KVSERVER_") :].lower(), text))
+    values = {name: setting.default for name, setting in SETTINGS.items()}
+    for source, name, text in texts:
+        if name not in SETTINGS:
+            raise UsageError(f"{source} is not a setting; the settings are: {', '.join(SETTINGS)}")
         try:
-            values[name] = getattr(arguments, name, None)
-            if values[name] is None:  # the flag is not given
-                values[name] = SETTINGS[name].default if text is None else SETTINGS[name].parse(text)
+            values[name] = SETTINGS[name].parse(text)
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{source} is {text!r}; {error}") from None
-    return values
+    return {**values, **flags}
 
 
 # ---- Backup, export and import ---------------------------------------------------------------------------------------
@@ -3505,18 +3494,14 @@ def copying(source: Store, path: str) -> Iterator[int]:
 
 def back_up(arguments: argparse.Namespace) -> None:
     """Copy the database to a file, even while the server runs. The file is complete, or does not appear."""
-    path, database = arguments.file, arguments.db
-    suffixes = ("-wal", "-shm", "-journal")  # SQLite keeps these beside a database in use
-    in_use = [os.path.realpath(database) + suffix for suffix in ("", *suffixes)]
-    with contextlib.closing(open_store(database, create=False, migrate=False)) as store:
-        if os.path.realpath(path) in in_use or (os.path.exists(path) and os.path.samefile(path, database)):
-            raise CommandError(f"{path} is the database itself; name another file")
-        if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
-            raise CommandError(f"{path} is not a plain file; name another one")
+    path, suffixes = arguments.file, ("-wal", "-shm", "-journal")  # SQLite keeps these beside a database in use
+    with contextlib.closing(open_store(arguments.db, create=False, migrate=False)) as store:
+        is_used = path.endswith(suffixes) or any(os.path.exists(path + suffix) for suffix in suffixes)
+        is_plain = os.path.isfile(path) and not os.path.islink(path) and not os.path.samefile(path, store.path)
+        if is_used or (os.path.lexists(path) and not is_plain):
+            raise CommandError(f"{path} is a database in use, or not a plain file; name another file")
         if os.path.exists(path) and not arguments.force:
             raise CommandError(f"{path} exists; to overwrite it, add --force")
-        if any(os.path.exists(path + suffix) for suffix in suffixes):
-            raise CommandError(f"{path} is a database in use, as the files beside it show; name another file")
         with copying(store, path):
             pass
     print(f"wrote {path}")
@@ -3534,8 +3519,6 @@ def set_aside(database: str, locks: contextlib.ExitStack) -> str:
         raise CommandError(f"another process uses the database {database}; stop the server, and try again") from None
     except sqlite3.Error:  # it is damaged, and keeps its log
         pass
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the rest takes no time
     kept = ""
     while not kept or os.path.lexists(kept) or os.path.lexists(kept + "-wal"):
         kept = f"{database}.before-restore-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -3625,21 +3608,21 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
             pair_rows = source.execute("SELECT user, key, value FROM state ORDER BY rowid DESC").fetchall()
     except sqlite3.Error as error:
         raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
-    users, values = dict[str, User](), dict[tuple[str, str], str]()
-    left_out, unknown = list[str](), list[str]()
+    users, values, left_out = dict[str, User](), dict[tuple[str, str], str](), list[str]()
     for name, stored, is_admin in user_rows:
         try:
             check_user_name(name if isinstance(name, str) else "")
+            users[name] = User(0, name, str(stored), is_admin == 1)
         except HTTPError as error:
             left_out.append(f"user {name!r:.80}: {error}; all their values are left out too")
-            continue
-        users[name] = User(0, name, str(stored), is_admin == 1)
-        if SCRYPT_HASH.match(str(stored)) or not str(stored).isascii() or not parse_hash(str(stored)):
-            unknown.append(name)
+    hashes = {name: user.password_hash for name, user in users.items()}
+    unknown = [
+        name for name, text in hashes.items() if SCRYPT_HASH.match(text) or not text.isascii() or not parse_hash(text)
+    ]
     if unknown:
         hint = "In IoT Persistence Api, delete these users and add them again, with passwords"
-        whose = ", ".join(unknown)
-        raise CommandError(f"nothing was imported: the password hash of {whose} is of an unknown kind. {hint}")
+        problem = f"the password hash of {', '.join(unknown)} is of an unknown kind"
+        raise CommandError(f"nothing was imported: {problem}. {hint}")
     for name, key, value in pair_rows:
         try:
             if name not in users:
@@ -3666,13 +3649,12 @@ def import_database(arguments: argparse.Namespace) -> None:
             raise CommandError(f"these users exist already: {', '.join(merged)}; {what}")
         stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
         has_admin = any(user.is_admin for user, *_ in store.users())
-    for line in left_out:
-        print(f"left out: {line}")
-    print(f"imported users: {len(users) - len(merged)}, values: {stored}; left out: {len(left_out)}")
+    print("".join(f"left out: {line}\n" for line in left_out), end="")
+    print(
+        f"imported users, with their passwords: {len(users) - len(merged)}, values: {stored}; left out: {len(left_out)}"
+    )
     if merged:
         print(f"these users keep their password and role here: {', '.join(merged)}")
-    if len(merged) < len(users):
-        print("the new users log in with their old passwords")
     if not has_admin:
         print(f"nobody is an admin; add one with: {arguments.program} adduser NAME --admin")
 
@@ -3707,16 +3689,14 @@ def read_password(arguments: argparse.Namespace) -> str:
 
 
 def print_table(head: Sequence[str], rows: Iterable[Iterable[object]], if_empty: str) -> None:
-    """Print a table that fits the terminal, or 80 columns. A column of nothing but "-" is left out."""
-    import shutil
-
+    """Print a table that fits 80 columns. A column of nothing but "-" is left out."""
     texts = [[escape_unprintable(str(cell)) for cell in row] for row in rows]
     if not texts:
         print(if_empty)
         return
     columns = [column for column in zip(head, *texts) if set(column[1:]) != {"-"}]
     widths = [max(map(len, column)) for column in columns]
-    while sum(widths) + 2 * len(widths) - 2 > max(80, shutil.get_terminal_size().columns):
+    while sum(widths) + 2 * len(widths) - 2 > 80:
         widths[widths.index(max(widths))] -= 1
     for row in zip(*columns):
         cells = (text if len(text) <= width else text[: width - 1] + "…" for text, width in zip(row, widths))
@@ -3827,16 +3807,17 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
         raise CommandError(f"the test of hook {arguments.id} failed; check the URL and the program there")
 
 
-def no_such_key(name: str, key: str) -> CommandError:
-    return CommandError(f"{name} has no key {key}; list the keys with: python kvserver.py list {shlex.quote(name)}")
+def require_pair(arguments: argparse.Namespace, store: Store) -> Pair:
+    pair = store.pair(arguments.user.id, arguments.key)
+    if not pair:
+        hint = f"list the keys with: python kvserver.py list {shlex.quote(arguments.name)}"
+        raise CommandError(f"{arguments.name} has no key {arguments.key}; {hint}")
+    return pair
 
 
 def print_value(arguments: argparse.Namespace, store: Store) -> None:
     """Print a user's value, and a newline."""
-    pair = store.pair((store.user(arguments.name) or NOBODY).id, arguments.key)
-    if not pair:
-        raise no_such_key(arguments.name, arguments.key)
-    sys.stdout.buffer.write(pair.value + b"\n")
+    sys.stdout.buffer.write(require_pair(arguments, store).value + b"\n")
 
 
 def store_value(arguments: argparse.Namespace, store: Store) -> None:
@@ -3847,44 +3828,40 @@ def store_value(arguments: argparse.Namespace, store: Store) -> None:
             print("Type the value, and press Enter and Ctrl-D:", file=sys.stderr)
         value = re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode("utf-8-sig"))
     check_value(value)
-    user_id = (store.user(arguments.name) or NOBODY).id
-    store.transact(lambda store: store.set_value(user_id, key, value, ttl=arguments.ttl or 0))
-    print(f"stored the key {escape_unprintable(key)} of {arguments.name}")
+    store.transact(lambda store: store.set_value(arguments.user.id, key, value, ttl=arguments.ttl))
+    print("stored the key", escape_unprintable(key), "of", arguments.name)
 
 
 def delete_value(arguments: argparse.Namespace, store: Store) -> None:
     """Delete a key of a user, with its value. Hooks and waiting requests notice that."""
-    user_id = (store.user(arguments.name) or NOBODY).id
-    if not store.transact(lambda store: store.delete_pair(user_id, arguments.key)):
-        raise no_such_key(arguments.name, arguments.key)
-    print(f"deleted the key {escape_unprintable(arguments.key)} of {arguments.name}")
+    require_pair(arguments, store)
+    store.transact(lambda store: store.delete_pair(arguments.user.id, arguments.key))
+    print("deleted the key", escape_unprintable(arguments.key), "of", arguments.name)
 
 
 def print_values(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's keys and values, a line each, with a tab between. Control characters are escaped."""
-    number = 0
-    for number, (_, key, value, *_) in enumerate(store.all_pairs(arguments.name, arguments.prefix), 1):
+    for _, key, value, *_ in store.all_pairs(arguments.name, arguments.prefix):
         print(escape_unprintable(key), escape_unprintable(value), sep="\t")
-    if not number:
-        what = f"keys that begin with {arguments.prefix}" if arguments.prefix else "values"
-        print(escape_unprintable(f"{arguments.name} has no {what}"), file=sys.stderr)
+    if not store.pairs(arguments.user.id, arguments.prefix, after="", limit=1):
+        print(escape_unprintable(f"no key of {arguments.name} matches {arguments.prefix}*"), file=sys.stderr)
 
 
 def announce(server: Server, store: Store, program: str) -> None:
     """Print where the server listens, and tell systemd. If there are no users, add admin and print how to try it."""
-    name, host = server.server_name, parse_address(server.server_name)
-    scheme, curl = ("https", "curl -k") if server.certificate else ("http", "curl")  # few certificates name an address
+    name, address = server.server_name, parse_address(server.server_name)
+    if not server.certificate and not (address and address.is_loopback):
+        log("WARNING", "plain HTTP sends passwords openly; see --tls-cert")
+    server.outbox.take_lock()  # or it warns of another server
+    log("INFO", f"started: database={store.path}")
     hosts = [name, name, name]  # to listen on, to try from here, and to open from other machines
-    if host and host.is_unspecified:
+    if address and address.is_unspecified:
         hosts = [name, "127.0.0.1", socket.gethostname().partition(".")[0] + ".local"]
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect(("192.0.2.1", 9))  # sends nothing, but the system chooses an interface
             hosts.append(probe.getsockname()[0])
+    scheme, curl = ("https", "curl -k") if server.certificate else ("http", "curl")  # few certificates name an address
     urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.server_port}" for host in hosts]
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not (host and host.is_loopback) and not server.certificate:
-        log("WARNING", "plain HTTP sends passwords openly; see --tls-cert")
-    log("INFO", f"started: database={store.path}")
 
     def add_admin(store: Store) -> None:  # in a transaction: a password that cannot be printed is not stored
         password = make_token()[-20:]
@@ -3900,31 +3877,32 @@ def announce(server: Server, store: Store, program: str) -> None:
         with contextlib.suppress(Conflict):  # another process was quicker
             store.transact(add_admin)
     print(f"listening on {urls[0]}", flush=True)
+    notify = os.environ.get("NOTIFY_SOCKET", "")  # sd_notify(3)
+    if not notify:
+        return
     try:
-        if address:  # sd_notify(3)
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
-                notify_socket.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.sendto(b"READY=1", "\0" + notify[1:] if notify[0] == "@" else notify)
     except OSError as error:
         log("ERROR", f"cannot tell systemd that the server is ready: {error.strerror}")
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until Ctrl-C or SIGTERM. The first start adds the user admin, and prints the password once."""
-    settings = read_settings(arguments)
-    tls_paths = settings["tls_cert"], settings["tls_key"]
+    tls_paths = arguments.tls_cert, arguments.tls_key
     if any(tls_paths) and not all(tls_paths):
-        arguments.parser.error("--tls-cert and --tls-key go together: the certificate and its private key")
+        raise UsageError("--tls-cert and --tls-key go together: the certificate and its private key")
     certificate = Certificate(*tls_paths) if any(tls_paths) else None
     threading.stack_size(512 * 1024)  # the usual 8 MiB per thread are a lot for a small machine
-    with contextlib.closing(open_store(settings["db"])) as store:
+    with contextlib.closing(open_store(arguments.db)) as store:
         try:
-            server = Server(store.path, settings, certificate)
+            server = Server(store.path, vars(arguments), certificate)
         except (OSError, UnicodeError) as error:
-            where = f"{settings['host'] or 'all interfaces'}, port {settings['port']}"
-            number, unit = getattr(error, "errno", 0), "python kvserver.py unit"
-            hint = "is kvserver running already? " if number == errno.EADDRINUSE else ""
-            hint = f"a port below 1024 needs rights, which {unit} gives; " if number == errno.EACCES else hint
+            hints = {errno.EADDRINUSE: "is kvserver running already? "}
+            hints[errno.EACCES] = "a port below 1024 needs rights, which python kvserver.py unit gives; "
+            where = f"{arguments.host or 'all interfaces'}, port {arguments.port}"
             reason = error.strerror if isinstance(error, OSError) else "this is not a host name"
+            hint = hints.get(getattr(error, "errno", 0), "")
             raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
@@ -3943,25 +3921,12 @@ def serve(arguments: argparse.Namespace) -> None:
             os._exit(0)  # a commit hangs on its disk; it has no response yet, so no promise is broken
 
 
-UNIT_PROTECTIONS = """DevicePolicy=closed LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
-    PrivateDevices=yes PrivateMounts=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid ProtectClock=yes
-    ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes ProtectKernelModules=yes
-    ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict RemoveIPC=yes RestrictNamespaces=yes
-    RestrictRealtime=yes RestrictSUIDSGID=yes SystemCallArchitectures=native SystemCallErrorNumber=EPERM UMask=0077"""
-
-
-def unit_flags(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the settings that come from flags or the environment as flags, with absolute paths."""
-    for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
-        if getattr(arguments, name, None) is None and not os.environ.get("KVSERVER_" + name.upper()):
-            continue  # the service finds the same default, or the same configuration file
-        if isinstance(value, bool):
-            yield flag if value else flag.replace("--", "--no-")
-            continue
-        for part in value if isinstance(value, (list, tuple)) else [value]:
-            is_path = part and name in ("config", "db", "tls_cert", "tls_key")
-            yield from (flag, os.path.abspath(part) if is_path else str(part))
+SERVICE_LINES = """CapabilityBoundingSet= DevicePolicy=closed LockPersonality=yes MemoryDenyWriteExecute=yes
+    NoNewPrivileges=yes PrivateDevices=yes PrivateMounts=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid
+    ProtectClock=yes ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes
+    ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict RemoveIPC=yes
+    Restart=on-failure RestartSec=5 RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
+    StateDirectory=kvserver SystemCallArchitectures=native SystemCallErrorNumber=EPERM Type=notify UMask=0077"""
 
 
 def quote_for_systemd(text: str) -> str:
@@ -3970,30 +3935,35 @@ def quote_for_systemd(text: str) -> str:
 
 def print_unit(arguments: argparse.Namespace) -> None:
     """Print a systemd unit that runs serve with these flags. Its first lines say how to install it."""
-    settings = {**read_settings(arguments), "config": arguments.config or os.environ.get("KVSERVER_CONFIG", "")}
-    start, flags = [sys.executable, os.path.abspath(__file__)], list(unit_flags(arguments, settings))
-    is_default = "--db" not in flags and settings["db"] == DEFAULT_DATABASE
-    database = "/var/lib/kvserver/kvserver.db" if is_default else os.path.abspath(settings["db"])
+    arguments.words.remove("unit")
+    words = [part for word in arguments.words for part in word.split("=", maxsplit=word.startswith("--"))]
+    of_files = ("--config", "--db", "--tls-cert", "--tls-key")
+    flags = [os.path.abspath(word) if flag in of_files and word else word for flag, word in zip(["", *words], words)]
+    start, database = [sys.executable, os.path.abspath(__file__)], os.path.abspath(arguments.db)
+    if database == DEFAULT_DATABASE and "--db" not in flags:
+        database = "/var/lib/kvserver/kvserver.db"
     folder, is_elsewhere = os.path.dirname(database), not database.startswith("/var/lib/kvserver/")
     at_home = list(filter(re.compile("/(home|root)/").match, (*start, os.path.realpath(start[0]), *flags, database)))
-    home = os.stat("/".join(at_home[0].split("/")[:3]) if at_home else "/")
-    # A dynamic user cannot write to other folders, and cannot enter a closed home: there the owner runs the service.
-    uid = os.stat(folder).st_uid if is_elsewhere else 0 if home.st_mode & 1 else home.st_uid
-    lines, notes = [f"User={uid or 'kvserver'}", f"DynamicUser={'no' if uid or is_elsewhere else 'yes'}"], ""
-    run = f"sudo systemd-run -qt -p {' -p '.join(lines)} -p StateDirectory=kvserver"
+    # A dynamic user cannot write to other folders, nor enter a closed home: there the owner runs the service.
+    home = os.path.dirname(at_home[0]) if at_home else "/"
+    uid = os.stat(folder if is_elsewhere else home).st_uid
+    user = [f"User={uid or 'kvserver'}", f"DynamicUser={'no' if uid or is_elsewhere else 'yes'}"]
+    lines, notes, options = [*user, *SERVICE_LINES.split()], "", f"-p {' -p '.join(user)} -p StateDirectory=kvserver"
     if is_elsewhere:
         lines.append(f"ReadWritePaths={quote_for_systemd(folder)}")
-        files = f"{shlex.quote(folder)} {shlex.quote(database)}*"
-        notes += "" if uid else f"# First: sudo useradd --system kvserver; sudo chown kvserver {files}\n"
+        if not uid:
+            files = f"{shlex.quote(folder)} {shlex.quote(database)}*"
+            notes += f"# First: sudo useradd --system kvserver; sudo chown kvserver {files}\n"
     if at_home:
+        lines.remove("ProtectHome=yes")
         notes += f"# ProtectHome= is left out, for {at_home[0]}; if the service cannot read that, move it to /opt\n"
-    capability = "CAP_NET_BIND_SERVICE" if 0 < settings["port"] < 1024 else ""  # in vain among PrivateUsers
-    dropped = ("ProtectHome=yes" if at_home else "", "PrivateUsers=yes" if capability else "")
-    protections = "\n".join(lines + [line for line in UNIT_PROTECTIONS.split() if line not in dropped])
+    if 0 < arguments.port < 1024:
+        lines.remove("PrivateUsers=yes")  # among these, the capability would be in vain
+        lines += ["AmbientCapabilities=CAP_NET_BIND_SERVICE", "CapabilityBoundingSet=CAP_NET_BIND_SERVICE"]
     print(f"""{notes}# To install this service with NAME as an admin, type:
 #     {shlex.join([*start, "unit", *flags])} | sudo tee /etc/systemd/system/kvserver.service >/dev/null
 #     sudo systemctl daemon-reload
-#     {run} {shlex.join([*start, "adduser", "NAME", "--admin", "--db", database])}
+#     sudo systemd-run -qt {options} {shlex.join([*start, "adduser", "NAME", "--admin", "--db", database])}
 #     sudo systemctl enable --now kvserver
 
 [Unit]
@@ -4002,21 +3972,12 @@ Wants=network-online.target time-sync.target
 After=network-online.target time-sync.target
 
 [Service]
-Type=notify
 ExecStart={" ".join(map(quote_for_systemd, [*start, "serve", *flags])).replace("$", "$$")}
 ExecReload=/bin/kill -HUP $MAINPID
-Restart=on-failure
-RestartSec=5
-StateDirectory=kvserver
-AmbientCapabilities={capability}
-CapabilityBoundingSet={capability}
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
 SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-{protections}
-
-[Install]
-WantedBy=multi-user.target""")
+SystemCallFilter=~@privileged @resources""")
+    print(*lines, "", "[Install]", "WantedBy=multi-user.target", sep="\n")
 
 
 MORE_HELP = """COMMAND --help explains a command. All but serve and restore also work while the server runs, and act at
@@ -4045,7 +4006,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
     "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
     "--read-only": {"action": "store_true", "help": "the token cannot change anything"},
-    "--ttl": {"metavar": "S", "type": parse_ttl, "help": "the value expires S seconds later (default: never)"},
+    "--ttl": {
+        "metavar": "S",
+        "type": parse_ttl,
+        "default": 0,
+        "help": "seconds until the value expires (default: never)",
+    },
     "--value": {"metavar": "V", "help": "send only changes to the value V"},
     "--yes": {"action": "store_true", "help": "do not ask, and delete even the last admin"},
 }
@@ -4079,15 +4045,15 @@ def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser,
     description = "A small key-value server over HTTP, for things that cannot keep values. To begin: %(prog)s serve"
     parser = argparse.ArgumentParser(program, description=description, epilog=MORE_HELP, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kvserver {__version__}")
-    parser.add_argument("--db", metavar="FILE", help=SETTINGS["db"].help)
+    parser.add_argument("--db", metavar="FILE", default=argparse.SUPPRESS, help=SETTINGS["db"].help)
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, run, *its_arguments in [row for row in COMMANDS if row[0] == only] or COMMANDS:
         text = run.__doc__ or ""
         command = commands.add_parser(name, help=text.partition(".")[0], description=text, allow_abbrev=False)
-        command.set_defaults(run=run, parser=command)
+        command.set_defaults(run=run)
         for argument in its_arguments:
-            flags = [argument] if argument.startswith("--") else []
-            command.add_argument(*flags, **ARGUMENTS[argument])
+            names = [argument] if argument.startswith("--") else []
+            command.add_argument(*names, **ARGUMENTS[argument])
         for flag, setting in SETTINGS.items() if run in (serve, print_unit) else [("db", SETTINGS["db"])]:
             options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar, "help": setting.help}
             if setting.default and flag != "db":
@@ -4096,53 +4062,56 @@ def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser,
                 options["action"] = "extend"
             if isinstance(setting.default, bool):
                 options = {"action": argparse.BooleanOptionalAction, "help": setting.help}
-            # A --db before the command stays, because a flag that is not given has no default here.
             command.add_argument("--" + flag.replace("_", "-"), default=argparse.SUPPRESS, **options)
     return parser, commands.choices
+
+
+def check_word(word: str, known: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raise UsageError for a command or flag that is not known; name a likely one."""
+    if word in known:
+        return
+    import difflib
+
+    likely = difflib.get_close_matches(word, known, 1)
+    hint = f"did you mean {parser.prog} {likely[0]}?" if likely else f"list all with: {parser.prog} --help"
+    if not word.startswith("-"):
+        raise UsageError(f"there is no command {cut_off(word, 40)}; {hint}")
+    parser.print_usage(sys.stderr)
+    raise UsageError(f"there is no flag {word} here; {hint}")
 
 
 def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
     """Add the parsed arguments to a namespace. Wrong usage exits with 2, and names a likely command or flag."""
     parser, commands = build_parser(arguments.program, *argv[:1])
-    level, words = parser, iter(argv)
-    for word in itertools.takewhile("--".__ne__, words):
+    level = parser
+    for previous, word in zip(["", *argv], itertools.takewhile("--".__ne__, argv)):
         flag = re.match("--?[A-Za-z][A-Za-z0-9_-]*(?==|$)", word)
-        name, known = (flag[0], level._option_string_actions) if flag else (word, commands)
-        if name not in known and (flag or level is parser):
-            import difflib
-
-            likely = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {level.prog} {likely[0]}?" if likely else f"list all with: {level.prog} --help"
-            if flag:
-                level.print_usage(sys.stderr)
-            raise UsageError(f"there is no {f'flag {name} here' if flag else f'command {cut_off(name, 40)}'}; {hint}")
-        if name == "--db" and word == name:
-            next(words, "")
-        elif level is parser and not flag:
+        if flag:
+            check_word(flag[0], ["--help", *re.findall("--?[a-z][a-z-]*", level.format_usage())], level)
+        elif level is parser and previous != "--db":
+            check_word(word, list(commands), parser)
             level = commands[word]
     _, rest = parser.parse_known_args(argv, arguments)
     if rest:
         level.error("too many arguments; one that contains spaces needs quotes")
     if level is parser:
         parser.print_help(sys.stderr)
-        named = f" --db {shlex.quote(arguments.db)}" if arguments.db else ""
-        parser.exit(2, f"\nTo begin: {parser.prog}{named} serve\n")
+        parser.exit(2, f"\nTo begin: {parser.prog} {shlex.join([*argv, 'serve'])}\n")
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    if arguments.run is print_unit:  # it must know which flags are given
-        print_unit(arguments)
-        return
-    is_named = arguments.db or getattr(arguments, "config", None) or os.environ.get("STATE_DIRECTORY")
-    arguments.db = read_settings(arguments, ["db"])["db"]
+    is_named = "db" in arguments or vars(arguments).get("config") or os.environ.get("STATE_DIRECTORY")
+    environment = {} if arguments.run is print_unit else os.environ  # the service has another
+    vars(arguments).update(read_settings(vars(arguments), environment))
     if is_named:  # a shell may not find this database by itself
         arguments.program += f" --db {shlex.quote(arguments.db)}"
-    if arguments.run in (serve, add_user, back_up, restore, import_pairs):  # the other commands get an open store
+    if arguments.run in (serve, print_unit, add_user, back_up, restore, import_pairs):
         arguments.run(arguments)
         return
     with contextlib.closing(open_store(arguments.db, create=False)) as store:
-        name = getattr(arguments, "name", None)
-        if name is not None and not store.user(name):
+        name = vars(arguments).get("name")
+        arguments.user = store.user(name or "")
+        if name is not None and not arguments.user:
             raise NoSuchUser(name)
         arguments.run(arguments, store)
 
@@ -4153,6 +4122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         arguments.program = shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(argv)])
+    arguments.words = list(argv)
     try:
         if not sys.stdin or not isinstance(sys.stdout, io.TextIOWrapper):
             raise CommandError("standard input or output is closed; use /dev/null instead")
