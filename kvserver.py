@@ -1042,7 +1042,7 @@ class Request:
     key_in_path = ""  # still encoded
     may_wait = True  # for a change
     was_there = False  # the pair, when the request began to wait
-    metrics: Metrics | None = None  # for endpoints that run in a thread
+    metrics: Metrics  # for endpoints that run in a thread
     password_hash = ""  # of the parameter password
     form_page: Callable[[Any, Request], Response] | None = None  # that shows a refused form again
     refusal: HTTPError | None = None  # of the request, for the page that shows it
@@ -1396,7 +1396,6 @@ def check_label_and_prefix(label: str, prefix: str) -> None:
 
 
 def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]) -> str | None:
-    """Return a parameter that is one of a few words, or None if it is missing; raise HTTPError."""
     text = parameters.get(name)
     if text is not None and text not in choices:
         raise HTTPError(400, f"the parameter {name} can be: {', '.join(choices)}")
@@ -2022,7 +2021,7 @@ class Authenticator:
 
 
 # ---- API -------------------------------------------------------------------------------------------------------------
-# One plain function for each endpoint. Clients of IoT Persistence Api compare these bodies.
+# One plain function for each endpoint of the table at the top. Clients of IoT Persistence Api compare these bodies.
 
 NUMBER_DIGITS_MAX = 100
 NUMBER = re.compile(rf"-?(?:[0-9]{{1,{NUMBER_DIGITS_MAX}}}|(?=[0-9.]{{3,{NUMBER_DIGITS_MAX + 1}}}\Z)[0-9]+\.[0-9]+)")
@@ -2032,7 +2031,6 @@ NO_RESOURCE = "there is no such key; store one with PUT"
 
 
 def set_value(store: Store, request: Request) -> Response:
-    """Store a value. With nx the key must be new; with old the stored value must equal it."""
     parameters, ttl = request.parameters, 0.0
     key, value = parameters["key"], check_value(required(parameters, "value"))
     if len(parameters) > 2:
@@ -2144,7 +2142,6 @@ def increment(store: Store, request: Request) -> Response:
 
 
 def toggle(store: Store, request: Request) -> Response:
-    """Store the second of two words if the first is stored; the first if the second or nothing is; return it."""
     words = request.parameters.get("values", "on,off").split(",")
     if len(words) != 2 or not all(words) or words[0] == words[1]:
         raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
@@ -2159,7 +2156,6 @@ def toggle(store: Store, request: Request) -> Response:
 
 
 def list_pairs(store: Store, request: Request) -> Response:
-    """Return the user's keys and values as one JSON object, with a link to the next page if more follow."""
     parameters, token = request.parameters, request.user.token
     with_times = take_choice(request.parameters, "format", ("json",)) is not None
     limit = parameters.get("limit", "-1")
@@ -2175,14 +2171,12 @@ def list_pairs(store: Store, request: Request) -> Response:
 
 
 def check_health(store: Store, request: Request) -> Response:
-    """Respond once the database has been read."""
     store.user("")
     store.pair(NOBODY.id, "")
     return Response(b"ok")
 
 
 def report_metrics(store: Store, request: Request) -> Response:
-    assert request.metrics
     return Response(request.metrics.text(store).encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -2423,7 +2417,6 @@ def find_user(store: Store, request: Request) -> UserSummary:
 
 
 def user_page(store: Store, request: Request) -> Response:
-    """Show a user, with forms to change the password and the role, and to delete tokens or the user."""
     user, pairs, newest = find_user(store, request)
     name, hidden = user.name, {"username": user.name, "page": "user"}
     role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
@@ -2443,7 +2436,6 @@ def user_page(store: Store, request: Request) -> Response:
 
 
 def values_page(store: Store, request: Request) -> Response:
-    """Show the visitor's pairs, with forms to add one and to change tokens and password."""
     user, prefix = request.user, "" if request.refusal else request.parameters.get("prefix", "")
     page = fill(
         VALUES_PAGE,
@@ -2530,13 +2522,11 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
             raise HTTPError(404, UNKNOWN_KEY)
     elif action == "passwd":
         _, password = decode_credentials(request.fields.headers["authorization"])  # this one has been checked
-        if not secrets.compare_digest(
-            required(request.parameters, "current").encode("utf-8"), password.encode("utf-8")
-        ):
+        if required(parameters, "current") != password:
             raise HTTPError(400, "the current password is wrong")
         store.set_password_hash(user.name, request.password_hash)
     elif action == "deltoken":
-        store.delete_token(user.name, required(request.parameters, "id"))
+        store.delete_token(user.name, required(parameters, "id"))
     return "./"
 
 
@@ -2806,7 +2796,7 @@ class RequestHandler:
             return answer_without_route(request, () if route else list(methods), self.server.base_path)  # 404, 405, 501
         if route.where == COMMIT:
             check_no_prefetch(request.fields.headers)  # 503
-        await self._authorize(route, request)  # 401, 403, 413, 429, 503
+        await self._authorize(route, request)  # 401, 403, 429, 503
         if self.lacks_length:
             self._look_for_body(route)  # 411
         if self.body_pending and route.who not in NO_LOGIN:
@@ -2836,6 +2826,9 @@ class RequestHandler:
     async def _authorize(self, route: Route, request: Request) -> None:
         if route.who in NO_LOGIN:
             return
+        if self.server.writer.timed_pairs and self.server.writer.clock_jump():
+            with contextlib.suppress(StoreFull, sqlite3.Error):  # reads go on while the disk fails
+                await self.server.commit(lambda store: None)  # each transaction shifts expiries
         headers, (fields, user) = request.fields.headers, self.login
         login = user.token.digest if user.token else user.name
         if request.fields is not fields or self.server.reader.user(login) != user:
@@ -2853,18 +2846,14 @@ class RequestHandler:
             check_same_site(headers)
             if user.token and user.token.is_read_only:
                 raise HTTPError(403, "this token may only read; make another one with: python kvserver.py addtoken")
-        if request.fields.body_length > BODY_BYTES_MAX:
-            raise HTTPError(413, BODY_TOO_LARGE.format(request.fields.body_length))
-        if self.server.writer.timed_pairs and self.server.writer.clock_jump():
-            with contextlib.suppress(StoreFull, sqlite3.Error):  # reads go on while the disk fails
-                await self.server.commit(lambda store: None)  # each transaction shifts expiries
-                await self._authorize(route, request)  # meanwhile, the user may have been deleted
 
     async def _receive_parameters(self, route: Route, request: Request) -> None:
+        length, body = request.fields.body_length, bytearray()
+        if length > BODY_BYTES_MAX:
+            raise HTTPError(413, BODY_TOO_LARGE.format(length))
         if request.fields.headers.get("expect", "").lower() == "100-continue" and not request.fields.is_http_1_0:
             await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.state, self.deadline = RECEIVING, time.monotonic() + REQUEST_SECONDS
-        length, body = request.fields.body_length, bytearray()
         while not (take_chunks(self.received, body) if length == CHUNKED else len(self.received) >= length):
             await self._receive_more()
         if length != CHUNKED:
