@@ -3234,7 +3234,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     async def _make_own_changes(self) -> None:
         """Store the uses of tokens, and delete expired pairs: the triggers of hooks see these deletions."""
-        offset = self.writer.clock_offset
+        offset, has_jumped = self.writer.clock_offset, False
         while True:
             try:
                 days = self.token_uses.copy()
@@ -3248,7 +3248,7 @@ class Server(http.server.ThreadingHTTPServer):
                     await self.commit(Store.delete_expired)
             except Exception as error:  # noqa: BLE001 - whatever it is, the next look tries again
                 as_http_error(error, self.errors)
-            await sleep(POLL_SECONDS)
+            await sleep(max(POLL_SECONDS, 8 * self.writer.commit_seconds) if has_jumped else POLL_SECONDS)
 
     async def _accept(self) -> None:
         self.loop.use(self.socket)

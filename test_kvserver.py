@@ -3430,6 +3430,30 @@ class Clocks(HookCase):
         self.assertEqual([7200, 7200, -7300, -7300], self.jumps()[-4:])
         self.assert_told(*((key, "1", None) for key in "abcd"))
 
+    def test_of_two_servers_on_a_slow_disk_none_deletes_what_the_other_has_given(self) -> None:
+        self.jump_to(0)  # the triggers use the real clock
+        self.patch("POLL_SECONDS", 0.02)
+        other = kvserver.Server(self.database, self.settings)
+        self.addCleanup(join, in_threads(other.run, [()]))
+        self.addCleanup(other.stop)
+        self.add_hook("*")
+        real = kvserver.Store._execute
+
+        def execute_slowly(store: kvserver.Store, statement: str, *parameters: Any) -> sqlite3.Cursor:
+            time.sleep(0.1 if statement == "COMMIT" else 0)
+            return real(store, statement, *parameters)
+
+        ports = self.port, other.server_port
+        for key, port in zip("ab", ports):
+            with mock.patch.object(self, "port", port):
+                self.check(200, "GET", f"/set?key={key}&value=1&ttl=600")
+        with mock.patch.object(kvserver.Store, "_execute", execute_slowly):
+            self.jump = 7200
+            for key, port in zip("ab", ports):
+                with mock.patch.object(self, "port", port):
+                    self.check(409, "GET", f"/set?key={key}&value=2&ttl=600&nx=1")
+        self.assert_told(("a", "1", None), ("b", "1", None))
+
     def test_a_failed_transaction_shifts_nothing_and_the_next_one_does(self) -> None:
         self.rest()
         self.add_hook("*")
