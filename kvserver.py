@@ -945,20 +945,25 @@ def has_stray_log(path: str) -> bool:
     return True
 
 
+def check_place(path: str, to_write: bool = True) -> str:
+    """Return the real path of a database, next to which SQLite puts its other files; raise StoreError."""
+    place, folder = os.path.realpath(path), os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path) or path.endswith("/"):
+        raise StoreError(f"{place} is a folder; name a file in it: --db {shlex.quote(place + '/kvserver.db')}")
+    if not os.path.isdir(folder):
+        raise StoreError(f"there is no folder for the database {place}; make it with: mkdir -p {shlex.quote(folder)}")
+    for file in (folder, place):
+        if to_write and os.path.exists(file) and not os.access(file, os.W_OK):
+            raise StoreError(f"no permission to write {file}; use sudo, or see who may: ls -ld {shlex.quote(file)}")
+    return place
+
+
 def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
     """Open the database at path with the newest schema; raise StoreError. Without migrate, its schema stays."""
     try:
-        path = os.path.realpath(path)
-        folder = os.path.dirname(path)
-        if os.path.isdir(path):
-            raise StoreError(f"{path} is a folder; name a file in it, such as --db {os.path.join(path, 'kvserver.db')}")
-        if not os.path.isdir(folder):
-            raise StoreError(f"there is no database {path}, and no folder for it; make that with: mkdir -p {folder}")
-        for place in (folder, path):
-            if migrate and os.path.exists(place) and not os.access(place, os.W_OK):
-                raise StoreError(f"no permission to write {place}; use sudo, or become its owner: ls -ld {place}")
+        path = check_place(path, to_write=migrate)
         if has_stray_log(path):
-            raise StoreError(f"{path}-wal is not the write-ahead log of {path}; move {path}-wal away")
+            raise StoreError(f"{path}-wal belongs to another database than {path}; move {path}-wal away")
         if not create and not os.path.exists(path):
             raise StoreError(f"there is no database {path}; name it with --db, or type: python kvserver.py serve")
         with contextlib.suppress(FileExistsError):  # SQLite gives its -wal and -shm files the same permissions
@@ -1754,8 +1759,8 @@ class Certificate:
             context.load_cert_chain(self._path, self._key_path, password="")  # or OpenSSL would ask for one
         except ssl.SSLError as error:
             reason = (error.reason or "not PEM").lower().replace("_", " ")
-            problem = f"cannot use the certificate {self._path} with the key {self._key_path}: {reason}"
-            raise ssl.SSLError(1, f"{problem}; use PEM files that belong together, and have no password") from None
+            problem = f"cannot use the certificate {self._path} with the key {self._key_path}: {reason}; use PEM files"
+            raise ssl.SSLError(1, f"{problem} that belong together, and have no password", self._path) from None
         self.context = context
 
 
@@ -3526,9 +3531,9 @@ def set_aside(database: str, locks: contextlib.ExitStack) -> str:
 
 def restore(arguments: argparse.Namespace) -> None:
     """Put a backup in place of the database, which stays under another name. Stop the server first."""
-    path, database = arguments.file, os.path.realpath(arguments.db)
+    path, database = arguments.file, check_place(arguments.db)
     if not os.path.isfile(path) or (os.path.exists(database) and os.path.samefile(path, database)):
-        raise CommandError(f"{path} is no file, or the database itself; name a backup")
+        raise CommandError(f"{path} is no backup; name a file that this wrote: python kvserver.py backup FILE")
     with contextlib.ExitStack() as locks, contextlib.closing(open_store(path, create=False, migrate=False)) as backup:
         if not backup.schema_version():
             raise CommandError(f"{path} is empty; name a backup")
@@ -4061,7 +4066,7 @@ def check_word(word: str, known: Sequence[str], parser: argparse.ArgumentParser)
         return
     import difflib
 
-    likely = difflib.get_close_matches(word, known, 1)
+    likely = difflib.get_close_matches(word.lower(), known, 1)
     hint = f"did you mean {parser.prog} {likely[0]}?" if likely else f"list all with: {parser.prog} --help"
     if not word.startswith("-"):
         raise UsageError(f"there is no command {cut_off(word, 40)}; {hint}")

@@ -5505,7 +5505,7 @@ class Schemas(CommandCase):
 
     def test_a_place_that_cannot_be_used_is_named_with_the_way_out(self) -> None:
         for arguments in (("users",), ("serve",), ("adduser", "x", "--password-stdin"), ("backup", "x")):
-            message = f"{self.folder} is a folder; name a file in it, such as --db {self.folder}/kvserver.db"
+            message = f"{self.folder} is a folder; name a file in it: --db {self.folder}/kvserver.db"
             if arguments[0] != "adduser":
                 self.assert_fails(message, *arguments, "--db", str(self.folder))
             self.assert_fails(f"mkdir -p {self.folder}/no", *arguments, "--db", "no/x.db", stdin="a password")
@@ -5517,7 +5517,7 @@ class Schemas(CommandCase):
         with as_another_user():
             for name, place in (("test.db", self.folder), ("new.db", self.folder)):
                 for arguments in (("users",), ("serve",), ("adduser", "x", "--password-stdin")):
-                    message = f"no permission to write {place}; use sudo, or become its owner: ls -ld {place}"
+                    message = f"no permission to write {place}; use sudo, or see who may: ls -ld {place}"
                     self.assert_fails(message, *arguments, "--db", name, stdin="a password")
         self.folder.chmod(0o777)
         (self.folder / "test.db").chmod(0)
@@ -5709,7 +5709,7 @@ class Restores(CommandCase):
     def test_a_log_next_to_another_database_is_refused_and_moved_away_by_restore(self) -> None:
         log, backup = ((self.folder / name).read_bytes() for name in ("test.db-wal", "backup.db"))
         commands = (("serve",), ("users",), ("adduser", "x", "--password-stdin"), ("import", "x"), ("backup", "x"))
-        message = f"{self.database}-wal is not the write-ahead log of {self.database}"
+        message = f"{self.database}-wal belongs to another database than {self.database}"
         self.write("x", "")
         for content in (backup, b"", b"damaged", None):
             self.write("test.db", content or b"")
@@ -5773,19 +5773,27 @@ class Restores(CommandCase):
             ("short", "short"),
             ("text", "text: file is not a database"),
             ("empty", "empty is empty; name a backup"),
-            ("raw", "raw-wal is not the write-ahead log of"),
+            ("raw", "raw-wal belongs to another database than"),
             ("foreign", "foreign is a database of another program"),
             ("newer", "written by a newer kvserver.py"),
-            ("pipe", "pipe is no file, or the database itself"),
-            ("nothing", "nothing is no file, or the database itself"),
-            (".", ". is no file, or the database itself"),
-            ("test.db", "test.db is no file, or the database itself"),
+            ("pipe", "pipe is no backup; name a file that this wrote: python kvserver.py backup FILE"),
+            ("nothing", "nothing is no backup; name a file that this wrote: python kvserver.py backup FILE"),
+            (".", ". is no backup; name a file that this wrote: python kvserver.py backup FILE"),
+            ("test.db", "test.db is no backup; name a file that this wrote: python kvserver.py backup FILE"),
         ):
             self.assert_fails(message, "restore", path)
             self.assertEqual(names, sorted(os.listdir(self.folder)), path)
         self.assertEqual("new", self.value())
-        message = f"cannot copy {self.folder}/backup.db to {self.folder}/no/x.db: No such file or directory"
-        self.assert_fails(message, "restore", "backup.db", "--db", "no/x.db")
+        for path, message in (
+            (
+                "no/x.db",
+                f"there is no folder for the database {self.folder}/no/x.db; make it with: mkdir -p {self.folder}/no",
+            ),
+            ("new/", f"{self.folder}/new is a folder; name a file in it"),
+            (".", f"{self.folder} is a folder; name a file in it"),  # it would get another name
+        ):
+            self.assert_fails(message, "restore", "backup.db", "--db", path)
+            self.assertEqual(names, sorted(os.listdir(self.folder)), path)
         shutil.copy(self.folder / "foreign", self.database)
         os.remove(self.database + "-wal")
         self.assert_fails("database of another program", "restore", "backup.db")
@@ -6315,7 +6323,7 @@ class Certificates(CommandCase):
             ("", KEY, "not pem"),
             (CERTIFICATE, ENCRYPTED_KEY, "not pem"),
         ):
-            problem = "cannot use the certificate certificate with the key key: "
+            problem = "kvserver: certificate: cannot use the certificate certificate with the key key: "
             self.write("certificate", certificate)
             self.write("key", key)
             self.assert_fails(problem + reason, "serve", *self.flags)
@@ -6522,9 +6530,10 @@ class Serving(CommandCase):
         for line, usage, mistake in (
             ("usrs", "", f"command usrs; did you mean {kvserver} users?"),
             ("--db x.db deltokn alice 1", "", f"command deltokn; did you mean {kvserver} deltoken?"),
+            ("USERS", "", f"command USERS; did you mean {kvserver} users?"),
             ("fly --away", "", f"command fly; list all with: {kvserver} --help"),
             ("serve --prot=1", "serve", f"flag --prot here; did you mean {kvserver} serve --port?"),
-            ("serve -port 1", "serve", f"flag -port here; did you mean {kvserver} serve --port?"),
+            ("serve --db x.db -port 1", "serve", f"flag -port here; did you mean {kvserver} serve --port?"),
             ("serve --x", "serve", f"flag --x here; list all with: {kvserver} serve --help"),
             ("--port 1 serve", "", f"flag --port here; list all with: {kvserver} --help"),
         ):
