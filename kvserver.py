@@ -948,7 +948,7 @@ def has_stray_log(path: str) -> bool:
 def check_place(path: str, to_write: bool = True) -> str:
     """Return the real path of a database, next to which SQLite puts its other files; raise StoreError."""
     place, folder = os.path.realpath(path), os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path) or path.endswith("/"):
+    if os.path.isdir(place) or path.endswith("/"):
         raise StoreError(f"{place} is a folder; name a file in it: --db {shlex.quote(place + '/kvserver.db')}")
     if not os.path.isdir(folder):
         raise StoreError(f"there is no folder for the database {place}; make it with: mkdir -p {shlex.quote(folder)}")
