@@ -3372,6 +3372,7 @@ class Setting(NamedTuple):
     default: Any  # its type tells texts, numbers, switches and lists apart
     metavar: str
     help: str
+    action: Any = "store"  # of argparse
 
 
 def parse_number(text: str, least: int = 1, most: int = 999_999) -> int:
@@ -3403,13 +3404,15 @@ def parse_switch(text: str) -> bool:
 parse_ttl = functools.partial(parse_number, most=TTL_SECONDS_MAX)
 SETTINGS = {
     "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
-    "port": Setting(functools.partial(parse_number, least=0, most=65535), 8080, "P", "port; 0 picks one"),
+    "port": Setting(functools.partial(parse_number, least=0, most=65535), 8080, "P", "0 picks one (default: 8080)"),
     "db": Setting(str, DEFAULT_DATABASE, "FILE", "database (default: kvserver.db beside the program)"),
-    "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "paths also exist below this prefix; / for none"),
-    "log_requests": Setting(parse_switch, False, "", "log a line for each request, without values"),
-    "max_connections": Setting(parse_number, 256, "N", "largest number of open connections"),
-    "max_db_mb": Setting(parse_number, 1024, "N", "largest size of the database in megabytes"),
-    "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this address or network; repeatable"),
+    "base_path": Setting(
+        parse_base_path, "/iotpersistenceapi", "P", "prefix, / for none (default: /iotpersistenceapi)"
+    ),
+    "log_requests": Setting(parse_switch, False, "", "log requests, without values", argparse.BooleanOptionalAction),
+    "max_connections": Setting(parse_number, 256, "N", "largest number of open connections (default: 256)"),
+    "max_db_mb": Setting(parse_number, 1024, "N", "largest size of the database in megabytes (default: 1024)"),
+    "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this network; repeatable", "extend"),
     "tls_cert": Setting(str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
     "tls_key": Setting(str, "", "FILE", "private key of the certificate, in PEM format, not encrypted"),
 }
@@ -3482,8 +3485,9 @@ def copying(source: Store, path: str) -> Iterator[int]:
             os.fsync(descriptor)
             os.close(descriptor)
     except (OSError, sqlite3.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CommandError(f"cannot copy {source.path} to {path}: {reason}") from None
+        raise CommandError(
+            f"cannot copy {source.path} to {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def back_up(arguments: argparse.Namespace) -> None:
@@ -3602,21 +3606,18 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
             pair_rows = source.execute("SELECT user, key, value FROM state ORDER BY rowid DESC").fetchall()
     except sqlite3.Error as error:
         raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
-    users, values, left_out = dict[str, User](), dict[tuple[str, str], str](), list[str]()
+    users, values, left_out, unknown = dict[str, User](), dict[tuple[str, str], str](), list[str](), list[str]()
     for name, stored, is_admin in user_rows:
         try:
             check_user_name(name if isinstance(name, str) else "")
             users[name] = User(0, name, str(stored), is_admin == 1)
+            if SCRYPT_HASH.match(str(stored)) or not str(stored).isascii() or not parse_hash(str(stored)):
+                unknown.append(name)
         except HTTPError as error:
             left_out.append(f"user {name!r:.80}: {error}; all their values are left out too")
-    hashes = {name: user.password_hash for name, user in users.items()}
-    unknown = [
-        name for name, text in hashes.items() if SCRYPT_HASH.match(text) or not text.isascii() or not parse_hash(text)
-    ]
     if unknown:
-        hint = "In IoT Persistence Api, delete these users and add them again, with passwords"
-        problem = f"the password hash of {', '.join(unknown)} is of an unknown kind"
-        raise CommandError(f"nothing was imported: {problem}. {hint}")
+        problem = f"nothing was imported: the password hash of {', '.join(unknown)} is of an unknown kind"
+        raise CommandError(f"{problem}. In IoT Persistence Api, delete these users and add them again, with passwords")
     for name, key, value in pair_rows:
         try:
             if name not in users:
@@ -3644,9 +3645,8 @@ def import_database(arguments: argparse.Namespace) -> None:
         stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
         has_admin = any(user.is_admin for user, *_ in store.users())
     print("".join(f"left out: {line}\n" for line in left_out), end="")
-    print(
-        f"imported users, with their passwords: {len(users) - len(merged)}, values: {stored}; left out: {len(left_out)}"
-    )
+    new = len(users) - len(merged)
+    print(f"imported users, with their passwords: {new}, values: {stored}; left out: {len(left_out)}")
     if merged:
         print(f"these users keep their password and role here: {', '.join(merged)}")
     if not has_admin:
@@ -4049,29 +4049,10 @@ def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser,
             names = [argument] if argument.startswith("--") else []
             command.add_argument(*names, **ARGUMENTS[argument])
         for flag, setting in SETTINGS.items() if run in (serve, print_unit) else [("db", SETTINGS["db"])]:
-            options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar, "help": setting.help}
-            if setting.default and flag != "db":
-                options["help"] += f" (default: {setting.default})"
-            if isinstance(setting.default, tuple):
-                options["action"] = "extend"
-            if isinstance(setting.default, bool):
-                options = {"action": argparse.BooleanOptionalAction, "help": setting.help}
-            command.add_argument("--" + flag.replace("_", "-"), default=argparse.SUPPRESS, **options)
+            options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar} if setting.metavar else {}
+            options |= {"action": setting.action, "default": argparse.SUPPRESS, "help": setting.help}
+            command.add_argument("--" + flag.replace("_", "-"), **options)
     return parser, commands.choices
-
-
-def check_word(word: str, known: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Raise UsageError for a command or flag that is not known; name a likely one."""
-    if word in known:
-        return
-    import difflib
-
-    likely = difflib.get_close_matches(word.lower(), known, 1)
-    hint = f"did you mean {parser.prog} {likely[0]}?" if likely else f"list all with: {parser.prog} --help"
-    if not word.startswith("-"):
-        raise UsageError(f"there is no command {cut_off(word, 40)}; {hint}")
-    parser.print_usage(sys.stderr)
-    raise UsageError(f"there is no flag {word} here; {hint}")
 
 
 def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
@@ -4080,10 +4061,18 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
     level = parser
     for previous, word in zip(["", *argv], itertools.takewhile("--".__ne__, argv)):
         flag = re.match("--?[A-Za-z][A-Za-z0-9_-]*(?==|$)", word)
-        if flag:
-            check_word(flag[0], ["--help", *re.findall("--?[a-z][a-z-]*", level.format_usage())], level)
-        elif level is parser and previous != "--db":
-            check_word(word, list(commands), parser)
+        is_command = level is parser and not flag and previous != "--db"
+        known = ["--help", *re.findall("--?[a-z][a-z-]*", level.format_usage())] if flag else list(commands)
+        name = flag[0] if flag else word
+        if name not in known and (flag or is_command):
+            import difflib
+
+            likely = difflib.get_close_matches(name.lower(), known, 1)
+            hint = f"did you mean {level.prog} {likely[0]}?" if likely else f"list all with: {level.prog} --help"
+            if flag:
+                level.print_usage(sys.stderr)
+            raise UsageError(f"there is no {'flag' if flag else 'command'} {cut_off(name, 40)}; {hint}")
+        if is_command:
             level = commands[word]
     _, rest = parser.parse_known_args(argv, arguments)
     if rest:

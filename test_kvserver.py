@@ -6532,10 +6532,10 @@ class Serving(CommandCase):
             ("--db x.db deltokn alice 1", "", f"command deltokn; did you mean {kvserver} deltoken?"),
             ("USERS", "", f"command USERS; did you mean {kvserver} users?"),
             ("fly --away", "", f"command fly; list all with: {kvserver} --help"),
-            ("serve --prot=1", "serve", f"flag --prot here; did you mean {kvserver} serve --port?"),
-            ("serve --db x.db -port 1", "serve", f"flag -port here; did you mean {kvserver} serve --port?"),
-            ("serve --x", "serve", f"flag --x here; list all with: {kvserver} serve --help"),
-            ("--port 1 serve", "", f"flag --port here; list all with: {kvserver} --help"),
+            ("serve --prot=1", "serve", f"flag --prot; did you mean {kvserver} serve --port?"),
+            ("serve --db x.db -port 1", "serve", f"flag -port; did you mean {kvserver} serve --port?"),
+            ("serve --x", "serve", f"flag --x; list all with: {kvserver} serve --help"),
+            ("--port 1 serve", "", f"flag --port; list all with: {kvserver} --help"),
         ):
             shown = usages[usage] + "\n" if mistake.startswith("flag") else ""
             expected = (2, "", f"{shown}kvserver: there is no {mistake}\n")
