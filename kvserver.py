@@ -1333,7 +1333,6 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
 
 
 def require_key(key: str | None, token: Token | None = None) -> str:
-    """Return a key; raise HTTPError if it is missing or not allowed, or if the token may not see it."""
     if key is None:
         raise HTTPError(400, "the parameter key is missing; send it as in ?key=door, or in a body with Content-Length")
     if not 1 <= len(key.encode("utf-8")) <= KEY_BYTES_MAX or "\0" in key:
@@ -1408,7 +1407,6 @@ def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]
 
 
 def take_seconds(parameters: Mapping[str, str], name: str, least: float, most: float) -> float | None:
-    """Return a parameter that is a number of seconds, or None if it is missing; raise HTTPError."""
     text = parameters.get(name)
     if text is None:
         return None
@@ -1510,11 +1508,9 @@ class Loop:
 
     def throw(self, task: Task, error: BaseException) -> None:
         """Raise an exception in a waiting task now; do nothing if the task has ended."""
-        try:
-            if task in self._tasks:
-                self._resume(task, error)
-        finally:
-            del error  # its traceback leads here: together they would keep all memory of the task
+        if task in self._tasks:
+            self._resume(task, error)
+        del error  # its traceback leads here: together they would keep all memory of the task
 
     def use(self, connection: socket.socket | None) -> None:
         """Set the connection on which the current task waits."""
@@ -1943,8 +1939,7 @@ class Authenticator:
 
     def __init__(self, store: Store, loop: Loop, threads: Threads, commit: Commit, metrics: Metrics) -> None:
         self._store, self._loop, self._commit, self._metrics = store, loop, commit, metrics
-        # One thread, because the allocator keeps 16 MiB for each thread that has ever run scrypt. The other threads are
-        # for hashes of other programs, whose check may take many seconds.
+        # One thread, since glibc keeps 16 MiB for each that ever ran scrypt. Other programs' hashes may take longer.
         self.scrypt, self._threads = Threads(loop, 1), threads
         # For unknown names, so that times do not tell which names exist (except, at first, other programs' hashes).
         self._unknown_user_hash = hash_password(None)
@@ -2073,7 +2068,6 @@ def end_of_wait(request: Request, pair: Pair | None) -> float:
 
 
 def get_value(store: Store, request: Request) -> Response:
-    """Return a value as it was stored, its age, or all as JSON; with wait, first wait for another value."""
     pair = store.pair(request.user.id, request.parameters["key"])
     if pair and len(request.parameters) == 1 and "if-none-match" not in request.fields.headers:  # the usual case
         return Response(pair.value, headers=(("ETag", pair.etag),))
@@ -2126,7 +2120,6 @@ def delete_pair(store: Store, request: Request) -> Response:
 
 
 def increment(store: Store, request: Request) -> Response:
-    """Add to the stored number, exactly, and return the sum."""
     import decimal
 
     by = request.parameters.get("by", "1")
@@ -2538,14 +2531,13 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
 def answer_form(store: Store, request: Request) -> Response:
     """Run the action of a form. If that is refused, the page that its field page names shows it again."""
     if request.path.endswith("/me/"):
-        who, change, pages = PERSON, change_own, {"": values_page, "state": value_page, "add": value_page}
+        change, pages = change_own, {"": values_page, "state": value_page, "add": value_page}
     else:
-        who, change, pages = ADMIN, change_user, {"": users_page, "user": user_page}
-    user, action = store.user(request.user.name), required(request.parameters, "action")
-    if user is None or user.id != request.user.id:  # deleted while the password was hashed
-        raise NoSuchUser(request.user.name)
-    check_visitor(user, who)
-    is_program = request.path.endswith("/admin")
+        change, pages = change_user, {"": users_page, "user": user_page}
+    user = store.user(request.user.name) or NOBODY
+    if (user.id, user.is_admin) != (request.user.id, request.user.is_admin):
+        raise StoreBusy("your user has just been changed; try again")
+    action, is_program = required(request.parameters, "action"), request.path.endswith("/admin")
     if not is_program:
         request.form_page = pages.get(request.parameters.get("page", ""), pages[""])
     if action in ("adduser", "setpassword", "passwd"):
