@@ -234,7 +234,7 @@ def hash_token(token: str) -> bytes:
 # only when it is on the disk: no read returns a value that a power cut takes back. Nothing here knows of HTTP.
 
 DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
-LOCK_POLL_SECONDS = 0.02
+SHORT_POLL_SECONDS = 0.02  # between two looks for an end that nobody tells
 CACHED_ROWS_MAX = 256
 CACHED_BYTES_MAX = 4 * 1024 * 1024  # plus the value that passes it
 TIMED_PAIRS_MAX = 10_000  # that the server remembers, in case the clock jumps
@@ -262,10 +262,9 @@ MIGRATIONS = (
     (
         "ALTER TABLE pair ADD COLUMN expires REAL",
         "CREATE INDEX pair_expires ON pair (expires) WHERE expires IS NOT NULL",
-        """CREATE TABLE token (id INTEGER PRIMARY KEY AUTOINCREMENT,
-            user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, digest BLOB NOT NULL UNIQUE,
-            label TEXT NOT NULL, is_read_only INTEGER NOT NULL, prefix TEXT NOT NULL, created REAL NOT NULL,
-            last_used_day INTEGER)""",
+        """CREATE TABLE token (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id INTEGER NOT NULL REFERENCES user (id)
+            ON DELETE CASCADE, digest BLOB NOT NULL UNIQUE, label TEXT NOT NULL, is_read_only INTEGER NOT NULL,
+            prefix TEXT NOT NULL, created REAL NOT NULL, last_used_day INTEGER)""",
         "CREATE INDEX token_user_id ON token (user_id)",
     ),
     (
@@ -454,10 +453,9 @@ class Store:
     """
 
     def __init__(self, path: str, wait: float = DATABASE_LOCK_SECONDS, mb_max: int = 0, migrate: bool = False) -> None:
-        """Open an existing file. wait: seconds that a change waits for other processes. mb_max: its largest size."""
-        self.path = os.path.realpath(path)  # SQLite keeps other files beside it; it is no name like ":memory:"
-        self._file = os.stat(self.path)
-        uri = f"file:{urllib.parse.quote(os.fsencode(self.path), safe='')}?mode=rw"  # creates no file
+        """Open a file by its real path. wait: seconds that a change waits for other processes; mb_max: its size."""
+        self.path, self._file = path, os.stat(path)
+        uri = f"file:{urllib.parse.quote(os.fsencode(path), safe='')}?mode=rw"  # creates no file
         self._connection = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
         self._pages_max = 2**30 - 1  # SQLite's own limit
         self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
@@ -500,8 +498,7 @@ class Store:
         return version
 
     def _migrate(self) -> None:
-        self.begin()
-        with self._connection:  # commits, or rolls back after an error
+        with self.begin():  # commits, or rolls back after an error
             self.check_file()  # a restore may have replaced it during the wait for the lock
             version = self.schema_version()
             for number, statements in enumerate(MIGRATIONS[version:], version + 1):
@@ -518,7 +515,7 @@ class Store:
             except StoreBusy:  # SQLite's own timeout ignores this statement
                 if time.monotonic() > give_up:
                     raise
-                time.sleep(LOCK_POLL_SECONDS)
+                time.sleep(SHORT_POLL_SECONDS)
 
     def check_file(self) -> None:
         """Raise StoreError if somebody deleted or replaced the file: changes would be lost."""
@@ -533,12 +530,13 @@ class Store:
         with contextlib.closing(Store(self.path, wait=2)) as store:
             return not store._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
 
-    def begin(self, is_reading: bool = False) -> None:
+    def begin(self, is_reading: bool = False) -> sqlite3.Connection:
         """Lock the database and begin a transaction, or one in which all reads see the same moment."""
         self.check_file()
         self._connection.rollback()  # a failed disk may have refused the last one
         self.changed_pairs, self.changed_others, self._newly_timed = set(), False, {}
         self._execute("BEGIN" if is_reading else "BEGIN IMMEDIATE")
+        return self._connection
 
     def commit(self, operations: Sequence[Callable[[Store], Any]], begin: bool = False) -> list[Any]:
         """Run operations in a transaction that has begun or begins, and commit; return what each returned or raised.
@@ -632,11 +630,8 @@ class Store:
         """
         # A temporary table, because reading the pairs may take long, and must not lock the database.
         self._execute("CREATE TEMP TABLE imported (name, key, value, updated, expires, PRIMARY KEY (name, key))")
-        with self._connection:
-            self._execute("BEGIN")
-            self._connection.executemany("INSERT OR REPLACE INTO imported VALUES (?, ?, ?, ?, ?)", pairs)
-        self.begin()
-        with self._connection:  # commits, or rolls back after an error
+        self._connection.executemany("INSERT OR REPLACE INTO imported VALUES (?, ?, ?, ?, ?)", pairs)
+        with self.begin():  # commits, or rolls back after an error
             for user in users:
                 self.add_user(user.name, user.password_hash, user.is_admin)
             select = "SELECT DISTINCT name FROM imported WHERE name NOT IN (SELECT name FROM user)"
@@ -771,7 +766,6 @@ class Store:
             self._execute(f"PRAGMA max_page_count = {self._pages_max}")
 
     def delete_pair(self, user_id: int, key: str) -> bool:
-        """Delete a key and its value; return whether it existed."""
         delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
         if not self._exceed_limit(delete, user_id, key, time.time()):
             return False
@@ -789,7 +783,6 @@ class Store:
         return deleted == EXPIRED_PAIRS_MAX
 
     def add_hook(self, name: str, pattern: str, url: str, origin: str, value: str | None, label: str) -> int:
-        """Add a hook of a user, and return its id."""
         while self.delete_expired():  # the hook is not told of earlier expiries
             pass
         insert = """INSERT INTO hook (user_id, pattern, url, receiver, value, label)
@@ -826,20 +819,19 @@ class Store:
             return pattern, url
         raise StoreError(f"there is no hook {hook_id}; list them with: python kvserver.py hooks")
 
-    def new_deliveries(self, newest: int) -> list[tuple[int, str, bool, int]]:
-        """Return id, origin, success of the last try and newest delivery of the hooks with deliveries after newest."""
+    def new_deliveries(self, newest: int) -> list[tuple[int, bool, int]]:
+        """Return id, success of the last try, and newest delivery of the hooks with deliveries after newest."""
         # With an index, SQLite would read all pending deliveries.
-        select = """SELECT hook_id, receiver, ifnull(result GLOB '2*', FALSE), max(delivery.id)
+        select = """SELECT hook_id, ifnull(result GLOB '2*', FALSE), max(delivery.id)
             FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"""
         return self._execute(select, newest).fetchall()
 
     def next_delivery(self, hook_id: int, with_values: bool) -> Delivery | None:
         """Return the oldest pending delivery of a hook; its values may be long, and are None unless asked for."""
-        select = """SELECT hook_id, receiver, url, number, handled, key,
-            CASE WHEN ? THEN delivery.value END, CASE WHEN ? THEN old END,
-            length(CAST(ifnull(delivery.value, '') || ifnull(old, '') AS BLOB)), created, idempotency_key
-            FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ? ORDER BY number LIMIT 1"""
-        row = self._execute(select, with_values, with_values, hook_id).fetchone()
+        select = """SELECT hook_id, receiver, url, number, handled, key, iif(?1, delivery.value, NULL),
+            iif(?1, old, NULL), length(CAST(ifnull(delivery.value, '') || ifnull(old, '') AS BLOB)), created,
+            idempotency_key FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ?2 ORDER BY number LIMIT 1"""
+        row = self._execute(select, with_values, hook_id).fetchone()
         return Delivery(*row) if row else None
 
     def note_try(self, hook_id: int, result: str, handled: int) -> None:
@@ -852,9 +844,8 @@ class Store:
 class CachingStore(Store):
     """A store to read from, which remembers rows until the next commit of any process.
 
-    The file ending in -shm begins with two copies of a header. Every commit changes them after its data is on the disk
-    and before it returns (SQLite's documentation, "WAL-mode File Format", section 2). Comparing them takes a fiftieth
-    of the time of a SELECT.
+    The file ending in -shm begins with two copies of a header. Every commit changes them when its data is on the disk
+    (SQLite's "WAL-mode File Format", section 2). Comparing them takes a fiftieth of the time of a SELECT.
     """
 
     def __init__(self, path: str) -> None:
@@ -2990,7 +2981,6 @@ class Outbox:
         self._lock: BinaryIO | None = None
 
     def close(self) -> None:
-        """Let another process send."""
         self._log_dropped()
         if self._lock:
             self._lock.close()
@@ -3016,11 +3006,11 @@ class Outbox:
         if self.take_lock() and self.has_hooks and not self.is_stopping:
             rows = self._store.new_deliveries(self._newest)
             self._newest = max((newest for *_, newest in rows), default=self._newest)
-            for hook_id, origin, is_proven, _ in rows:
+            for hook_id, is_proven, _ in rows:
                 if hook_id not in self._running:
-                    self._loop.start(self._run_hook(hook_id, origin, bool(is_proven)))
+                    self._loop.start(self._run_hook(hook_id, bool(is_proven)))
 
-    async def _run_hook(self, hook_id: int, origin: str, is_proven: bool) -> None:
+    async def _run_hook(self, hook_id: int, is_proven: bool) -> None:
         self._running.add(hook_id)
         next_pause = 1.0
         try:
@@ -3030,7 +3020,7 @@ class Outbox:
                     return
                 is_long = next_one.size > LONG_DELIVERY_BYTES
                 most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
-                bounds: dict[Hashable, int] = {is_long: most, (is_long, origin): ORIGIN_EXCHANGES_MAX}
+                bounds: dict[Hashable, int] = {is_long: most, (is_long, next_one.origin): ORIGIN_EXCHANGES_MAX}
                 if not is_proven:  # half of each is for hooks that work
                     bounds |= {("doubtful", kind): max(1, most // 2) for kind, most in bounds.items()}
                 await self.gate.enter(bounds)
@@ -3099,12 +3089,10 @@ class Outbox:
 
 GATHER_SECONDS_MAX = 0.001  # that a change waits for others to share its commit
 QUICK_COMMIT_SECONDS = 0.002  # if the last commit took no longer, the loop itself waits for the disk
-QUICK_CHANGES_BYTES_MAX = 64 * 1024  # of requests; longer transactions go to a thread, even on a quick disk
 TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, except the last
 WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log begins again, even if it has to wait for readers
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
 POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
-SHORT_POLL_SECONDS = 0.02  # between two looks for room, or for the last request's end
 # After the stop: late requests get 408 or 503, then all connections are closed, then the process ends in any case.
 STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5
 
@@ -3261,8 +3249,7 @@ class Server(http.server.ThreadingHTTPServer):
                 continue
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
                 is_full = getattr(error, "errno", 0) == errno.EMFILE
-                reason = getattr(error, "strerror", None) or type(error).__name__
-                self.errors.write(f"cannot accept a connection: {reason}")
+                self.errors.write(f"cannot accept a connection: {getattr(error, 'strerror', repr(error))}")
             first = min(self.connections.values(), key=RequestHandler.rank, default=None) if is_full else None
             if first and first.rank()[0] != NEVER:
                 self.loop.throw(first.task, Cancelled())
@@ -3302,8 +3289,9 @@ class Server(http.server.ThreadingHTTPServer):
                 changes.append(change)
                 size += change_size
             operations, state_before = [operation for operation, _, _ in changes], self.reader.state()
-            is_quick = size < QUICK_CHANGES_BYTES_MAX and self.writer.commit_seconds < QUICK_COMMIT_SECONDS
-            is_quick &= not self.writer.clock_jump()  # shifting the expiries of long values takes seconds
+            # Long values take long, and so does shifting their expiries.
+            is_quick = size < 64 * 1024 and not self.writer.clock_jump()
+            is_quick &= self.writer.commit_seconds < QUICK_COMMIT_SECONDS
             commit = functools.partial(self.writer.commit, operations)
             results = commit() if is_quick else await self.disk.run(commit)
             for number, ((_, wakeup, _), result) in enumerate(zip(changes, results), 1):
@@ -3324,7 +3312,7 @@ class Server(http.server.ThreadingHTTPServer):
                 if await self.disk.run(self.writer.checkpoint):
                     self._next_checkpoint = now
         except StoreBusy:  # another process is writing, and the changes wait
-            await sleep(LOCK_POLL_SECONDS)
+            await sleep(SHORT_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
             as_http_error(error, self.errors)
             failed = changes or self.changes  # none taken: begin failed

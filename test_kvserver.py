@@ -5828,9 +5828,10 @@ class Restores(CommandCase):
         for path in (self.database, self.folder / "copy"):
             shutil.copy(self.folder / "backup.db", path)
 
-        def begin_late(store: kvserver.Store) -> None:
-            begin(store)
+        def begin_late(store: kvserver.Store) -> sqlite3.Connection:
+            connection = begin(store)
             os.replace(self.folder / "copy", self.database)
+            return connection
 
         with mock.patch.object(kvserver.Store, "begin", begin_late):
             self.assert_fails("has been deleted or replaced", "users")
