@@ -180,7 +180,7 @@ def scrypt(secret: bytes, salt: bytes, cost: int, block_size: int, parallelism: 
     return hashlib.scrypt(secret, salt=salt, n=cost, r=block_size, p=parallelism, maxmem=memory, dklen=length)
 
 
-def new_hash_parameters() -> str:
+def hash_parameters() -> str:
     return f"$scrypt$ln={SCRYPT_COST_LOG2},r={SCRYPT_BLOCK_SIZE},p={SCRYPT_PARALLELISM}$"
 
 
@@ -189,7 +189,7 @@ def hash_password(password: str | None) -> str:
     salt, digest = secrets.token_bytes(16), secrets.token_bytes(32)
     if password is not None:
         digest = scrypt(password.encode(), salt, 1 << SCRYPT_COST_LOG2, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM, 32)
-    return new_hash_parameters() + "$".join(base64.b64encode(part).decode().rstrip("=") for part in (salt, digest))
+    return hash_parameters() + "$".join(base64.b64encode(part).decode().rstrip("=") for part in (salt, digest))
 
 
 def parse_hash(stored: str) -> tuple[bytes, Callable[[bytes], bytes]] | None:
@@ -1285,12 +1285,12 @@ def parse_json(text: str) -> Any:
 
 def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iterable[tuple[str, str]]:
     """Return the parameters in a body, members of JSON as strings, or the value that it is; raise HTTPError."""
-    content_type, _, options = request.fields.headers.get("content-type", "").lower().partition(";")
-    content_type = content_type.strip()
+    header = request.fields.headers.get("content-type", "").lower()
+    content_type = header.partition(";")[0].strip()
     is_form, other = content_type == FORM, "" if body == VALUE else f"{FORM}, or "
     if content_type == "multipart/form-data":
         raise HTTPError(415, f"a body of the type {content_type} is not supported; send {other}the value alone")
-    charsets = re.findall(r"""charset\s*=\s*["']?([^\s"';,]*)""", options)
+    charsets = re.findall(r"""charset\s*=\s*["']?([^\s"';,]*)""", header)
     if set(charsets) - {"utf-8", "utf8", "us-ascii", "ascii"}:
         raise HTTPError(415, "this charset is not supported; send UTF-8, with charset=utf-8 or without a charset")
     text = decode_utf8(request.body, "the body")
@@ -1785,8 +1785,7 @@ class Metrics:
         for endpoint, (*counts, seconds) in list(self._durations.items()):
             for bound, count in zip((*DURATION_SECONDS, "+Inf"), itertools.accumulate(counts)):
                 durations.append(f'_bucket{{endpoint="{endpoint}",le="{bound}"}} {count}')
-            durations.append(f'_sum{{endpoint="{endpoint}"}} {seconds}')
-            durations.append(f'_count{{endpoint="{endpoint}"}} {sum(counts)}')
+            durations += [f'_sum{{endpoint="{endpoint}"}} {seconds}', f'_count{{endpoint="{endpoint}"}} {sum(counts)}']
         lines = []
         for name, kind, meaning, samples in (
             ("requests_total", "counter", "Responses by endpoint and status.", requests),
@@ -2002,9 +2001,7 @@ class Authenticator:
             remember(self._verified, check, None, CREDENTIALS_MAX)
         for wakeup in self._waiting.pop(check):
             wakeup(result)
-        if result is True and not stored.startswith(
-            new_hash_parameters()
-        ):  # another program's, or with other parameters
+        if result is True and not stored.startswith(hash_parameters()):  # another program's, or with other parameters
             with contextlib.suppress(StoreError, sqlite3.Error):  # the old hash is good too
                 new_hash: str = await self.scrypt.run(lambda: hash_password(password), "checks")
                 await self._commit(lambda store: store.set_password_hash(name, new_hash, stored))
