@@ -2853,9 +2853,8 @@ class RequestHandler:
         endpoint = route.endpoint
         if route.where == COMMIT:
             if "password" in request.parameters:  # its hash would take too long within the transaction
-                scrypt = self.server.authenticator.scrypt
                 make_hash = functools.partial(hash_password, request.parameters["password"])
-                request.password_hash = await scrypt.run(make_hash, request.user.id)
+                request.password_hash = await self.server.authenticator.scrypt.run(make_hash, request.user.id)
                 await self._authorize(route, request)
             size = math.inf if route.who == ADMIN else len(request.query) + len(request.body)  # admins' may take long
             try:
