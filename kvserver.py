@@ -3380,14 +3380,12 @@ def parse_switch(text: str) -> bool:
 parse_ttl = functools.partial(parse_number, most=TTL_SECONDS_MAX)
 SETTINGS = {
     "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
-    "port": Setting(functools.partial(parse_number, least=0, most=65535), 8080, "P", "0 picks one (default: 8080)"),
+    "port": Setting(functools.partial(parse_number, least=0, most=65535), 8080, "P", "port; 0 picks one"),
     "db": Setting(str, DEFAULT_DATABASE, "FILE", "database (default: kvserver.db beside the program)"),
-    "base_path": Setting(
-        parse_base_path, "/iotpersistenceapi", "P", "prefix, / for none (default: /iotpersistenceapi)"
-    ),
+    "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "paths also exist below this prefix; / for none"),
     "log_requests": Setting(parse_switch, False, "", "log requests, without values", argparse.BooleanOptionalAction),
-    "max_connections": Setting(parse_number, 256, "N", "largest number of open connections (default: 256)"),
-    "max_db_mb": Setting(parse_number, 1024, "N", "largest size of the database in megabytes (default: 1024)"),
+    "max_connections": Setting(parse_number, 256, "N", "largest number of open connections"),
+    "max_db_mb": Setting(parse_number, 1024, "N", "largest size of the database in megabytes"),
     "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this network; repeatable", "extend"),
     "tls_cert": Setting(str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
     "tls_key": Setting(str, "", "FILE", "private key of the certificate, in PEM format, not encrypted"),
@@ -3416,9 +3414,9 @@ def read_config(path: str) -> dict[str, str]:
     return members
 
 
-def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of all settings by name; raise UsageError. An empty environment variable counts as unset."""
-    path = flags.get("config") or environment.get("KVSERVER_CONFIG")
+def read_settings(path: str | None, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return all settings by name, without those from flags. An empty environment variable counts as unset."""
+    path = path or environment.get("KVSERVER_CONFIG")
     texts = [(f"{name} in {path}", name, text) for name, text in (read_config(path) if path else {}).items()]
     for variable, text in environment.items():
         if variable.startswith("KVSERVER_") and variable != "KVSERVER_CONFIG" and text:
@@ -3431,7 +3429,7 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> d
             values[name] = SETTINGS[name].parse(text)
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{source} is {text!r}; {error}") from None
-    return {**values, **flags}
+    return values
 
 
 # ---- Backup, export and import ---------------------------------------------------------------------------------------
@@ -3871,8 +3869,10 @@ def serve(arguments: argparse.Namespace) -> None:
             hints = {errno.EADDRINUSE: "is kvserver running already? "}
             hints[errno.EACCES] = "a port below 1024 needs rights, which python kvserver.py unit gives; "
             where = f"{arguments.host or 'all interfaces'}, port {arguments.port}"
-            reason = error.strerror if isinstance(error, OSError) else "this is not a host name"
-            hint = hints.get(getattr(error, "errno", 0), "")
+            reason, hint = (
+                getattr(error, "strerror", "this is not a host name"),
+                hints.get(getattr(error, "errno", 0), ""),
+            )
             raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
@@ -4026,7 +4026,8 @@ def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser,
             command.add_argument(*names, **ARGUMENTS[argument])
         for flag, setting in SETTINGS.items() if run in (serve, print_unit) else [("db", SETTINGS["db"])]:
             options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar} if setting.metavar else {}
-            options |= {"action": setting.action, "default": argparse.SUPPRESS, "help": setting.help}
+            default = f" (default: {setting.default})" if setting.default and flag != "db" else ""
+            options |= {"action": setting.action, "default": argparse.SUPPRESS, "help": setting.help + default}
             command.add_argument("--" + flag.replace("_", "-"), **options)
     return parser, commands.choices
 
@@ -4059,9 +4060,10 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    is_named = "db" in arguments or vars(arguments).get("config") or os.environ.get("STATE_DIRECTORY")
-    environment = {} if arguments.run is print_unit else os.environ  # the service has another
-    vars(arguments).update(read_settings(vars(arguments), environment))
+    flags, config = vars(arguments), vars(arguments).get("config")
+    is_named = "db" in flags or config or os.environ.get("STATE_DIRECTORY")
+    settings = read_settings(config, {} if arguments.run is print_unit else os.environ)  # the service has another
+    flags.update({**settings, **flags})
     if is_named:  # a shell may not find this database by itself
         arguments.program += f" --db {shlex.quote(arguments.db)}"
     if arguments.run in (serve, print_unit, add_user, back_up, restore, import_pairs):
