@@ -943,9 +943,10 @@ def check_place(path: str, to_write: bool = True) -> str:
         raise StoreError(f"{place} is a folder; name a file in it: --db {shlex.quote(place + '/kvserver.db')}")
     if not os.path.isdir(folder):
         raise StoreError(f"there is no folder for the database {place}; make it with: mkdir -p {shlex.quote(folder)}")
-    for file in (folder, place):
-        if to_write and os.path.exists(file) and not os.access(file, os.W_OK):
-            raise StoreError(f"no permission to write {file}; use sudo, or see who may: ls -ld {shlex.quote(file)}")
+    verb, mode = ("write", os.W_OK) if to_write else ("read", os.R_OK)
+    for file in filter(os.path.exists, (folder, place)):
+        if not os.access(file, mode):
+            raise StoreError(f"no permission to {verb} {file}; use sudo, or see who may: ls -ld {shlex.quote(file)}")
     return place
 
 
@@ -954,7 +955,7 @@ def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
     try:
         path = check_place(path, to_write=migrate)
         if has_stray_log(path):
-            raise StoreError(f"{path}-wal belongs to another database than {path}; move {path}-wal away")
+            raise StoreError(f"{path}-wal belongs to another database; move it away")
         if not create and not os.path.exists(path):
             raise StoreError(f"there is no database {path}; name it with --db, or type: python kvserver.py serve")
         with contextlib.suppress(FileExistsError):  # SQLite gives its -wal and -shm files the same permissions
@@ -3812,7 +3813,7 @@ def print_values(arguments: argparse.Namespace, store: Store) -> None:
     for _, key, value, *_ in store.all_pairs(arguments.name, arguments.prefix):
         print(escape_unprintable(key), escape_unprintable(value), sep="\t")
     if not store.pairs(arguments.user.id, arguments.prefix, after="", limit=1):
-        print(escape_unprintable(f"no key of {arguments.name} matches {arguments.prefix}*"), file=sys.stderr)
+        print(f"{arguments.name} has no {'such keys' if arguments.prefix else 'values'}", file=sys.stderr)
 
 
 def announce(server: Server, store: Store, program: str) -> None:
@@ -4036,16 +4037,18 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
     """Add the parsed arguments to a namespace. Wrong usage exits with 2, and names a likely command or flag."""
     parser, commands = build_parser(arguments.program, *argv[:1])
     level = parser
-    for previous, word in zip(["", *argv], itertools.takewhile("--".__ne__, argv)):
+    for number, word in enumerate(itertools.takewhile("--".__ne__, argv)):
         flag = re.match("--?[A-Za-z][A-Za-z0-9_-]*(?==|$)", word)
-        is_command = level is parser and not flag and previous != "--db"
+        before = list(argv[:number]) if level is parser else []  # a --db
+        is_command = level is parser and not flag and before[-1:] != ["--db"]
         known = ["--help", *re.findall("--?[a-z][a-z-]*", level.format_usage())] if flag else list(commands)
         name = flag[0] if flag else word
         if name not in known and (flag or is_command):
             import difflib
 
             likely = difflib.get_close_matches(name.lower(), known, 1)
-            hint = f"did you mean {level.prog} {likely[0]}?" if likely else f"list all with: {level.prog} --help"
+            start = " ".join([level.prog, *map(shlex.quote, before)])
+            hint = f"did you mean {start} {likely[0]}?" if likely else f"list all with: {level.prog} --help"
             if flag:
                 level.print_usage(sys.stderr)
             raise UsageError(f"there is no {'flag' if flag else 'command'} {cut_off(name, 40)}; {hint}")

@@ -5523,7 +5523,7 @@ class Schemas(CommandCase):
         (self.folder / "test.db").chmod(0)
         with as_another_user():
             self.assert_fails(f"no permission to write {self.database};", "serve")
-            self.assert_fails(f"cannot use the database {self.database}", "backup", "x")
+            self.assert_fails(f"no permission to read {self.database};", "backup", "x")
         self.assertEqual(["new", "test.db"], sorted(os.listdir(self.folder)))
 
     def test_a_low_port_needs_rights(self) -> None:
@@ -5709,7 +5709,7 @@ class Restores(CommandCase):
     def test_a_log_next_to_another_database_is_refused_and_moved_away_by_restore(self) -> None:
         log, backup = ((self.folder / name).read_bytes() for name in ("test.db-wal", "backup.db"))
         commands = (("serve",), ("users",), ("adduser", "x", "--password-stdin"), ("import", "x"), ("backup", "x"))
-        message = f"{self.database}-wal belongs to another database than {self.database}"
+        message = f"{self.database}-wal belongs to another database; move it away"
         self.write("x", "")
         for content in (backup, b"", b"damaged", None):
             self.write("test.db", content or b"")
@@ -5773,7 +5773,7 @@ class Restores(CommandCase):
             ("short", "short"),
             ("text", "text: file is not a database"),
             ("empty", "empty is empty; name a backup"),
-            ("raw", "raw-wal belongs to another database than"),
+            ("raw", "raw-wal belongs to another database;"),
             ("foreign", "foreign is a database of another program"),
             ("newer", "written by a newer kvserver.py"),
             ("pipe", "pipe is no backup; name a file that this wrote: python kvserver.py backup FILE"),
@@ -5981,8 +5981,8 @@ class ValueCommands(CommandCase):
         for command, name, key in (("get", "alice", "door"), ("del", "alice", "door"), ("get", "bob", "roo")):
             self.assert_fails(f"{name} has no key {key}; list the keys with: ", command, name, key)
         for arguments, message in (
-            (("bob",), "no key of bob matches *\n"),
-            (("bob", "x"), "no key of bob matches x*\n"),
+            (("bob",), "bob has no values\n"),
+            (("bob", "x"), "bob has no such keys\n"),
         ):
             self.assertEqual((0, "", message), self.run_program("list", *arguments))
         for command, *others in (("get", "a"), ("set", "a", "b"), ("del", "a"), ("list",)):
@@ -6530,7 +6530,7 @@ class Serving(CommandCase):
         usages = {line: self.succeed(*line.split(), "--help").partition("\n\n")[0] for line in ("", "serve")}
         for line, usage, mistake in (
             ("usrs", "", f"command usrs; did you mean {kvserver} users?"),
-            ("--db x.db deltokn alice 1", "", f"command deltokn; did you mean {kvserver} deltoken?"),
+            ("--db x.db deltokn alice 1", "", f"command deltokn; did you mean {kvserver} --db x.db deltoken?"),
             ("USERS", "", f"command USERS; did you mean {kvserver} users?"),
             ("fly --away", "", f"command fly; list all with: {kvserver} --help"),
             ("serve --prot=1", "serve", f"flag --prot; did you mean {kvserver} serve --port?"),
