@@ -3518,6 +3518,14 @@ class Clocks(HookCase):
                 waiting = [self.begin(f"GET /set?key={key}&value=1&ttl=600 HTTP/1.1") for key in "ab"]
                 wait_until(lambda: len(self.server.changes) == 2)
             self.assertEqual([[200]] * 2, [statuses(connection.recv(65536)) for connection in waiting])
+            wait_until(lambda: self.jumps() == [3600])
+            self.jump_to(-3600)
+            with locked(self.database):
+                waiting = [self.begin("GET /set?key=b&value=2&ttl=600 HTTP/1.1")]
+                wait_until(lambda: len(self.server.changes) == 1)
+                waiting.append(self.begin("GET /set?key=a&value=2&ttl=600&nx=1 HTTP/1.1"))
+                wait_until(lambda: len(self.server.changes) == 2)
+            self.assertEqual([[200], [409]], [statuses(connection.recv(65536)) for connection in waiting])
         self.assertEqual({"a": 600, "b": 600}, self.seconds_left())
 
     def test_only_the_newest_are_remembered(self) -> None:
