@@ -230,8 +230,9 @@ def hash_token(token: str) -> bytes:
 
 
 # ---- Storage ---------------------------------------------------------------------------------------------------------
-# The database: its schema, and the class that reads and changes it. SQLite shows a commit to the readers' connections
-# only when it is on the disk: no read returns a value that a power cut takes back. Nothing here knows of HTTP.
+# The database: its schema, and the class that reads and changes it. A change is on the disk when its method returns,
+# within a transaction when commit returns. SQLite shows a commit to other connections only then: no read returns a
+# value that a power cut takes back. Nothing here knows of HTTP.
 
 DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
 SHORT_POLL_SECONDS = 0.02  # between two looks for an end that nobody tells
@@ -325,7 +326,8 @@ TRIGGERS = {
             ORDER BY number LIMIT 1); END""",
 }
 
-# Pieces that several statements share. Their parameters are the time now, and a page's user, first and last key.
+# Pieces that several statements share. A page is a user's pairs from one key to another, sorted by their UTF-8 bytes;
+# a negative limit means all.
 NOT_EXPIRED = "(expires IS NULL OR expires > ?)"
 SELECT_PAIR = f"SELECT CAST(value AS BLOB), updated, expires FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
 PAGE = f"""(SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ? AND {NOT_EXPIRED}
@@ -446,11 +448,7 @@ def entity_tag(value: bytes) -> str:
 
 
 class Store:
-    """Users and their pairs in an SQLite file, for one thread at a time. Methods raise StoreError and sqlite3.Error.
-
-    A change is on the disk when its method returns, but within a transaction only when commit returns. Changes of roles
-    and hooks, and the deletion of users, need a transaction.
-    """
+    """Users and their pairs in an SQLite file, for one thread at a time. Methods raise StoreError and sqlite3.Error."""
 
     def __init__(self, path: str, wait: float = DATABASE_LOCK_SECONDS, mb_max: int = 0, migrate: bool = False) -> None:
         """Open a file by its real path. wait: seconds that a change waits for other processes; mb_max: its size."""
@@ -539,11 +537,7 @@ class Store:
         return self._connection
 
     def commit(self, operations: Sequence[Callable[[Store], Any]], begin: bool = False) -> list[Any]:
-        """Run operations in a transaction that has begun or begins, and commit; return what each returned or raised.
-
-        An operation that raises changes nothing. If a failure also undoes other operations, as a full disk does, each
-        operation runs again in its own transaction.
-        """
+        """Run operations in a transaction that has begun or begins, and commit; return what each returned or raised."""
         try:
             if begin:
                 self.begin()
@@ -559,7 +553,7 @@ class Store:
             outcomes = [error]
             with contextlib.suppress(sqlite3.Error):  # begin tries again
                 self._connection.rollback()
-            if len(operations) > 1:
+            if len(operations) > 1:  # one that fails, or a full disk, must not undo the others
                 outcomes = [self.commit([operation], begin=True)[0] for operation in operations]
             self.changed_others = True  # what is in changed_pairs may not have been committed
             return outcomes
@@ -578,7 +572,7 @@ class Store:
             return operation(self)
         except Exception as error:
             if self._connection.total_changes != changes_before or not self._connection.in_transaction:
-                raise
+                raise  # the transaction must end: an operation that fails changes nothing
             return error  # its caller raises it
 
     def clock_jump(self) -> float:
@@ -626,10 +620,7 @@ class Store:
         return self._execute(select, user_name, prefix, prefix + LAST_KEY, time.time())
 
     def import_all(self, users: Iterable[User], pairs: Iterable[UserPair]) -> tuple[int, int]:
-        """Add users and store pairs, or nothing at all; return how many pairs are stored, and how many had expired.
-
-        Of several pairs with one key, the last counts. Raises StoreError if a user exists, or a pair's user doesn't.
-        """
+        """Add users and store pairs, or nothing at all; return how many pairs are stored, and how many had expired."""
         # A temporary table, because reading the pairs may take long, and must not lock the database.
         self._execute("CREATE TEMP TABLE imported (name, key, value, updated, expires, PRIMARY KEY (name, key))")
         self._connection.executemany("INSERT OR REPLACE INTO imported VALUES (?, ?, ?, ?, ?)", pairs)
@@ -729,11 +720,7 @@ class Store:
         return cast(bytes, self._execute(select, time.time(), key, *pair[:3]).fetchone()[0])
 
     def page_as_json(self, user_id: int, prefix: str, after: str, limit: int, times: bool) -> tuple[bytes, str | None]:
-        """Return a user's pairs as a JSON object in UTF-8, and the last key if more pairs follow.
-
-        Their keys begin with prefix, come after the key after, and are sorted by their UTF-8 bytes. A negative limit
-        means all. With times, each value is an object like that of as_json. Raises Conflict above LIST_BYTES_MAX.
-        """
+        """Return a page as a JSON object of values, or with times like as_json's; and its last key if more pairs follow."""
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time())
         value, now = (PAIR_AS_JSON, page[-1:]) if times else ("value", ())
         # Not json_group_object: it would ignore the limit until the end. JSON escapes newlines, so one can separate.
@@ -744,7 +731,7 @@ class Store:
         return objects.replace(b"}\n{", b","), keys[0][0] if len(keys) == 2 else None  # of the last pair and the next
 
     def pairs(self, user_id: int, prefix: str, after: str, limit: int) -> list[tuple[str, str, float, float | None]]:
-        """Return key, beginning of the value, updated and expires of pairs, with keys like those of page_as_json."""
+        """Return key, beginning of the value, updated and expires of a page's pairs."""
         select = f"SELECT key, ifnull(substr(CAST(value AS BLOB), 1, ?), x''), updated, expires FROM {PAGE}"
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time(), limit)
         rows = self._execute(select, 4 * (VALUE_SHOWN_CHARACTERS_MAX + 1), *page)  # a character has up to 4 bytes
@@ -844,20 +831,17 @@ class Store:
 
 
 class CachingStore(Store):
-    """A store to read from, which remembers rows until the next commit of any process.
-
-    The file ending in -shm begins with two copies of a header. Every commit changes them when its data is on the disk
-    (SQLite's "WAL-mode File Format", section 2). Comparing them takes a fiftieth of the time of a SELECT.
-    """
+    """A store to read from, which remembers rows until the next commit of any process."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._rows, self._rows_bytes = dict[Any, Any](), 0  # of their values
         self._rows_state = b""  # when they were read
-        self.has_hooks()  # a first read creates the -shm file
+        # The -shm file begins with two copies of a header (SQLite's "WAL-mode File Format"). A first read creates it.
+        self.has_hooks()
         # It stays open: closing any descriptor of a file drops all the locks of the process on it (POSIX).
         self._shared_file = open(self.path + "-shm", "rb")  # noqa: SIM115
-        self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both copies
+        self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both
 
     def close(self) -> None:
         super().close()
@@ -865,7 +849,7 @@ class CachingStore(Store):
         self._shared_file.close()
 
     def state(self) -> bytes:
-        """Return bytes that every commit changes."""
+        """Return bytes that every commit changes once it is on the disk; comparing them is much quicker than a SELECT."""
         return self._shared[:]
 
     def wal_pages(self) -> int:
@@ -3084,7 +3068,8 @@ class Outbox:
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
-# Accepts connections, and makes the changes that come in together in one transaction.
+# Accepts connections, and makes the changes that come in together in one transaction. One thread runs the loop, which
+# reads from the database; other threads compute scrypt, and do whatever takes long.
 
 GATHER_SECONDS_MAX = 0.001  # that a change waits for others to share its commit
 QUICK_COMMIT_SECONDS = 0.002  # if the last commit took no longer, the loop itself waits for the disk
@@ -3099,10 +3084,7 @@ Change = tuple[Callable[[Store], Any], Wakeup, float]  # an operation, its task'
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves each connection with a coroutine, where ThreadingHTTPServer starts a thread.
-
-    One thread runs the loop, which reads from the database; threads compute scrypt and do whatever takes long.
-    """
+    """Serves each connection with a coroutine, where ThreadingHTTPServer starts a thread."""
 
     request_queue_size = 128
     # A second server on the port must fail, not take half of the connections.
@@ -3307,9 +3289,10 @@ class Server(http.server.ThreadingHTTPServer):
             if self.outbox.has_hooks:
                 self.outbox.look()
             if self.reader.wal_pages() > WAL_PAGES_MAX and now >= self._next_checkpoint:
-                self._next_checkpoint = now + 60  # all writers wait for each try, and a reader may never end
-                if await self.disk.run(self.writer.checkpoint):
-                    self._next_checkpoint = now
+                is_done = await self.disk.run(self.writer.checkpoint)
+                self._next_checkpoint = (
+                    now if is_done else now + 60
+                )  # writers wait for each try; a reader may never end
         except StoreBusy:  # another process is writing, and the changes wait
             await sleep(SHORT_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
