@@ -586,10 +586,8 @@ class Store:
         for pair, (expires, end) in self.timed_pairs.items():
             shifted = end + self.clock_offset + jump
             self._newly_timed[pair] = shifted, end
-            update = (
-                "UPDATE pair SET expires = ? WHERE user_id = ? AND key = ? AND expires = ?"  # or it has a newer one
-            )
-            self._exceed_limit(update, shifted, *pair, expires)
+            update = "UPDATE pair SET expires = ? WHERE user_id = ? AND key = ? AND expires = ?"
+            self._exceed_limit(update, shifted, *pair, expires)  # unless it has a newer one
 
     def transact(self, operation: Callable[[Store], Any]) -> Any:
         """Run an operation in its own transaction; return or raise its outcome."""
@@ -720,7 +718,7 @@ class Store:
         return cast(bytes, self._execute(select, time.time(), key, *pair[:3]).fetchone()[0])
 
     def page_as_json(self, user_id: int, prefix: str, after: str, limit: int, times: bool) -> tuple[bytes, str | None]:
-        """Return a page as a JSON object of values, or with times like as_json's; and its last key if more pairs follow."""
+        """Return a page as a JSON object of values, or of objects with times; and its last key if more pairs follow."""
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time())
         value, now = (PAIR_AS_JSON, page[-1:]) if times else ("value", ())
         # Not json_group_object: it would ignore the limit until the end. JSON escapes newlines, so one can separate.
@@ -849,7 +847,7 @@ class CachingStore(Store):
         self._shared_file.close()
 
     def state(self) -> bytes:
-        """Return bytes that every commit changes once it is on the disk; comparing them is much quicker than a SELECT."""
+        """Return bytes that every commit changes once it is on the disk. Comparing them takes less than a SELECT."""
         return self._shared[:]
 
     def wal_pages(self) -> int:
