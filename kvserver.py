@@ -3443,9 +3443,8 @@ def copying(source: Store, path: str) -> Iterator[int]:
             os.fsync(descriptor)
             os.close(descriptor)
     except (OSError, sqlite3.Error) as error:
-        raise CommandError(
-            f"cannot copy {source.path} to {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot copy {source.path} to {path}: {reason}") from None
 
 
 def back_up(arguments: argparse.Namespace) -> None:
@@ -3829,12 +3828,11 @@ def announce(server: Server, store: Store, program: str) -> None:
         with contextlib.suppress(Conflict):  # another process was quicker
             store.transact(add_admin)
     print(f"listening on {urls[0]}", flush=True)
-    notify = os.environ.get("NOTIFY_SOCKET", "")  # sd_notify(3)
-    if not notify:
-        return
+    systemd = os.environ.get("NOTIFY_SOCKET", "")  # sd_notify(3)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-            systemd.sendto(b"READY=1", "\0" + notify[1:] if notify[0] == "@" else notify)
+        if systemd:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
+                notify_socket.sendto(b"READY=1", "\0" + systemd[1:] if systemd[0] == "@" else systemd)
     except OSError as error:
         log("ERROR", f"cannot tell systemd that the server is ready: {error.strerror}")
 
@@ -3949,8 +3947,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "[PREFIX]": {"dest": "prefix", "metavar": "PREFIX", "nargs": "?", "default": "", "help": "only keys that begin so"},
     "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for keys that begin so, or * for all keys"},
     "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
-    "FILE": {"dest": "file", "metavar": "FILE", "help": "file to write, readable by its owner only"},
-    "BACKUP": {"dest": "file", "metavar": "FILE", "help": "a file that the command backup wrote"},
+    "BACKUP": {"dest": "file", "metavar": "FILE", "help": "the copy, readable by its owner only"},
     "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or an old database.db"},
     "--admin": {"action": "store_true", "help": "make the user an admin, who manages users"},
     "--config": {"metavar": "FILE", "help": "JSON file with settings, named like flags, with _ for -"},
@@ -3987,7 +3984,7 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
     ("hooks", list_hooks, "[USER]"),
     ("delhook", delete_hook, "ID"),
     ("testhook", test_hook, "ID"),
-    ("backup", back_up, "FILE", "--force"),
+    ("backup", back_up, "BACKUP", "--force"),
     ("restore", restore, "BACKUP"),
     ("export", export_pairs, "[USER]"),
     ("import", import_pairs, "EXPORT", "--merge"),
