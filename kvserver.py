@@ -3957,12 +3957,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
     "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
     "--read-only": {"action": "store_true", "help": "the token cannot change anything"},
-    "--ttl": {
-        "metavar": "S",
-        "type": parse_ttl,
-        "default": 0,
-        "help": "seconds until the value expires (default: never)",
-    },
+    "--ttl": {"metavar": "S", "type": parse_ttl, "default": 0, "help": "seconds until it expires (default: never)"},
     "--value": {"metavar": "V", "help": "send only changes to the value V"},
     "--yes": {"action": "store_true", "help": "do not ask, and delete even the last admin"},
 }
