@@ -3851,10 +3851,8 @@ def serve(arguments: argparse.Namespace) -> None:
             hints = {errno.EADDRINUSE: "is kvserver running already? "}
             hints[errno.EACCES] = "a port below 1024 needs rights, which python kvserver.py unit gives; "
             where = f"{arguments.host or 'all interfaces'}, port {arguments.port}"
-            reason, hint = (
-                getattr(error, "strerror", "this is not a host name"),
-                hints.get(getattr(error, "errno", 0), ""),
-            )
+            reason = getattr(error, "strerror", "this is not a host name")
+            hint = hints.get(getattr(error, "errno", 0), "")
             raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())

@@ -5623,8 +5623,8 @@ class Backups(CommandCase):
 
     def test_without_a_database_nothing_is_created(self) -> None:
         for arguments in (("users",), ("export",), ("backup", "backup.db")):
-            for path in ("inner.db", "test.db/inner.db"):
-                self.assert_fails("there is no database", *arguments, KVSERVER_DB=path)
+            for path, what in (("inner.db", "database"), ("test.db/inner.db", "folder for the database")):
+                self.assert_fails(f"there is no {what}", *arguments, KVSERVER_DB=path)
         self.assertEqual(["test.db"], os.listdir(self.folder))
 
     def test_a_name_that_is_no_text_is_printed_in_another_way(self) -> None:
