@@ -269,16 +269,14 @@ MIGRATIONS = (
         "CREATE INDEX token_user_id ON token (user_id)",
     ),
     (
-        """CREATE TABLE hook (id INTEGER PRIMARY KEY AUTOINCREMENT,
-            user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE,
-            pattern TEXT NOT NULL, value TEXT, receiver TEXT NOT NULL, url TEXT NOT NULL, label TEXT NOT NULL,
-            queued INTEGER NOT NULL DEFAULT 0, -- number of the newest delivery
+        """CREATE TABLE hook (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id INTEGER NOT NULL REFERENCES user (id)
+            ON DELETE CASCADE, pattern TEXT NOT NULL, value TEXT, receiver TEXT NOT NULL, url TEXT NOT NULL,
+            label TEXT NOT NULL, queued INTEGER NOT NULL DEFAULT 0, -- number of the newest delivery
             queued_bytes INTEGER NOT NULL DEFAULT 0, -- of all deliveries up to that one
             handled INTEGER NOT NULL DEFAULT 0, result TEXT, result_time REAL)""",
         "CREATE INDEX hook_pattern ON hook (user_id, pattern)",
-        """CREATE TABLE delivery (id INTEGER PRIMARY KEY AUTOINCREMENT,
-            hook_id INTEGER NOT NULL REFERENCES hook (id) ON DELETE CASCADE, number INTEGER NOT NULL,
-            bytes_before INTEGER NOT NULL, -- of the hook's earlier deliveries
+        """CREATE TABLE delivery (id INTEGER PRIMARY KEY AUTOINCREMENT, hook_id INTEGER NOT NULL REFERENCES hook (id)
+            ON DELETE CASCADE, number INTEGER NOT NULL, bytes_before INTEGER NOT NULL, -- of earlier ones
             key TEXT NOT NULL, value TEXT, old TEXT, created REAL NOT NULL, idempotency_key TEXT NOT NULL,
             UNIQUE (hook_id, number))""",
         # Lengths of key prefixes, to join with. (A trigger has no WITH.)
@@ -430,8 +428,9 @@ class NoSuchToken(StoreError): ...
 
 class NoSuchUser(StoreError):
     def __str__(self) -> str:
-        command = "python kvserver.py"
-        return f"no user {self.args[0]}; list all with: {command} users; add one with: {command} adduser NAME"
+        return (
+            f"no user {self.args[0]}; list all with: python kvserver.py users; add one: python kvserver.py adduser NAME"
+        )
 
 
 # By SQLite's result code, the error to raise, and its message. The user of a pair is the only constraint that may fail.
@@ -3220,12 +3219,11 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 await ready(READABLE)
                 is_full = len(self.connections) >= self.max_connections
-                for _ in range(min(8, self.max_connections - len(self.connections))):  # then requests have their turn
-                    self.process_request(*self.get_request())
+                with contextlib.suppress(BlockingIOError, ConnectionError):  # none is left, or the client did not wait
+                    for _ in range(min(8, self.max_connections - len(self.connections))):  # then requests have a turn
+                        self.process_request(*self.get_request())
                 if not is_full:
                     continue
-            except (BlockingIOError, ConnectionError):  # none is left, or the client did not wait
-                continue
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
                 is_full = getattr(error, "errno", 0) == errno.EMFILE
                 self.errors.write(f"cannot accept a connection: {getattr(error, 'strerror', repr(error))}")
@@ -3287,10 +3285,8 @@ class Server(http.server.ThreadingHTTPServer):
             if self.outbox.has_hooks:
                 self.outbox.look()
             if self.reader.wal_pages() > WAL_PAGES_MAX and now >= self._next_checkpoint:
-                is_done = await self.disk.run(self.writer.checkpoint)
-                self._next_checkpoint = (
-                    now if is_done else now + 60
-                )  # writers wait for each try; a reader may never end
+                # All writers wait for each try, and a reader may never end.
+                self._next_checkpoint = now if await self.disk.run(self.writer.checkpoint) else now + 60
         except StoreBusy:  # another process is writing, and the changes wait
             await sleep(SHORT_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
