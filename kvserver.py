@@ -3333,7 +3333,7 @@ class Setting(NamedTuple):
 
 def parse_number(text: str, least: int = 1, most: int = 999_999) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"it must be a number from {least} to {most}")
+        raise argparse.ArgumentTypeError(f"it must be a whole number from {least} to {most}")
     return int(text)
 
 
@@ -3935,7 +3935,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "NAME": {"dest": "name", "metavar": "NAME", "help": "1 to 64 printable ASCII characters without a colon"},
     "USER": {"dest": "name", "metavar": "USER", "help": "the user's name"},
     "[USER]": {"dest": "name", "metavar": "USER", "nargs": "?", "help": "only this user (default: all users)"},
-    "ID": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of the list"},
+    "ID": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of tokens or hooks"},
     "KEY": {"dest": "key", "metavar": "KEY", "help": f"1 to {KEY_BYTES_MAX} bytes of UTF-8"},
     "VALUE": {"dest": "value", "metavar": "VALUE", "help": "- reads standard input; put -- before one like -x"},
     "[PREFIX]": {"dest": "prefix", "metavar": "PREFIX", "nargs": "?", "default": "", "help": "only keys that begin so"},
@@ -3944,7 +3944,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "BACKUP": {"dest": "file", "metavar": "FILE", "help": "the copy, readable by its owner only"},
     "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or an old database.db"},
     "--admin": {"action": "store_true", "help": "make the user an admin, who manages users"},
-    "--config": {"metavar": "FILE", "help": "JSON file with settings, named like flags, with _ for -"},
+    "--config": {"metavar": "FILE", "help": 'JSON file with settings, such as {"max_db_mb": 99}'},
     "--force": {"action": "store_true", "help": "overwrite the file if it exists"},
     "--label": {"metavar": "TEXT", "default": "", "help": "a note that the list shows"},
     "--merge": {"action": "store_true", "help": "add values to users that exist here; they keep password and role"},
@@ -4025,7 +4025,7 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
             level = commands[word]
     _, rest = parser.parse_known_args(argv, arguments)
     if rest:
-        level.error("too many arguments; one that contains spaces needs quotes")
+        level.error("too many arguments; one that contains spaces or * needs quotes")
     if level is parser:
         parser.print_help(sys.stderr)
         parser.exit(2, f"\nTo begin: {parser.prog} {shlex.join([*argv, 'serve'])}\n")

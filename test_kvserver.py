@@ -6502,7 +6502,7 @@ class Serving(CommandCase):
             ("log_requests", '{"log_requests": "perhaps"}'),
             ("base_path", '{"base_path": "/a b"}'),
             ("config", '{"config": "x"}'),
-            ("a number from 1 to 999999", '{"max_connections": 0}', '{"max_db_mb": "1 GB"}'),
+            ("a whole number from 1 to 999999", '{"max_connections": 0}', '{"max_db_mb": "1 GB"}'),
             ("such as 10.1.0.0/16", '{"trusted_proxy": ["10.0.0.1/8"]}', '{"trusted_proxy": [1]}'),
             ("such as 10.1.0.0/16", '{"trusted_proxy": "proxy.example"}'),
             ("not a JSON object", "[]"),
@@ -6528,7 +6528,7 @@ class Serving(CommandCase):
                 code, output, errors = self.run_program(*line.split())
                 self.assertEqual((2, ""), (code, output))
                 self.assertNotIn("Traceback", errors)
-        self.assertRegex(errors, r"too many arguments; one that contains spaces needs quotes\n\Z")
+        self.assertRegex(errors, r"too many arguments; one that contains spaces or \* needs quotes\n\Z")
 
     def test_a_mistyped_command_or_flag_gets_the_likely_one_and_no_command_the_help(self) -> None:
         kvserver = "python kvserver.py"
