@@ -5406,7 +5406,7 @@ class UserCommands(CommandCase):
             for command in (("deltoken", "alice"), ("testhook",)):
                 code, _, errors = self.run_program(*command, number)
                 self.assertEqual(2, code)
-                self.assertIn("a number from 1", errors)
+                self.assertIn("a whole number from 1", errors)
 
 
 # Each schema version as the program created it from the one before, with rows of then: alice with "a password".
