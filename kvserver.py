@@ -318,14 +318,12 @@ TRIGGERS = {
         UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before
             + length(CAST(NEW.key || ifnull(NEW.value, '') || ifnull(NEW.old, '') AS BLOB)) WHERE id = NEW.hook_id;
         DELETE FROM delivery WHERE hook_id = NEW.hook_id AND number < (
-            SELECT number FROM delivery WHERE hook_id = NEW.hook_id AND number > NEW.number - {HOOK_PENDING_MAX}
+            SELECT min(number) FROM delivery WHERE hook_id = NEW.hook_id AND number > NEW.number - {HOOK_PENDING_MAX}
             AND (number = NEW.number OR bytes_before >=
-                (SELECT queued_bytes FROM hook WHERE id = NEW.hook_id) - {HOOK_PENDING_BYTES_MAX})
-            ORDER BY number LIMIT 1); END""",
+                (SELECT queued_bytes FROM hook WHERE id = NEW.hook_id) - {HOOK_PENDING_BYTES_MAX})); END""",
 }
 
-# Pieces that several statements share. A page is a user's pairs from one key to another, sorted by their UTF-8 bytes;
-# a negative limit means all.
+# Pieces that several statements share. A page is a user's pairs from key to key; a negative limit means all.
 NOT_EXPIRED = "(expires IS NULL OR expires > ?)"
 SELECT_PAIR = f"SELECT CAST(value AS BLOB), updated, expires FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
 PAGE = f"""(SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ? AND {NOT_EXPIRED}
@@ -429,7 +427,7 @@ class NoSuchToken(StoreError): ...
 class NoSuchUser(StoreError):
     def __str__(self) -> str:
         return (
-            f"no user {self.args[0]}; list all with: python kvserver.py users; add one: python kvserver.py adduser NAME"
+            f"no user {self.args[0]}; list all with: python kvserver.py users; add it with: python kvserver.py adduser"
         )
 
 
@@ -651,9 +649,8 @@ class Store:
 
     def users(self, name: str | None = None, after: str = "", limit: int = -1) -> list[UserSummary]:
         """Return one user or all users with names after another, sorted by name; a negative limit means all."""
-        select = f"""SELECT {USER_ROW}, count(key), max(updated)
-            FROM user LEFT JOIN pair ON user_id = user.id AND {NOT_EXPIRED}
-            WHERE name = ifnull(?, name) AND name > ? GROUP BY name ORDER BY name LIMIT ?"""
+        select = f"""SELECT {USER_ROW}, count(key), max(updated) FROM user LEFT JOIN pair ON user_id = user.id
+            AND {NOT_EXPIRED} WHERE name = ifnull(?, name) AND name > ? GROUP BY name ORDER BY name LIMIT ?"""
         return [(User(*row[:4]), *row[4:]) for row in self._execute(select, time.time(), name, after, limit)]
 
     def _change_users(self, refusal: StoreError, statement: str, *parameters: Any) -> sqlite3.Cursor:
@@ -793,12 +790,10 @@ class Store:
 
     def hooks(self, user_name: str | None = None, limit: int = -1) -> list[Hook]:
         """Return one user's or all hooks; a negative limit means all."""
-        shown = VALUE_SHOWN_CHARACTERS_MAX
-        select = f"""SELECT hook.id, name, pattern,
-            '"' || substr(value, 1, {shown}) || CASE WHEN length(value) > {shown} THEN '…"' ELSE '"' END, label,
-            receiver, (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time
-            FROM hook JOIN user ON user.id = user_id WHERE name = ifnull(?, name) ORDER BY hook.id LIMIT ?"""
-        return [Hook(*row) for row in self._execute(select, user_name, limit)]
+        select = """SELECT hook.id, name, pattern, '"' || substr(value, 1, ?1) || iif(length(value) > ?1, '…"', '"'),
+            label, receiver, (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time
+            FROM hook JOIN user ON user.id = user_id WHERE name = ifnull(?2, name) ORDER BY hook.id LIMIT ?3"""
+        return [Hook(*row) for row in self._execute(select, VALUE_SHOWN_CHARACTERS_MAX, user_name, limit)]
 
     def hook_url(self, hook_id: int) -> tuple[str, str]:
         for pattern, url in self._execute("SELECT pattern, url FROM hook WHERE id = ?", hook_id):
