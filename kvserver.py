@@ -971,8 +971,8 @@ FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 
 MALFORMED_CHUNKS = "the chunked body is malformed"
 BODY_TOO_LARGE = f"the body is too large: {{}} bytes; the limit is {BODY_BYTES_MAX}, and for a value {VALUE_BYTES_MAX}"
-RETRY_AFTER = (("Retry-After", "5"),)
 UNPARSED: dict[str, str] = {}  # a request's parameters, until they are parsed
+RETRY_AFTER = (("Retry-After", "5"),)
 
 
 class Response(NamedTuple):
@@ -1141,8 +1141,7 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
             raise HTTPError(400, MALFORMED_CHUNKS)
         body += received[begin:end]
         del received[: end + 2]
-    rest = received[begin:].decode("iso-8859-1")
-    trailers = re.match(rf"(?:{FIELD.pattern}\r\n)*\r\n", rest) if match else None
+    trailers = re.match(rf"(?:{FIELD.pattern}\r\n)*\r\n", received[begin:].decode("iso-8859-1")) if match else None
     if trailers:
         del received[: begin + trailers.end()]
     elif (b"\r\n\r\n" if match else b"\n") in received or len(received) > 4096:  # each look reads all of it
@@ -1269,8 +1268,7 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
     is_form, other = content_type == FORM, "" if body == VALUE else f"{FORM}, or "
     if content_type == "multipart/form-data":
         raise HTTPError(415, f"a body of the type {content_type} is not supported; send {other}the value alone")
-    charsets = re.findall(r"""charset\s*=\s*["']?([^\s"';,]*)""", header)
-    if set(charsets) - {"utf-8", "utf8", "us-ascii", "ascii"}:
+    if set(re.findall(r"""charset\s*=\s*["']?([^\s"';,]*)""", header)) - {"utf-8", "utf8", "us-ascii", "ascii"}:
         raise HTTPError(415, "this charset is not supported; send UTF-8, with charset=utf-8 or without a charset")
     text = decode_utf8(request.body, "the body")
     # Programs label bodies carelessly, so only a form with a field "value" is certainly a form.
@@ -1744,8 +1742,7 @@ class Metrics:
         self._started = time.monotonic()
         self._responses = collections.Counter[tuple[str, int]]()  # by endpoint and status
         # By endpoint: a count for each of DURATION_SECONDS and one for longer responses, then all seconds.
-        empty: list[float] = [0] * (len(DURATION_SECONDS) + 2)
-        self._durations: dict[str, list[float]] = collections.defaultdict(empty.copy)
+        self._durations = collections.defaultdict[str, list[float]](lambda: [0] * (len(DURATION_SECONDS) + 2))
         self.failed_logins = self.commits = self.writes = 0
         self.deliveries = self.failed_deliveries = self.dropped_deliveries = 0
 
@@ -1798,9 +1795,8 @@ REFUSED_SECONDS = 600  # that wrong ones are remembered
 CHECKS_MAX = 64  # passwords that wait to be checked
 CHECK_SECONDS = 10  # that a request waits for that
 THROTTLED_ADDRESSES_MAX = 10_000
-# Visitors of a route. ANYONE: no login. BROWSER: no login, but only for HTML, else the path does not exist. USER: a
-# login. PERSON: a login with a password, since a token does not open pages. ADMIN: a PERSON who is an admin. OPERATOR:
-# an admin's program, with a password or a token without restrictions.
+# Visitors of a route. ANYONE and BROWSER need no login; for a BROWSER, the path exists only in HTML. A PERSON needs a
+# password, a USER may have a token. An ADMIN is a PERSON; an OPERATOR is an admin, who may have an unrestricted token.
 ANYONE, BROWSER, USER, PERSON, ADMIN, OPERATOR = "anyone", "browser", "user", "person", "admin", "operator"
 NO_LOGIN, PAGE_VISITORS = (ANYONE, BROWSER), (PERSON, ADMIN)
 # Pages have their own realm and paths, so browsers keep their credentials from the API (RFC 7617 section 2.2).
@@ -1893,7 +1889,8 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
     if scheme.startswith(TOKEN_PREFIX):
         raise HTTPError(401, "the word Bearer is missing before the token; send Authorization: Bearer TOKEN")
     if scheme.lower() != "basic":
-        raise HTTPError(401, "send a token as Authorization: Bearer TOKEN; the only other scheme is Basic")
+        hint = "(curl -u NAME:PASSWORD), or with Authorization: Bearer TOKEN"
+        raise HTTPError(401, f"log in with a name and a password {hint}")
     try:
         text = base64.b64decode(credentials.strip(" "), validate=True).decode("utf-8")
     except ValueError:
@@ -1918,11 +1915,8 @@ class Authenticator:
         self._waiting: dict[Check, list[Wakeup]] = {}  # requests that wait for a check
         self._throttle = Throttle()
 
-    async def authenticate(self, authorization: str | None, find_address: Callable[[], Address | None]) -> User:
+    async def authenticate(self, authorization: str, find_address: Callable[[], Address | None]) -> User:
         """Return the user whose credentials an Authorization header holds; raise HTTPError or StoreBusy."""
-        if authorization is None:
-            message = "log in with a name and a password (curl -u NAME:PASSWORD), or with Authorization: Bearer TOKEN"
-            raise HTTPError(401, message)
         name, password = decode_credentials(authorization)
         digest = hashlib.blake2b(f"{name}:{password}".encode(), key=self._secret).digest()
         while True:  # every round reads the rows: during a check, everything may change, in another process too
@@ -1965,7 +1959,6 @@ class Authenticator:
         (digest, password_hash), waiting = check, self._waiting[check]
         stored = password_hash or self._unknown_user_hash
         threads = self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads
-        result: bool | Exception | None  # None if no request waited in the end
         try:
             result = await threads.run(
                 lambda: verify_password(password, stored) if any(map(Wakeup.is_wanted, waiting)) else None, "checks"
@@ -2278,8 +2271,7 @@ def make_form(request: Request, action: str, fields: str, hidden: Hidden, url: s
     texts = {**dict.fromkeys(USER_FIELDS + OWN_FIELDS, ""), "new_password": NEW_PASSWORD, **typed, **values}
     texts |= {name: "checked" if is_on(typed, name) else "" for name in ("isAdmin", "readonly")}
     inputs = [fill('<input type="hidden" name="{}" value="{}">', *field) for field in hidden.items()]
-    alert = fill(ALERT, refusal.message) if refusal else ""
-    form = fill(fields, **texts)
+    form, alert = fill(fields, **texts), fill(ALERT, refusal.message) if refusal else ""
     return fill(FORM_HTML, url=url, kind=kind, alert=alert, action=action, hidden=inputs, fields=form)
 
 
@@ -2695,9 +2687,8 @@ class RequestHandler:
             method = request.method if request.method in METHODS else ""
             path = request.path.removesuffix(request.key_in_path) if route else ""  # an unknown one may be a value
             key = request.parameters.get("key", "")[:KEY_BYTES_MAX]
-            line = f"request: method={method} path={path!r} key={key!r} status={response.status}"
-            line += f" milliseconds={seconds * 1000:.1f} user={request.user.name!r} address={self._address(request)}"
-            log("INFO", line)
+            line = f"request: method={method} path={path!r} key={key!r} status={response.status} milliseconds="
+            log("INFO", f"{line}{seconds * 1000:.1f} user={request.user.name!r} address={self._address(request)}")
         keep_alive = request.fields.keep_alive and not self.body_pending and not self.server.stopping
         connection = "close" if not keep_alive else "keep-alive" if request.fields.is_http_1_0 else ""
         data = encode_response(response, connection, with_body=request.method != "HEAD")
@@ -2797,7 +2788,7 @@ class RequestHandler:
         login = user.token.digest if user.token else user.name
         if request.fields is not fields or self.server.reader.user(login) != user:
             find_address = functools.partial(self._address, request)
-            user = await self.server.authenticator.authenticate(headers.get("authorization"), find_address)
+            user = await self.server.authenticator.authenticate(headers.get("authorization", ""), find_address)
             self.login = (request.fields, user)
         request.user = user
         if route.who != USER:
