@@ -3457,7 +3457,7 @@ def set_aside(database: str, locks: contextlib.ExitStack) -> str:
     except sqlite3.Error:  # it is damaged, and keeps its log
         pass
     kept = ""
-    while not kept or os.path.lexists(kept) or os.path.lexists(kept + "-wal"):
+    while not kept or os.path.lexists(kept):
         kept = f"{database}.before-restore-{time.strftime('%Y%m%d-%H%M%S')}"
     if os.path.exists(database):
         try:
@@ -3465,8 +3465,8 @@ def set_aside(database: str, locks: contextlib.ExitStack) -> str:
         except OSError:  # this file system has no links
             os.rename(database, kept)
     for suffix in ("-wal", "-shm", "-journal"):
-        if os.path.exists(database + suffix):
-            os.rename(database + suffix, kept + suffix)
+        if os.path.exists(database + suffix):  # SQLite must not find it next to a database that it doesn't belong to
+            os.rename(database + suffix, database + suffix + kept[len(database) :])
     if os.name == "nt":  # Windows replaces no open file
         locks.close()
     return kept

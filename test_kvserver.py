@@ -5699,7 +5699,7 @@ class Restores(CommandCase):
             self.assertEqual((200, b"old"), self.request(port, "/get?key=a"))
             self.assertEqual((200, b"Success"), self.request(port, "/set?key=a&value=newer"))
         self.assertEqual("newer", self.value(self.restore("1")))
-        self.write("test.db.before-restore-2-wal", "the log of another one")
+        self.write("test.db.before-restore-2", "another one")
         self.assertEqual(self.database + ".before-restore-3", self.restore("1", "1", "2", "3"))  # none is overwritten
         self.assertEqual("newer", self.value(self.database + ".before-restore-1"))
         self.assertEqual("new", self.value(kept))
@@ -5732,7 +5732,7 @@ class Restores(CommandCase):
             kept = self.restore()
             if content is not None:
                 self.assertEqual(content, pathlib.Path(kept).read_bytes())
-            (old_log,) = (self.folder / name for name in self.kept() if name.endswith("-wal"))
+            (old_log,) = (self.folder / name for name in self.kept() if name.startswith("test.db-wal."))
             self.assertEqual(log, old_log.read_bytes())
             old_log.unlink()
         self.write("test.db-wal", "")  # an empty log says nothing
