@@ -522,7 +522,7 @@ class Store:
     def checkpoint(self) -> bool:
         """Copy the whole write-ahead log into the database; return whether the next commit restarts the log."""
         # SQLite's own one doesn't wait for readers: with one at every moment, the log would grow without limit.
-        with contextlib.closing(Store(self.path, wait=2)) as store:
+        with contextlib.closing(Store(self.path, CHECKPOINT_SECONDS)) as store:
             return not store._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
 
     def begin(self, is_reading: bool = False) -> sqlite3.Connection:
@@ -1254,8 +1254,7 @@ def parse_json(text: str) -> Any:
     # CPython 3.12 and 3.13 follow deep nesting until the small stack of a thread overflows, and the process dies.
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
         brackets = re.sub(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', "", text)
-        depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
-        if max(depths, default=0) > JSON_DEPTH_MAX:
+        if max(itertools.accumulate(1 if each in "[{" else -1 for each in brackets), default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
     # A byte order mark is not JSON, but may be ignored (RFC 8259 section 8.1). PowerShell sends one.
     return json.loads(text.lstrip("\ufeff"), object_pairs_hook=functools.partial(unique_names, in_value=True))
@@ -1889,8 +1888,7 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
     if scheme.startswith(TOKEN_PREFIX):
         raise HTTPError(401, "the word Bearer is missing before the token; send Authorization: Bearer TOKEN")
     if scheme.lower() != "basic":
-        hint = "(curl -u NAME:PASSWORD), or with Authorization: Bearer TOKEN"
-        raise HTTPError(401, f"log in with a name and a password {hint}")
+        raise HTTPError(401, "log in with name and password (curl -u NAME:PASSWORD), or Authorization: Bearer TOKEN")
     try:
         text = base64.b64decode(credentials.strip(" "), validate=True).decode("utf-8")
     except ValueError:
