@@ -236,6 +236,7 @@ def hash_token(token: str) -> bytes:
 
 DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
 SHORT_POLL_SECONDS = 0.02  # between two looks for an end that nobody tells
+CHECKPOINT_SECONDS = 2  # that a checkpoint waits for readers
 CACHED_ROWS_MAX = 256
 CACHED_BYTES_MAX = 4 * 1024 * 1024  # plus the value that passes it
 TIMED_PAIRS_MAX = 10_000  # that the server remembers, in case the clock jumps
