@@ -297,13 +297,13 @@ PRAGMAS = (
 # Triggers write deliveries in the transaction of the change. They exist only while hooks exist.
 NOW = "((julianday('now') - 2440587.5) * 86400 + 0.001)"  # unix seconds; SQLite cuts off below a millisecond
 HAD_EXPIRED = f"(OLD.expires IS NOT NULL AND OLD.expires <= {NOW})"
+OLD_VALUE = f"iif({HAD_EXPIRED}, NULL, OLD.value)"
 # Adds a delivery for each hook that matches a row of pair, which is NEW or OLD.
 QUEUE = f"""INSERT INTO delivery (hook_id, number, bytes_before, key, value, old, created, idempotency_key)
     SELECT id, queued + 1, queued_bytes, {{row}}.key, {{value}}, {{old}}, {NOW}, lower(hex(randomblob(16))) FROM hook
     WHERE {{condition}} AND user_id = {{row}}.user_id AND (hook.value IS NULL OR hook.value = {{value}}) AND pattern IN
         (SELECT {{row}}.key UNION ALL SELECT substr({{row}}.key, 1, length) || '*' FROM prefix_length
         WHERE length <= length({{row}}.key));"""
-OLD_VALUE = f"CASE WHEN {HAD_EXPIRED} THEN NULL ELSE OLD.value END"
 TRIGGERS = {
     "pair_added": f"""AFTER INSERT ON pair WHEN EXISTS (SELECT 1 FROM hook WHERE user_id = NEW.user_id)
         BEGIN {QUEUE.format(row="NEW", value="NEW.value", old="NULL", condition="TRUE")} END""",
@@ -341,7 +341,6 @@ TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_d
 
 
 def utc_second(seconds: float) -> str:
-    """Return a time in unix seconds as text, whose first 10 characters are the day."""
     return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 
 
@@ -427,9 +426,7 @@ class NoSuchToken(StoreError): ...
 
 class NoSuchUser(StoreError):
     def __str__(self) -> str:
-        return (
-            f"no user {self.args[0]}; list all with: python kvserver.py users; add it with: python kvserver.py adduser"
-        )
+        return f"no user {self.args[0]}; list all with: python kvserver.py users; add with: python kvserver.py adduser"
 
 
 # By SQLite's result code, the error to raise, and its message. The user of a pair is the only constraint that may fail.
@@ -709,7 +706,6 @@ class Store:
         return Pair(row[0], row[1], row[2], entity_tag(row[0])) if row else None
 
     def as_json(self, key: str, pair: Pair) -> bytes:
-        """Return a pair with its times as a JSON object in UTF-8."""
         select = f"""SELECT CAST({PAIR_AS_JSON} AS BLOB)
             FROM (SELECT ? AS key, CAST(? AS TEXT) AS value, ? AS updated, ? AS expires)"""
         return cast(bytes, self._execute(select, time.time(), key, *pair[:3]).fetchone()[0])
@@ -790,7 +786,6 @@ class Store:
         return bool(self._execute("SELECT 1 FROM hook LIMIT 1").fetchone())
 
     def hooks(self, user_name: str | None = None, limit: int = -1) -> list[Hook]:
-        """Return one user's or all hooks; a negative limit means all."""
         select = """SELECT hook.id, name, pattern, '"' || substr(value, 1, ?1) || iif(length(value) > ?1, '…"', '"'),
             label, receiver, (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time
             FROM hook JOIN user ON user.id = user_id WHERE name = ifnull(?2, name) ORDER BY hook.id LIMIT ?3"""
@@ -2906,8 +2901,8 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadl
             count = len(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))  # all of them are tried in time
             connection = opened.enter_context(socket.create_connection(address, seconds_until(deadline) / (count + 1)))
             if parts.scheme == "https":
-                secure = client_context().wrap_socket(connection, server_hostname=parts.hostname)
-                connection = opened.enter_context(secure)
+                connection = client_context().wrap_socket(connection, server_hostname=parts.hostname)
+                opened.enter_context(connection)
             connection.settimeout(seconds_until(deadline) / 2)  # the other half is for the answer
             with contextlib.suppress(OSError):  # the answer may come before the request has been sent in full
                 connection.sendall(encode_delivery(parts, idempotency_key, members))
@@ -2939,8 +2934,7 @@ class Outbox:
         self._threads = Threads(loop, EXCHANGES_MAX + LONG_EXCHANGES_MAX)
         self.gate = Gate(loop)  # held by exchanges under way, until their results are stored
         self.has_hooks = self.is_stopping = False  # when it stops, no further exchange begins
-        self._running: set[int] = set()  # hooks with a task
-        self._newest = 0  # id of the newest delivery that has been seen
+        self._running, self._newest = set[int](), 0  # hooks with a task; id of the newest delivery that has been seen
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
         self._dropped_logged, self._started = -NEVER, time.monotonic()
         self._lock: BinaryIO | None = None
@@ -3239,8 +3233,8 @@ class Server(http.server.ThreadingHTTPServer):
             raise StoreBusy("the server is too busy; try again") from None
 
     async def _commit(self) -> None:
-        # The loop waits for a quick disk. A thread waits for a slow one, and runs transactions that may take long:
-        # reads go on, and changes gather for the next transaction.
+        # The loop waits for a quick disk. A thread waits for a slow one, and runs transactions that may take long, as
+        # those of long values or after a jump of the clock: reads go on, and changes gather for the next transaction.
         self._is_committing, changes, size, now = True, list[Change](), 0.0, time.monotonic()
         try:
             self.writer.begin()
@@ -3251,9 +3245,8 @@ class Server(http.server.ThreadingHTTPServer):
                 changes.append(change)
                 size += change_size
             operations, state_before = [operation for operation, _, _ in changes], self.reader.state()
-            # Long values take long, and so does shifting their expiries.
-            is_quick = size < 64 * 1024 and not self.writer.clock_jump()
-            is_quick &= self.writer.commit_seconds < QUICK_COMMIT_SECONDS
+            is_quick = self.writer.commit_seconds < QUICK_COMMIT_SECONDS and size < 64 * 1024
+            is_quick &= not self.writer.clock_jump()
             commit = functools.partial(self.writer.commit, operations)
             results = commit() if is_quick else await self.disk.run(commit)
             for number, ((_, wakeup, _), result) in enumerate(zip(changes, results), 1):
