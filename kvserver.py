@@ -3587,7 +3587,7 @@ def import_database(arguments: argparse.Namespace) -> None:
 def import_pairs(arguments: argparse.Namespace) -> None:
     """Store an export, or move in from IoT Persistence Api: all or nothing. Values with the same key are replaced."""
     with contextlib.nullcontext(sys.stdin.buffer) if arguments.file == "-" else open(arguments.file, "rb") as file:
-        if isinstance(file, io.BufferedReader) and file.peek(16).startswith(b"SQLite format 3\0"):
+        if not file.isatty() and isinstance(file, io.BufferedReader) and file.peek(16).startswith(b"SQLite format 3\0"):
             import_database(arguments)
             return
         with contextlib.closing(open_store(arguments.db, create=False)) as store:

@@ -6281,6 +6281,7 @@ class Terminal(CommandCase):
             *((answer, ("deluser", "bob"), 1, asks) for answer in (b"\n", b"n\n", b"\x04")),
             (b"Y\n", ("deluser", "bob"), 0, asks),
             (b"http://h/SECRET\n", ("addhook", "alice", "door", "-"), 0, "1\n"),
+            (b"\x04", ("import", "-"), 0, "imported values: 0"),  # one Ctrl-D is enough
         ):
             terminal, end = os.openpty()
             with open(terminal, "wb", buffering=0) as keyboard, os.fdopen(end) as stdin:
