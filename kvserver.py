@@ -3906,9 +3906,8 @@ SystemCallFilter=~@privileged @resources""")
 
 MORE_HELP = """COMMAND --help explains a command. All but serve and restore also work while the server runs, and act at
 once. Each flag of serve can also come from the environment (KVSERVER_MAX_DB_MB), or from the JSON file that --config or
-KVSERVER_CONFIG names ("max_db_mb"). Flags override the environment, which overrides the file. The default database is
-kvserver.db in $STATE_DIRECTORY, else beside the program. Exit codes: 0 done, 1 failed, 2 wrong usage (also in the
-environment or the file), 130 interrupted."""
+KVSERVER_CONFIG names ("max_db_mb"). Flags override the environment, which overrides the file. Exit codes: 0 done, 1
+failed, 2 wrong usage (also in the environment or the file), 130 interrupted."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "NAME": {"dest": "name", "metavar": "NAME", "help": "1 to 64 printable ASCII characters without a colon"},
     "USER": {"dest": "name", "metavar": "USER", "help": "the user's name"},
@@ -3986,7 +3985,7 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
     level = parser
     for number, word in enumerate(itertools.takewhile("--".__ne__, argv)):
         flag = re.match("--?[A-Za-z][A-Za-z0-9_-]*(?==|$)", word)
-        before = list(argv[:number]) if level is parser else []  # a --db
+        before = list(map(shlex.quote, argv[:number])) if level is parser else []  # a --db
         is_command = level is parser and not flag and before[-1:] != ["--db"]
         known = ["--help", *re.findall("--?[a-z][a-z-]*", level.format_usage())] if flag else list(commands)
         name = flag[0] if flag else word
@@ -3994,8 +3993,8 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
             import difflib
 
             likely = difflib.get_close_matches(name.lower(), known, 1)
-            start = " ".join([level.prog, *map(shlex.quote, before)])
-            hint = f"did you mean {start} {likely[0]}?" if likely else f"list all with: {level.prog} --help"
+            start = " ".join([level.prog, *before])
+            hint = f"did you mean {start} {likely[0]}?" if likely else f"list all with: {start} --help"
             if flag:
                 level.print_usage(sys.stderr)
             raise UsageError(f"there is no {'flag' if flag else 'command'} {cut_off(name, 40)}; {hint}")
