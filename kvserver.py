@@ -235,7 +235,7 @@ def hash_token(token: str) -> bytes:
 # value that a power cut takes back. Nothing here knows of HTTP.
 
 DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
-SHORT_POLL_SECONDS = 0.02  # between two looks for an end that nobody tells
+SHORT_POLL_SECONDS = 0.02  # between two looks for something that comes soon
 CHECKPOINT_SECONDS = 2  # that a checkpoint waits for readers
 CACHED_ROWS_MAX = 256
 CACHED_BYTES_MAX = 4 * 1024 * 1024  # plus the value that passes it
@@ -3233,8 +3233,8 @@ class Server(http.server.ThreadingHTTPServer):
             raise StoreBusy("the server is too busy; try again") from None
 
     async def _commit(self) -> None:
-        # The loop waits for a quick disk. A thread waits for a slow one, and runs transactions that may take long, as
-        # those of long values or after a jump of the clock: reads go on, and changes gather for the next transaction.
+        # The loop waits for a quick disk. A thread waits for a slow one, and runs transactions with long values
+        # or after the clock jumped. Meanwhile reads go on, and changes gather for the next transaction.
         self._is_committing, changes, size, now = True, list[Change](), 0.0, time.monotonic()
         try:
             self.writer.begin()
