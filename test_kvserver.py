@@ -5532,6 +5532,11 @@ class Schemas(CommandCase):
         with as_another_user():
             self.assert_fails(f"no permission to write {self.database};", "serve")
             self.assert_fails(f"no permission to read {self.database};", "backup", "x")
+        (self.folder / "test.db").chmod(0o666)
+        (self.folder / "test.db-shm").touch(0o444)  # as a backup of a read-only database leaves it
+        with as_another_user():
+            self.assert_fails(f"no permission to write {self.database}-shm;", "serve")
+        (self.folder / "test.db-shm").unlink()
         self.assertEqual(["new", "test.db"], sorted(os.listdir(self.folder)))
 
     def test_a_low_port_needs_rights(self) -> None:
