@@ -913,8 +913,8 @@ def has_stray_log(path: str) -> bool:
 def check_place(path: str, to_write: bool = True) -> str:
     """Return the real path of a database, next to which SQLite puts its other files; raise StoreError."""
     place, folder = os.path.realpath(path), os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(place) or path.endswith("/"):
-        raise StoreError(f"{place} is a folder; name a file in it: --db {shlex.quote(place + '/kvserver.db')}")
+    if (os.path.exists(place) and not os.path.isfile(place)) or path.endswith("/"):
+        raise StoreError(f"{place} is a folder or a device; name a file: --db {shlex.quote(place + '/kvserver.db')}")
     if not os.path.isdir(folder):
         raise StoreError(f"there is no folder for the database {place}; make it with: mkdir -p {shlex.quote(folder)}")
     verb, mode = ("write", os.W_OK) if to_write else ("read", os.R_OK)
@@ -3918,7 +3918,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "[PREFIX]": {"dest": "prefix", "metavar": "PREFIX", "nargs": "?", "default": "", "help": "only keys that begin so"},
     "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for keys that begin so, or * for all keys"},
     "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
-    "BACKUP": {"dest": "file", "metavar": "FILE", "help": "the copy, readable by its owner only"},
+    "BACKUP": {"dest": "file", "metavar": "FILE", "help": "a backup, which only its owner can read"},
     "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or an old database.db"},
     "--admin": {"action": "store_true", "help": "make the user an admin, who manages users"},
     "--config": {"metavar": "FILE", "help": 'JSON file with settings, such as {"max_db_mb": 99}'},

@@ -5513,7 +5513,7 @@ class Schemas(CommandCase):
 
     def test_a_place_that_cannot_be_used_is_named_with_the_way_out(self) -> None:
         for arguments in (("users",), ("serve",), ("adduser", "x", "--password-stdin"), ("backup", "x")):
-            message = f"{self.folder} is a folder; name a file in it: --db {self.folder}/kvserver.db"
+            message = f"{self.folder} is a folder or a device; name a file: --db {self.folder}/kvserver.db"
             if arguments[0] != "adduser":
                 self.assert_fails(message, *arguments, "--db", str(self.folder))
             self.assert_fails(f"mkdir -p {self.folder}/no", *arguments, "--db", "no/x.db", stdin="a password")
@@ -5802,8 +5802,9 @@ class Restores(CommandCase):
                 "no/x.db",
                 f"there is no folder for the database {self.folder}/no/x.db; make it with: mkdir -p {self.folder}/no",
             ),
-            ("new/", f"{self.folder}/new is a folder; name a file in it"),
-            *((path, f"{self.folder} is a folder; name a file in it") for path in (".", "")),  # it would be moved away
+            ("new/", f"{self.folder}/new is a folder or a device; name a file"),
+            *((path, f"{self.folder} is a folder or a device") for path in (".", "")),  # it would be moved away
+            ("pipe", f"{self.folder}/pipe is a folder or a device"),
         ):
             self.assert_fails(message, "restore", "backup.db", "--db", path)
             self.assertEqual(names, sorted(os.listdir(self.folder)), path)
