@@ -1189,22 +1189,17 @@ class Answer(NamedTuple):
     text: str  # the status, or the failure
     retry_after: float | None = None  # seconds
 
-    def is_success(self) -> bool:
-        return 200 <= self.status < 300
 
-
-def parse_answer(received: bytes) -> tuple[Answer | None, bool]:
-    """Return the answer, or None before its status line is whole, and whether the rest does not matter."""
+def parse_answer(received: bytes) -> Answer | None:
+    """Return the answer, with what has come of its headers, or None before its status line is whole."""
     interim = rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"  # responses that are skipped
-    head = re.match(interim + rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)(\r?\n)?", received)
+    head = re.match(interim + rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)", received)
     if not head:
-        return None, False
+        return None
     status = int(head[1])
     text = f"{status} {http.HTTPStatus(status).phrase}" if status in STATUS_LINES else str(status)
-    if status not in (429, 503):
-        return Answer(status, text), True
-    retry_after = re.search(rb"(?im)^retry-after:[ \t]*([0-9]+)[ \t]*\r?$", head[2])
-    return Answer(status, text, max(1.0, float(retry_after[1])) if retry_after else None), head[3] is not None
+    seconds = re.search(rb"(?im)^retry-after:[ \t]*([0-9]+)[ \t]*\r?$", head[2]) if status in (429, 503) else None
+    return Answer(status, text, max(1.0, float(seconds[1])) if seconds else None)
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
@@ -1419,13 +1414,7 @@ class Wakeup:
 @types.coroutine
 def ready(events: int, deadline: float = NEVER) -> Generator[tuple[int, float], Any, Any]:
     """Wait for events or a Wakeup; return its result, or raise it; raise TimeoutError at the deadline."""
-    result = yield events, deadline
-    try:
-        if isinstance(result, BaseException):
-            raise result
-        return result
-    finally:
-        del result  # its traceback leads here: together they would keep all memory of the task
+    return (yield events, deadline)
 
 
 async def sleep(seconds: float) -> None:
@@ -1521,7 +1510,8 @@ class Loop:
     def _resume(self, task: Task, result: Any = None) -> None:
         previous, self.current, task.wakeup, task.events, task.deadline = self.current, task, None, 0, NEVER
         try:
-            events, deadline = task.events, task.deadline = task.coroutine.send(result)
+            resume = task.coroutine.throw if isinstance(result, BaseException) else task.coroutine.send
+            events, deadline = task.events, task.deadline = resume(result)
             self._next_check = min(self._next_check, deadline)
             if events and events != task.watched:
                 try:
@@ -1932,35 +1922,29 @@ class Authenticator:
             if len(self._waiting) >= CHECKS_MAX and name and password:
                 raise StoreBusy("no password can be checked just now; try again")
             self._throttle.charge(address)  # now, or all guesses before the first failure would be free
-        if not (name and password):
-            return self._refuse(check, name, password, address)
         self._waiting.setdefault(check, []).append(Wakeup(self._loop))
         if is_first:
-            self._loop.start(self._verify(check, name, password, address))
+            self._loop.start(self._verify(check, name or "", password, address))
         try:
             return cast("bool | None", await ready(0, time.monotonic() + CHECK_SECONDS))
         except TimeoutError:
             raise StoreBusy("the server is too busy; try again") from None
-
-    def _refuse(self, check: Check, name: str | None, password: str, address: Address | None) -> bool:
-        if name or password:  # else the header is malformed
-            remember(self._refused, check, time.monotonic() + REFUSED_SECONDS, CREDENTIALS_MAX)
-        # repr escapes characters that could forge another line or field. The address is last for this reason.
-        log("WARNING", f"login failed: user={(name or '')[:64]!r} address={address}")
-        return False
 
     async def _verify(self, check: Check, name: str, password: str, address: Address | None) -> None:
         (digest, password_hash), waiting = check, self._waiting[check]
         stored = password_hash or self._unknown_user_hash
         threads = self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads
         try:
-            result = await threads.run(
+            result = bool(name and password) and await threads.run(
                 lambda: verify_password(password, stored) if any(map(Wakeup.is_wanted, waiting)) else None, "checks"
             )
         except Exception as error:  # noqa: BLE001 - the requests raise it
             result = error
         if result is False:
-            self._refuse(check, name, password, address)
+            if name or password:  # else the header is malformed
+                remember(self._refused, check, time.monotonic() + REFUSED_SECONDS, CREDENTIALS_MAX)
+            # repr escapes characters that could forge another line or field. The address is last for this reason.
+            log("WARNING", f"login failed: user={name[:64]!r} address={address}")
         else:
             self._throttle.charge(address, -1)
         if result is True:
@@ -2912,8 +2896,8 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadl
                 if not data:
                     break
                 received += data
-                answer, is_whole = parse_answer(received)
-                if is_whole:  # the sender of the rest might see an error if we closed before it has come
+                answer = parse_answer(received)
+                if answer:  # the sender of the rest might see an error if we closed before it has come
                     deadline = min(deadline, time.monotonic() + HOOK_LINGER_SECONDS)
         if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
             problem = "the answer is not HTTP/1.1"
@@ -3009,7 +2993,7 @@ class Outbox:
             answer = cast(Answer, await self._threads.run(exchange, owner, deadline + HOOK_LINGER_SECONDS))
         except TimeoutError:  # a name look-up takes too long
             answer = Answer(0, f"no answer within {HOOK_SECONDS} seconds")
-        is_success, pause = answer.is_success(), 0.0
+        is_success, pause = 200 <= answer.status < 300, 0.0
         self._metrics.deliveries += is_success
         self._metrics.failed_deliveries += not is_success
         is_proven = is_success or (300 <= answer.status < 500 and answer.status not in (408, 429))  # a refusal is final
@@ -3728,7 +3712,7 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
     pattern, url = store.hook_url(arguments.id)
     answer = deliver(url, os.urandom(16).hex(), {"value1": pattern, "value2": "test", "value3": None, "test": True})
     print(answer.text)
-    if not answer.is_success():
+    if not 200 <= answer.status < 300:
         raise CommandError(f"the test of hook {arguments.id} failed; check the URL and the program there")
 
 
