@@ -4,13 +4,9 @@
 Applets, automations, chips and shell scripts store a value under a key with one web request, and read it with another.
 Each user has their own keys, and logs in with a password or a token. The server confirms a write once it is on disk.
 
-    python kvserver.py serve                  run the server; its first start adds the user admin and prints a password
-    python kvserver.py unit                   print a unit for systemd that keeps it running
-    python kvserver.py adduser NAME           add a user; see also passwd, deluser, users
-    python kvserver.py addtoken USER          add a token for a device; see also tokens, deltoken
-    python kvserver.py get USER KEY           print a value; see also set, del, list
-    python kvserver.py addhook USER KEY URL   call a URL when a value changes; see also hooks, delhook, testhook
-    python kvserver.py backup FILE            copy the database to a file; see also restore, export, import
+    python kvserver.py serve     run the server; its first start adds the user admin and prints a password
+    python kvserver.py --help    explain unit, get, set, del, list, adduser, passwd, deluser, users, addtoken, tokens,
+                                 deltoken, addhook, hooks, delhook, testhook, backup, restore, export and import
 
     request                      response
     GET /set?key=K&value=V       200 Success; ttl=SECONDS; nx=1 (409 if the key exists); old=V (409 if it differs)
@@ -167,7 +163,7 @@ class ErrorLog:
 
 
 # ---- Passwords and tokens --------------------------------------------------------------------------------------------
-# How they are stored. A stored hash contains its own parameters, so it stays valid when the settings above change.
+# How we store them. A stored hash contains its own parameters, so it stays valid when the settings above change.
 
 SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024  # for hashes that another program made
 BASE64 = "((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2,4})"  # without padding
@@ -430,7 +426,7 @@ class NoSuchUser(StoreError):
 
 
 # By SQLite's result code, the error to raise, and its message. The user of a pair is the only constraint that may fail.
-FAILURES: dict[int, tuple[type[StoreError], str]] = {
+ERRORS_BY_CODE: dict[int, tuple[type[StoreError], str]] = {
     sqlite3.SQLITE_BUSY: (StoreBusy, "another process keeps the database locked; try again"),
     sqlite3.SQLITE_CONSTRAINT: (NoSuchUser, "with this id"),
     sqlite3.SQLITE_FULL: (StoreFull, "the database has reached its limit, or the disk is full; delete something"),
@@ -475,7 +471,7 @@ class Store:
         try:
             return self._connection.execute(statement, parameters)
         except sqlite3.Error as error:
-            kind, message = FAILURES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, (None, ""))
+            kind, message = ERRORS_BY_CODE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, (None, ""))
             if kind is None:
                 raise
             raise kind(message) from error
@@ -3761,7 +3757,7 @@ def announce(server: Server, store: Store, program: str) -> None:
     name, address = server.server_name, parse_address(server.server_name)
     if not server.certificate and not (address and address.is_loopback):
         log("WARNING", "plain HTTP sends passwords openly; see --tls-cert")
-    server.outbox.take_lock()  # or it warns of another server
+    server.outbox.take_lock()  # if another server has it, this logs a warning
     log("INFO", f"started: database={store.path}")
     hosts = [name, name, name]  # to listen on, to try from here, and to open from other machines
     if address and address.is_unspecified:
@@ -3965,25 +3961,24 @@ def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser,
 
 def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
     """Add the parsed arguments to a namespace. Wrong usage exits with 2, and names a likely command or flag."""
-    parser, commands = build_parser(arguments.program, *argv[:1])
-    level = parser
-    for number, word in enumerate(itertools.takewhile("--".__ne__, argv)):
-        flag = re.match("--?[A-Za-z][A-Za-z0-9_-]*(?==|$)", word)
-        before = list(map(shlex.quote, argv[:number])) if level is parser else []  # a --db
-        is_command = level is parser and not flag and before[-1:] != ["--db"]
-        known = ["--help", *re.findall("--?[a-z][a-z-]*", level.format_usage())] if flag else list(commands)
-        name = flag[0] if flag else word
-        if name not in known and (flag or is_command):
-            import difflib
+    words = list(itertools.takewhile("--".__ne__, argv))
+    begin = 2 if words[:1] == ["--db"] else 1 if "".join(words[:1]).startswith("--db=") else 0
+    before, name = words[:begin], "".join(words[begin : begin + 1])
+    parser, commands = build_parser(arguments.program, name)
+    level, kind = commands.get(name, parser), "flag"
+    given = [flag[0] for flag in map(re.compile("--?[A-Za-z][A-Za-z0-9_-]*(?==|$)").match, words[begin:]) if flag]
+    known = ["--help", *re.findall("--?[a-z][a-z-]*", level.format_usage())]
+    if level is parser and name and not name.startswith("-"):
+        kind, given, known = "command", [name], list(commands)
+    for wrong in [each for each in given if each not in known][:1]:
+        import difflib
 
-            likely = difflib.get_close_matches(name.lower(), known, 1)
-            start = " ".join([level.prog, *before])
-            hint = f"did you mean {start} {likely[0]}?" if likely else f"list all with: {start} --help"
-            if flag:
-                level.print_usage(sys.stderr)
-            raise UsageError(f"there is no {'flag' if flag else 'command'} {cut_off(name, 40)}; {hint}")
-        if is_command:
-            level = commands[word]
+        likely = difflib.get_close_matches(wrong.lower(), known, 1)
+        start = level.prog if level is not parser else " ".join([parser.prog, *map(shlex.quote, before)])
+        hint = f"did you mean {start} {likely[0]}?" if likely else f"list all with: {start} --help"
+        if kind == "flag":
+            level.print_usage(sys.stderr)
+        raise UsageError(f"there is no {kind} {cut_off(wrong, 40)}; {hint}")
     _, rest = parser.parse_known_args(argv, arguments)
     if rest:
         level.error("too many arguments; one that contains spaces or * needs quotes")
