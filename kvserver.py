@@ -90,9 +90,7 @@ LIST_BYTES_MAX = 32 * 1024 * 1024
 
 PASSWORD_CHARACTERS_MIN = 8
 # OWASP's password storage cheat sheet calls several scrypt settings equally strong. n=2^14, r=8, p=5 takes 16 MiB.
-SCRYPT_COST_LOG2 = 14
-SCRYPT_BLOCK_SIZE = 8
-SCRYPT_PARALLELISM = 5
+SCRYPT_COST_LOG2, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM = 14, 8, 5
 TOKENS_MAX = 100  # per user
 LABEL_CHARACTERS_MAX = 64
 FAILURES_MAX = 10  # failed logins before a client address must wait
@@ -1769,7 +1767,7 @@ class Metrics:
 
 # ---- Authentication --------------------------------------------------------------------------------------------------
 # Credentials in, a User or an HTTPError out. scrypt makes guessing slow, but would slow every request too. So we
-# remember verified credentials, under a keyed hash, never as they came.
+# remember right and wrong credentials, under a keyed hash, never as they came.
 
 CREDENTIALS_MAX = 1024  # right ones that are remembered, and as many wrong ones
 REFUSED_SECONDS = 600  # that wrong ones are remembered
@@ -2743,7 +2741,7 @@ class RequestHandler:
 
     def _look_for_body(self, route: Route) -> None:
         with contextlib.suppress(BlockingIOError):  # cheap clients send the body in a second write
-            self.received = self.received or bytearray(self.connection.recv(RECEIVE_BYTES))  # what is there is enough
+            self.received = self.received or bytearray(self.connection.recv(RECEIVE_BYTES))
         # Without a length, the body is empty (RFC 9112 section 6.3), but a late one would be lost: never store that.
         if route.body == VALUE or not may_begin_request(self.received):
             self.body_pending = True
