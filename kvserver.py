@@ -1842,24 +1842,6 @@ def client_of(address: Address | None) -> Hashable:
     return int(address) >> 64 if isinstance(address, ipaddress.IPv6Address) else address
 
 
-class Throttle:
-    """Bounds the failed logins of a client, not of a user: otherwise anybody could lock a user out."""
-
-    def __init__(self) -> None:
-        self._paid_off: dict[Hashable, float] = {}  # when the last failure of a client is forgotten, monotonic seconds
-        self._errors = ErrorLog()
-
-    def charge(self, address: Address | None, failures: int = 1) -> None:
-        """Count a failed login; raise HTTPError when that is one too many. With failures=-1, forget one again."""
-        now, client = time.monotonic(), client_of(address)
-        paid_off = max(self._paid_off.get(client, now), now) + failures * FAILURE_SECONDS
-        wait = math.ceil(round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3))  # seconds
-        if wait > 0:
-            self._errors.write(f"login throttled: address={address}", RARE_LOG_SECONDS, client, "WARNING")
-            raise HTTPError(429, f"too many failed logins; try again in {wait} seconds", (("Retry-After", str(wait)),))
-        remember(self._paid_off, client, paid_off, THROTTLED_ADDRESSES_MAX)
-
-
 def decode_credentials(authorization: str) -> tuple[str | None, str]:
     """Return a header's name and password (RFC 7617), both "" if malformed, or None and a token; raise HTTPError."""
     scheme, _, credentials = authorization.partition(" ")
@@ -1891,7 +1873,8 @@ class Authenticator:
         self._refused: dict[Check, float] = {}  # failed checks, until when: one device must not throttle its neighbours
         self._secret = secrets.token_bytes(32)
         self._waiting: dict[Check, list[Wakeup]] = {}  # requests that wait for a check
-        self._throttle = Throttle()
+        self._paid_off: dict[Hashable, float] = {}  # when a client's last failure is forgotten, in monotonic seconds
+        self._errors = ErrorLog()
 
     async def authenticate(self, authorization: str, find_address: Callable[[], Address | None]) -> User:
         """Return the user whose credentials an Authorization header holds; raise HTTPError or StoreBusy."""
@@ -1910,12 +1893,22 @@ class Authenticator:
                 self._metrics.failed_logins += 1
                 raise HTTPError(401, "the token is unknown" if name is None else "the user name or password is wrong")
 
+    def _charge(self, address: Address | None, failures: int) -> None:
+        # Of a client, not of a user: otherwise anybody could lock a user out.
+        now, client = time.monotonic(), client_of(address)
+        paid_off = max(self._paid_off.get(client, now), now) + failures * FAILURE_SECONDS
+        wait = math.ceil(round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3))  # seconds
+        if wait > 0:
+            self._errors.write(f"login throttled: address={address}", RARE_LOG_SECONDS, client, "WARNING")
+            raise HTTPError(429, f"too many failed logins; try again in {wait} seconds", (("Retry-After", str(wait)),))
+        remember(self._paid_off, client, paid_off, THROTTLED_ADDRESSES_MAX)
+
     async def _check(self, check: Check, name: str | None, password: str, address: Address | None) -> bool | None:
         is_first = check not in self._waiting
         if is_first:  # the others have the same header, and share its check
             if len(self._waiting) >= CHECKS_MAX and name and password:
                 raise StoreBusy("no password can be checked just now; try again")
-            self._throttle.charge(address)  # now, or all guesses before the first failure would be free
+            self._charge(address, 1)  # now, or all guesses before the first failure would be free
         self._waiting.setdefault(check, []).append(Wakeup(self._loop))
         if is_first:
             self._loop.start(self._verify(check, name or "", password, address))
@@ -1940,7 +1933,7 @@ class Authenticator:
             # repr escapes characters that could forge another line or field. The address is last for this reason.
             log("WARNING", f"login failed: user={name[:64]!r} address={address}")
         else:
-            self._throttle.charge(address, -1)
+            self._charge(address, -1)
         if result is True:
             remember(self._verified, check, None, CREDENTIALS_MAX)
         for wakeup in self._waiting.pop(check):
