@@ -2072,15 +2072,14 @@ def toggle(store: Store, request: Request) -> Response:
     ttl = take_ttl(request.parameters)
     if pair and pair.value not in [word.encode("utf-8") for word in words]:
         raise HTTPError(409, "the stored value is neither word; set one first, or send other words as values=A,B")
-    word = words[1] if pair and pair.value == words[0].encode("utf-8") else words[0]
-    check_value(word)
+    word = check_value(words[1] if pair and pair.value == words[0].encode("utf-8") else words[0])
     store.set_value(request.user.id, request.parameters["key"], word, pair.expires if pair else None, ttl)
     return Response(word.encode("utf-8"))
 
 
 def list_pairs(store: Store, request: Request) -> Response:
     parameters, token = request.parameters, request.user.token
-    with_times = take_choice(request.parameters, "format", ("json",)) is not None
+    with_times = take_choice(parameters, "format", ("json",)) is not None
     limit = parameters.get("limit", "-1")
     if "limit" in parameters and not (re.fullmatch("[0-9]{1,5}", limit) and 1 <= int(limit) <= LIST_LIMIT_MAX):
         raise HTTPError(400, f"the parameter limit is {limit[:40]!r}; send a number from 1 to {LIST_LIMIT_MAX}")
@@ -2684,7 +2683,7 @@ class RequestHandler:
         while end < 0:
             begin = check_incomplete_head(self.received, begin)
             if self.lacks_length and not may_begin_request(self.received):
-                raise HTTPError(411, "the body came after the response")  # without an answer
+                raise HTTPError(411, "the body came after the response")  # not sent: only one response
             await self._receive_more()
             end = self.received.find(b"\r\n\r\n", begin)
         head = bytes(self.received[:end])
