@@ -780,10 +780,11 @@ class Store:
         return bool(self._execute("SELECT 1 FROM hook LIMIT 1").fetchone())
 
     def hooks(self, user_name: str | None = None, limit: int = -1) -> list[Hook]:
-        select = """SELECT hook.id, name, pattern, '"' || substr(value, 1, ?1) || iif(length(value) > ?1, '…"', '"'),
+        select = """SELECT hook.id, name, pattern, '"' || substr(value, 1, ?) || iif(length(value) > ?, '…"', '"'),
             label, receiver, (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time
-            FROM hook JOIN user ON user.id = user_id WHERE name = ifnull(?2, name) ORDER BY hook.id LIMIT ?3"""
-        return [Hook(*row) for row in self._execute(select, VALUE_SHOWN_CHARACTERS_MAX, user_name, limit)]
+            FROM hook JOIN user ON user.id = user_id WHERE name = ifnull(?, name) ORDER BY hook.id LIMIT ?"""
+        shown = VALUE_SHOWN_CHARACTERS_MAX
+        return [Hook(*row) for row in self._execute(select, shown, shown, user_name, limit)]
 
     def hook_url(self, hook_id: int) -> tuple[str, str]:
         for pattern, url in self._execute("SELECT pattern, url FROM hook WHERE id = ?", hook_id):
@@ -799,10 +800,10 @@ class Store:
 
     def next_delivery(self, hook_id: int, with_values: bool) -> Delivery | None:
         """Return the oldest pending delivery of a hook; its values may be long, and are None unless asked for."""
-        select = """SELECT hook_id, receiver, url, number, handled, key, iif(?1, delivery.value, NULL),
-            iif(?1, old, NULL), length(CAST(ifnull(delivery.value, '') || ifnull(old, '') AS BLOB)), created,
-            idempotency_key FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ?2 ORDER BY number LIMIT 1"""
-        row = self._execute(select, with_values, hook_id).fetchone()
+        select = """SELECT hook_id, receiver, url, number, handled, key, iif(?, delivery.value, NULL),
+            iif(?, old, NULL), length(CAST(ifnull(delivery.value, '') || ifnull(old, '') AS BLOB)), created,
+            idempotency_key FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ? ORDER BY number LIMIT 1"""
+        row = self._execute(select, with_values, with_values, hook_id).fetchone()
         return Delivery(*row) if row else None
 
     def note_try(self, hook_id: int, result: str, handled: int) -> None:
