@@ -587,9 +587,9 @@ class Store:
 
     def lock_alone(self) -> None:
         """Fold the log into the file, and lock the file until close; raise StoreBusy if another process uses it."""
-        for statement in ("PRAGMA journal_mode = DELETE", "BEGIN EXCLUSIVE", "PRAGMA journal_mode"):
-            mode = self._execute(statement).fetchone()
-        if mode != ("delete",):  # somebody was quick between the first two
+        self._execute("PRAGMA journal_mode = DELETE")
+        self._execute("BEGIN EXCLUSIVE")
+        if self._execute("PRAGMA journal_mode").fetchone() != ("delete",):  # somebody was quick between the two
             raise StoreBusy
 
     def back_up(self, path: str) -> None:
@@ -3642,8 +3642,12 @@ def add_token(arguments: argparse.Namespace, store: Store) -> None:
     """Add a token for a device, and print it once. A device sends it instead of the user's password."""
     check_label_and_prefix(arguments.label, arguments.prefix)
     token = make_token()
-    store.add_token(arguments.name, hash_token(token), arguments.label, arguments.read_only, arguments.prefix)
-    print(token)
+
+    def add(store: Store) -> None:  # in a transaction: a token that cannot be printed is not stored
+        store.add_token(arguments.name, hash_token(token), arguments.label, arguments.read_only, arguments.prefix)
+        print(token, flush=True)
+
+    store.transact(add)
 
 
 def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
@@ -3757,14 +3761,15 @@ def announce(server: Server, store: Store, program: str) -> None:
             probe.connect(("192.0.2.1", 9))  # sends nothing, but the system chooses an interface
             hosts.append(probe.getsockname()[0])
     scheme, curl = ("https", "curl -k") if server.certificate else ("http", "curl")  # few certificates name an address
-    urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.server_port}" for host in hosts]
+    urls = (f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.server_port}" for host in hosts)
+    listening, here, *elsewhere = urls
 
     def add_admin(store: Store) -> None:  # in a transaction: a password that cannot be printed is not stored
         password = make_token()[-20:]
         store.add_user("admin", hash_password(password), is_admin=True)
-        print("open in a browser:", " or ".join(url + "/" for url in urls[2:]))
+        print("open in a browser:", " or ".join(url + "/" for url in elsewhere))
         print(f"user: admin, password: {password} (shown only now)")
-        print(f'{curl} -u admin:{password} "{urls[1]}/set?key=door&value=open"', flush=True)
+        print(f'{curl} -u admin:{password} "{here}/set?key=door&value=open"', flush=True)
 
     users = store.users(limit=1)
     if users:
@@ -3772,7 +3777,7 @@ def announce(server: Server, store: Store, program: str) -> None:
     else:
         with contextlib.suppress(Conflict):  # another process was quicker
             store.transact(add_admin)
-    print(f"listening on {urls[0]}", flush=True)
+    print(f"listening on {listening}", flush=True)
     systemd = os.environ.get("NOTIFY_SOCKET", "")  # sd_notify(3)
     try:
         if systemd:

@@ -6605,7 +6605,7 @@ class Serving(CommandCase):
             self.assertRegex(kvserver.__doc__ or "", rf"\b{name}\b")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
-    def test_a_full_or_broken_output_is_one_line_and_a_first_password_there_is_taken_back(self) -> None:
+    def test_a_full_or_broken_output_is_one_line_and_a_password_or_token_there_is_taken_back(self) -> None:
         environment = {name: text for name, text in self.environment.items() if name != "PYTHONUNBUFFERED"}
         for arguments in ("serve", "--help", "users"):
             for output, reason in (("/dev/full", "No space left on device"), ("pipe", "Broken pipe")):
@@ -6618,6 +6618,14 @@ class Serving(CommandCase):
                 lines = [line for line in errors.splitlines() if " INFO started: " not in line]
                 self.assertEqual((1, [f"kvserver: standard input or output: {reason}"]), (code, lines))
         self.assertEqual(NO_USERS, self.succeed("users"))
+        self.add_user("alice")
+        with open("/dev/full", "wb") as full:
+            options = {"stdout": full, "stderr": subprocess.PIPE}
+            code, _, errors = run(
+                [*CHEAP_PROGRAM, "addtoken", "alice"], env=environment, capture_output=False, **options
+            )
+        self.assertEqual((1, "kvserver: standard input or output: No space left on device\n"), (code, errors))
+        self.assertIn("no tokens", self.succeed("tokens", "alice"))
 
     def test_an_address_that_cannot_be_listened_on_is_named(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
