@@ -2545,8 +2545,8 @@ def answer_without_route(request: Request, methods: Sequence[str], base_path: st
 
 def as_http_error(error: Exception, errors: ErrorLog) -> HTTPError:
     """Return the HTTPError for an exception; log it if it is the server's fault."""
-    if isinstance(error, HTTPError):
-        return error
+    if isinstance(error, HTTPError):  # a new one: a traceback leads to the request, which may keep this
+        return HTTPError(error.status, error.message, error.headers)
     status = REFUSALS.get(type(error))
     if status:
         return HTTPError(status, MESSAGES.get(status, str(error)), RETRY_AFTER if status == 503 else ())
@@ -2884,7 +2884,9 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadl
                     break
                 received += data
                 answer = parse_answer(received)
-                if answer:  # the sender of the rest might see an error if we closed before it has come
+                is_whole = re.search(rb"\n\r?\n(?!HTTP/)", received)  # these headers may tell when to try again
+                if answer and (is_whole or answer.status not in (429, 503)):
+                    # The sender of the rest might see an error if we closed before it has come.
                     deadline = min(deadline, time.monotonic() + HOOK_LINGER_SECONDS)
         if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
             problem = "the answer is not HTTP/1.1"
@@ -3223,6 +3225,8 @@ class Server(http.server.ThreadingHTTPServer):
             for number, ((_, wakeup, _), result) in enumerate(zip(changes, results), 1):
                 if not is_quick and number % 4 == 0:  # reads do not wait for many responses
                     await self.loop.turn()
+                if isinstance(result, (HTTPError, StoreError)):  # its traceback leads to all results
+                    result.__traceback__ = result.__cause__ = result.__context__ = None
                 wakeup(result)
             self.metrics.commits = self.writer.commits
             self.metrics.writes += sum(not isinstance(result, Exception) for result in results)

@@ -3050,6 +3050,16 @@ class Deliveries(HookCase):
             self.target.behave = behave
             self.assertEqual((0, result), kvserver.deliver(self.target.url, "key", {})[:2])
 
+    def test_headers_that_come_late_may_tell_when_to_try_again(self) -> None:
+        def answer_slowly(connection: socket.socket, number: int) -> None:
+            for line in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 503 Later\r\n", b"Retry-After: 120\r\n\r\n"):
+                connection.sendall(line)
+                threading.Event().wait(0.02)
+
+        self.patch("HOOK_LINGER_SECONDS", 0)
+        self.target.behave = answer_slowly
+        self.assertEqual(120, kvserver.deliver(self.target.url, "key", {}).retry_after)
+
     def test_the_reason_of_a_failure_is_told(self) -> None:
         self.target.close()
         for hook_url, reason in (
@@ -3775,6 +3785,20 @@ class Disk(ServerCase):
         connection.execute("BEGIN IMMEDIATE")  # a failed rollback leaves this
         self.check(200, "GET", "/set?key=a&value=2")
         self.assertEqual({"a": "2"}, self.pairs())
+
+    def test_a_refused_request_is_forgotten_with_its_body(self) -> None:
+        self.check(200, "GET", "/set?key=a&value=1")
+        connection = self.new_connection()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for _ in range(4):
+            self.check(409, "POST", "/set?key=a&nx=1", "x", connection=connection)
+            self.check(507, "POST", "/set?key=b", "x" * kvserver.VALUE_BYTES_MAX, connection=connection)
+            for form in ("action=set&value=x", "action=set&key=%ff"):
+                named: Any = {"headers": {"Accept": "text/html"}, "connection": connection}
+                self.check(400, "POST", "/me/", form, kvserver.FORM, **named)
+        kept = [each.path for each in gc.get_objects() if isinstance(each, kvserver.Request) and each.body]
+        self.assertLess(len(kept), 3, kept)
 
     def test_every_commit_is_synced(self) -> None:
         connection = self.server.writer._connection
