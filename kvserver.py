@@ -3837,6 +3837,10 @@ def quote_for_systemd(text: str) -> str:
     return (text if shlex.quote(text) == text else json.dumps(text, ensure_ascii=False)).replace("%", "%%")
 
 
+def owner_of(path: str) -> int:
+    return os.stat(path).st_uid if os.path.exists(path) else 0
+
+
 def print_unit(arguments: argparse.Namespace) -> None:
     """Print a systemd unit that runs serve with these flags. Its first lines say how to install it."""
     arguments.words.remove("unit")
@@ -3849,15 +3853,14 @@ def print_unit(arguments: argparse.Namespace) -> None:
     folder, is_elsewhere = os.path.dirname(database), not database.startswith("/var/lib/kvserver/")
     at_home = list(filter(re.compile("/(home|root)/").match, (*start, os.path.realpath(start[0]), *flags, database)))
     # A dynamic user cannot write to other folders, nor enter a closed home: there the owner runs the service.
-    home = os.path.dirname(at_home[0]) if at_home else "/"
-    uid = os.stat(folder if is_elsewhere else home).st_uid
+    uid = owner_of("/".join(at_home[0].split("/")[:3])) if at_home else owner_of(folder) if is_elsewhere else 0
     user = [f"User={uid or 'kvserver'}", f"DynamicUser={'no' if uid or is_elsewhere else 'yes'}"]
     lines, notes, options = [*user, *SERVICE_LINES.split()], "", f"-p {' -p '.join(user)} -p StateDirectory=kvserver"
     if is_elsewhere:
         lines.append(f"ReadWritePaths={quote_for_systemd(folder)}")
-        if not uid:
-            files = f"{shlex.quote(folder)} {shlex.quote(database)}*"
-            notes += f"# First: sudo useradd --system kvserver; sudo chown kvserver {files}\n"
+        if not uid or owner_of(folder) != uid:  # a command would be dangerous for a folder such as /etc
+            whose = f"user {uid}" if uid else "user kvserver (sudo useradd --system kvserver)"
+            notes += f"# First, let {whose} own {folder} and its files: a folder for this database alone\n"
     if at_home:
         lines.remove("ProtectHome=yes")
         notes += f"# ProtectHome= is left out, for {at_home[0]}; if the service cannot read that, move it to /opt\n"

@@ -6740,19 +6740,28 @@ class Units(CommandCase):
         database = ("--db", "/srv/x/y.db")
         for program, flags, owner, user, hint in (
             ("/opt/kvserver.py", database, 1000, "1000", ""),
-            ("/opt/kvserver.py", database, 0, "kvserver", "sudo chown kvserver /srv/x /srv/x/y.db*"),
-            ("/home/pi/kvserver.py", (), 1000, "1000", "left out, for /home/pi/kvserver.py"),
+            (
+                "/opt/kvserver.py",
+                database,
+                0,
+                "kvserver",
+                "user kvserver (sudo useradd --system kvserver) own /srv/x and",
+            ),
+            ("/home/pi/kv/kvserver.py", (), 1000, "1000", "left out, for /home/pi/kv/kvserver.py"),
+            ("/home/pi/kv/kvserver.py", database, 1000, "1000", "First, let user 1000 own /srv/x and its files"),
             ("/opt/kvserver.py", ("--tls-key", "/root/key"), 0, "kvserver", "left out, for /root/key"),
         ):
-            status = mock.Mock(st_uid=owner)
-            with mock.patch.object(kvserver, "__file__", program), mock.patch("os.stat", return_value=status):
+            owners = {"/home/pi": owner, "/srv/x": 0 if "/home" in program else owner}
+            find_owner = mock.patch.object(kvserver, "owner_of", collections.defaultdict(int, owners).__getitem__)
+            with mock.patch.object(kvserver, "__file__", program), find_owner:
                 comments, lines = self.unit(*flags)
             is_dynamic = "no" if flags == database or user != "kvserver" else "yes"
             self.assertEqual([f"User={user}", f"DynamicUser={is_dynamic}"], [line for line in lines if "User=" in line])
             self.assertIn(f" -p User={user} -p DynamicUser={is_dynamic} ", "\n".join(comments))
             self.assertIn(hint, "\n".join(comments))
-            self.assertEqual("chown" in hint, "chown" in "".join(comments))
-            self.assertEqual("left out" not in hint, "ProtectHome=yes" in lines)
+            self.assertEqual(" own " in hint, " own " in "".join(comments))
+            self.assertEqual("/home" not in program and "/root" not in str(flags), "ProtectHome=yes" in lines)
+        self.unit("--db", "/no/such/folder/x.db")  # it may be made later
 
 
 class Stopping(CommandCase):
