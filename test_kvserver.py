@@ -6737,7 +6737,7 @@ class Units(CommandCase):
         self.assertNotIn("ReadWritePaths", "".join(lines))
 
     def test_the_owner_of_the_files_runs_the_service_if_others_cannot(self) -> None:
-        database = ("--db", "/srv/x/y.db")
+        database, key = ("--db", "/srv/x/y.db"), os.path.expanduser("~root/key")
         for program, flags, owner, user, hint in (
             ("/opt/kvserver.py", database, 1000, "1000", ""),
             (
@@ -6749,7 +6749,7 @@ class Units(CommandCase):
             ),
             ("/home/pi/kv/kvserver.py", (), 1000, "1000", "left out, for /home/pi/kv/kvserver.py"),
             ("/home/pi/kv/kvserver.py", database, 1000, "1000", "First, let user 1000 own /srv/x and its files"),
-            ("/opt/kvserver.py", ("--tls-key", "/root/key"), 0, "kvserver", "left out, for /root/key"),
+            ("/opt/kvserver.py", ("--tls-key", key), 0, "kvserver", f"left out, for {key}"),
         ):
             owners = {"/home/pi": owner, "/srv/x": 0 if "/home" in program else owner}
             find_owner = mock.patch.object(kvserver, "owner_of", collections.defaultdict(int, owners).__getitem__)
@@ -6760,7 +6760,7 @@ class Units(CommandCase):
             self.assertIn(f" -p User={user} -p DynamicUser={is_dynamic} ", "\n".join(comments))
             self.assertIn(hint, "\n".join(comments))
             self.assertEqual(" own " in hint, " own " in "".join(comments))
-            self.assertEqual("/home" not in program and "/root" not in str(flags), "ProtectHome=yes" in lines)
+            self.assertEqual("/home" not in program and key not in flags, "ProtectHome=yes" in lines)
         self.unit("--db", "/no/such/folder/x.db")  # it may be made later
 
 
