@@ -279,6 +279,15 @@ MIGRATIONS = (
         """WITH RECURSIVE counter (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM counter WHERE n < 512)
             INSERT INTO prefix_length SELECT n FROM counter""",
     ),
+    (
+        "ALTER TABLE hook ADD COLUMN method TEXT NOT NULL DEFAULT 'POST'",
+        "ALTER TABLE hook ADD COLUMN headers TEXT NOT NULL DEFAULT ''",  # templates, a line each
+        "ALTER TABLE hook ADD COLUMN body TEXT",  # a template; without one, the body is JSON
+        "CREATE TABLE setting (history_rows_max INTEGER NOT NULL)",  # per pair; 0 for no history
+        "INSERT INTO setting VALUES (0)",
+        """CREATE TABLE history (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
+            number INTEGER NOT NULL, time REAL NOT NULL, value BLOB, PRIMARY KEY (user_id, key, number)) WITHOUT ROWID""",
+    ),
 )
 # Every connection runs these first. (WAL mode is a property of the file.)
 PRAGMAS = (
@@ -336,6 +345,12 @@ TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_d
 
 def utc_second(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
+
+
+def rfc3339(seconds: float) -> str:
+    """Return unix seconds as a time such as 2030-01-31T23:59:59.125Z. SQLite rounds in the same way."""
+    moment = datetime.datetime.fromtimestamp(math.floor(seconds * 1000 + 0.5) / 1000, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Token(NamedTuple):

@@ -5471,6 +5471,15 @@ SCHEMAS = (
     WITH RECURSIVE counter (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM counter WHERE n < 512)
         INSERT INTO prefix_length SELECT n FROM counter;
     """,
+    """
+    ALTER TABLE hook ADD COLUMN method TEXT NOT NULL DEFAULT 'POST';
+    ALTER TABLE hook ADD COLUMN headers TEXT NOT NULL DEFAULT '';
+    ALTER TABLE hook ADD COLUMN body TEXT;
+    CREATE TABLE setting (history_rows_max INTEGER NOT NULL);
+    INSERT INTO setting VALUES (0);
+    CREATE TABLE history (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
+        number INTEGER NOT NULL, time REAL NOT NULL, value BLOB, PRIMARY KEY (user_id, key, number)) WITHOUT ROWID;
+    """,
 )
 COLUMNS = """
     SELECT m.name, t.name, t.type, t."notnull", t.dflt_value, t.pk FROM sqlite_master m, pragma_table_info(m.name) t
