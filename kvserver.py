@@ -286,7 +286,8 @@ MIGRATIONS = (
         "CREATE TABLE setting (history_rows_max INTEGER NOT NULL)",  # per pair; 0 for no history
         "INSERT INTO setting VALUES (0)",
         """CREATE TABLE history (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
-            number INTEGER NOT NULL, time REAL NOT NULL, value BLOB, PRIMARY KEY (user_id, key, number)) WITHOUT ROWID""",
+            number INTEGER NOT NULL, time REAL NOT NULL, value BLOB, PRIMARY KEY (user_id, key, number))
+            WITHOUT ROWID""",
     ),
 )
 # Every connection runs these first. (WAL mode is a property of the file.)
@@ -347,9 +348,13 @@ def utc_second(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 
 
+JULIAN_1970 = 210_866_760_000_000  # milliseconds; adding it, SQLite's strftime loses some digits
+
+
 def rfc3339(seconds: float) -> str:
-    """Return unix seconds as a time such as 2030-01-31T23:59:59.125Z. SQLite rounds in the same way."""
-    moment = datetime.datetime.fromtimestamp(math.floor(seconds * 1000 + 0.5) / 1000, datetime.UTC)
+    """Return unix seconds as a time such as 2030-01-31T23:59:59.125Z, rounded like SQLite's."""
+    milliseconds = int(seconds * 1000 + JULIAN_1970 + 0.5) - JULIAN_1970
+    moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
