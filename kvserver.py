@@ -2596,6 +2596,27 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> 
     return Response(error.message.encode(), error.status, headers=error.headers)
 
 
+def normalize_origin(text: str) -> str:
+    """Return an origin in lower case, without the default port of its scheme."""
+    return text.lower().removesuffix(f":{HOOK_PORTS.get(text.partition(':')[0].lower())}")
+
+
+def share_response(response: Response, request: Request, route: Route | None, origins: Sequence[str]) -> Response:
+    """Let pages of these origins read a response of the API, or send what it answers (Fetch standard, section 3.3)."""
+    origin = request.fields.headers.get("origin", "")
+    allowed = "*" if origin and "*" in origins else origin if normalize_origin(origin) in origins else ""
+    if not allowed or (route and route.path not in API_PATHS):
+        return response
+    # Without Access-Control-Allow-Credentials: such pages must not read with the password that the browser remembers.
+    headers = {"Access-Control-Allow-Origin": allowed, "Vary": "Origin"}
+    headers["Access-Control-Expose-Headers"] = "ETag, Link, Retry-After"
+    if response.status == 204:  # to OPTIONS
+        headers["Access-Control-Allow-Methods"] = dict(response.headers)["Allow"]
+        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, If-Match, If-None-Match"
+        headers["Access-Control-Max-Age"] = "600"
+    return response._replace(headers=(*response.headers, *headers.items()))
+
+
 # ---- Connections -----------------------------------------------------------------------------------------------------
 # The story of one connection: it receives a request, finds its user, runs its endpoint, and sends the response.
 
@@ -2666,6 +2687,8 @@ class RequestHandler:
                 message = f"a client speaks TLS; use http:// or set --tls-cert: address={parse_address(self.peer)}"
                 self.server.errors.write(message, RARE_LOG_SECONDS, "TLS", "WARNING")
             response = answer_to_error(as_http_error(error, self.server.errors), self.route, request)
+        if self.server.cors_origins:
+            response = share_response(response, request, self.route, self.server.cors_origins)
         route, seconds = self.route, time.monotonic() - self.started
         self.server.metrics.note_response((route.path or "/") if route else "other", response.status, seconds)
         if self.server.log_requests:
@@ -3067,6 +3090,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family, _, _, _, address = passive[0]
         self.base_path, self.trusted_proxy = settings["base_path"], settings["trusted_proxy"]
         self.log_requests, self.max_connections = settings["log_requests"], settings["max_connections"]
+        self.cors_origins: Sequence[str] = settings["cors_origin"]
         self.certificate, self.errors = certificate, ErrorLog()
         self.reader, self.writer = CachingStore(path), Store(path, wait=0, mb_max=settings["max_db_mb"])
         self.loop = Loop(lambda error: as_http_error(error, self.errors))
@@ -3317,6 +3341,16 @@ def parse_networks(text: str) -> Networks:
         raise argparse.ArgumentTypeError("it must be an address, or a network such as 10.1.0.0/16") from None
 
 
+def parse_origins(text: str) -> Sequence[str]:
+    origins = [normalize_origin(origin.strip()) for origin in text.split(",")]
+    host = r"(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([1-9][0-9]{0,4}))?"
+    for origin in origins:
+        match = re.fullmatch(rf"\*|https?://{host}|chrome-extension://[a-z0-9]+|capacitor://localhost", origin)
+        if not match or int(match[1] or 0) > 65535:
+            raise argparse.ArgumentTypeError("it must be * or like https://HOST or http://HOST:PORT, without a path")
+    return origins
+
+
 def parse_base_path(text: str) -> str:
     path = ("/" + text.strip("/")).rstrip("/")  # "" for no prefix
     if not re.fullmatch("(?:/[A-Za-z0-9._~-]+)*", path):
@@ -3340,6 +3374,7 @@ SETTINGS = {
     "max_connections": Setting(parse_number, 256, "N", "largest number of open connections"),
     "max_db_mb": Setting(parse_number, 1024, "N", "largest size of the database in megabytes"),
     "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this network; repeatable", "extend"),
+    "cors_origin": Setting(parse_origins, (), "O", "let pages of O use the API (* for all); repeatable", "extend"),
     "tls_cert": Setting(str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
     "tls_key": Setting(str, "", "FILE", "private key of the certificate, in PEM format, not encrypted"),
 }

@@ -233,6 +233,7 @@ class ServerCase(unittest.TestCase):
     failures_max = 1000  # most tests are not about the throttle
     max_db_mb = kvserver.SETTINGS["max_db_mb"].default
     trusted_proxy: kvserver.Networks = ()
+    cors_origin: Sequence[str] = ()
     certificate: kvserver.Certificate | None = None
 
     def setUp(self) -> None:
@@ -255,7 +256,8 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(self.store.close)
         settings = {name: setting.default for name, setting in kvserver.SETTINGS.items()}
         settings |= {"host": self.host, "port": 0, "base_path": self.base_path, "log_requests": self.log_requests}
-        self.settings = settings | {"max_db_mb": self.max_db_mb, "trusted_proxy": self.trusted_proxy}
+        settings |= {"max_db_mb": self.max_db_mb, "trusted_proxy": self.trusted_proxy, "cors_origin": self.cors_origin}
+        self.settings = settings
         self.server = kvserver.Server(self.database, self.settings, self.certificate)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.run)
@@ -2011,6 +2013,118 @@ class Sites(ServerCase):
         for host, status in (("kv.example", 200), ("localhost", 403)):
             lines = (f"GET http://{host}/set?key=a&value=1 HTTP/1.1", "Origin: http://kv.example", "Connection: close")
             self.assertEqual([status], statuses(self.exchange(self.raw(*lines))))
+
+    def test_without_the_flag_no_page_of_another_origin_may_read(self) -> None:
+        wanted = {"Origin": "http://x", "Access-Control-Request-Method": "GET"}
+        for method, target in (("GET", "/get?key=a"), ("OPTIONS", "/get"), ("GET", "/health")):
+            names = [set(self.request(method, target, headers=headers).headers) for headers in (wanted, None)]
+            self.assertEqual(*names)
+            self.assertNotRegex(" ".join(names[0]).lower(), "access-control|vary")
+
+
+class Origins(ServerCase):
+    """Pages of other origins, to which a flag opens the API."""
+
+    cors_origin = kvserver.parse_origins("https://App.example:443, http://[::1]:3000,chrome-extension://abcdef")
+    origin = "https://app.example"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.expected = {
+            "access-control-allow-origin": self.origin,
+            "access-control-expose-headers": "ETag, Link, Retry-After",
+            "vary": "Origin",
+        }
+
+    def shared(self, method: str, target: str, status: int, origin: str | None = None, **named: Any) -> dict[str, str]:
+        """Return the headers of a response that concern other origins."""
+        headers = {"Origin": origin or self.origin, **named.pop("headers", {})}
+        answer = self.check(status, method, target, headers=headers, **named)
+        return {name: text for name, text in answer.headers.items() if re.match("access-control|vary", name)}
+
+    def token(self, prefix: str = "") -> str:
+        token = kvserver.make_token()
+        self.store.add_token("alice", kvserver.hash_token(token), "", False, prefix)
+        return f"Bearer {token}"
+
+    def test_answers_of_the_api_may_be_read_errors_too(self) -> None:
+        etag = self.check(201, "PUT", "/kv/a", "1").headers["etag"]
+        login, narrow = self.token(), self.token("b")
+        cases: tuple[tuple[int, str, str, dict[str, Any]], ...] = (
+            *((200, method, "/get?key=a", {}) for method in ("GET", "HEAD")),
+            (200, "GET", "/iotpersistenceapi/list?limit=1", {"user": login}),
+            (200, "POST", "/set?key=a", {"user": login, "body": "2"}),
+            (201, "PUT", "/kv/b", {"user": login, "body": "1"}),
+            (200, "GET", "/health", {"user": None}),
+            (304, "GET", "/kv/b", {"headers": {"If-None-Match": etag}}),
+            (400, "GET", "/get", {}),
+            (401, "GET", "/get?key=a", {"user": None}),
+            (403, "GET", "/get?key=a", {"user": narrow}),
+            (403, "POST", "/set?key=a", {"body": "3"}),
+            (404, "GET", "/get?key=unknown", {}),
+            (404, "GET", "/unknown", {}),
+            (405, "PATCH", "/kv/a", {}),
+            (412, "DELETE", "/kv/a", {"user": login, "headers": {"If-Match": '"x"'}}),
+            (413, "PUT", "/kv/a", {"user": login, "headers": {"Content-Length": "99999999"}}),
+            (501, "BREW", "/set", {}),
+        )
+        for status, method, target, named in cases:
+            with self.subTest(f"{method} {target} {status}"):
+                self.assertEqual(self.expected, self.shared(method, target, status, **named))
+        self.assertEqual({"a": "2", "b": "1"}, self.pairs())
+
+    def test_pages_and_metrics_never_take_part(self) -> None:
+        accept = {"Accept": "text/html", "Access-Control-Request-Method": "GET"}
+        for target in ("/", "/iotpersistenceapi", "/me", "/me/", "/me/state?key=a", "/admin", "/admin/", "/metrics"):
+            for method, user in itertools.product(("GET", "OPTIONS"), ("alice", None)):
+                answer = self.request(method, target, user=user, headers={"Origin": self.origin, **accept})
+                self.assertNotRegex(" ".join(answer.headers).lower(), "access-control|vary", (method, target, user))
+        self.assertEqual({}, self.shared("POST", "/me/", 403, body="action=set&key=a&value=1"))
+
+    def test_an_origin_matches_without_case_and_default_port(self) -> None:
+        for origin in (self.origin, "HTTPS://APP.EXAMPLE:443", "http://[::1]:3000", "chrome-extension://abcdef"):
+            self.assertEqual(
+                self.expected | {"access-control-allow-origin": origin}, self.shared("GET", "/list", 200, origin)
+            )
+        for origin in (
+            *("http://app.example", "https://app.example:80", "https://app.example:8443", "https://app.example."),
+            *(
+                "https://app.example.evil.example",
+                "https://evil.example",
+                "https://x.app.example",
+                "https://app.example/",
+            ),
+            *("http://[::1]", "null", "*", "x", "chrome-extension://abcdefg", f"{self.origin}, {self.origin}"),
+        ):
+            self.assertEqual({}, self.shared("GET", "/list", 200, origin), origin)
+            self.assertEqual({}, self.shared("OPTIONS", "/set", 204, origin, user=None), origin)
+        self.server.cors_origins = kvserver.parse_origins("https://app.example,*")
+        for origin in (self.origin, "http://x", "null"):
+            self.assertEqual(
+                self.expected | {"access-control-allow-origin": "*"}, self.shared("GET", "/list", 200, origin)
+            )
+        self.assertNotIn("vary", self.request("GET", "/list").headers)
+
+    def test_a_preflight_needs_no_login_and_names_methods_and_headers(self) -> None:
+        for path, methods in {
+            "/set": "GET, POST, PUT, OPTIONS",
+            "/get": "GET, HEAD, OPTIONS",
+            "/iotpersistenceapi/list": "GET, HEAD, OPTIONS",
+            "/kv/a": "GET, HEAD, PUT, DELETE, OPTIONS",
+            "/health": "GET, HEAD, OPTIONS",
+        }.items():
+            wanted = {
+                "Access-Control-Request-Method": "PUT",
+                "Access-Control-Request-Headers": "authorization,if-match",
+                "Sec-Fetch-Site": "cross-site",
+            }
+            expected = self.expected | {
+                "access-control-allow-methods": methods,
+                "access-control-allow-headers": "Authorization, Content-Type, If-Match, If-None-Match",
+                "access-control-max-age": "600",
+            }
+            self.assertEqual(expected, self.shared("OPTIONS", path, 204, user=None, headers=wanted))
+        self.assertEqual(self.expected, self.shared("OPTIONS", "/unknown", 404, user=None))
 
 
 class Values(ServerCase):
@@ -4922,6 +5036,17 @@ class Browser(PageCase):
             if window != self.browser.window:
                 self.browser.command("Target.closeTarget", targetId=window)
 
+    def serve_elsewhere(self, pages: Mapping[str, str]) -> int:
+        """Serve the pages of another origin, by name, and return its port."""
+        folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for name, text in pages.items():
+            (folder / name).write_text(text)
+        elsewhere = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+        server = self.enterContext(http.server.ThreadingHTTPServer(("127.0.0.1", 0), elsewhere))
+        self.addCleanup(join, in_threads(server.serve_forever, [(0.01,)]))
+        self.addCleanup(server.shutdown)
+        return int(server.server_address[1])
+
     def assert_quiet(self) -> None:
         """Check that the browser asks nobody else, and complains of nothing but the refusals of forms."""
         entries = [entry["message"] for entry in self.browser.log("browser") if entry["level"] != "DEBUG"]
@@ -4989,13 +5114,7 @@ class Browser(PageCase):
         for path in ("/me/", "/admin/"):
             self.open(path, "alice")
         self.addCleanup(self.close_windows)
-        folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-        for name, text in pages.items():
-            (folder / name).write_text(text)
-        elsewhere = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-        server = self.enterContext(http.server.ThreadingHTTPServer(("127.0.0.1", 0), elsewhere))
-        self.addCleanup(join, in_threads(server.serve_forever, [(0.01,)]))
-        self.addCleanup(server.shutdown)
+        port = self.serve_elsewhere(pages)
         lines = (
             # The browser sends the form of a whole page with the password, and the server refuses it.
             *("POST path='/me/' key='' status=403", "POST path='/admin' key='' status=403"),
@@ -5005,9 +5124,47 @@ class Browser(PageCase):
         for host in ("127.0.0.1", "localhost"):  # the same site with another origin, and another site
             self.log.lines.clear()
             for name in pages:
-                self.open_window(f"http://{host}:{server.server_address[1]}/{name}")
+                self.open_window(f"http://{host}:{port}/{name}")
             wait_until(lambda: all(re.search(line, self.log.text()) for line in lines))
         self.assertEqual(({"a": "1"}, ["alice", "bob"]), (self.pairs(), self.names()))
+
+    def test_a_page_of_another_origin_uses_a_token_but_never_the_remembered_password(self) -> None:
+        self.store.set_value(1, "a", "1")
+        token = kvserver.make_token()
+        self.store.add_token("alice", kvserver.hash_token(token), "", False, "")
+        bearer, password = {"Authorization": f"Bearer {token}"}, {"Authorization": basic("alice", PASSWORDS["alice"])}
+        (recipe,) = re.findall(r"```js\n(const headers.*?)```", pathlib.Path(README).read_text("utf-8"), re.DOTALL)
+        recipe = recipe.replace("TOKEN", token).replace("localhost:8080", f"127.0.0.1:{self.port}")
+        recipe = recipe.replace("console.log(", "return (")
+        port = self.serve_elsewhere({"page.html": "<title>Another origin</title>"})
+        script = """const answer = await fetch(arguments[0], arguments[1]).catch(() => null);
+            return answer && [answer.status, await answer.text(), answer.headers.has("ETag")]"""
+
+        def fetch(path: str, **options: Any) -> Any:
+            return self.browser.run(script, f"http://127.0.0.1:{self.port}{path}", options)
+
+        self.open("/list", "alice")
+        self.assertEqual([200, "1", True], fetch("/kv/a"))
+        for host, is_sent in (("127.0.0.1", True), ("localhost", False)):  # of the same site, and of another one
+            self.browser.send("/url", url=f"http://{host}:{port}/page.html")
+            self.assertIsNone(fetch("/kv/a", headers=bearer), "this origin is not allowed yet")
+            self.server.cors_origins = kvserver.parse_origins(f"HTTP://{host}:{port}")
+            self.assertEqual("open", self.browser.run(recipe))
+            self.assertEqual([200, "1", True], fetch("/kv/a", headers=bearer))
+            self.assertEqual([200, "Success", False], fetch("/set?key=b", method="POST", body="2", headers=bearer))
+            self.assertEqual(412, fetch("/kv/b", method="PUT", body="3", headers={**bearer, "If-Match": '"x"'})[0])
+            self.assertEqual(200, fetch("/kv/b", method="DELETE", headers=bearer)[0])
+            self.assertEqual(404, fetch("/kv/b", headers=bearer)[0])
+            self.assertEqual([200, "1", True], fetch("/kv/a", headers=password))
+            self.assertEqual(403, fetch("/set?key=a&value=2", headers=password)[0])
+            self.assertEqual(401, fetch("/kv/a")[0])
+            self.log.lines.clear()
+            for path in ("/kv/a", "/set?key=a&value=2"):
+                self.assertIsNone(fetch(path, credentials="include"))
+            answers = re.findall(r"path='(\S+)' .* status=(\d+)", self.log.text())
+            statuses = ("200", "403") if is_sent else ("401", "401")
+            self.assertEqual([("/kv/", statuses[0]), ("/set", statuses[1])], answers)
+        self.assertEqual({"a": "1", "door": "open"}, self.pairs())
 
     def test_a_problem_of_a_form_is_in_view(self) -> None:
         for number in range(100):
@@ -6531,6 +6688,37 @@ class Serving(CommandCase):
                     self.assertEqual(401, self.request(port, "/list", password="wrong", **proxied)[0])
                 self.assertIn("login failed: user='alice' address=203.0.113.9\n", log.getvalue())
 
+    def test_other_origins_can_be_allowed_in_every_way(self) -> None:
+        self.write("config.json", '{"cors_origin": ["http://a", "http://b:1"]}')
+        cases: tuple[tuple[str, dict[str, str]], ...] = (
+            ("--config config.json", {}),
+            ("--cors-origin http://A:80 --cors-origin http://b:1", {"KVSERVER_CORS_ORIGIN": "http://c"}),
+            ("", {"KVSERVER_CORS_ORIGIN": "http://a, HTTP://B:1"}),
+        )
+        for arguments, environment in cases:
+            with self.serving_here(*arguments.split(), **environment) as (port, _, _):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS)
+                shared = []
+                for origin in ("http://a", "http://b:1", "http://c"):
+                    connection.request("GET", "/health", headers={"Origin": origin})
+                    shared.append(read_answer(connection.getresponse()).headers.get("access-control-allow-origin"))
+                connection.close()
+                self.assertEqual(["http://a", "http://b:1", None], shared, arguments)
+
+    def test_origins_that_no_browser_sends_are_refused(self) -> None:
+        message = "it must be * or like https://HOST or http://HOST:PORT, without a path"
+        for text in (
+            *("", "null", "x", "http:", "http://", "https://x/", "https://x:", "https://x:0", "https://x:080"),
+            *("https://x:65536", "https://u@x", "https://*.x", "https://x?", "https://x#", "https://é", "https://x y"),
+            *("ftp://x", "chrome-extension://", "chrome-extension://x:1", "capacitor://x", "capacitor://localhost:1"),
+            *("https://x,", "https://x,null", "**"),
+        ):
+            code, _, errors = self.run_program("serve", f"--cors-origin={text}")
+            self.assertEqual(2, code, text)
+            self.assertTrue(errors.endswith(f"argument --cors-origin: {message}\n"), text)
+        for text in ("https://x:65535", "http://127.0.0.1:1", "chrome-extension://abcdef", "capacitor://localhost"):
+            self.assertEqual([text], kvserver.parse_origins(text.upper()))
+
     def test_bad_settings_are_named(self) -> None:
         self.environment.clear()
         for message, *texts in (
@@ -6545,6 +6733,7 @@ class Serving(CommandCase):
             ("a whole number from 1 to 999999", '{"max_connections": 0}', '{"max_db_mb": "1 GB"}'),
             ("such as 10.1.0.0/16", '{"trusted_proxy": ["10.0.0.1/8"]}', '{"trusted_proxy": [1]}'),
             ("such as 10.1.0.0/16", '{"trusted_proxy": "proxy.example"}'),
+            ("* or like https://HOST", '{"cors_origin": ["https://a.example", "null"]}', '{"cors_origin": 80}'),
             ("not a JSON object", "[]"),
             ("config.json", "{"),
             ("cannot use the database", '{"db": "a\\u0000b"}'),
