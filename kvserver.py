@@ -342,6 +342,7 @@ REPLACE = """ON CONFLICT (user_id, key)
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
 USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
+HOOK_REQUEST = "hook.id, receiver, url, method, headers, body"
 
 
 def utc_second(seconds: float) -> str:
@@ -410,9 +411,12 @@ class Hook(NamedTuple):
 
 class Delivery(NamedTuple):
     hook_id: int
-    origin: str  # scheme, host and port of the URL, which itself is secret
-    url: str
-    number: int  # counts the hook's deliveries
+    origin: str  # scheme, host and port of the URL
+    url: str  # secret, like headers and body
+    method: str
+    headers: str  # a line each
+    body: str | None  # without one, it is JSON
+    number: int  # counts the hook's deliveries; 0 for a test
     handled: int  # number of the last one that arrived or was given up; those in between had to make room
     key: str
     value: str | None
@@ -776,17 +780,18 @@ class Store:
         self.changed_others |= deleted > 0
         return deleted == EXPIRED_PAIRS_MAX
 
-    def add_hook(self, name: str, pattern: str, url: str, origin: str, value: str | None, label: str) -> int:
+    def add_hook(self, name: str, *row: str | None) -> int:
+        """Add a hook of a user. The row: pattern, value, label, origin, URL, method, headers (a line each), body."""
         while self.delete_expired():  # the hook is not told of earlier expiries
             pass
-        insert = """INSERT INTO hook (user_id, pattern, url, receiver, value, label)
-            SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"""
-        cursor = self._change_users(NoSuchUser(name), insert, pattern, url, origin, value, label, name)
+        insert = """INSERT INTO hook (user_id, pattern, value, label, receiver, url, method, headers, body)
+            SELECT id, ?, ?, ?, ?, ?, ?, ?, ? FROM user WHERE name = ?"""
+        cursor = self._change_users(NoSuchUser(name), insert, *row, name)
         self._renew_triggers()
         return cast(int, cursor.lastrowid)
 
     def delete_hook(self, hook_id: int) -> None:
-        self.hook_url(hook_id)
+        self.test_delivery(hook_id)  # raises StoreError if there is no hook
         self._execute("DELETE FROM hook WHERE id = ?", hook_id)
         self._renew_triggers()
 
@@ -806,9 +811,11 @@ class Store:
         shown = VALUE_SHOWN_CHARACTERS_MAX
         return [Hook(*row) for row in self._execute(select, shown, shown, user_name, limit)]
 
-    def hook_url(self, hook_id: int) -> tuple[str, str]:
-        for pattern, url in self._execute("SELECT pattern, url FROM hook WHERE id = ?", hook_id):
-            return pattern, url
+    def test_delivery(self, hook_id: int) -> Delivery:
+        select = f"""SELECT {HOOK_REQUEST}, 0, 0, pattern, 'test', NULL, 4, {NOW}, lower(hex(randomblob(16)))
+            FROM hook WHERE id = ?"""
+        for row in self._execute(select, hook_id):
+            return Delivery(*row)
         raise StoreError(f"there is no hook {hook_id}; list them with: python kvserver.py hooks")
 
     def new_deliveries(self, newest: int) -> list[tuple[int, bool, int]]:
@@ -820,9 +827,9 @@ class Store:
 
     def next_delivery(self, hook_id: int, with_values: bool) -> Delivery | None:
         """Return the oldest pending delivery of a hook; its values may be long, and are None unless asked for."""
-        select = """SELECT hook_id, receiver, url, number, handled, key, iif(?, delivery.value, NULL),
-            iif(?, old, NULL), length(CAST(ifnull(delivery.value, '') || ifnull(old, '') AS BLOB)), created,
-            idempotency_key FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ? ORDER BY number LIMIT 1"""
+        select = f"""SELECT {HOOK_REQUEST}, number, handled, key, iif(?, delivery.value, NULL), iif(?, old, NULL),
+            length(CAST(ifnull(delivery.value, '') || ifnull(old, '') AS BLOB)), created, idempotency_key
+            FROM delivery JOIN hook ON hook.id = hook_id WHERE hook_id = ? ORDER BY number LIMIT 1"""
         row = self._execute(select, with_values, with_values, hook_id).fetchone()
         return Delivery(*row) if row else None
 
@@ -964,8 +971,14 @@ HEADERS_BYTES_MAX = 32 * 1024
 HEADER_FIELDS_MAX = 100
 HOOK_URL_BYTES_MAX = 4096
 HOOK_PORTS = {"http": 80, "https": 443}
+HOOK_BODY_METHODS = ("POST", "PUT", "PATCH")
+HOOK_BODY_BYTES_MAX = 16 * 1024 * 1024  # with the values that it inserts
+HOOK_TEXT_BYTES_MAX = 4096  # of a value, in a URL or a header
+PLACEHOLDER = re.compile(r"\{(key|value|old|time)\}")
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 JSON = "application/json"
+FORM = "application/x-www-form-urlencoded"
 CHUNKED = -1  # the length of a body in chunks
 # A body contains parameters, or it is the value. EITHER: it is the value if the query has a key and no value.
 PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
@@ -1184,17 +1197,53 @@ def parse_hook_url(url: str) -> urllib.parse.SplitResult:
     raise HTTPError(400, "a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
 
 
-def encode_delivery(url: urllib.parse.SplitResult, idempotency_key: str, members: Mapping[str, object]) -> bytes:
-    """Return a delivery: the request that posts the members of a JSON object, all ASCII, to a hook's URL."""
-    body, (login, _, host) = json.dumps(members).encode(), url.netloc.rpartition("@")
+def find_content_type(headers: str, body: str | None) -> tuple[str, str]:
+    """Return the Content-Type of a hook's requests, and its kind, which decides how text is inserted in the body."""
+    given = re.search(r"(?im)^content-type:(.*)$", headers)
+    is_json = body is None or (body.startswith(("[", "{")) and not PLACEHOLDER.match(body))
+    content_type = given[1] if given else JSON if is_json else "text/plain; charset=utf-8"
+    kind = content_type.partition(";")[0].strip().lower()
+    return content_type, JSON if kind.endswith("+json") else kind
+
+
+def fill_template(template: str, texts: Mapping[str, str], encode: Callable[[str], str]) -> bytes:
+    """Return a template in UTF-8, with encoded texts in place of {key} and its like; raise HTTPError if it is long."""
+    pieces = PLACEHOLDER.split(template)  # every second one is a name
+    encoded = {name: encode(texts[name]).encode() for name in set(pieces[1::2])}
+    parts = [encoded[piece] if index % 2 else piece.encode() for index, piece in enumerate(pieces)]
+    if sum(map(len, parts)) > HOOK_BODY_BYTES_MAX:
+        raise HTTPError(413, f"the body with its values is over {HOOK_BODY_BYTES_MAX // 1024 // 1024} MiB")
+    return b"".join(parts)
+
+
+def encode_delivery(url: urllib.parse.SplitResult, delivery: Delivery) -> bytes:
+    """Return the request of a delivery, whose URL has these parts; raise HTTPError if its body is too long."""
+    key, value, old = delivery.key, delivery.value, delivery.old
+    texts = {"key": key, "value": value or "", "old": old or "", "time": rfc3339(delivery.created)}
+    short = {name: text.encode()[:HOOK_TEXT_BYTES_MAX].decode(errors="ignore") for name, text in texts.items()}
+    percent_encode = functools.partial(urllib.parse.quote, safe="")
+    content_type, kind = find_content_type(delivery.headers, delivery.body)
+    if delivery.body is None:
+        members = {"value1": key, "value2": value, "value3": old}  # IFTTT's names
+        body = json.dumps(members if delivery.number else {**members, "test": True}).encode()
+    elif kind == JSON:
+        body = fill_template(delivery.body, texts, lambda text: json.dumps(text, ensure_ascii=False)[1:-1])
+    else:
+        body = fill_template(delivery.body, texts, percent_encode if kind == FORM else str)
+    login, _, host = url.netloc.rpartition("@")
     login = urllib.parse.unquote(login if ":" in login else login + ":")  # the password may be missing
-    basic = f"Authorization: Basic {base64.b64encode(login.encode('utf-8')).decode()}\r\n" if login != ":" else ""
-    head = (
-        f"POST {url.path or '/'}{'?' if url.query else ''}{url.query} HTTP/1.1\r\nHost: {host}\r\n"
-        f"User-Agent: kvserver/{__version__}\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}\r\n"
-        f"Idempotency-Key: {idempotency_key}\r\nConnection: close\r\n{basic}\r\n"
-    )
-    return head.encode() + body
+    lines = [f"Host: {host}", f"User-Agent: kvserver/{__version__}"]
+    if delivery.method in HOOK_BODY_METHODS:
+        lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
+    lines += [f"Idempotency-Key: {delivery.idempotency_key}", "Connection: close"]
+    if login != ":":
+        lines.append(f"Authorization: Basic {base64.b64encode(login.encode()).decode()}")
+    lines += filter(None, delivery.headers.split("\n"))
+    by_name = {line.partition(":")[0].lower(): line for line in lines}  # the hook's replace ours
+    target = f"{url.path or '/'}{'?' if url.query else ''}{url.query}"
+    head = f"{delivery.method} ".encode() + fill_template(target, short, percent_encode) + b" HTTP/1.1\r\n"
+    head += fill_template("\r\n".join(by_name.values()), short, lambda text: CONTROLS.sub(" ", text)) + b"\r\n\r\n"
+    return head + body if delivery.method in HOOK_BODY_METHODS else head
 
 
 class Answer(NamedTuple):
@@ -1221,8 +1270,10 @@ def parse_answer(received: bytes) -> Answer | None:
 # A request's parameters, from its path, query and body. Everything is text, and each name has one value. Text that is
 # not UTF-8 and repeated names are refused, because a guess could store the wrong value. Commands use the checks, too.
 
-FORM = "application/x-www-form-urlencoded"
 JSON_DEPTH_MAX = 100
+HOOK_HEADERS_BYTES_MAX = 8 * 1024
+OUR_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "idempotency-key"}
+HOOK_TEMPLATE_BYTES_MAX = 64 * 1024  # of a body
 PASSWORD_BYTES_MAX = 4096  # with a user name, in base64, this fits in one header line
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -1370,6 +1421,33 @@ def check_label_and_prefix(label: str, prefix: str) -> None:
     # Arguments that are not in the terminal's encoding have half surrogate pairs.
     if re.search("[\0\ud800-\udfff]", prefix) or len(prefix.encode("utf-8")) > KEY_BYTES_MAX:
         raise HTTPError(400, f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
+
+
+def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) -> urllib.parse.SplitResult:
+    """Return the parts of a hook's URL; raise HTTPError, which quotes nothing, unless these can make a request."""
+    if PLACEHOLDER.search(re.sub(r"\A(.*?//[^/?#]*)[^#]*", r"\1", url)):
+        raise HTTPError(400, "in a URL, {key}, {value}, {old} and {time} work only in the path and the query")
+    parts, lines = parse_hook_url(url), "\n".join(headers)
+    names = [header.partition(":")[0].lower() for header in headers]
+    if any(CONTROLS.search(header) or not re.match(HTTP_TOKEN + ":", header) for header in headers):
+        raise HTTPError(400, "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters")
+    if not OUR_HEADERS.isdisjoint(names):
+        raise HTTPError(400, f"kvserver sets these headers itself; leave them out: {', '.join(sorted(OUR_HEADERS))}")
+    if len(set(names)) < len(names) or ("authorization" in names and "@" in parts.netloc):
+        raise HTTPError(400, "send each header once, and Authorization only if the URL has no login")
+    if len(lines.encode()) > HOOK_HEADERS_BYTES_MAX or len((body or "").encode()) > HOOK_TEMPLATE_BYTES_MAX:
+        bounds = f"all headers {HOOK_HEADERS_BYTES_MAX} bytes, and a body {HOOK_TEMPLATE_BYTES_MAX}"
+        raise HTTPError(400, f"without inserted values, {bounds} at most; send less")
+    if body is not None and method not in HOOK_BODY_METHODS:
+        raise HTTPError(400, f"{method} sends no body; leave out --body, or use --method POST")
+    try:
+        if body is not None and find_content_type(lines, body)[1] == JSON:
+            json.loads(PLACEHOLDER.sub(lambda match: "1" * len(match[0]), body))
+    except (ValueError, RecursionError) as error:
+        place = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        hint = "correct it, or send text with --header 'Content-Type: text/plain'"
+        raise HTTPError(400, f"the JSON of the body is malformed{place}; {hint}") from None
+    return parts
 
 
 def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]) -> str | None:
@@ -2904,13 +2982,13 @@ def seconds_until(deadline: float) -> float:
     return seconds
 
 
-def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadline: float | None = None) -> Answer:
-    """Send a JSON object to a hook's URL; return the answer by the deadline, or later if the name look-up is slow."""
+def deliver(delivery: Delivery, deadline: float | None = None) -> Answer:
+    """Send a delivery; return the answer by the deadline, or later if the name look-up is slow."""
     deadline, received, answer = deadline or time.monotonic() + HOOK_SECONDS, b"", None
     problem = "the connection was closed before a whole status line had come"
     try:
-        parts: Any = parse_hook_url(url)
-        address = parts.hostname, parts.port or HOOK_PORTS[parts.scheme]
+        parts: Any = parse_hook_url(delivery.url)
+        address, request = (parts.hostname, parts.port or HOOK_PORTS[parts.scheme]), encode_delivery(parts, delivery)
         with contextlib.ExitStack() as opened:
             count = len(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))  # all of them are tried in time
             connection = opened.enter_context(socket.create_connection(address, seconds_until(deadline) / (count + 1)))
@@ -2919,7 +2997,7 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadl
                 opened.enter_context(connection)
             connection.settimeout(seconds_until(deadline) / 2)  # the other half is for the answer
             with contextlib.suppress(OSError):  # the answer may come before the request has been sent in full
-                connection.sendall(encode_delivery(parts, idempotency_key, members))
+                connection.sendall(request)
             while len(received) < HOOK_ANSWER_BYTES_MAX:
                 connection.settimeout(seconds_until(deadline))
                 data = connection.recv(HOOK_ANSWER_BYTES_MAX)
@@ -2937,6 +3015,8 @@ def deliver(url: str, idempotency_key: str, members: Mapping[str, object], deadl
         problem = f"no answer within {HOOK_SECONDS} seconds"
     except UnicodeError:
         problem = "this is not a valid host name"
+    except HTTPError as error:  # trying again would not help
+        answer = Answer(error.status, error.message)
     except Exception as error:  # noqa: BLE001 - whatever it is, the delivery has not arrived
         problem = getattr(error, "strerror", None) or type(error).__name__
     return answer or Answer(0, problem)
@@ -2993,7 +3073,8 @@ class Outbox:
                 next_one = self._store.next_delivery(hook_id, with_values=False)
                 if not next_one or self.is_stopping:
                     return
-                is_long = next_one.size > LONG_DELIVERY_BYTES
+                inserts = len(PLACEHOLDER.findall(f"{next_one.url}{next_one.headers}{next_one.body}"))
+                is_long = next_one.size + inserts * (next_one.size + len(next_one.key)) > LONG_DELIVERY_BYTES
                 most = LONG_EXCHANGES_MAX if is_long else EXCHANGES_MAX
                 bounds: dict[Hashable, int] = {is_long: most, (is_long, next_one.origin): ORIGIN_EXCHANGES_MAX}
                 if not is_proven:  # half of each is for hooks that work
@@ -3018,9 +3099,8 @@ class Outbox:
 
     async def _try(self, delivery: Delivery, is_proven: bool, next_pause: float) -> tuple[bool, float]:
         """Send a delivery, and store the result. Return whether the hook works, and the pause until the next try."""
-        members = {"value1": delivery.key, "value2": delivery.value, "value3": delivery.old}  # IFTTT's names
         deadline, owner = time.monotonic() + HOOK_SECONDS, None if is_proven else "doubtful"
-        exchange = functools.partial(deliver, delivery.url, delivery.idempotency_key, members, deadline)
+        exchange = functools.partial(deliver, delivery, deadline)
         try:
             answer = cast(Answer, await self._threads.run(exchange, owner, deadline + HOOK_LINGER_SECONDS))
         except TimeoutError:  # a name look-up takes too long
@@ -3723,21 +3803,34 @@ def delete_token(arguments: argparse.Namespace, store: Store) -> None:
     print(f"deleted the token {arguments.id} of {arguments.name}")
 
 
+def read_text(what: str, path: str) -> str:
+    """Return the text of a file, or of standard input for "-", without the line end at its end."""
+    if path == "-" and sys.stdin.isatty():
+        print(f"Type the {what}, and press Enter and Ctrl-D:", file=sys.stderr)
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        return re.sub(r"\r?\n\Z", "", file.read().decode("utf-8-sig"))
+
+
 def add_hook(arguments: argparse.Namespace, store: Store) -> None:
-    """Call a URL when a value changes. The command prints the hook's ID. The next change is the first one sent."""
+    """Call a URL when a value changes. The command prints the hook's ID. The next change is the first one sent.
+    In the URL, in headers and in the body, {key}, {value}, {old} and {time} stand for those of the change."""
     if arguments.key != "*":
         require_key(arguments.key.removesuffix("*"))
     check_value(arguments.value or "")
     check_label_and_prefix(arguments.label, "")
-    url = arguments.url
+    url, body, method, headers = arguments.url, arguments.body, arguments.method, arguments.header
+    if url == body == "-":
+        raise UsageError("the URL and the body cannot both be -; read the body from a file with --body @FILE")
     if url == "-":
         if sys.stdin.isatty():
             print("Type the URL, and press Enter:", file=sys.stderr)
         url = sys.stdin.buffer.readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8-sig", "replace").strip()
-    parts = parse_hook_url(url)
+    if body == "-" or (body or "").startswith("@"):
+        body = read_text("body", body.removeprefix("@"))
+    parts = check_hook(url, method, headers, body)
     origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-    hook = (arguments.name, arguments.key, url, origin, arguments.value, arguments.label)
-    print(store.transact(lambda store: store.add_hook(*hook)))
+    row = arguments.key, arguments.value, arguments.label, origin, url, method, "\n".join(headers), body
+    print(store.transact(lambda store: store.add_hook(arguments.name, *row)))
 
 
 def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
@@ -3759,8 +3852,7 @@ def delete_hook(arguments: argparse.Namespace, store: Store) -> None:
 
 def test_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Send a test to a hook's URL now, and print the response's status. The command fails unless that is 2xx."""
-    pattern, url = store.hook_url(arguments.id)
-    answer = deliver(url, os.urandom(16).hex(), {"value1": pattern, "value2": "test", "value3": None, "test": True})
+    answer = deliver(store.test_delivery(arguments.id))
     print(answer.text)
     if not 200 <= answer.status < 300:
         raise CommandError(f"the test of hook {arguments.id} failed; check the URL and the program there")
@@ -3783,9 +3875,7 @@ def store_value(arguments: argparse.Namespace, store: Store) -> None:
     """Store a value under a key of a user. Hooks and waiting requests notice the change."""
     key, value = require_key(arguments.key), arguments.value
     if value == "-":
-        if sys.stdin.isatty():
-            print("Type the value, and press Enter and Ctrl-D:", file=sys.stderr)
-        value = re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode("utf-8-sig"))
+        value = read_text("value", value)
     check_value(value)
     store.transact(lambda store: store.set_value(arguments.user.id, key, value, ttl=arguments.ttl))
     print("stored the key", escape_unprintable(key), "of", arguments.name)
@@ -3959,10 +4049,13 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "BACKUP": {"dest": "file", "metavar": "FILE", "help": "a backup, which only its owner can read"},
     "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or an old database.db"},
     "--admin": {"action": "store_true", "help": "make the user an admin, who manages users"},
+    "--body": {"metavar": "TEXT", "help": "send this instead of JSON; - reads standard input, @FILE a file"},
     "--config": {"metavar": "FILE", "help": 'JSON file with settings, such as {"max_db_mb": 99}'},
     "--force": {"action": "store_true", "help": "overwrite the file if it exists"},
+    "--header": {"metavar": "'NAME: TEXT'", "action": "append", "default": [], "help": "a header; repeat for others"},
     "--label": {"metavar": "TEXT", "default": "", "help": "a note that the list shows"},
     "--merge": {"action": "store_true", "help": "add values to users that exist here; they keep password and role"},
+    "--method": {"choices": (*HOOK_BODY_METHODS, "GET", "DELETE"), "default": "POST", "help": "(default: POST)"},
     "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
     "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
     "--read-only": {"action": "store_true", "help": "the token cannot change anything"},
@@ -3984,7 +4077,7 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
     ("addtoken", add_token, "USER", "--label", "--read-only", "--prefix"),
     ("tokens", list_tokens, "USER"),
     ("deltoken", delete_token, "USER", "ID"),
-    ("addhook", add_hook, "USER", "PATTERN", "URL", "--value", "--label"),
+    ("addhook", add_hook, "USER", "PATTERN", "URL", "--value", "--label", "--method", "--header", "--body"),
     ("hooks", list_hooks, "[USER]"),
     ("delhook", delete_hook, "ID"),
     ("testhook", test_hook, "ID"),

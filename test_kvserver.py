@@ -2803,7 +2803,11 @@ class Received(NamedTuple):
 
     line: str
     headers: dict[str, str]
-    body: dict[str, Any]
+    data: bytes
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return cast(dict[str, Any], json.loads(self.data))
 
     def change(self) -> tuple[Any, ...]:
         return tuple(self.body.get(name) for name in ("value1", "value2", "value3"))
@@ -2861,9 +2865,14 @@ class Target:
             with connection, connection.makefile("rb") as file:
                 line = file.readline().decode().rstrip()
                 headers = {name.lower(): text for name, text in http.client.parse_headers(file).items()}
-                body = json.loads(file.read(int(headers.get("content-length", "0"))))
-                self.received.append(Received(line, headers, body))
+                self.received.append(Received(line, headers, file.read(int(headers.get("content-length", "0")))))
                 self.behave(connection, len(self.received))
+
+
+def delivery(hook_url: str, **others: Any) -> kvserver.Delivery:
+    """Return a delivery of a value "open" for the key door."""
+    request = (1, "", hook_url, "POST", "", None)
+    return kvserver.Delivery(*request, 1, 0, "door", "open", None, 4, 1.5, "0a1b")._replace(**others)
 
 
 class HookCase(ServerCase):
@@ -2880,7 +2889,7 @@ class HookCase(ServerCase):
         self, pattern: str, value: str | None = None, target: Target | None = None, user: str = "alice"
     ) -> int:
         target = target or self.target
-        hook = (user, pattern, target.url, target.origin, value, "")
+        hook = (user, pattern, value, "", target.origin, target.url, "POST", "", None)
         return cast(int, self.store.transact(lambda store: store.add_hook(*hook)))
 
     def set(self, key: str, *values: object, user: str = "alice") -> None:
@@ -3047,7 +3056,7 @@ class Hooks(HookCase):
 
         def add_many(store: kvserver.Store, count: int) -> None:
             for number in range(count):
-                store.add_hook("alice", f"key{number}", "http://h/", "http://h", None, "")
+                store.add_hook("alice", f"key{number}", None, "", "http://h", "http://h/", "POST", "", None)
                 store.set_value(1, "key", "1")
 
         for count in (20, 500):
@@ -3162,7 +3171,7 @@ class Deliveries(HookCase):
         ):
             self.patch("HOOK_SECONDS", seconds)
             self.target.behave = behave
-            self.assertEqual((0, result), kvserver.deliver(self.target.url, "key", {})[:2])
+            self.assertEqual((0, result), kvserver.deliver(delivery(self.target.url))[:2])
 
     def test_headers_that_come_late_may_tell_when_to_try_again(self) -> None:
         def answer_slowly(connection: socket.socket, number: int) -> None:
@@ -3172,7 +3181,7 @@ class Deliveries(HookCase):
 
         self.patch("HOOK_LINGER_SECONDS", 0)
         self.target.behave = answer_slowly
-        self.assertEqual(120, kvserver.deliver(self.target.url, "key", {}).retry_after)
+        self.assertEqual(120, kvserver.deliver(delivery(self.target.url)).retry_after)
 
     def test_the_reason_of_a_failure_is_told(self) -> None:
         self.target.close()
@@ -3181,7 +3190,7 @@ class Deliveries(HookCase):
             ("http://no-such-host.invalid/SECRET", "ame"),
             (f"http://{'a' * 64}.example/SECRET", "this is not a valid host name"),
         ):
-            answer = kvserver.deliver(hook_url, "key", {})
+            answer = kvserver.deliver(delivery(hook_url))
             self.assertEqual((0, True), (answer.status, reason in answer.text), answer.text)
             self.assertNotIn("SECRET", answer.text)
 
@@ -3202,13 +3211,13 @@ class Deliveries(HookCase):
         ]
         found = [(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for family, address in addresses]
         with mock.patch.object(socket, "getaddrinfo", return_value=found):
-            self.assertEqual(200, kvserver.deliver(self.target.url, "key", {}).status)
+            self.assertEqual(200, kvserver.deliver(delivery(self.target.url)).status)
 
     def test_slow_name_look_ups_leave_threads_to_others(self) -> None:
         self.add_working_hook("good")
         most, look_up, go_on = kvserver.EXCHANGES_MAX, socket.getaddrinfo, threading.Event()
         for number in range(most):
-            hook = ("alice", "a", "http://slow/", f"http://slow{number}", None, "")
+            hook = ("alice", "a", None, "", f"http://slow{number}", "http://slow/", "POST", "", None)
             self.store.transact(lambda store: store.add_hook(*hook))  # noqa: B023
 
         def look_up_slowly(host: str, *arguments: Any, **options: Any) -> Any:
@@ -3262,7 +3271,7 @@ class Deliveries(HookCase):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # its connections take few bytes
             hook_url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
             with concurrent.futures.ThreadPoolExecutor() as pool:
-                answer = pool.submit(kvserver.deliver, hook_url, "key", {"value1": "x" * 5_000_000})
+                answer = pool.submit(kvserver.deliver, delivery(hook_url, value="x" * 5_000_000))
                 with listener.accept()[0] as connection:
                     connection.sendall(b"HTTP/1.1 413 Too long\r\n\r\n")
                     self.assertEqual(413, answer.result(WAIT_SECONDS).status)
@@ -3273,7 +3282,7 @@ class Deliveries(HookCase):
         login = self.target.origin.replace("http://", "http://al%20ice:p%40ss:%e2%98%83@")
         for rest, target in (("", "/"), ("?x=1", "/?x=1"), ("/a//b?c#d?e", "/a//b?c"), ("/%20;a=b?", "/%20;a=b")):
             for origin, authorization in ((self.target.origin, None), (login, basic("al ice", "p@ss:☃"))):
-                self.assertEqual(200, kvserver.deliver(origin + rest, "key", {}).status)
+                self.assertEqual(200, kvserver.deliver(delivery(origin + rest)).status)
                 received = self.target.received[-1]
                 self.assertEqual(f"POST {target} HTTP/1.1", received.line)
                 self.assertEqual(authorization, received.headers.get("authorization"))
@@ -3286,7 +3295,7 @@ class Deliveries(HookCase):
             file.write(CERTIFICATE + KEY)
         context.load_cert_chain(path)
         target = self.new_target(certificate=context)
-        answer = kvserver.deliver(target.url, "key", {"value1": "a"})
+        answer = kvserver.deliver(delivery(target.url))
         self.assertEqual((0, []), (answer.status, target.received))
         self.assertIn("certificate verify failed: self", answer.text)
         trusted = trust(CERTIFICATE)
