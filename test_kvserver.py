@@ -7307,6 +7307,28 @@ class Readme(CommandCase):
         nodes = [node["type"] for node in json.loads(flow)]
         self.assertEqual(["inject", "http request", "debug", "inject", "http request"], nodes)
 
+    def test_every_hook_sends_what_its_service_takes(self) -> None:
+        target = self.enterContext(contextlib.closing(Target()))
+        self.add_user("admin")
+        text, json_type = "text/plain; charset=utf-8", "application/json"
+        expected: tuple[tuple[str, str, dict[str, str], str], ...] = (
+            ("/trigger/counter/with/key/SECRET", json_type, {}, '{"value1": "counter", "value2": "test", "value3": '),
+            ("/TOPIC", text, {"title": "Front door", "priority": "high"}, "It is test since 20"),
+            ("/api/webhooks/ID/SECRET", json_type, {}, '{"content": "house/* is test", "allowed_mentions": '),
+            ("/services/T00000000/B00000000/SECRET", json_type, {}, '{"text": "house/* is test"}'),
+            ("/message", json_type, {"x-gotify-key": "TOKEN"}, '"message": "It is test, and was ."'),
+            ("/api/webhook/SECRET", json_type, {}, '{"key": "door", "value": "test", "old": "", "time": "20'),
+            ("/set?key=house%2F%2A", text, {"authorization": "Bearer TOKEN"}, "test"),
+        )
+        lines = re.findall(r"^python kvserver.py (addhook admin .*)", self.text, re.MULTILINE)
+        for number, (line, (path, content_type, headers, body)) in enumerate(zip(lines, expected, strict=True), 1):
+            self.succeed(*(re.sub(r"\Ahttps?://[^/]*", target.origin, argument) for argument in shlex.split(line)))
+            self.assertEqual("200 OK\n", self.succeed("testhook", str(number)))
+            received = target.received.pop()
+            self.assertEqual(f"POST {path} HTTP/1.1", received.line)
+            self.assertLessEqual({"content-type": content_type, **headers}.items(), received.headers.items())
+            self.assertIn(body, received.data.decode())
+
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
     def test_systemd_accepts_the_units_and_finds_them_hardened(self) -> None:
         self.environment.clear()
