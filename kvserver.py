@@ -1272,7 +1272,7 @@ def parse_answer(received: bytes) -> Answer | None:
 
 JSON_DEPTH_MAX = 100
 HOOK_HEADERS_BYTES_MAX = 8 * 1024
-OUR_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "idempotency-key"}
+OUR_HEADERS = ("Host", "Content-Length", "Connection", "Transfer-Encoding", "Idempotency-Key")  # of deliveries
 HOOK_TEMPLATE_BYTES_MAX = 64 * 1024  # of a body
 PASSWORD_BYTES_MAX = 4096  # with a user name, in base64, this fits in one header line
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
@@ -1428,16 +1428,16 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
     if PLACEHOLDER.search(re.sub(r"\A(.*?//[^/?#]*)[^#]*", r"\1", url)):
         raise HTTPError(400, "in a URL, {key}, {value}, {old} and {time} work only in the path and the query")
     parts, lines = parse_hook_url(url), "\n".join(headers)
-    names = [header.partition(":")[0].lower() for header in headers]
     if any(CONTROLS.search(header) or not re.match(HTTP_TOKEN + ":", header) for header in headers):
         raise HTTPError(400, "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters")
-    if not OUR_HEADERS.isdisjoint(names):
-        raise HTTPError(400, f"kvserver sets these headers itself; leave them out: {', '.join(sorted(OUR_HEADERS))}")
-    if len(set(names)) < len(names) or ("authorization" in names and "@" in parts.netloc):
-        raise HTTPError(400, "send each header once, and Authorization only if the URL has no login")
+    names = [*OUR_HEADERS, *(["Authorization"] if "@" in parts.netloc else []), *re.findall("(?m)^[^:]+", lines)]
+    if len(set(map(str.lower, names))) < len(names):
+        ours = f"{', '.join(OUR_HEADERS)}, and with a login in the URL, Authorization"
+        raise HTTPError(400, f"send each header once, and leave out those that kvserver sets: {ours}")
     if len(lines.encode()) > HOOK_HEADERS_BYTES_MAX or len((body or "").encode()) > HOOK_TEMPLATE_BYTES_MAX:
-        bounds = f"all headers {HOOK_HEADERS_BYTES_MAX} bytes, and a body {HOOK_TEMPLATE_BYTES_MAX}"
-        raise HTTPError(400, f"without inserted values, {bounds} at most; send less")
+        raise HTTPError(
+            400, f"headers have at most {HOOK_HEADERS_BYTES_MAX} bytes in all, a body {HOOK_TEMPLATE_BYTES_MAX}"
+        )
     if body is not None and method not in HOOK_BODY_METHODS:
         raise HTTPError(400, f"{method} sends no body; leave out --body, or use --method POST")
     try:

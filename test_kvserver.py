@@ -2886,11 +2886,17 @@ class HookCase(ServerCase):
         return self.enterContext(contextlib.closing(Target(behave, certificate)))
 
     def add_hook(
-        self, pattern: str, value: str | None = None, target: Target | None = None, user: str = "alice"
+        self,
+        pattern: str,
+        value: str | None = None,
+        target: Target | None = None,
+        user: str = "alice",
+        request: tuple[str, str, str | None] = ("POST", "", None),
     ) -> int:
+        """Add a hook; request is the method, the headers, and the body."""
         target = target or self.target
-        hook = (user, pattern, value, "", target.origin, target.url, "POST", "", None)
-        return cast(int, self.store.transact(lambda store: store.add_hook(*hook)))
+        row = (pattern, value, "", target.origin, target.url, *request)
+        return cast(int, self.store.transact(lambda store: store.add_hook(user, *row)))
 
     def set(self, key: str, *values: object, user: str = "alice") -> None:
         for value in values:
@@ -3428,6 +3434,128 @@ class Deliveries(HookCase):
         counted = {name: int(count) for name, count in re.findall(r"\nkvserver_(\w*deliveries\w*) (\d+)", text)}
         expected = {"deliveries_total": 1, "failed_deliveries_total": 2, "dropped_deliveries_total": 1}
         self.assertEqual(expected | {"pending_deliveries": 1}, counted)
+
+
+class Templates(HookCase):
+    """What a hook sends: the texts of a change inserted in its URL, headers and body."""
+
+    def send(self, path: str = "/", headers: str = "", body: str | None = None, **others: Any) -> Received:
+        """Return the request of a delivery of a hook with these templates."""
+        sent = delivery(self.target.origin + path, headers=headers, body=body, **others)
+        self.assertEqual(200, kvserver.deliver(sent).status)
+        return self.target.received[-1]
+
+    def test_a_change_is_inserted_everywhere_and_is_the_same_on_every_try(self) -> None:
+        self.target.behave = respond(b"HTTP/1.1 503 Later\r\n\r\n", b"", ARRIVED)
+        self.target.url = self.target.origin + "/{key}?v={value}&o={old}&t={time}"
+        texts = "{key}={value}={old}={time}"
+        self.add_hook("*", request=("PUT", f"X-A: {texts}\nTitle: door\nX-B: {texts}", texts))
+        before = time.time()
+        self.set("a/b", "é")
+        self.check(200, "GET", "/del?key=a/b")
+        self.set("last", "")
+        wait_until(lambda: len(self.target.received) == 5)
+        first, *others = self.target.received
+        self.assertEqual([first] * 2, others[:2])
+        for received, (line, inserted) in zip(
+            others[1:],
+            (
+                ("/a%2Fb?v=%C3%A9&o=&t=", "a/b=é=="),
+                ("/a%2Fb?v=&o=%C3%A9&t=", "a/b==é="),
+                ("/last?v=&o=&t=", "last==="),
+            ),
+            strict=True,
+        ):
+            at = received.data.decode().removeprefix(inserted)
+            self.assertRegex(at, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")
+            self.assertLess(abs(datetime.datetime.fromisoformat(at).timestamp() - before), WAIT_SECONDS)
+            self.assertEqual(f"PUT {line}{urllib.parse.quote(at)} HTTP/1.1", received.line)
+            for name in ("x-a", "x-b"):
+                self.assertEqual(inserted + at, received.headers[name].encode("iso-8859-1").decode())
+            self.assertEqual("door", received.headers["title"])
+
+    def test_inserted_text_is_encoded_for_its_place(self) -> None:
+        text = 'a "b"\\\r\nX: {key} {old}%&=+/;?#é☃\0\x7f\x85\u2028😀'
+        percent = urllib.parse.quote(text, safe="")
+        escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\r\n", "\\r\\n").replace("\0", "\\u0000")
+        for content_type, template, inserted in (
+            (None, '{"a{b}": "{value}", "n": [1{old}, {}]}', escaped),
+            (None, '["{value}"]', escaped),
+            ("application/problem+JSON ; charset=utf-8", '  {"{value}": "☃"}', escaped),
+            (None, " {value}{{x}}☃{keys}{ key}{KEY}", text),
+            (None, "{value}{}", text),
+            (None, "{time} {value}", text),
+            ("text/plain", '{"{value}"', text),
+            ("Application/X-WWW-Form-Urlencoded;charset=utf-8", "☃={value}&b+c=%20", percent),
+        ):
+            headers = f"content-TYPE: {content_type}\nX-Key: {{key}}" if content_type else "X-Key: {key}"
+            received = self.send("/{key}/{x}?{value}&%7Bkey%7D", headers, template, key="{value}", value=text)
+            expected = template.replace("{old}", "").replace("{time}", "1970-01-01T00:00:01.500Z")
+            self.assertEqual(expected.replace("{value}", inserted), received.data.decode())
+            self.assertEqual(f"POST /%7Bvalue%7D/{{x}}?{percent}&%7Bkey%7D HTTP/1.1", received.line)
+            self.assertEqual("{value}", received.headers["x-key"])
+            default = "text/plain; charset=utf-8" if inserted == text else kvserver.JSON
+            self.assertEqual(content_type or default, received.headers["content-type"])
+            if inserted == escaped:
+                self.assertIn(repr(text), repr(json.loads(received.data)))
+
+    def test_a_value_cannot_add_a_header(self) -> None:
+        controls = "".join(map(chr, (*range(32), *range(127, 160))))
+        received = self.send(headers="X-Value: <{value}>", value=f"a\r\n\r\nX: é☃{controls}")
+        shown = received.headers["x-value"].encode("iso-8859-1").decode()
+        self.assertEqual(f"<a    X: é☃{' ' * len(controls)}>", shown)
+        self.assertNotIn("x", received.headers)
+
+    def test_long_values_are_cut_in_urls_and_headers_only(self) -> None:
+        for value, inserted in (
+            ("x" * 4096, "x" * 4096),
+            ("x" * 4097, "x" * 4096),
+            ("x" * 4094 + "é", "x" * 4094 + "é"),
+            ("x" * 4095 + "éy", "x" * 4095),
+            ("x" * 4093 + "😀", "x" * 4093),
+        ):
+            received = self.send("/{value}?{old}", "X-Value: {value}\nX-Old: {old}", "{value}", value=value, old=value)
+            percent = urllib.parse.quote(inserted)
+            self.assertEqual(f"POST /{percent}?{percent} HTTP/1.1", received.line)
+            for name in ("x-value", "x-old"):
+                self.assertEqual(inserted, received.headers[name].encode("iso-8859-1").decode())
+            self.assertEqual(value, received.data.decode())
+
+    def test_a_body_of_16_mib_arrives_and_a_longer_one_is_dropped(self) -> None:
+        value = "é" * (kvserver.VALUE_BYTES_MAX // 2)
+        self.assertEqual(16 * 1024 * 1024, len(self.send(body="{value}" * 16, value=value).data))
+        answer = kvserver.deliver(delivery(self.target.url, body="{value}" * 16 + "x", value=value))
+        self.assertEqual((413, "the body with its values is over 16 MiB"), answer[:2])
+        self.add_hook("*", request=("POST", "", '["{value}"]'))
+        self.patch("HOOK_BODY_BYTES_MAX", 1004)
+        self.set("a", "x" * 998 + '"', "x" * 999 + '"', "x")
+        wait_until(lambda: len(self.target.received) == 3 and self.store.sizes()[2] == 0)
+        self.assertEqual([1004, 5], [len(received.data) for received in self.target.received[1:]])
+        dropped = f"hook 1 to {self.target.origin}: dropped deliveries: 1 (the body with its values is over 0 MiB)"
+        wait_until(lambda: dropped in self.log.text())
+
+    def test_get_and_delete_send_no_body(self) -> None:
+        for method in ("POST", "PUT", "PATCH", "GET", "DELETE"):
+            received = self.send(method=method, headers="User-Agent: me")
+            self.assertEqual((f"{method} / HTTP/1.1", "me"), (received.line, received.headers["user-agent"]))
+            self.assertEqual("0a1b", received.headers["idempotency-key"])
+            has_body = method[0] == "P"
+            self.assertEqual(has_body, received.data == b'{"value1": "door", "value2": "open", "value3": null}')
+            for name in ("content-type", "content-length"):
+                self.assertEqual(has_body, name in received.headers)
+
+    def test_a_short_value_that_is_inserted_often_counts_as_long(self) -> None:
+        self.target.behave = hang
+        size = kvserver.LONG_DELIVERY_BYTES // 16
+        self.add_hook("long", request=("POST", "", "{value}" * 16))
+        self.add_hook("short", request=("POST", "", "{value}" * 14))
+        for key in ("long", "short"):
+            self.set(key, "x" * size)
+        wait_until(lambda: len(self.target.received) == 2)
+        self.assertEqual(
+            {True: 1, False: 1}, {is_long: self.server.outbox.gate.taken[is_long] for is_long in (True, False)}
+        )
+        self.target.close()
 
 
 class Clocks(HookCase):
@@ -5678,6 +5806,21 @@ class Schemas(CommandCase):
                 for arguments in (("addhook", "alice", "a", "http://h"), ("addtoken", "alice"), ("import", "lines")):
                     self.succeed(*arguments)
 
+    def test_a_hook_of_an_older_version_works_as_before(self) -> None:
+        self.make(3)
+        with contextlib.closing(Target()) as target:
+            self.sql(
+                "INSERT INTO hook VALUES (1, 1, 'a', NULL, ?, ?, '', 1, 4, 0, NULL, NULL)", (target.origin, target.url)
+            )
+            self.sql("INSERT INTO delivery VALUES (1, 1, 1, 0, 'a', NULL, 'é\n', ?, '0a1b')", (time.time(),))
+            with self.serving_here():
+                wait_until(lambda: target.received)
+            (received,) = target.received
+        self.assertTrue(received.line.startswith("POST /trigger/"))
+        self.assertEqual(b'{"value1": "a", "value2": null, "value3": "\\u00e9\\n"}', received.data)
+        headers = ("host", "user-agent", "content-type", "content-length", "idempotency-key", "connection")
+        self.assertEqual(headers, tuple(received.headers))
+
     def test_a_backup_does_not_migrate(self) -> None:
         self.make(1)
         self.succeed("backup", "backup.db")
@@ -6401,6 +6544,87 @@ class HookCommands(CommandCase):
         code, output, errors = self.run_program("testhook", "1")
         self.assertEqual((1, "Connection refused\n"), (code, output))
         self.assertRegex(errors, r"\Akvserver: the test of hook 1 failed; check [^\n]+\n\Z")
+
+    def test_a_test_shows_what_is_sent(self) -> None:
+        path, title = "/{key}?{value}{old}&{other}", ("--header", "Title: {key} SECRET", "--header", "X: {value}")
+        self.write("body", "\ufeff{time} {key}\n\r\n")
+        for arguments, stdin, line, body in (
+            (("--body", "-"), "{key}={value}={old}\n", "POST", rb"\Aa/\*=test=\Z"),
+            (("--body", "@body", "--method", "PATCH"), "", "PATCH", rb"\A20\d\d-\S{18}Z a/\*\n\Z"),
+            (("--body", ""), "", "POST", rb"\A\Z"),
+            (("--method", "DELETE"), "", "DELETE", rb"\A\Z"),
+            ((), "", "POST", rb'\A{"value1": "a/\*", "value2": "test", "value3": null, "test": true}\Z'),
+        ):
+            hook_id = self.succeed(
+                "addhook", "alice", "a/*", self.target.origin + path, *title, *arguments, stdin=stdin
+            )
+            self.assertEqual("200 OK\n", self.succeed("testhook", hook_id.strip()))
+            received = self.target.received[-1]
+            self.assertEqual(f"{line} /a%2F%2A?test&{{other}} HTTP/1.1", received.line)
+            self.assertEqual(("a/* SECRET", "test"), (received.headers["title"], received.headers["x"]))
+            self.assertRegex(received.data, body)
+        with self.serving_here() as (port, _, _):
+            shown = self.request(port, "/admin/")[1].decode() + "".join(self.hooks())
+        self.assertIn(self.target.origin, shown)
+        self.assertNotIn("SECRET", shown)
+
+    def test_templates_that_cannot_work_are_refused(self) -> None:
+        add, at = ("addhook", "alice", "a"), "correct it, or send text with --header 'Content-Type: text/plain'"
+        in_a_url = "in a URL, {key}, {value}, {old} and {time} work only in the path and the query"
+        is_header = "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters"
+        long = ("headers have at most 8192 bytes in all, a body 65536", "--header", "A: SECRET")
+        json_type = ("--header", "content-type: application/ld+json")
+        for url in (
+            "{key}://h/",
+            "http://{key}/",
+            "http://h{old}.x/",
+            "http://h:{value}/",
+            "http://{key}@h/",
+            "http://h/#{time}",
+        ):
+            self.assert_fails(in_a_url, *add, url)
+        for message, *arguments in (
+            *(
+                (is_header, "--header", each)
+                for each in ("SECRET", ": SECRET", "A B: SECRET", "{key}: SECRET", "é: SECRET")
+            ),
+            *((is_header, "--header", f"A: SECRET{control}") for control in ("\r\nB: c", "\n", "\t", "\x7f", "\x85")),
+            *(
+                ("leave out those that kvserver sets: Host, Content-Length, Con", "--header", f"{name}: SECRET")
+                for name in ("HOST", "content-length", "Connection", "Transfer-Encoding", "Idempotency-Key")
+            ),
+            ("send each header once", "--header", "A: SECRET", "--header", "a: SECRET"),
+            (*long, "--header", "B: " + "x" * 8180),
+            (*long, "--body", "é" * 32768 + "x"),
+            ("GET sends no body; leave out --body, or use --method POST", "--method", "GET", "--body", ""),
+            ("DELETE sends no body", "--method", "DELETE", "--body", "SECRET"),
+            (f"the JSON of the body is malformed at line 2, column 12; {at}", "--body", '{"SECRET":\n "{value}" x}'),
+            ("at line 1, column 16", "--body", '{"n": {value}, SECRET}'),
+            (f"malformed; {at}", "--body", "[" * 60_000),
+            ("malformed at line 1, column 1", *json_type, "--body", "SECRET"),
+            ("malformed at line 1, column 1", *json_type, "--body", ""),
+            ("/nowhere: No such file", "--body", "@/nowhere"),
+            ("is not UTF-8 text", "--body", "\udcff SECRET"),
+            ("is not UTF-8 text", "--header", "A: \udcff SECRET"),
+        ):
+            self.assert_fails(message, *add, "http://h", *arguments)
+        login, authorization = "http://alice:SECRET@h", ("--header", "authorization: Bearer SECRET")
+        self.assert_fails("and with a login in the URL, Authorization", *add, login, *authorization)
+        self.assert_fails("the URL and the body cannot both be -", *add, "-", "--body", "-", code=2)
+        self.assert_fails("is not UTF-8 text", *add, "http://h", "--body", "-", stdin=b"\xff SECRET")
+        self.assertEqual(2, self.run_program(*add, "http://h", "--method", "HEAD")[0])
+        self.assertEqual([], self.sql("SELECT * FROM hook"))
+        for accepted in (
+            ("http://h", *authorization, "--header", "B: " + "x" * (8192 - 33), "--body", "é" * 32768),
+            (
+                "http://h/?{other}#{other}",
+                "--body",
+                '{"n": [{value}, -{old}, 0.{key}], "{key}": "{time}", "{old}": {}}',
+            ),
+            ("http://h", "--body", "{value} {", "--header", "A:", "--header", "B: {}"),
+            ("http://h", "--body", "{SECRET", "--header", "Content-Type:text/plain"),
+        ):
+            self.succeed(*add, *accepted)
 
     def test_deliveries_arrive_complete_and_in_order_over_a_kill(self) -> None:
         changes = [(f"k{n % 10}", str(n), str(n - 10) if n >= 10 else None) for n in range(1000 if LONG else 200)]
