@@ -3813,7 +3813,7 @@ def read_text(what: str, path: str) -> str:
 
 def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Call a URL when a value changes. The command prints the hook's ID. The next change is the first one sent.
-    In the URL, in headers and in the body, {key}, {value}, {old} and {time} stand for those of the change."""
+    URL, headers and body may contain {key}, {value}, {old} (the value before) and {time}, which the change fills in."""
     if arguments.key != "*":
         require_key(arguments.key.removesuffix("*"))
     check_value(arguments.value or "")
