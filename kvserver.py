@@ -17,6 +17,7 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /toggle?key=K            200 and off if on was stored, else on; other words with values=A,B
     GET /list                    200 and a JSON object of keys and values; prefix=P, limit=N, after=K, format=json
     GET PUT DELETE /kv/KEY       the same values as resources
+    GET /events                  a stream (text/event-stream) of all pairs, then of their changes; prefix=P
     GET /health                  200 ok, without a login; 503 if the database cannot be read
     GET /metrics                 counters for admins, in Prometheus' text format
     GET /me/, /admin/            pages for browsers: a user's values, tokens and password; users, for admins
@@ -386,6 +387,7 @@ class User(NamedTuple):
 
 NOBODY = User(0, "", "", False)  # SQLite's ids begin with 1
 PairId = tuple[int, str]  # user's id, key
+PairChange = tuple[PairId, str | None, float]  # with the new value, or None after a delete; unix seconds
 UserSummary = tuple[User, int, float | None]  # with the number of pairs, and when the newest was set (unix seconds)
 UserPair = tuple[str, str, str, float, float | None]  # user's name, key, value, updated, expires (unix seconds)
 
@@ -470,7 +472,8 @@ class Store:
         self._connection = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
         self._pages_max = 2**30 - 1  # SQLite's own limit
         self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
-        self.changed_pairs, self.changed_others = set[PairId](), False  # in the transaction
+        self.changed_pairs, self.changed_others = list[PairChange](), False  # in the transaction
+        self.committed: list[list[PairChange]] = []  # those of each transaction that changed something
         # Pairs that got a ttl since the start, and in the transaction: their expires, and the same by running_time.
         self.timed_pairs, self._newly_timed = dict[PairId, tuple[float, float]](), dict[PairId, tuple[float, float]]()
         self.clock_offset = time.time() - running_time()  # when expiries were last shifted
@@ -545,8 +548,9 @@ class Store:
         """Lock the database and begin a transaction, or one in which all reads see the same moment."""
         self.check_file()
         self._connection.rollback()  # a failed disk may have refused the last one
-        self.changed_pairs, self.changed_others, self._newly_timed = set(), False, {}
+        self.changed_pairs, self.changed_others, self._newly_timed = [], False, {}
         self._execute("BEGIN" if is_reading else "BEGIN IMMEDIATE")
+        self._changes_before = self._connection.total_changes
         return self._connection
 
     def commit(self, operations: Sequence[Callable[[Store], Any]], begin: bool = False) -> list[Any]:
@@ -572,6 +576,8 @@ class Store:
             return outcomes
         self.commit_seconds = time.monotonic() - begun
         self.commits += 1
+        if self._connection.total_changes != self._changes_before:
+            self.committed.append(self.changed_pairs)
         self.clock_offset += jump
         if jump:
             log("WARNING", f"the clock jumped by {jump:+.1f} seconds; values set since the start keep their ttl")
@@ -746,6 +752,11 @@ class Store:
         rows = self._execute(select, 4 * (VALUE_SHOWN_CHARACTERS_MAX + 1), *page)  # a character has up to 4 bytes
         return [(key, start.decode("utf-8", "ignore"), updated, expires) for key, start, updated, expires in rows]
 
+    def values_after(self, user_id: int, prefix: str, after: str) -> sqlite3.Cursor:
+        """Return a cursor over key, value and updated of a page's pairs, which the caller closes."""
+        page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time(), -1)
+        return self._execute(f"SELECT key, value, updated FROM {PAGE}", *page)
+
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None, ttl: float = 0) -> None:
         """Store a value until expires (unix seconds), or for ttl seconds; raise NoSuchUser if the user was deleted."""
         now = time.time()
@@ -753,32 +764,33 @@ class Store:
             expires = now + ttl
             self._newly_timed[user_id, key] = expires, running_time() + ttl
         self._execute(SET_VALUE, user_id, key, value, now, expires)
-        self.changed_pairs.add((user_id, key))
+        self.changed_pairs.append(((user_id, key), value, now))
 
-    def _exceed_limit(self, statement: str, *parameters: Any) -> int:
+    def _exceed_limit(self, statement: str, *parameters: Any) -> list[PairId]:
         # Deletes need room too, because hooks store the deleted value.
         self._execute(f"PRAGMA max_page_count = {2**30 - 1}")
         try:
-            return self._execute(statement, *parameters).rowcount
+            return self._execute(statement, *parameters).fetchall()
         finally:
             self._execute(f"PRAGMA max_page_count = {self._pages_max}")
 
     def delete_pair(self, user_id: int, key: str) -> bool:
-        delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
-        if not self._exceed_limit(delete, user_id, key, time.time()):
-            return False
-        self.changed_pairs.add((user_id, key))
-        return True
+        delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED} RETURNING user_id, key"
+        return self._delete_pairs(delete, user_id, key, time.time()) == 1
+
+    def _delete_pairs(self, statement: str, *parameters: Any) -> int:
+        deleted = self._exceed_limit(statement, *parameters)
+        self.changed_pairs += [(pair, None, 0) for pair in deleted]
+        return len(deleted)
 
     def has_expired(self) -> bool:
         return bool(self._execute("SELECT 1 FROM pair WHERE expires <= ? LIMIT 1", time.time()).fetchone())
 
     def delete_expired(self) -> bool:
         """Delete up to EXPIRED_PAIRS_MAX expired pairs, the oldest first; return whether others may remain."""
-        delete = "DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)"
-        deleted = self._exceed_limit(delete, time.time(), EXPIRED_PAIRS_MAX)
-        self.changed_others |= deleted > 0
-        return deleted == EXPIRED_PAIRS_MAX
+        delete = """DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)
+            RETURNING user_id, key"""
+        return self._delete_pairs(delete, time.time(), EXPIRED_PAIRS_MAX) == EXPIRED_PAIRS_MAX
 
     def add_hook(self, name: str, *row: str | None) -> int:
         """Add a hook of a user. The row: pattern, value, label, origin, URL, method, headers (a line each), body."""
@@ -865,14 +877,15 @@ class CachingStore(Store):
     def wal_pages(self) -> int:
         return int.from_bytes(self._shared[16:20], sys.byteorder)
 
-    def keep_rows(self, state_before: bytes, state: bytes, changed_pairs: set[PairId] | None) -> bool:
-        """If only our commit lies between the states, keep all rows but the changed pairs, and return True."""
+    def keep_rows(self, state_before: bytes, state: bytes, commits: int, changed_pairs: set[PairId] | None) -> bool:
+        """Return whether only our commits lie between the states. If so, keep all rows but the changed pairs."""
         before, after = (int.from_bytes(header[8:12], sys.byteorder) for header in (state_before, state))
-        if not changed_pairs or after != before + 1 or self._rows_state != state_before:
-            return False  # without changes of ours, the commit is another process's
-        for pair in changed_pairs:
-            self._rows.pop(pair, None)
-        self._rows_state = state
+        if after != before + commits:
+            return False
+        if changed_pairs is not None and self._rows_state == state_before:
+            for pair in changed_pairs:
+                self._rows.pop(pair, None)
+            self._rows_state = state
         return True
 
     def _current_rows(self) -> dict[Any, Any]:
@@ -1000,13 +1013,15 @@ RETRY_AFTER = (("Retry-After", "5"),)
 
 
 class Response(NamedTuple):
-    """A response, without the headers that all of them have. With wait_until, the request first waits for a change."""
+    """A response, without the headers that all of them have. With wait_until, the request first waits for a change.
+    With stream_prefix, the body is the stream of events of the pairs below that prefix."""
 
     body: bytes = b""
     status: int = 200
     content_type: str = "text/plain; charset=utf-8"
     headers: tuple[tuple[str, str], ...] = ()
     wait_until: float = 0.0  # monotonic seconds
+    stream_prefix: str | None = None
 
 
 class HTTPError(Exception):
@@ -1175,14 +1190,21 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
 
 def encode_response(response: Response, connection: str, with_body: bool) -> bytes:
     """Return a response as bytes for one write: a second write would wait until the client acknowledges the first."""
-    body, status, content_type, headers, _ = response
-    entity = "" if status in (204, 304) else f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+    body, status, content_type, headers, _, stream_prefix = response
+    entity = "" if status in (204, 304) else f"Content-Type: {content_type}\r\n"
+    entity += f"Content-Length: {len(body)}\r\n" if entity and stream_prefix is None else ""
     head = f"{STATUS_LINES[status]}Date: {format_date(int(time.time()), usegmt=True)}\r\n{entity}"
     head += "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
     for name, value in headers:
         head += f"{name}: {value}\r\n"
     head += f"Connection: {connection}\r\n\r\n" if connection else "\r\n"
     return head.encode("iso-8859-1") + body if with_body else head.encode("iso-8859-1")
+
+
+def encode_event(text: str) -> bytes:
+    """Return lines of an event stream (WHATWG HTML, server-sent events) as one chunk (RFC 9112 section 7.1)."""
+    data = f"{text}\n\n".encode()
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def parse_hook_url(url: str) -> urllib.parse.SplitResult:
@@ -1815,8 +1837,8 @@ DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 class Metrics:
     """Counts the server's work since its start. The loop counts; any thread may ask for the text."""
 
-    def __init__(self, connections: Mapping[Any, Any], polls: Mapping[Any, Any]) -> None:
-        self._connections, self._polls = connections, polls  # their lengths are reported
+    def __init__(self, connections: Mapping[Any, Any], polls: Mapping[Any, Any], streams: set[Any]) -> None:
+        self._connections, self._polls, self._streams = connections, polls, streams  # their lengths are reported
         self._started = time.monotonic()
         self._responses = collections.Counter[tuple[str, int]]()  # by endpoint and status
         # By endpoint: a count for each of DURATION_SECONDS and one for longer responses, then all seconds.
@@ -1853,6 +1875,7 @@ class Metrics:
             ("pending_deliveries", "gauge", "Deliveries that have not arrived yet.", pending),
             ("connections", "gauge", "Open connections.", len(self._connections)),
             ("polls", "gauge", "Requests that wait for a change.", len(self._polls)),
+            ("streams", "gauge", "Streams of events.", len(self._streams)),
             ("database_bytes", "gauge", "Size of the database.", database_bytes),
             ("wal_bytes", "gauge", "Size of its write-ahead log.", log_bytes),
             ("users", "gauge", "Users.", users),
@@ -2189,6 +2212,18 @@ def list_pairs(store: Store, request: Request) -> Response:
     page, last_key = store.page_as_json(request.user.id, prefix, parameters.get("after", ""), int(limit), with_times)
     link = f'<?{urllib.parse.urlencode({**parameters, "after": last_key})}>; rel="next"'
     return Response(page, content_type=JSON, headers=(("Link", link),) if last_key is not None else ())
+
+
+def stream_events(store: Store, request: Request) -> Response:
+    prefix, token = request.parameters.get("prefix", ""), request.user.token
+    own_prefix = token.prefix if token else ""
+    if own_prefix.startswith(prefix):
+        prefix = own_prefix
+    else:
+        require_key(prefix, token)
+    coding = () if request.fields.is_http_1_0 else (("Transfer-Encoding", "chunked"),)
+    headers = (("X-Accel-Buffering", "no"), *coding)  # nginx must not wait for more
+    return Response(content_type="text/event-stream", headers=headers, stream_prefix=prefix)
 
 
 def check_health(store: Store, request: Request) -> Response:
@@ -2588,6 +2623,7 @@ ROUTES = (
     Route("/kv/KEY", READ, get_value, USER, HERE),
     Route("/kv/KEY", ("PUT",), put_resource, USER, COMMIT, ("ttl",), 0, VALUE),
     Route("/kv/KEY", ("DELETE",), delete_pair, USER, COMMIT),
+    Route("/events", ("GET",), stream_events, USER, HERE, ("prefix",)),
     Route("/health", READ, check_health, ANYONE, THREAD),
     Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
     Route("", READ, add_slash, ANYONE, HERE),
@@ -2704,6 +2740,47 @@ NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # for one th
 # What a connection does while its task waits. Of too many connections, this decides which ones give way.
 IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
 
+EVENTS_BYTES = 16 * 1024  # that a stream sends at once, plus the event that passes it
+PENDING_BYTES_MAX = 1024 * 1024  # of events that a stream has not begun to send, plus those of one transaction
+SILENT_SECONDS = 15  # until a stream sends a comment
+RESTART_SECONDS = 1  # between two starts of a stream
+COMMENT, READY, RESET = map(encode_event, (":", "event: ready\ndata: {}", "event: reset\ndata: {}"))
+encode_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def encode_change(key: str, value: str | None, updated: float) -> bytes:
+    """Return the event for a pair with a new value, or for a deleted one, as a chunk."""
+    if value is None:
+        return encode_event(f"event: del\ndata: {encode_json({'key': key})}")
+    members = {"key": key, "value": value, "updated": rfc3339(updated)}
+    return encode_event(f"event: set\ndata: {encode_json(members)}")
+
+
+class Stream:
+    """The events for one client: first all pairs with a prefix, sorted by key, then changes as they are committed."""
+
+    def __init__(self, wakeup: Wakeup, user_id: int, prefix: str) -> None:
+        self.wakeup, self.user_id, self.prefix = wakeup, user_id, prefix
+        self.end = prefix + LAST_KEY
+        self.start()
+
+    def start(self) -> None:
+        self.started, self.must_restart = time.monotonic(), False
+        self.after = ""  # the last key that was sent; changes of later ones are sent with their pairs
+        self.pending, self.pending_bytes = collections.deque[bytes](), 0
+
+    def has_begun(self, user_id: int, key: str) -> bool:
+        return user_id == self.user_id and key <= self.after and key.startswith(self.prefix)
+
+    def take(self) -> list[bytes]:
+        """Return the next pending events."""
+        events, size = list[bytes](), 0
+        while self.pending and size < EVENTS_BYTES:
+            events.append(self.pending.popleft())
+            size += len(events[-1])
+        self.pending_bytes -= size
+        return events
+
 
 class RequestHandler:
     """Serves one connection: request after request, until one side closes it."""
@@ -2775,11 +2852,13 @@ class RequestHandler:
             key = request.parameters.get("key", "")[:KEY_BYTES_MAX]
             line = f"request: method={method} path={path!r} key={key!r} status={response.status} milliseconds="
             log("INFO", f"{line}{seconds * 1000:.1f} user={request.user.name!r} address={self._address(request)}")
+        prefix = response.stream_prefix
         keep_alive = request.fields.keep_alive and not self.body_pending and not self.server.stopping
+        keep_alive &= prefix is None
         connection = "close" if not keep_alive else "keep-alive" if request.fields.is_http_1_0 else ""
         data = encode_response(response, connection, with_body=request.method != "HEAD")
         del response  # its body may be long
-        await self._send(data)
+        await (self._send(data) if prefix is None else self._stream(request, data, prefix))
         self.state, self.deadline = IDLE, time.monotonic() + IDLE_SECONDS
         return keep_alive
 
@@ -2851,6 +2930,8 @@ class RequestHandler:
             await self._wait_for_change(request, response.wait_until)
             await self._authorize(route, request)
             response = route.endpoint(self.server.reader, request)
+        if response.stream_prefix is not None:
+            self._check_waiting()
         return response
 
     def _look_for_body(self, route: Route) -> None:
@@ -2930,21 +3011,61 @@ class RequestHandler:
         return cast(Response, await self.server.threads.run(run, request.user.id))
 
     async def _wait_for_change(self, request: Request, deadline: float) -> None:
+        self._check_waiting()
         polls, wakeup = self.server.polls, Wakeup(self.server.loop)
-        if len(polls) >= self.server.max_connections // 2:
-            raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
         polls[wakeup] = (request.user.id, request.parameters["key"])
         try:
-            is_news = await ready(0 if self.received else READABLE, 0 if self.server.stopping else deadline)
+            await self._wait_for_news(0 if self.server.stopping else deadline)
+        finally:
+            del polls[wakeup]
+        request.may_wait = not self.server.stopping
+
+    def _check_waiting(self) -> None:
+        if len(self.server.polls) + len(self.server.streams) >= self.server.max_connections // 2:
+            raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
+
+    async def _wait_for_news(self, deadline: float) -> None:
+        with contextlib.suppress(BlockingIOError, TimeoutError):
+            is_news = await ready(0 if self.received else READABLE, deadline)
             if not is_news:  # the next request has come, or the client has gone
                 self.received += self.connection.recv(RECEIVE_BYTES)
                 if not self.received:
                     raise ConnectionResetError
-        except (BlockingIOError, TimeoutError):
-            pass
+
+    async def _stream(self, request: Request, head: bytes, prefix: str) -> None:
+        """Send a head, and then events until the client goes, its login ends or the server stops."""
+        server, route, is_chunked = self.server, cast(Route, self.route), not request.fields.is_http_1_0
+        stream, unsent, active = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(b""), 0.0
+        server.streams.add(stream)
+        try:
+            await self._send(head)
+            while not server.stopping:
+                await self._authorize(route, request)  # meanwhile, the user may have been deleted
+                if not unsent:
+                    events = server.next_events(stream)
+                    if not events and time.monotonic() >= active + SILENT_SECONDS:
+                        events = [COMMENT]
+                    chunks = events if is_chunked else [event[event.index(b"\n") + 1 : -2] for event in events]
+                    unsent, active = memoryview(b"".join(chunks)), time.monotonic() if events else active
+                with contextlib.suppress(BlockingIOError):
+                    if unsent:
+                        unsent, active = unsent[self.connection.send(unsent) :], time.monotonic()
+                self.state, self.unsent_bytes = SENDING if unsent else WORKING, len(unsent) + stream.pending_bytes
+                stream.wakeup = Wakeup(server.loop)
+                if unsent:
+                    await ready(WRITABLE, active + SEND_SECONDS)
+                elif stream.pending or stream.after != stream.end:
+                    await (server.loop.turn() if events else sleep(SHORT_POLL_SECONDS))
+                else:
+                    restart = stream.started + RESTART_SECONDS if stream.must_restart else NEVER
+                    await self._wait_for_news(min(active + SILENT_SECONDS, restart))
+        except (HTTPError, StoreError, sqlite3.Error) as error:
+            as_http_error(error, server.errors)
         finally:
-            del polls[wakeup]
-        request.may_wait = not self.server.stopping
+            server.streams.remove(stream)
+            self.unsent_bytes = 0
+        if is_chunked and not unsent:
+            await self._send(b"0\r\n\r\n")
 
     async def _send(self, data: bytes) -> None:
         unsent: bytes | memoryview = data
@@ -3178,13 +3299,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.threads, self.disk = Threads(self.loop, WORKERS_MAX), Threads(self.loop, 1)
         self.connections: dict[socket.socket, RequestHandler] = {}
         self.polls: dict[Wakeup, PairId] = {}  # requests that wait for a change, and the pair of each
-        self.metrics = Metrics(self.connections, self.polls)
+        self.streams = set[Stream]()
+        self.metrics = Metrics(self.connections, self.polls, self.streams)
         self.authenticator = Authenticator(self.reader, self.loop, self.threads, self.commit, self.metrics)
         self.outbox = Outbox(self.reader, self.loop, self.commit, self.metrics, self.errors)
         self.changes: collections.deque[Change] = collections.deque()  # for the next transaction
         self.stopping = self._is_finished = self._is_committing = False
+        self._in_transaction = False  # whose changes no stream has got yet
         self.token_uses: dict[int, int] = {}  # days not yet stored, by the token's id
-        self._polls_state = b""  # of the database, when all polls were last looked at
+        self._state = b""  # of the database; requests that wait have been woken for all commits up to it
         self._next_checkpoint = 0.0  # monotonic seconds
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
@@ -3243,10 +3366,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Look for others' changes and new deliveries. After the stop, let requests end, and drop the slow ones."""
         while not self.stopping:
             try:
-                state = self.reader.state()
-                if state != self._polls_state:
-                    self._polls_state = state
-                    self._wake_polls(None)
+                self._look_for_others()
                 self._bound_unsent()
                 self.outbox.look()
             except Exception as error:  # noqa: BLE001 - a mistake must not end this
@@ -3255,7 +3375,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop.throw(accepting, Cancelled())  # the stop begins
         self.socket.close()
         self.outbox.is_stopping = True
-        self._wake_polls(None)
+        self._wake(None)
         for handler in list(self.connections.values()):
             if handler.state == IDLE and not handler.received:
                 self.loop.throw(handler.task, Cancelled())
@@ -3314,10 +3434,56 @@ class Server(http.server.ThreadingHTTPServer):
         self.connections[request] = handler = RequestHandler(request, client_address, self)
         self.loop.start(handler.handle())
 
-    def _wake_polls(self, changed_pairs: set[PairId] | None) -> None:
+    def _look_for_others(self) -> None:
+        """If another process has committed, wake all requests that wait. Streams start again."""
+        state = self.reader.state()
+        if state != self._state and not self._in_transaction:
+            self._state = state
+            for stream in self.streams:
+                stream.must_restart = stream.after != ""
+            self._wake(None)
+
+    def _wake(self, changed_pairs: set[PairId] | None) -> None:
         for wakeup, pair in self.polls.items():
             if changed_pairs is None or pair in changed_pairs:
                 wakeup(True)
+        for stream in self.streams:
+            if changed_pairs is None or stream.pending:
+                stream.wakeup(True)
+
+    def next_events(self, stream: Stream) -> list[bytes]:
+        """Return the next events for the client of a stream, none if it waits for a change."""
+        if stream.pending or stream.after == stream.end:
+            if not stream.must_restart or time.monotonic() < stream.started + RESTART_SECONDS:
+                return stream.take()
+            if stream.after == stream.end:
+                stream.start()
+                return [RESET]
+        self._look_for_others()
+        events, size, after = list[bytes](), 0, stream.end
+        with contextlib.closing(self.reader.values_after(stream.user_id, stream.prefix, stream.after)) as rows:
+            for key, value, updated in rows:
+                events.append(encode_change(key, value, updated))
+                size += len(events[-1])
+                if size >= EVENTS_BYTES:
+                    after = key
+                    break
+        if self._in_transaction and self.reader.state() != self._state:
+            return []  # these pairs may contain changes that are handed out only later
+        stream.after = after
+        return [*events, READY] if after == stream.end else events
+
+    def _hand_out(self, changes: Iterable[PairChange]) -> None:
+        for stream in list(self.streams):
+            if stream.pending_bytes > PENDING_BYTES_MAX:
+                self.loop.throw(stream.wakeup.task, Cancelled())
+        for pair, value, updated in changes:
+            event = b""
+            for stream in self.streams:
+                if stream.has_begun(*pair):
+                    event = event or encode_change(pair[1], value, updated)
+                    stream.pending.append(event)
+                    stream.pending_bytes += len(event)
 
     async def commit(self, operation: Callable[[Store], Any], size: float = 0) -> Any:
         """Run an operation in the next transaction, and return or raise its result after the commit."""
@@ -3335,13 +3501,15 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_committing, changes, size, now = True, list[Change](), 0.0, time.monotonic()
         try:
             self.writer.begin()
+            self._look_for_others()
+            self._in_transaction = True
             # A transaction enters the write-ahead log as a whole, so its bound also bounds the log.
             while self.changes and size < TRANSACTION_BYTES_MAX:
                 _, wakeup, change_size = change = self.changes.popleft()
                 wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
                 changes.append(change)
                 size += change_size
-            operations, state_before = [operation for operation, _, _ in changes], self.reader.state()
+            operations = [operation for operation, _, _ in changes]
             is_quick = self.writer.commit_seconds < QUICK_COMMIT_SECONDS and size < 64 * 1024
             is_quick &= not self.writer.clock_jump()
             commit = functools.partial(self.writer.commit, operations)
@@ -3354,11 +3522,16 @@ class Server(http.server.ThreadingHTTPServer):
                 wakeup(result)
             self.metrics.commits = self.writer.commits
             self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
-            pairs = None if self.writer.changed_others else self.writer.changed_pairs
-            state = self.reader.state()
-            if self.reader.keep_rows(state_before, state, pairs) and self._polls_state == state_before:
-                self._polls_state = state
-            self._wake_polls(pairs)
+            commits, self.writer.committed = self.writer.committed, []
+            pair_changes = list(itertools.chain.from_iterable(commits))
+            pairs = None if self.writer.changed_others else {pair for pair, _, _ in pair_changes}
+            state, self._in_transaction = self.reader.state(), False
+            if self.reader.keep_rows(self._state, state, len(commits), pairs):
+                self._state = state
+                if self.streams:
+                    self._hand_out(pair_changes)
+                self._wake(pairs)
+            self._look_for_others()
             if self.outbox.has_hooks:
                 self.outbox.look()
             if self.reader.wal_pages() > WAL_PAGES_MAX and now >= self._next_checkpoint:
@@ -3373,7 +3546,7 @@ class Server(http.server.ThreadingHTTPServer):
                 wakeup(error)
             failed.clear()
         finally:
-            self._is_committing = False
+            self._is_committing = self._in_transaction = False
 
     def _bound_unsent(self) -> None:
         handlers = self.connections.values()

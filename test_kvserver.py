@@ -505,7 +505,9 @@ class Methods(ServerCase):
         self.assertEqual(b"/list does not take POST; use GET, HEAD", answer.body)
         answer = self.request("POST", "/kv/door/s3cr3t", user=None)  # the key ends with a value by mistake
         self.assertEqual(b"/kv/ does not take POST; use GET, HEAD, PUT, DELETE", answer.body)
-        endpoints = b"Use the api endpoints: /set, /get, /del, /incr, /toggle, /list, /kv/KEY, /health, /me/, /admin/"
+        endpoints = (
+            b"Use the api endpoints: /set, /get, /del, /incr, /toggle, /list, /kv/KEY, /events, /health, /me/, /admin/"
+        )
         for path in ("/", "/s3cr3t", "/set&key=a&value=s3cr3t", "/set/s3cr3t"):
             self.assertEqual(endpoints, self.request("GET", path, user=None).body)
 
@@ -1119,7 +1121,7 @@ class Commits(ServerCase):
         self.addCleanup(reader.close)
         user, state = reader.user("bob"), reader.state()
         self.store.set_password_hash("bob", "new")
-        reader.keep_rows(state, reader.state(), set())
+        reader.keep_rows(state, reader.state(), 0, set())
         self.assertNotEqual(user, reader.user("bob"))
         self.store.set_value(1, "a", "1")
         with self.assertRaises(ZeroDivisionError):
@@ -1140,7 +1142,7 @@ class Commits(ServerCase):
         for key in "aaaaaaaabcdefgh":
             state = reader.state()
             self.store.set_value(1, key, longest)
-            reader.keep_rows(state, reader.state(), {(1, key)})
+            reader.keep_rows(state, reader.state(), 1, {(1, key)})
             self.assertEqual(longest.encode(), getattr(reader.pair(1, key), "value", None))
             size = sum(len(row.value) for row in reader._rows.values())
             self.assertLess(size, kvserver.CACHED_BYTES_MAX + kvserver.VALUE_BYTES_MAX)
@@ -2421,6 +2423,67 @@ class Waiting(ServerCase):
         execute(self.database, f"BEGIN; {change}; COMMIT")
         response = waiting.recv(65536)
         self.assertEqual((b"401", False), (response[9:12], b"s3cr3t" in response))
+
+
+class Events:
+    """A client of /events."""
+
+    def __init__(self, connection: http.client.HTTPConnection, user: str, query: str) -> None:
+        connection.request("GET", "/events" + query, headers={"Authorization": basic(user, PASSWORDS[user])})
+        self.response = connection.getresponse()
+
+    def take(self, count: int = 1) -> list[tuple[Any, ...]]:
+        """Return the name, key and value of the next events, as far as they have them."""
+        return [tuple(part for part in event if part is not None) for event in itertools.islice(self.all(), count)]
+
+    def all(self) -> Iterator[tuple[str, str | None, str | None]]:
+        while True:
+            lines = list(iter(lambda: self.response.readline().decode().rstrip("\n"), ""))
+            if not lines:
+                return
+            if lines != [":"]:
+                name, data = lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: "))
+                yield name, data.get("key"), data.get("value")
+
+
+class Streams(ServerCase):
+    def stream(self, query: str = "", user: str = "alice") -> Events:
+        return Events(self.new_connection(), user, query)
+
+    def test_all_pairs_then_changes_in_order(self) -> None:
+        self.fetch("/set?key=b&value=2")
+        self.fetch("/set?key=a&value=%C3%BC%0A%22")
+        self.fetch("/set?key=a&value=0", user="bob")
+        events = self.stream()
+        self.assertEqual([("set", "a", 'ü\n"'), ("set", "b", "2"), ("ready",)], events.take(3))
+        for target in ("set?key=a&value=1", "set?key=a&value=1", "del?key=b", "incr?key=n", "toggle?key=t"):
+            self.fetch("/" + target)
+        self.fetch("/set?key=a&value=0", user="bob")
+        self.fetch("/set?key=b&value=3&ttl=0.01")
+        expected = [("set", "a", "1"), ("set", "a", "1"), ("del", "b"), ("set", "n", "1"), ("set", "t", "on")]
+        self.assertEqual([*expected, ("set", "b", "3"), ("del", "b")], events.take(7))
+
+    def test_the_end_of_a_login_ends_the_stream(self) -> None:
+        ends: tuple[Callable[[], None], ...] = (
+            lambda: self.store.set_password_hash("bob", "x"),
+            lambda: self.store.delete_user("bob", False),
+        )
+        for end in ends:
+            events = self.stream(user="bob")
+            self.assertEqual([("ready",)], events.take())
+            end()
+            self.assertEqual([], events.take())
+            self.assertEqual(b"", events.response.read())
+            with contextlib.suppress(kvserver.Conflict):
+                self.store.add_user("bob", "", False)
+            self.store.set_password_hash("bob", kvserver.hash_password(PASSWORDS["bob"]))
+
+    def test_a_commit_of_another_process_starts_the_stream_again(self) -> None:
+        self.patch("RESTART_SECONDS", 0.1)
+        events = self.stream()
+        self.assertEqual([("ready",)], events.take())
+        self.store.set_value(1, "a", "1")
+        self.assertEqual([("reset",), ("set", "a", "1"), ("ready",)], events.take(3))
 
 
 class Resources(ServerCase):
@@ -3838,7 +3901,7 @@ class Schedules(unittest.TestCase):
         self.addCleanup(lambda: self.assertEqual([], self.mistakes))
         self.loop = kvserver.Loop(self.mistakes.append)
         self.addCleanup(self.loop.close)
-        self.metrics = kvserver.Metrics({}, {})
+        self.metrics = kvserver.Metrics({}, {}, set())
         self.enterContext(mock.patch.object(time, "monotonic", lambda: self.seconds))
         self.enterContext(mock.patch.object(time, "time", lambda: wall + self.seconds))
         self.enterContext(mock.patch.object(kvserver, "running_time", lambda: running + self.seconds))
