@@ -135,8 +135,7 @@ def log(level: str, message: str) -> None:
     """Write the time, the level and the message to standard error, as one line. Tokens are masked."""
     line = escape_unprintable(re.sub(TOKEN_PREFIX + "[A-Za-z0-9_-]{8,}", TOKEN_PREFIX + "...", message))
     with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # closed, or busy in a signal handler
-        sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {line}\n")
-        sys.stderr.flush()
+        sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {line}\n")  # flushed at the end of the line
 
 
 def remember(memory: dict[Any, Any], key: Hashable, value: object, most: int) -> None:
