@@ -5339,12 +5339,28 @@ class Browser(PageCase):
         port = self.serve_elsewhere({"page.html": "<title>Another origin</title>"})
         script = """const answer = await fetch(arguments[0], arguments[1]).catch(() => null);
             return answer && [answer.status, await answer.text(), answer.headers.has("ETag")]"""
+        stream = """const [address, headers] = arguments, stop = new AbortController();
+            const answer = await fetch(address + "/events?prefix=d", {headers, signal: stop.signal});
+            const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+            let text = "";
+            const until = async end => { while (!text.includes(end)) text += (await reader.read()).value; };
+            await until("event: ready");
+            await fetch(address + "/set?key=door&value=shut", {headers});
+            await until("shut");
+            stop.abort();
+            return text"""
+        source = """const source = new EventSource(arguments[0], {withCredentials: true});
+            const type = await new Promise(done => source.onopen = source.onerror = event => done(event.type));
+            source.close();
+            return type"""
 
         def fetch(path: str, **options: Any) -> Any:
-            return self.browser.run(script, f"http://127.0.0.1:{self.port}{path}", options)
+            return self.browser.run(script, address + path, options)
 
+        address = f"http://127.0.0.1:{self.port}"
         self.open("/list", "alice")
         self.assertEqual([200, "1", True], fetch("/kv/a"))
+        self.assertEqual("open", self.browser.run(source, address + "/events"))
         for host, is_sent in (("127.0.0.1", True), ("localhost", False)):  # of the same site, and of another one
             self.browser.send("/url", url=f"http://{host}:{port}/page.html")
             self.assertIsNone(fetch("/kv/a", headers=bearer), "this origin is not allowed yet")
@@ -5355,16 +5371,19 @@ class Browser(PageCase):
             self.assertEqual(412, fetch("/kv/b", method="PUT", body="3", headers={**bearer, "If-Match": '"x"'})[0])
             self.assertEqual(200, fetch("/kv/b", method="DELETE", headers=bearer)[0])
             self.assertEqual(404, fetch("/kv/b", headers=bearer)[0])
+            text = self.browser.run(stream, address, bearer)
+            self.assertRegex(text, '"value": "open".*\n\nevent: ready\n.*\n\nevent: set\n.*"value": "shut"')
             self.assertEqual([200, "1", True], fetch("/kv/a", headers=password))
             self.assertEqual(403, fetch("/set?key=a&value=2", headers=password)[0])
             self.assertEqual(401, fetch("/kv/a")[0])
+            self.assertEqual("error", self.browser.run(source, address + "/events"))
             self.log.lines.clear()
-            for path in ("/kv/a", "/set?key=a&value=2"):
+            for path in ("/kv/a", "/set?key=a&value=2", "/events"):
                 self.assertIsNone(fetch(path, credentials="include"))
             answers = re.findall(r"path='(\S+)' .* status=(\d+)", self.log.text())
-            statuses = ("200", "403") if is_sent else ("401", "401")
-            self.assertEqual([("/kv/", statuses[0]), ("/set", statuses[1])], answers)
-        self.assertEqual({"a": "1", "door": "open"}, self.pairs())
+            statuses = ("200", "403", "200") if is_sent else ("401", "401", "401")
+            self.assertEqual([*zip(("/kv/", "/set", "/events"), statuses)], answers)
+        self.assertEqual({"a": "1", "door": "shut"}, self.pairs())
 
     def test_a_problem_of_a_form_is_in_view(self) -> None:
         for number in range(100):
