@@ -5414,7 +5414,8 @@ class Browser(PageCase):
         for text in ("k" * 500, "a key with many words " * 10, "ü"):
             self.store.set_value(1, text, text * 3, time.time() + 100)
         self.store.add_token("alice", b"1", "l" * 64, True, "p" * 100)
-        hook = ("w" * 64, "k" * 500, "http://h/", "http://" + "h" * 60 + "." + "h" * 60, "v" * 500, "l" * 64)
+        origin = "http://" + "h" * 60 + "." + "h" * 60
+        hook = ("w" * 64, "k" * 500, "v" * 500, "l" * 64, origin, "http://h/", "POST", "", None)
         hook_id = self.store.transact(lambda store: store.add_hook(*hook))
         self.store.note_try(hook_id, "the certificate was refused: " + "x" * 60, 0)
         contrast = """
