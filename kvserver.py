@@ -1257,9 +1257,8 @@ def encode_delivery(url: urllib.parse.SplitResult, delivery: Delivery) -> bytes:
     if delivery.method in HOOK_BODY_METHODS:
         lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
     lines += [f"Idempotency-Key: {delivery.idempotency_key}", "Connection: close"]
-    if login != ":":
-        lines.append(f"Authorization: Basic {base64.b64encode(login.encode()).decode()}")
-    lines += filter(None, delivery.headers.split("\n"))
+    basic = f"Authorization: Basic {base64.b64encode(login.encode()).decode()}" if login != ":" else ""
+    lines += filter(None, (basic, *delivery.headers.split("\n")))
     by_name = {line.partition(":")[0].lower(): line for line in lines}  # the hook's replace ours
     target = f"{url.path or '/'}{'?' if url.query else ''}{url.query}"
     head = f"{delivery.method} ".encode() + fill_template(target, short, percent_encode) + b" HTTP/1.1\r\n"
@@ -1457,7 +1456,7 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
         raise HTTPError(400, f"send each header once, and leave out those that kvserver sets: {ours}")
     if len(lines.encode()) > HOOK_HEADERS_BYTES_MAX or len((body or "").encode()) > HOOK_TEMPLATE_BYTES_MAX:
         raise HTTPError(
-            400, f"headers have at most {HOOK_HEADERS_BYTES_MAX} bytes in all, a body {HOOK_TEMPLATE_BYTES_MAX}"
+            400, f"all headers have {HOOK_HEADERS_BYTES_MAX} bytes at most, a body {HOOK_TEMPLATE_BYTES_MAX}"
         )
     if body is not None and method not in HOOK_BODY_METHODS:
         raise HTTPError(400, f"{method} sends no body; leave out --body, or use --method POST")

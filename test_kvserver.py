@@ -2927,7 +2927,10 @@ class Target:
                 connection = self._certificate.wrap_socket(connection, server_side=True)
             with connection, connection.makefile("rb") as file:
                 line = file.readline().decode().rstrip()
-                headers = {name.lower(): text for name, text in http.client.parse_headers(file).items()}
+                fields = http.client.parse_headers(file).items()
+                headers = {name.lower(): text for name, text in fields}
+                if len(headers) < len(fields):
+                    raise ValueError("a header is repeated")
                 self.received.append(Received(line, headers, file.read(int(headers.get("content-length", "0")))))
                 self.behave(connection, len(self.received))
 
@@ -3606,6 +3609,9 @@ class Templates(HookCase):
             self.assertEqual(has_body, received.data == b'{"value1": "door", "value2": "open", "value3": null}')
             for name in ("content-type", "content-length"):
                 self.assertEqual(has_body, name in received.headers)
+            sent = delivery("http://h", method=method)
+            whole = kvserver.encode_delivery(kvserver.parse_hook_url(sent.url), sent)
+            self.assertEqual(has_body, not whole.endswith(b"\r\n\r\n"))
 
     def test_a_short_value_that_is_inserted_often_counts_as_long(self) -> None:
         self.target.behave = hang
@@ -6655,7 +6661,7 @@ class HookCommands(CommandCase):
         add, at = ("addhook", "alice", "a"), "correct it, or send text with --header 'Content-Type: text/plain'"
         in_a_url = "in a URL, {key}, {value}, {old} and {time} work only in the path and the query"
         is_header = "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters"
-        long = ("headers have at most 8192 bytes in all, a body 65536", "--header", "A: SECRET")
+        long = ("all headers have 8192 bytes at most, a body 65536", "--header", "A: SECRET")
         json_type = ("--header", "content-type: application/ld+json")
         for url in (
             "{key}://h/",
@@ -6698,7 +6704,7 @@ class HookCommands(CommandCase):
         self.assertEqual(2, self.run_program(*add, "http://h", "--method", "HEAD")[0])
         self.assertEqual([], self.sql("SELECT * FROM hook"))
         for accepted in (
-            ("http://h", *authorization, "--header", "B: " + "x" * (8192 - 33), "--body", "é" * 32768),
+            ("http://h", *authorization, "--header", "B: " + "x" * (8192 - 32), "--body", "é" * 32768),
             (
                 "http://h/?{other}#{other}",
                 "--body",
