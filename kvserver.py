@@ -17,6 +17,7 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /toggle?key=K            200 and off if on was stored, else on; other words with values=A,B
     GET /list                    200 and a JSON object of keys and values; prefix=P, limit=N, after=K, format=json
     GET PUT DELETE /kv/KEY       the same values as resources
+    GET DELETE /history?key=K    the last changes, newest first, with serve --history N; limit=N, since=TIME, format=csv
     GET /events                  a stream (text/event-stream) of all pairs, then of their changes; prefix=P
     GET /health                  200 ok, without a login; 503 if the database cannot be read
     GET /metrics                 counters for admins, in Prometheus' text format
@@ -86,8 +87,9 @@ BODY_BYTES_MAX = VALUE_BYTES_MAX + 64 * 1024  # the longest value, with room for
 PARAMETERS_MAX = 100
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 WAIT_SECONDS_MAX = 60
-LIST_LIMIT_MAX = 10_000
+LIST_LIMIT_MAX = 10_000  # pairs, or changes of one
 LIST_BYTES_MAX = 32 * 1024 * 1024
+HISTORY_VALUE_BYTES_MAX = 1024  # longer values are cut off in the history
 
 PASSWORD_CHARACTERS_MIN = 8
 # OWASP's password storage cheat sheet calls several scrypt settings equally strong. n=2^14, r=8, p=5 takes 16 MiB.
@@ -327,6 +329,24 @@ TRIGGERS = {
             AND (number = NEW.number OR bytes_before >=
                 (SELECT queued_bytes FROM hook WHERE id = NEW.hook_id) - {HOOK_PENDING_BYTES_MAX})); END""",
 }
+# Adds a change to the history of a row of pair, which is NEW or OLD.
+RECORD = """BEGIN INSERT INTO history VALUES ({row}.user_id, {row}.key, 1 + ifnull((SELECT max(number) FROM history
+    WHERE user_id = {row}.user_id AND key = {row}.key), 0), {time}, {value}); END"""
+# One byte more tells that a value is longer. SQLite's substr makes NULL of an empty value.
+BEGINNING = f"ifnull(substr(CAST(NEW.value AS BLOB), 1, {HISTORY_VALUE_BYTES_MAX + 1}), x'')"
+RECORD_NEW = RECORD.format(row="NEW", time="NEW.updated", value=BEGINNING)
+RECORD_END = RECORD.format(row="OLD", time=f"iif({HAD_EXPIRED}, OLD.expires, {NOW})", value="NULL")
+HISTORY_TRIGGERS = {
+    "history_added": f"AFTER INSERT ON pair {RECORD_NEW}",
+    # A deleted user's pairs leave no history.
+    "history_removed": f"AFTER DELETE ON pair WHEN EXISTS (SELECT 1 FROM user WHERE id = OLD.user_id) {RECORD_END}",
+    "history_expired": f"BEFORE UPDATE OF value ON pair WHEN {HAD_EXPIRED} {RECORD_END}",
+    "history_changed": f"AFTER UPDATE OF value ON pair WHEN NEW.value <> OLD.value OR {HAD_EXPIRED} {RECORD_NEW}",
+    # Deleting several at once writes fewer pages.
+    "history_trimmed": """AFTER INSERT ON history WHEN NEW.number % (SELECT 1 + history_rows_max / 16 FROM setting) = 0
+        BEGIN DELETE FROM history WHERE user_id = NEW.user_id AND key = NEW.key
+        AND number <= NEW.number - (SELECT history_rows_max FROM setting); END""",
+}
 
 # Pieces that several statements share. A page is a user's pairs from key to key; a negative limit means all.
 NOT_EXPIRED = "(expires IS NULL OR expires > ?)"
@@ -340,6 +360,8 @@ PAIR_AS_JSON = """json_object('key', key, 'value', value,
 REPLACE = """ON CONFLICT (user_id, key)
     DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
+SURPLUS = """number <= (SELECT max(number) FROM history AS newer WHERE newer.user_id = history.user_id
+    AND newer.key = history.key) - (SELECT history_rows_max FROM setting)"""
 USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
 HOOK_REQUEST = "hook.id, receiver, url, method, headers, body"
@@ -652,11 +674,12 @@ class Store:
                 SELECT id, key, value, updated, expires FROM imported JOIN user USING (name) WHERE TRUE {REPLACE}"""
             return self._execute(insert).rowcount, expired.rowcount
 
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """Return the number of users, of pairs and of pending deliveries, and the bytes of the file and of its log."""
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """Return the numbers of users, pairs, pending deliveries and changes, and the bytes of the file and its log."""
         # One condition in one count would read all values.
         select = """SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair)
-            - (SELECT count(*) FROM pair WHERE expires <= ?), (SELECT count(*) FROM delivery)"""
+            - (SELECT count(*) FROM pair WHERE expires <= ?), (SELECT count(*) FROM delivery),
+            (SELECT count(*) FROM history)"""
         counts = self._execute(select, time.time()).fetchone()
         return (*counts, os.path.getsize(self.path), os.path.getsize(self.path + "-wal"))
 
@@ -791,6 +814,27 @@ class Store:
             RETURNING user_id, key"""
         return self._delete_pairs(delete, time.time(), EXPIRED_PAIRS_MAX) == EXPIRED_PAIRS_MAX
 
+    def history_rows_max(self) -> int:
+        return cast(int, self._execute("SELECT history_rows_max FROM setting").fetchone()[0])
+
+    def keep_history(self, rows_max: int) -> None:
+        """Keep the last changes of each pair, up to rows_max, and delete the surplus."""
+        if rows_max != self.history_rows_max():
+            self._execute("UPDATE setting SET history_rows_max = ?", rows_max)
+            self._execute(f"DELETE FROM history WHERE {SURPLUS}")
+            self._renew_triggers()
+
+    def history(self, user_id: int, key: str, since: float, limit: int) -> Iterator[tuple[float, str | None, bool]]:
+        """Yield the changes of a pair, newest first: time, value, and whether it was cut off."""
+        select = f"""SELECT time, value FROM history WHERE user_id = ? AND key = ? AND time >= ? AND NOT {SURPLUS}
+            ORDER BY number DESC LIMIT ?"""
+        for moment, value in self._execute(select, user_id, key, since, limit):
+            text = None if value is None else value[:HISTORY_VALUE_BYTES_MAX].decode("utf-8", "ignore")
+            yield moment, text, len(value or b"") > HISTORY_VALUE_BYTES_MAX
+
+    def delete_history(self, user_id: int, key: str) -> None:
+        self._exceed_limit("DELETE FROM history WHERE user_id = ? AND key = ?", user_id, key)
+
     def add_hook(self, name: str, *row: str | None) -> int:
         """Add a hook of a user. The row: pattern, value, label, origin, URL, method, headers (a line each), body."""
         while self.delete_expired():  # the hook is not told of earlier expiries
@@ -807,10 +851,11 @@ class Store:
         self._renew_triggers()
 
     def _renew_triggers(self) -> None:
-        for trigger, text in TRIGGERS.items():
-            self._execute(f"DROP TRIGGER IF EXISTS {trigger}")  # an older one may have other limits
-            if self.has_hooks():  # without triggers, a change takes less time
-                self._execute(f"CREATE TRIGGER {trigger} {text}")
+        for triggers, is_needed in ((TRIGGERS, self.has_hooks()), (HISTORY_TRIGGERS, self.history_rows_max() > 0)):
+            for trigger, text in triggers.items():
+                self._execute(f"DROP TRIGGER IF EXISTS {trigger}")  # an older one may have other limits
+                if is_needed:  # without triggers, a change takes less time
+                    self._execute(f"CREATE TRIGGER {trigger} {text}")
 
     def has_hooks(self) -> bool:
         return bool(self._execute("SELECT 1 FROM hook LIMIT 1").fetchone())
@@ -1491,6 +1536,35 @@ def take_ttl(parameters: Mapping[str, str]) -> float:
     return take_seconds(parameters, "ttl", sys.float_info.min, TTL_SECONDS_MAX) or 0
 
 
+def take_limit(parameters: Mapping[str, str]) -> int:
+    """Return the parameter limit, or -1 for none."""
+    text = parameters.get("limit", "-1")
+    if "limit" in parameters and not (re.fullmatch("[0-9]{1,5}", text) and 1 <= int(text) <= LIST_LIMIT_MAX):
+        raise HTTPError(400, f"the parameter limit is {text[:40]!r}; send a number from 1 to {LIST_LIMIT_MAX}")
+    return int(text)
+
+
+def parse_time(text: object) -> float:
+    """Return the unix seconds of a time in RFC 3339; raise ValueError."""
+    with contextlib.suppress(ValueError):
+        moment = datetime.datetime.fromisoformat(str(text).upper())
+        if moment.tzinfo and 0 <= moment.timestamp() < 253402300800:  # the year 10000
+            return moment.timestamp()
+    raise ValueError("a time is like 2030-01-31T23:59:59Z, with a time zone, in the years 1970 to 9999")
+
+
+def take_since(parameters: Mapping[str, str]) -> float:
+    """Return the unix seconds of the parameter since, which is a time or seconds ago."""
+    text = parameters.get("since", "1970-01-01T00:00:00Z")
+    if re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text):
+        return time.time() - float(text)
+    try:
+        # A plus in a query means a space. Responses round to milliseconds, and their times must include their changes.
+        return parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", text)) - 0.0005
+    except ValueError as error:
+        raise HTTPError(400, f"the parameter since is seconds, such as 3600, or a time; {error}") from None
+
+
 # ---- Loop ------------------------------------------------------------------------------------------------------------
 # Runs coroutines in one thread. A coroutine reads like a blocking program: where it would block, it awaits, and the
 # loop runs the others. Nothing else runs between two awaits, so we need no locks. Nothing here knows of HTTP or SQL.
@@ -1852,7 +1926,7 @@ class Metrics:
 
     def text(self, store: Store) -> str:
         """Return all counters and the sizes of a store in the text format of Prometheus."""
-        users, pairs, pending, database_bytes, log_bytes = store.sizes()
+        users, pairs, pending, changes, database_bytes, log_bytes = store.sizes()
         requests, durations = [], []
         for (endpoint, status), total in list(self._responses.items()):  # a copy: the loop goes on counting
             requests.append(f'{{endpoint="{endpoint}",status="{status}"}} {total}')
@@ -1876,6 +1950,7 @@ class Metrics:
             ("streams", "gauge", "Streams of events.", len(self._streams)),
             ("database_bytes", "gauge", "Size of the database.", database_bytes),
             ("wal_bytes", "gauge", "Size of its write-ahead log.", log_bytes),
+            ("history_rows", "gauge", "Changes that the history keeps.", changes),
             ("users", "gauge", "Users.", users),
             ("pairs", "gauge", "Pairs.", pairs),
             ("uptime_seconds", "gauge", "Time since the start.", time.monotonic() - self._started),
@@ -2200,16 +2275,49 @@ def toggle(store: Store, request: Request) -> Response:
 def list_pairs(store: Store, request: Request) -> Response:
     parameters, token = request.parameters, request.user.token
     with_times = take_choice(parameters, "format", ("json",)) is not None
-    limit = parameters.get("limit", "-1")
-    if "limit" in parameters and not (re.fullmatch("[0-9]{1,5}", limit) and 1 <= int(limit) <= LIST_LIMIT_MAX):
-        raise HTTPError(400, f"the parameter limit is {limit[:40]!r}; send a number from 1 to {LIST_LIMIT_MAX}")
+    limit = take_limit(parameters)
     prefix, own_prefix = parameters.get("prefix", ""), token.prefix if token else ""
     if not prefix.startswith(own_prefix) and not own_prefix.startswith(prefix):
         return Response(b"{}", content_type=JSON)
     prefix = max(prefix, own_prefix, key=len)
-    page, last_key = store.page_as_json(request.user.id, prefix, parameters.get("after", ""), int(limit), with_times)
+    page, last_key = store.page_as_json(request.user.id, prefix, parameters.get("after", ""), limit, with_times)
     link = f'<?{urllib.parse.urlencode({**parameters, "after": last_key})}>; rel="next"'
     return Response(page, content_type=JSON, headers=(("Link", link),) if last_key is not None else ())
+
+
+def require_history(store: Store, request: Request) -> None:
+    """Raise HTTPError if the server keeps no history, or doesn't know the key."""
+    pair = request.user.id, request.parameters["key"]
+    if not store.history_rows_max():
+        raise HTTPError(404, "this server keeps no history; start it with --history N, as in: serve --history 100")
+    if not store.pair(*pair) and not any(store.history(*pair, since=0, limit=1)):
+        raise HTTPError(404, UNKNOWN_KEY)
+
+
+def show_history(store: Store, request: Request) -> Response:
+    require_history(store, request)
+    since, limit = take_since(request.parameters), take_limit(request.parameters)
+    is_csv = take_choice(request.parameters, "format", ("csv",)) is not None
+    body = bytearray(b"time,value,state\r\n" if is_csv else b"")
+    for moment, value, is_cut in store.history(request.user.id, request.parameters["key"], since, limit):
+        if is_csv:
+            state = "gone" if value is None else "cut" if is_cut else "set"
+            quoted = '"' + (value or "").replace('"', '""') + '"'
+            body += f"{rfc3339(moment)},{quoted},{state}\r\n".encode()
+        else:
+            change = {"time": rfc3339(moment), "value": value} | ({"cut": True} if is_cut else {})
+            body += b"," + json.dumps(change, ensure_ascii=False).encode()
+        if len(body) > LIST_BYTES_MAX:
+            raise Conflict(ERRORS_BY_CODE[sqlite3.SQLITE_TOOBIG][1])
+    if is_csv:
+        return Response(bytes(body), content_type="text/csv; charset=utf-8")
+    return Response(b"[" + body[1:] + b"]", content_type=JSON)
+
+
+def delete_history(store: Store, request: Request) -> Response:
+    require_history(store, request)
+    store.delete_history(request.user.id, request.parameters["key"])
+    return Response(b"Success")
 
 
 def stream_events(store: Store, request: Request) -> Response:
@@ -2621,6 +2729,8 @@ ROUTES = (
     Route("/kv/KEY", READ, get_value, USER, HERE),
     Route("/kv/KEY", ("PUT",), put_resource, USER, COMMIT, ("ttl",), 0, VALUE),
     Route("/kv/KEY", ("DELETE",), delete_pair, USER, COMMIT),
+    Route("/history", READ, show_history, USER, THREAD, ("key", "limit", "since", "format"), 1),
+    Route("/history", ("DELETE",), delete_history, USER, COMMIT, ("key",), 1),
     Route("/events", ("GET",), stream_events, USER, HERE, ("prefix",)),
     Route("/health", READ, check_health, ANYONE, THREAD),
     Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
@@ -2991,7 +3101,8 @@ class RequestHandler:
                 make_hash = functools.partial(hash_password, request.parameters["password"])
                 request.password_hash = await self.server.authenticator.scrypt.run(make_hash, request.user.id)
                 await self._authorize(route, request)
-            size = math.inf if route.who == ADMIN else len(request.query) + len(request.body)  # admins' may take long
+            is_long = route.who == ADMIN or endpoint is delete_history
+            size = math.inf if is_long else len(request.query) + len(request.body)
             try:
                 return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
             except (HTTPError, Conflict, NoSuchToken) as error:
@@ -3616,6 +3727,7 @@ def parse_switch(text: str) -> bool:
 
 
 parse_ttl = functools.partial(parse_number, most=TTL_SECONDS_MAX)
+parse_history = functools.partial(parse_number, least=0, most=LIST_LIMIT_MAX)
 SETTINGS = {
     "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     "port": Setting(functools.partial(parse_number, least=0, most=65535), 8080, "P", "port; 0 picks one"),
@@ -3623,6 +3735,7 @@ SETTINGS = {
     "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "paths also exist below this prefix; / for none"),
     "log_requests": Setting(parse_switch, False, "", "log requests, without values", argparse.BooleanOptionalAction),
     "max_connections": Setting(parse_number, 256, "N", "largest number of open connections"),
+    "history": Setting(parse_history, 0, "N", "changes of each value to keep for /history (default: none)"),
     "max_db_mb": Setting(parse_number, 1024, "N", "largest size of the database in megabytes"),
     "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this network; repeatable", "extend"),
     "cors_origin": Setting(parse_origins, (), "O", "let pages of O use the API (* for all); repeatable", "extend"),
@@ -3768,15 +3881,6 @@ def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
         times = [moment.isoformat(timespec="microseconds").replace("+00:00", "Z") for moment in moments]
         members = dict(zip(PAIR_FIELDS, (*texts, times[0], None if expires is None else times[1])))
         sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
-
-
-def parse_time(text: object) -> float:
-    """Return the unix seconds of a time in RFC 3339; raise ValueError."""
-    with contextlib.suppress(ValueError):
-        moment = datetime.datetime.fromisoformat(str(text).upper())
-        if moment.tzinfo and 0 <= moment.timestamp() < 253402300800:  # the year 10000
-            return moment.timestamp()
-    raise ValueError("a time is like 2030-01-31T23:59:59Z, with a time zone, in the years 1970 to 9999")
 
 
 def read_export(file: BinaryIO) -> Iterator[UserPair]:
@@ -3929,7 +4033,7 @@ def set_password(arguments: argparse.Namespace, store: Store) -> None:
 
 
 def delete_user(arguments: argparse.Namespace, store: Store) -> None:
-    """Delete a user, with all values, tokens and hooks. The command asks first."""
+    """Delete a user, with all values and their history, tokens and hooks. The command asks first."""
     name = arguments.name
     ((_, values, _),), tokens, hooks = store.users(name), store.tokens(name), store.hooks(name)
     kind = "last admin" if [user.name for user, *_ in store.users() if user.is_admin] == [name] else "user"
@@ -4129,6 +4233,7 @@ def serve(arguments: argparse.Namespace) -> None:
         if hasattr(signal, "SIGHUP"):  # closing the terminal sends it too, and must not stop the server
             renew = certificate.renew if certificate else lambda: None
             signal.signal(signal.SIGHUP, lambda *_: renew())
+        store.transact(lambda store: store.keep_history(arguments.history))
         announce(server, store, arguments.program)
         gc.collect()
         gc.freeze()  # modules and classes stay: looking at them again and again would take a quarter of the time

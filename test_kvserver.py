@@ -10,6 +10,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import datetime
 import fractions
 import functools
@@ -2310,6 +2311,261 @@ class Values(ServerCase):
             self.assertEqual(400, self.fetch(f"/list?limit={wrong}")[0], wrong)
 
 
+class History(ServerCase):
+    """The last changes of each pair."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.keep(100)
+
+    def keep(self, rows_max: int) -> None:
+        """Do as a start with --history does."""
+        self.store.transact(lambda store: store.keep_history(rows_max))
+
+    def changes(self, key: str = "a", user: str = "alice", **parameters: object) -> list[dict[str, Any]]:
+        answer = self.check(200, "GET", url("/history", key=key, **parameters), user=user)
+        self.assertEqual("application/json", answer.headers["content-type"])
+        return cast("list[dict[str, Any]]", json.loads(answer.body))
+
+    def values(self, key: str = "a", user: str = "alice", **parameters: object) -> list[str | None]:
+        return [change["value"] for change in self.changes(key, user, **parameters)]
+
+    def set(self, key: str, *values: object, user: str = "alice", **parameters: object) -> None:
+        for value in values:
+            self.check(200, "GET", url("/set", key=key, value=value, **parameters), user=user)
+
+    def import_pair(self, value: str, updated: float, expires: float | None = None) -> None:
+        with contextlib.closing(kvserver.open_store(self.database)) as store:
+            store.import_all([], [("alice", "a", value, updated, expires)])
+
+    def test_every_change_is_kept_newest_first(self) -> None:
+        before = time.time()
+        self.set("b", "1")
+        self.set("a", "1", user="bob")
+        requests: tuple[tuple[str, ...], ...] = (
+            ("GET", "/set?key=a&value=open"),
+            ("GET", "/set?key=a&value=open"),  # is no change
+            ("GET", "/set?key=a&value=open&ttl=60"),  # nor is this
+            ("GET", "/set?key=a&value=7&old=open"),
+            ("GET", "/incr?key=a"),
+            ("GET", "/toggle?key=a&values=8,9"),
+            ("PUT", "/kv/a", 'é ☃ " \0 \n'),
+            ("DELETE", "/kv/a"),
+            ("GET", "/set?key=a&value=&nx=1"),
+            ("GET", "/del?key=a"),
+            ("POST", "/me/", "action=set&key=a&value=x", kvserver.FORM),
+            ("POST", "/me/", "action=del&key=a", kvserver.FORM),
+        )
+        for method, target, *body_and_type in requests:
+            self.assertLess(self.request(method, target, *cast(Any, body_and_type)).status, 400, target)
+        after = time.time()
+        values = ["open", "7", "8", "9", 'é ☃ " \0 \n', None, "", None, "x", None]
+        changes = self.changes()
+        self.assertEqual(values[::-1], [change["value"] for change in changes])
+        self.assertEqual([["time", "value"]] * 10, [list(change) for change in changes])
+        times = [datetime.datetime.fromisoformat(change["time"]).timestamp() for change in changes]
+        self.assertEqual(sorted(times, reverse=True), times)
+        self.assertTrue(before - 0.001 <= times[-1] <= times[0] <= after + 0.002, (before, times, after))
+        self.import_pair("imported", 1.0625)
+        self.store.set_value(1, "a", "by another process")
+        self.import_pair("again", 0)
+        times_and_values = [tuple(change.values()) for change in self.changes(limit=4)]
+        self.assertEqual(["again", "by another process", "imported", None], [value for _, value in times_and_values])
+        self.assertEqual("1970-01-01T00:00:01.063Z", times_and_values[2][0])
+        self.assertEqual((["1"], ["1"]), (self.values("b"), self.values("a", "bob")))
+
+    def test_an_expiry_is_a_change_also_before_the_next_value_and_after_a_stop(self) -> None:
+        with mock.patch.object(kvserver.CachingStore, "has_expired", return_value=False):
+            for expired, new in (("1", "1"), ("2", "3")):
+                self.store.set_value(1, "a", expired, 1e9)
+                self.set("a", new)
+            self.import_pair("4", 5, time.time() + 0.01)
+            wait_until(lambda: self.get("a") is None)
+            self.import_pair("4", 6)
+            self.assertEqual(["4", None, "4", "3", None, "2", "1", None, "1"], self.values())
+            self.assertEqual("2001-09-09T01:46:40.000Z", self.changes()[4]["time"], "when it expired")
+            self.stop()
+        self.store.set_value(1, "a", "5", 1.5e9)
+        self.start()
+        wait_until(lambda: len(self.changes()) == 11)
+        self.assertEqual({"time": "2017-07-14T02:40:00.000Z", "value": None}, self.changes()[0])
+        self.set("a", "6", ttl=0.01)
+        wait_until(lambda: len(self.changes()) == 13)
+        self.assertEqual([None, "6"], self.values(limit=2))
+
+    def test_of_a_long_value_the_first_whole_characters_are_kept(self) -> None:
+        cases = (
+            ("x" * 1024, "x" * 1024),
+            ("x" * 1025, "x" * 1024),
+            ("x" * 1023 + "é", "x" * 1023),
+            ("x" * 1022 + "é", "x" * 1022 + "é"),
+            ("x" * 1022 + "é" + "y" * 1_000_000, "x" * 1022 + "é"),
+            ("x" * 1021 + "😀", "x" * 1021),
+            ("\0" * 1025, "\0" * 1024),
+        )
+        for value, kept in cases:
+            self.check(200, "POST", "/set?key=a", value)
+            change = self.changes(limit=1)[0]
+            self.assertEqual((kept, value != kept), (change["value"], change.get("cut", False)))
+        self.assertNotIn("cut", self.changes()[-1])
+
+    def test_csv(self) -> None:
+        self.assertEqual(404, self.fetch("/history?key=a&format=csv")[0])
+        values = ('say "hi", you', "a\r\nb\n", "", "=1+1", "☃" * 342, "\0")
+        for value in values:
+            self.check(201 if value == values[0] else 200, "PUT", "/kv/a", value)
+        self.check(200, "DELETE", "/kv/a")
+        answer = self.check(200, "GET", "/history?key=a&format=csv")
+        self.assertEqual("text/csv; charset=utf-8", answer.headers["content-type"])
+        head, *rows = csv.reader(io.StringIO(answer.body.decode(), newline=""), strict=True)
+        self.assertEqual(["time", "value", "state"], head)
+        expected = [[value, "set"] for value in values]
+        expected[4] = ["☃" * 341, "cut"]
+        self.assertEqual([["", "gone"], *expected[::-1]], [row[1:] for row in rows])
+        self.assertEqual([change["time"] for change in self.changes()], [row[0] for row in rows])
+        self.check(200, "DELETE", "/history?key=a")
+        self.check(404, "GET", "/history?key=a&format=csv")
+
+    def test_limit_and_since(self) -> None:
+        now = time.time()
+        for value, updated in (("1", 1e9 + 0.0004), ("2", 1e9 + 0.0006), ("3", now - 1000), ("4", now - 10)):
+            self.import_pair(value, updated)
+        for parameters, expected in (
+            ({}, "4321"),
+            ({"limit": 1}, "4"),
+            ({"limit": 10_000}, "4321"),
+            ({"limit": 1, "since": 2e9}, "4"),
+            ({"since": 0}, ""),
+            ({"since": "9" * 20}, "4321"),
+            ({"since": 600}, "4"),
+            ({"since": "1001.5"}, "43"),
+            ({"since": "1970-01-01T00:00:00Z"}, "4321"),
+            ({"since": "2001-09-09t01:46:40z"}, "4321"),
+            ({"since": "2001-09-09T01:46:40.001Z"}, "432"),  # the time that the answer tells of the second
+            ({"since": "2001-09-09T03:46:40.001+02:00"}, "432"),
+            ({"since": "2001-09-09T01:46:40.002Z"}, "43"),
+            ({"since": "2001-09-09T01:46:40-00:01"}, "43"),
+            ({"since": "9999-12-31T23:59:59Z"}, ""),
+        ):
+            self.assertEqual([*expected], self.values(**cast(Any, parameters)), parameters)
+        plus = "/history?key=a&since=2001-09-09T03:46:40.002+02:00"  # as it is, the plus means a space
+        self.assertEqual(2, len(json.loads(self.check(200, "GET", plus).body)))
+        limits = ("limit=0", "limit=10001", "limit=x", "limit=-1", "limit=")
+        times = ("x", "-5", "1e3", "", "2030-01-31T23:59:59", "2030-01-31", "10000-01-01T00:00:00Z")
+        for wrong in (*limits, *("since=" + text for text in times), "format=json"):
+            status, text = self.fetch("/history?key=a&" + wrong)
+            self.assertEqual((400, True), (status, wrong[:5] in text), text)
+        self.assertIn("such as 3600, or a time; a time is like 2030", self.fetch("/history?key=a&since=x")[1])
+
+    def test_only_the_last_ones_are_kept_and_fewer_after_a_start_with_less(self) -> None:
+        self.keep(3)
+        self.set("a", *range(1, 8))
+        self.set("b", "1", "2")
+        self.assertEqual((["7", "6", "5"], ["2", "1"]), (self.values(), self.values("b")))
+        self.keep(1)
+        self.assertEqual((["7"], ["2"]), (self.values(), self.values("b")))
+        self.set("a", "8")
+        self.assertEqual(["8"], self.values())
+        self.keep(2)
+        self.set("a", "9")
+        self.check(200, "GET", "/del?key=b")
+        self.assertEqual((["9", "8"], [None, "2"]), (self.values(), self.values("b")))
+        self.keep(0)
+        self.keep(5)
+        self.assertEqual([], self.values())
+        self.check(404, "GET", "/history?key=b")
+
+    def test_without_history_every_request_is_404_and_there_is_no_trigger(self) -> None:
+        self.set("a", "1")
+        triggers = "SELECT 1 FROM sqlite_master WHERE type = 'trigger'"
+        self.assertTrue(self.store._execute(triggers).fetchall())
+        self.keep(0)
+        self.assertFalse(self.store._execute(triggers).fetchall())
+        for method, target in (
+            ("GET", "/history?key=a"),
+            ("DELETE", "/history?key=a"),
+            ("GET", "/history?key=b&limit=x"),
+        ):
+            self.assertIn(b"--history", self.check(404, method, target).body)
+        self.check(404, "HEAD", "/history?key=a")
+        self.assertEqual((0,), self.store._execute("SELECT count(*) FROM history").fetchone())
+
+    def test_a_key_is_known_by_its_value_or_its_history(self) -> None:
+        self.keep(0)
+        self.set("a", "1")
+        self.keep(5)
+        self.assertEqual([], self.changes())
+        self.check(404, "GET", "/history?key=b")
+        self.set("b", "1")
+        self.check(200, "GET", "/del?key=b")
+        self.assertEqual([None, "1"], self.values("b"))
+        self.assertEqual([], self.values("b", since=0))
+        self.check(404, "GET", "/history?key=b", user="bob")
+        self.assertEqual(b"", self.check(200, "HEAD", "/history?key=b").body)
+
+    def test_it_can_be_erased(self) -> None:
+        waiting = self.begin("GET /get?key=a&wait=60&unless=2 HTTP/1.1")
+        for user in PASSWORDS:
+            self.set("a", "1", "2", user=user)
+        self.assertEqual([200], statuses(waiting.recv(65536)))
+        self.set("b", "1")
+        for key, status in (("a", 200), ("a", 200), ("c", 404)):
+            self.check(status, "DELETE", "/history?key=" + key)
+        self.assertEqual(([], ["1"], ["2", "1"]), (self.values(), self.values("b"), self.values("a", "bob")))
+        self.set("a", "2", "3")
+        self.assertEqual(["3"], self.values())
+        self.check(403, "DELETE", "/history?key=a", headers={"Sec-Fetch-Site": "cross-site"})
+        for times in range(2):  # a new user of the same name sees nothing of the one before
+            self.check(303, "POST", "/admin/", "action=deluser&username=bob", kvserver.FORM)
+            rows = self.store._execute("SELECT DISTINCT user_id FROM history").fetchall()
+            self.assertEqual([(1,)], rows)
+            self.store.add_user("bob", kvserver.hash_password(PASSWORDS["bob"]), False)
+            self.check(404, "GET", "/history?key=a", user="bob")
+            self.set("a", times, user="bob")
+
+    def test_a_full_database_still_deletes_values_and_their_history(self) -> None:
+        self.max_db_mb = 1
+        self.stop()
+        self.start()
+        self.keep(10_000)
+        self.assertEqual(0, self.number_of_rows())
+        stored = 0
+        while self.request("POST", "/set?key=a", f"{stored} " + "x" * 1000).status != 507:
+            stored += 1
+        self.assertIn(stored, range(200, 1000), "the history counts")
+        self.assertEqual(stored, self.number_of_rows())
+        self.check(200, "GET", "/del?key=a")
+        self.assertEqual(None, self.values(limit=1)[0])
+        self.check(200, "DELETE", "/history?key=a")
+        self.assertEqual(0, self.number_of_rows())
+        self.check(200, "POST", "/set?key=a", "x" * 500_000)
+
+    def number_of_rows(self) -> int:
+        (number,) = re.findall(r"^kvserver_history_rows (\d+)$", self.fetch("/metrics")[1], re.MULTILINE)
+        return int(number)
+
+    def test_a_change_writes_at_most_two_more_pages(self) -> None:
+        medians = list[float]()
+        for rows_max in (0, 100):
+            self.keep(rows_max)
+            pages = list[int]()
+            for number in range(400):
+                self.store._execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self.set("a", f"{number} ".ljust(100, "x"))
+                pages.append(self.server.reader.wal_pages())
+            medians.append(statistics.median(pages[200:]))
+        self.assertLessEqual(medians[1], medians[0] + 2)
+
+    def test_a_longer_list_than_the_limit_is_409(self) -> None:
+        self.set("a", "1" * 100, "2" * 100)
+        for form in ("", "&format=csv"):
+            size = len(self.check(200, "GET", "/history?key=a" + form).body)
+            for limit, status in ((size, 200), (size - 2, 409)):
+                with mock.patch.object(kvserver, "LIST_BYTES_MAX", limit):
+                    answer = self.check(status, "GET", "/history?key=a" + form)
+                    self.assertTrue(status == 200 or b"use limit=N" in answer.body)
+
+
 class Waiting(ServerCase):
     def wait(self, query: str = "key=a&wait=60&unless=1", *lines: str) -> socket.socket:
         """Send a request on a connection of its own, and return when it waits."""
@@ -2614,6 +2870,7 @@ class Tokens(ServerCase):
 
     def test_read_only_tokens_change_nothing(self) -> None:
         token = "Bearer " + self.add_token(is_read_only=True)
+        self.store.transact(lambda store: store.keep_history(1))
         self.store.set_value(1, "a", "1")
         for route in kvserver.ROUTES:
             for method in route.methods if route.who == kvserver.USER else ():
@@ -2627,9 +2884,10 @@ class Tokens(ServerCase):
         for key in ("p/1", "p/2", "q"):
             self.store.set_value(1, key, "1")
         for key in ("q", "none", "p"):  # mistakes in other parameters don't tell either whether a key exists
-            for target in ("get?key=", "get?wait=x&key=", "set?key=", "del?key=", "incr?by=x&key="):
+            for target in ("get?key=", "get?wait=x&key=", "set?key=", "del?key=", "incr?by=x&key=", "history?key="):
                 self.check(403, "GET", f"/{target}{key}", user=token)
             self.check(403, "GET", f"/toggle?key={key}", user=token)
+            self.check(403, "DELETE", f"/history?key={key}", user=token)
             for method in ("GET", "PUT", "DELETE"):
                 self.check(403, method, f"/kv/{key}", user=token)
         for target, status in (("get?key=%00", 400), ("get", 400), ("set?key=p/3&value=1", 200), ("del?key=p/3", 200)):
