@@ -1032,6 +1032,7 @@ HOOK_BODY_METHODS = ("POST", "PUT", "PATCH")
 HOOK_BODY_BYTES_MAX = 16 * 1024 * 1024  # with the values that it inserts
 HOOK_TEXT_BYTES_MAX = 4096  # of a value, in a URL or a header
 PLACEHOLDER = re.compile(r"\{(key|value|old|time)\}")
+JSON_HEADER = re.compile(r"(?im)^content-type:[^;\n]*[/+]json[ ]*(;|$)")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 JSON = "application/json"
@@ -1263,15 +1264,6 @@ def parse_hook_url(url: str) -> urllib.parse.SplitResult:
     raise HTTPError(400, "a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
 
 
-def find_content_type(headers: str, body: str | None) -> tuple[str, str]:
-    """Return the Content-Type of a hook's requests, and its kind, which decides how text is inserted in the body."""
-    given = re.search(r"(?im)^content-type:(.*)$", headers)
-    is_json = body is None or (body.startswith(("[", "{")) and not PLACEHOLDER.match(body))
-    content_type = given[1] if given else JSON if is_json else "text/plain; charset=utf-8"
-    kind = content_type.partition(";")[0].strip().lower()
-    return content_type, JSON if kind.endswith("+json") else kind
-
-
 def fill_template(template: str, texts: Mapping[str, str], encode: Callable[[str], str]) -> bytes:
     """Return a template in UTF-8, with encoded texts in place of {key} and its like; raise HTTPError if it is long."""
     pieces = PLACEHOLDER.split(template)  # every second one is a name
@@ -1288,19 +1280,19 @@ def encode_delivery(url: urllib.parse.SplitResult, delivery: Delivery) -> bytes:
     texts = {"key": key, "value": value or "", "old": old or "", "time": rfc3339(delivery.created)}
     short = {name: text.encode()[:HOOK_TEXT_BYTES_MAX].decode(errors="ignore") for name, text in texts.items()}
     percent_encode = functools.partial(urllib.parse.quote, safe="")
-    content_type, kind = find_content_type(delivery.headers, delivery.body)
     if delivery.body is None:
         members = {"value1": key, "value2": value, "value3": old}  # IFTTT's names
         body = json.dumps(members if delivery.number else {**members, "test": True}).encode()
-    elif kind == JSON:
+    elif JSON_HEADER.search(delivery.headers):
         body = fill_template(delivery.body, texts, lambda text: json.dumps(text, ensure_ascii=False)[1:-1])
     else:
-        body = fill_template(delivery.body, texts, percent_encode if kind == FORM else str)
+        is_form = re.search(rf"(?im)^content-type:[ ]*{FORM}[ ]*(;|$)", delivery.headers)
+        body = fill_template(delivery.body, texts, percent_encode if is_form else str)
     login, _, host = url.netloc.rpartition("@")
     login = urllib.parse.unquote(login if ":" in login else login + ":")  # the password may be missing
     lines = [f"Host: {host}", f"User-Agent: kvserver/{__version__}"]
     if delivery.method in HOOK_BODY_METHODS:
-        lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
+        lines += [f"Content-Type: {JSON}", f"Content-Length: {len(body)}"]
     lines += [f"Idempotency-Key: {delivery.idempotency_key}", "Connection: close"]
     basic = f"Authorization: Basic {base64.b64encode(login.encode()).decode()}" if login != ":" else ""
     lines += filter(None, (basic, *delivery.headers.split("\n")))
@@ -1488,8 +1480,8 @@ def check_label_and_prefix(label: str, prefix: str) -> None:
         raise HTTPError(400, f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
 
 
-def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) -> urllib.parse.SplitResult:
-    """Return the parts of a hook's URL; raise HTTPError, which quotes nothing, unless these can make a request."""
+def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) -> tuple[urllib.parse.SplitResult, str]:
+    """Return the parts of a hook's URL, and a line for each header; raise HTTPError, which quotes nothing."""
     if PLACEHOLDER.search(re.sub(r"\A(.*?//[^/?#]*)[^#]*", r"\1", url)):
         raise HTTPError(400, "in a URL, {key}, {value}, {old} and {time} work only in the path and the query")
     parts, lines = parse_hook_url(url), "\n".join(headers)
@@ -1503,16 +1495,20 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
         raise HTTPError(
             400, f"all headers have {HOOK_HEADERS_BYTES_MAX} bytes at most, a body {HOOK_TEMPLATE_BYTES_MAX}"
         )
-    if body is not None and method not in HOOK_BODY_METHODS:
+    if body is None:
+        return parts, lines
+    if method not in HOOK_BODY_METHODS:
         raise HTTPError(400, f"{method} sends no body; leave out --body, or use --method POST")
+    if not re.search("(?im)^content-type:", lines):
+        is_json = body.startswith(("[", "{")) and not PLACEHOLDER.match(body)
+        lines = f"{lines}\nContent-Type: {JSON if is_json else 'text/plain; charset=utf-8'}"
     try:
-        if body is not None and find_content_type(lines, body)[1] == JSON:
+        if JSON_HEADER.search(lines):
             json.loads(PLACEHOLDER.sub(lambda match: "1" * len(match[0]), body))
-    except (ValueError, RecursionError) as error:
-        place = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+    except (ValueError, RecursionError) as error:  # these name the place
         hint = "correct it, or send text with --header 'Content-Type: text/plain'"
-        raise HTTPError(400, f"the JSON of the body is malformed{place}; {hint}") from None
-    return parts
+        raise HTTPError(400, f"the body is malformed JSON ({error}); {hint}") from None
+    return parts, lines
 
 
 def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]) -> str | None:
@@ -4093,7 +4089,7 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
         require_key(arguments.key.removesuffix("*"))
     check_value(arguments.value or "")
     check_label_and_prefix(arguments.label, "")
-    url, body, method, headers = arguments.url, arguments.body, arguments.method, arguments.header
+    url, method, body = arguments.url, arguments.method, arguments.body
     if url == body == "-":
         raise UsageError("the URL and the body cannot both be -; read the body from a file with --body @FILE")
     if url == "-":
@@ -4102,9 +4098,9 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
         url = sys.stdin.buffer.readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8-sig", "replace").strip()
     if body == "-" or (body or "").startswith("@"):
         body = read_text("body", body.removeprefix("@"))
-    parts = check_hook(url, method, headers, body)
+    parts, lines = check_hook(url, method, arguments.header, body)
     origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-    row = arguments.key, arguments.value, arguments.label, origin, url, method, "\n".join(headers), body
+    row = arguments.key, arguments.value, arguments.label, origin, url, method, lines, body
     print(store.transact(lambda store: store.add_hook(arguments.name, *row)))
 
 

@@ -3217,11 +3217,13 @@ class HookCase(ServerCase):
         value: str | None = None,
         target: Target | None = None,
         user: str = "alice",
-        request: tuple[str, str, str | None] = ("POST", "", None),
+        method: str = "POST",
+        headers: Sequence[str] = (),
+        body: str | None = None,
     ) -> int:
-        """Add a hook; request is the method, the headers, and the body."""
         target = target or self.target
-        row = (pattern, value, "", target.origin, target.url, *request)
+        _, lines = kvserver.check_hook(target.url, method, headers, body)
+        row = (pattern, value, "", target.origin, target.url, method, lines, body)
         return cast(int, self.store.transact(lambda store: store.add_hook(user, *row)))
 
     def set(self, key: str, *values: object, user: str = "alice") -> None:
@@ -3765,9 +3767,13 @@ class Deliveries(HookCase):
 class Templates(HookCase):
     """What a hook sends: the texts of a change inserted in its URL, headers and body."""
 
-    def send(self, path: str = "/", headers: str = "", body: str | None = None, **others: Any) -> Received:
+    def send(
+        self, path: str = "/", *headers: str, body: str | None = None, method: str = "POST", **others: Any
+    ) -> Received:
         """Return the request of a delivery of a hook with these templates."""
-        sent = delivery(self.target.origin + path, headers=headers, body=body, **others)
+        target = self.target.origin + path
+        _, lines = kvserver.check_hook(target, method, headers, body)
+        sent = delivery(target, headers=lines, body=body, method=method, **others)
         self.assertEqual(200, kvserver.deliver(sent).status)
         return self.target.received[-1]
 
@@ -3775,7 +3781,7 @@ class Templates(HookCase):
         self.target.behave = respond(b"HTTP/1.1 503 Later\r\n\r\n", b"", ARRIVED)
         self.target.url = self.target.origin + "/{key}?v={value}&o={old}&t={time}"
         texts = "{key}={value}={old}={time}"
-        self.add_hook("*", request=("PUT", f"X-A: {texts}\nTitle: door\nX-B: {texts}", texts))
+        self.add_hook("*", None, None, "alice", "PUT", (f"X-A: {texts}", "Title: door", f"X-B: {texts}"), texts)
         before = time.time()
         self.set("a/b", "é")
         self.check(200, "GET", "/del?key=a/b")
@@ -3814,8 +3820,8 @@ class Templates(HookCase):
             ("text/plain", '{"{value}"', text),
             ("Application/X-WWW-Form-Urlencoded;charset=utf-8", "☃={value}&b+c=%20", percent),
         ):
-            headers = f"content-TYPE: {content_type}\nX-Key: {{key}}" if content_type else "X-Key: {key}"
-            received = self.send("/{key}/{x}?{value}&%7Bkey%7D", headers, template, key="{value}", value=text)
+            headers = ("X-Key: {key}", *([f"content-TYPE: {content_type}"] if content_type else []))
+            received = self.send("/{key}/{x}?{value}&%7Bkey%7D", *headers, body=template, key="{value}", value=text)
             expected = template.replace("{old}", "").replace("{time}", "1970-01-01T00:00:01.500Z")
             self.assertEqual(expected.replace("{value}", inserted), received.data.decode())
             self.assertEqual(f"POST /%7Bvalue%7D/{{x}}?{percent}&%7Bkey%7D HTTP/1.1", received.line)
@@ -3827,7 +3833,7 @@ class Templates(HookCase):
 
     def test_a_value_cannot_add_a_header(self) -> None:
         controls = "".join(map(chr, (*range(32), *range(127, 160))))
-        received = self.send(headers="X-Value: <{value}>", value=f"a\r\n\r\nX: é☃{controls}")
+        received = self.send("/", "X-Value: <{value}>", value=f"a\r\n\r\nX: é☃{controls}")
         shown = received.headers["x-value"].encode("iso-8859-1").decode()
         self.assertEqual(f"<a    X: é☃{' ' * len(controls)}>", shown)
         self.assertNotIn("x", received.headers)
@@ -3840,7 +3846,9 @@ class Templates(HookCase):
             ("x" * 4095 + "éy", "x" * 4095),
             ("x" * 4093 + "😀", "x" * 4093),
         ):
-            received = self.send("/{value}?{old}", "X-Value: {value}\nX-Old: {old}", "{value}", value=value, old=value)
+            received = self.send(
+                "/{value}?{old}", "X-Value: {value}", "X-Old: {old}", body="{value}", value=value, old=value
+            )
             percent = urllib.parse.quote(inserted)
             self.assertEqual(f"POST /{percent}?{percent} HTTP/1.1", received.line)
             for name in ("x-value", "x-old"):
@@ -3852,7 +3860,7 @@ class Templates(HookCase):
         self.assertEqual(16 * 1024 * 1024, len(self.send(body="{value}" * 16, value=value).data))
         answer = kvserver.deliver(delivery(self.target.url, body="{value}" * 16 + "x", value=value))
         self.assertEqual((413, "the body with its values is over 16 MiB"), answer[:2])
-        self.add_hook("*", request=("POST", "", '["{value}"]'))
+        self.add_hook("*", body='["{value}"]')
         self.patch("HOOK_BODY_BYTES_MAX", 1004)
         self.set("a", "x" * 998 + '"', "x" * 999 + '"', "x")
         wait_until(lambda: len(self.target.received) == 3 and self.store.sizes()[2] == 0)
@@ -3862,7 +3870,7 @@ class Templates(HookCase):
 
     def test_get_and_delete_send_no_body(self) -> None:
         for method in ("POST", "PUT", "PATCH", "GET", "DELETE"):
-            received = self.send(method=method, headers="User-Agent: me")
+            received = self.send("/", "User-Agent: me", method=method)
             self.assertEqual((f"{method} / HTTP/1.1", "me"), (received.line, received.headers["user-agent"]))
             self.assertEqual("0a1b", received.headers["idempotency-key"])
             has_body = method[0] == "P"
@@ -3876,8 +3884,8 @@ class Templates(HookCase):
     def test_a_short_value_that_is_inserted_often_counts_as_long(self) -> None:
         self.target.behave = hang
         size = kvserver.LONG_DELIVERY_BYTES // 16
-        self.add_hook("long", request=("POST", "", "{value}" * 16))
-        self.add_hook("short", request=("POST", "", "{value}" * 14))
+        self.add_hook("long", body="{value}" * 16)
+        self.add_hook("short", body="{value}" * 14)
         for key in ("long", "short"):
             self.set(key, "x" * size)
         wait_until(lambda: len(self.target.received) == 2)
@@ -6918,7 +6926,7 @@ class HookCommands(CommandCase):
         self.assertNotIn("SECRET", shown)
 
     def test_templates_that_cannot_work_are_refused(self) -> None:
-        add, at = ("addhook", "alice", "a"), "correct it, or send text with --header 'Content-Type: text/plain'"
+        add, hint = ("addhook", "alice", "a"), "correct it, or send text with --header 'Content-Type: text/plain'"
         in_a_url = "in a URL, {key}, {value}, {old} and {time} work only in the path and the query"
         is_header = "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters"
         long = ("all headers have 8192 bytes at most, a body 65536", "--header", "A: SECRET")
@@ -6947,11 +6955,15 @@ class HookCommands(CommandCase):
             (*long, "--body", "é" * 32768 + "x"),
             ("GET sends no body; leave out --body, or use --method POST", "--method", "GET", "--body", ""),
             ("DELETE sends no body", "--method", "DELETE", "--body", "SECRET"),
-            (f"the JSON of the body is malformed at line 2, column 12; {at}", "--body", '{"SECRET":\n "{value}" x}'),
-            ("at line 1, column 16", "--body", '{"n": {value}, SECRET}'),
-            (f"malformed; {at}", "--body", "[" * 60_000),
-            ("malformed at line 1, column 1", *json_type, "--body", "SECRET"),
-            ("malformed at line 1, column 1", *json_type, "--body", ""),
+            (
+                f"the body is malformed JSON (Expecting ',' delimiter: line 2 column 12 (char 22)); {hint}",
+                "--body",
+                '{"SECRET":\n "{value}" x}',
+            ),
+            ("line 1 column 16 ", "--body", '{"n": {value}, SECRET}'),
+            (hint, "--body", "[" * 60_000),
+            ("malformed JSON (Expecting value: line 1 column 1 ", *json_type, "--body", "SECRET"),
+            ("malformed JSON (Expecting value: line 1 column 1 ", *json_type, "--body", ""),
             ("/nowhere: No such file", "--body", "@/nowhere"),
             ("is not UTF-8 text", "--body", "\udcff SECRET"),
             ("is not UTF-8 text", "--header", "A: \udcff SECRET"),
