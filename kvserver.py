@@ -1252,18 +1252,6 @@ def encode_event(text: str) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def parse_hook_url(url: str) -> urllib.parse.SplitResult:
-    """Return the parts of a hook's URL; raise HTTPError, whose message does not quote it."""
-    if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
-        raise HTTPError(400, f"a URL has at most {HOOK_URL_BYTES_MAX} ASCII characters; percent-encode the others")
-    with contextlib.suppress(ValueError):  # not a possible port
-        parts = urllib.parse.urlsplit(url)
-        is_complete = parts.hostname and parts.port != 0 and not parts.netloc.endswith(":")
-        if parts.scheme in HOOK_PORTS and is_complete and HOST.fullmatch(parts.netloc.rpartition("@")[2]):
-            return parts
-    raise HTTPError(400, "a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
-
-
 def fill_template(template: str, texts: Mapping[str, str], encode: Callable[[str], str]) -> bytes:
     """Return a template in UTF-8, with encoded texts in place of {key} and its like; raise HTTPError if it is long."""
     pieces = PLACEHOLDER.split(template)  # every second one is a name
@@ -1484,7 +1472,14 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
     """Return the parts of a hook's URL, and a line for each header; raise HTTPError, which quotes nothing."""
     if PLACEHOLDER.search(re.sub(r"\A(.*?//[^/?#]*)[^#]*", r"\1", url)):
         raise HTTPError(400, "in a URL, {key}, {value}, {old} and {time} work only in the path and the query")
-    parts, lines = parse_hook_url(url), "\n".join(headers)
+    if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
+        raise HTTPError(400, f"a URL has at most {HOOK_URL_BYTES_MAX} ASCII characters; percent-encode the others")
+    is_url, lines = False, "\n".join(headers)
+    with contextlib.suppress(ValueError):  # not a possible port
+        parts = urllib.parse.urlsplit(url)
+        is_url = parts.scheme in HOOK_PORTS and bool(parts.hostname) and parts.port != 0 and parts.netloc[-1] != ":"
+    if not is_url or not HOST.fullmatch(parts.netloc.rpartition("@")[2]):
+        raise HTTPError(400, "a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
     if any(CONTROLS.search(header) or not re.match(HTTP_TOKEN + ":", header) for header in headers):
         raise HTTPError(400, "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters")
     names = [*OUR_HEADERS, *(["Authorization"] if "@" in parts.netloc else []), *re.findall("(?m)^[^:]+", lines)]
@@ -3213,7 +3208,7 @@ def deliver(delivery: Delivery, deadline: float | None = None) -> Answer:
     deadline, received, answer = deadline or time.monotonic() + HOOK_SECONDS, b"", None
     problem = "the connection was closed before a whole status line had come"
     try:
-        parts: Any = parse_hook_url(delivery.url)
+        parts: Any = urllib.parse.urlsplit(delivery.url)
         address, request = (parts.hostname, parts.port or HOOK_PORTS[parts.scheme]), encode_delivery(parts, delivery)
         with contextlib.ExitStack() as opened:
             count = len(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))  # all of them are tried in time
