@@ -788,31 +788,32 @@ class Store:
         self._execute(SET_VALUE, user_id, key, value, now, expires)
         self.changed_pairs.append(((user_id, key), value, now))
 
-    def _exceed_limit(self, statement: str, *parameters: Any) -> list[PairId]:
+    def _exceed_limit(self, statement: str, *parameters: Any) -> int:
         # Deletes need room too, because hooks store the deleted value.
         self._execute(f"PRAGMA max_page_count = {2**30 - 1}")
         try:
-            return self._execute(statement, *parameters).fetchall()
+            return self._execute(statement, *parameters).rowcount
         finally:
             self._execute(f"PRAGMA max_page_count = {self._pages_max}")
 
     def delete_pair(self, user_id: int, key: str) -> bool:
-        delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED} RETURNING user_id, key"
-        return self._delete_pairs(delete, user_id, key, time.time()) == 1
-
-    def _delete_pairs(self, statement: str, *parameters: Any) -> int:
-        deleted = self._exceed_limit(statement, *parameters)
-        self.changed_pairs += [(pair, None, 0) for pair in deleted]
-        return len(deleted)
+        delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
+        if not self._exceed_limit(delete, user_id, key, time.time()):
+            return False
+        self.changed_pairs.append(((user_id, key), None, 0))
+        return True
 
     def has_expired(self) -> bool:
         return bool(self._execute("SELECT 1 FROM pair WHERE expires <= ? LIMIT 1", time.time()).fetchone())
 
     def delete_expired(self) -> bool:
         """Delete up to EXPIRED_PAIRS_MAX expired pairs, the oldest first; return whether others may remain."""
-        delete = """DELETE FROM pair WHERE (user_id, key) IN (SELECT user_id, key FROM pair WHERE expires <= ? LIMIT ?)
-            RETURNING user_id, key"""
-        return self._delete_pairs(delete, time.time(), EXPIRED_PAIRS_MAX) == EXPIRED_PAIRS_MAX
+        select = "SELECT user_id, key FROM pair WHERE expires <= ? ORDER BY expires LIMIT ?"
+        expired = self._execute(select, time.time(), EXPIRED_PAIRS_MAX).fetchall()
+        for pair in expired:
+            self._exceed_limit("DELETE FROM pair WHERE user_id = ? AND key = ?", *pair)
+        self.changed_pairs += [(pair, None, 0) for pair in expired]
+        return len(expired) == EXPIRED_PAIRS_MAX
 
     def history_rows_max(self) -> int:
         return cast(int, self._execute("SELECT history_rows_max FROM setting").fetchone()[0])
@@ -1058,15 +1059,14 @@ RETRY_AFTER = (("Retry-After", "5"),)
 
 
 class Response(NamedTuple):
-    """A response, without the headers that all of them have. With wait_until, the request first waits for a change.
-    With stream_prefix, the body is the stream of events of the pairs below that prefix."""
+    """A response, without the headers that all of them have. With wait_until, the request first waits for a change."""
 
     body: bytes = b""
     status: int = 200
     content_type: str = "text/plain; charset=utf-8"
     headers: tuple[tuple[str, str], ...] = ()
     wait_until: float = 0.0  # monotonic seconds
-    stream_prefix: str | None = None
+    stream_prefix: str | None = None  # of the keys whose events follow as the body
 
 
 class HTTPError(Exception):
@@ -1236,8 +1236,8 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
 def encode_response(response: Response, connection: str, with_body: bool) -> bytes:
     """Return a response as bytes for one write: a second write would wait until the client acknowledges the first."""
     body, status, content_type, headers, _, stream_prefix = response
-    entity = "" if status in (204, 304) else f"Content-Type: {content_type}\r\n"
-    entity += f"Content-Length: {len(body)}\r\n" if entity and stream_prefix is None else ""
+    has_length = status not in (204, 304) and stream_prefix is None
+    entity = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n" if has_length else ""
     head = f"{STATUS_LINES[status]}Date: {format_date(int(time.time()), usegmt=True)}\r\n{entity}"
     head += "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
     for name, value in headers:
@@ -1246,10 +1246,13 @@ def encode_response(response: Response, connection: str, with_body: bool) -> byt
     return head.encode("iso-8859-1") + body if with_body else head.encode("iso-8859-1")
 
 
-def encode_event(text: str) -> bytes:
-    """Return lines of an event stream (WHATWG HTML, server-sent events) as one chunk (RFC 9112 section 7.1)."""
-    data = f"{text}\n\n".encode()
-    return b"%x\r\n%b\r\n" % (len(data), data)
+encode_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def encode_event(name: str, members: Mapping[str, object]) -> bytes:
+    """Return an event (WHATWG HTML, server-sent events) as a chunk (RFC 9112 section 7.1)."""
+    event = f"event: {name}\ndata: {encode_json(members)}\n\n".encode()
+    return b"%x\r\n%b\r\n" % (len(event), event)
 
 
 def fill_template(template: str, texts: Mapping[str, str], encode: Callable[[str], str]) -> bytes:
@@ -2314,13 +2317,12 @@ def delete_history(store: Store, request: Request) -> Response:
 def stream_events(store: Store, request: Request) -> Response:
     prefix, token = request.parameters.get("prefix", ""), request.user.token
     own_prefix = token.prefix if token else ""
-    if own_prefix.startswith(prefix):
-        prefix = own_prefix
-    else:
+    if not own_prefix.startswith(prefix):
         require_key(prefix, token)
-    coding = () if request.fields.is_http_1_0 else (("Transfer-Encoding", "chunked"),)
-    headers = (("X-Accel-Buffering", "no"), *coding)  # nginx must not wait for more
-    return Response(content_type="text/event-stream", headers=headers, stream_prefix=prefix)
+    # nginx sends events on at once. HTTP/1.0 knows no chunks.
+    headers = (("Content-Type", "text/event-stream"), ("X-Accel-Buffering", "no"), ("Transfer-Encoding", "chunked"))
+    sent = headers[: 2 if request.fields.is_http_1_0 else 3]
+    return Response(headers=sent, stream_prefix=max(prefix, own_prefix, key=len))
 
 
 def check_health(store: Store, request: Request) -> Response:
@@ -2841,35 +2843,28 @@ IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
 
 EVENTS_BYTES = 16 * 1024  # that a stream sends at once, plus the event that passes it
 PENDING_BYTES_MAX = 1024 * 1024  # of events that a stream has not begun to send, plus those of one transaction
+RESTART_SECONDS = 1  # from one start of a stream to the next
 SILENT_SECONDS = 15  # until a stream sends a comment
-RESTART_SECONDS = 1  # between two starts of a stream
-COMMENT, READY, RESET = map(encode_event, (":", "event: ready\ndata: {}", "event: reset\ndata: {}"))
-encode_json = json.JSONEncoder(ensure_ascii=False).encode
+COMMENT, READY, RESET = b"3\r\n:\n\n\r\n", encode_event("ready", {}), encode_event("reset", {})
 
 
 def encode_change(key: str, value: str | None, updated: float) -> bytes:
-    """Return the event for a pair with a new value, or for a deleted one, as a chunk."""
     if value is None:
-        return encode_event(f"event: del\ndata: {encode_json({'key': key})}")
-    members = {"key": key, "value": value, "updated": rfc3339(updated)}
-    return encode_event(f"event: set\ndata: {encode_json(members)}")
+        return encode_event("del", {"key": key})
+    return encode_event("set", {"key": key, "value": value, "updated": rfc3339(updated)})
 
 
 class Stream:
-    """The events for one client: first all pairs with a prefix, sorted by key, then changes as they are committed."""
+    """The events for a client: first all pairs with a prefix, sorted by key, then changes as they are committed."""
 
     def __init__(self, wakeup: Wakeup, user_id: int, prefix: str) -> None:
-        self.wakeup, self.user_id, self.prefix = wakeup, user_id, prefix
-        self.end = prefix + LAST_KEY
+        self.wakeup, self.user_id, self.prefix, self.end = wakeup, user_id, prefix, prefix + LAST_KEY
         self.start()
 
     def start(self) -> None:
         self.started, self.must_restart = time.monotonic(), False
-        self.after = ""  # the last key that was sent; changes of later ones are sent with their pairs
+        self.after = ""  # key of the last pair that was sent; the changes of later ones come with the pairs
         self.pending, self.pending_bytes = collections.deque[bytes](), 0
-
-    def has_begun(self, user_id: int, key: str) -> bool:
-        return user_id == self.user_id and key <= self.after and key.startswith(self.prefix)
 
     def take(self) -> list[bytes]:
         """Return the next pending events."""
@@ -2951,9 +2946,8 @@ class RequestHandler:
             key = request.parameters.get("key", "")[:KEY_BYTES_MAX]
             line = f"request: method={method} path={path!r} key={key!r} status={response.status} milliseconds="
             log("INFO", f"{line}{seconds * 1000:.1f} user={request.user.name!r} address={self._address(request)}")
-        prefix = response.stream_prefix
-        keep_alive = request.fields.keep_alive and not self.body_pending and not self.server.stopping
-        keep_alive &= prefix is None
+        prefix, is_open = response.stream_prefix, not self.body_pending and not self.server.stopping
+        keep_alive = request.fields.keep_alive and is_open and prefix is None
         connection = "close" if not keep_alive else "keep-alive" if request.fields.is_http_1_0 else ""
         data = encode_response(response, connection, with_body=request.method != "HEAD")
         del response  # its body may be long
@@ -3135,12 +3129,14 @@ class RequestHandler:
     async def _stream(self, request: Request, head: bytes, prefix: str) -> None:
         """Send a head, and then events until the client goes, its login ends or the server stops."""
         server, route, is_chunked = self.server, cast(Route, self.route), not request.fields.is_http_1_0
-        stream, unsent, active = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(b""), 0.0
+        stream, unsent = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(b"")
+        active = stream.started  # when it last had something to send, or sent it
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # for the bytes that the kernel has taken
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
         server.streams.add(stream)
         try:
             await self._send(head)
-            while not server.stopping:
-                await self._authorize(route, request)  # meanwhile, the user may have been deleted
+            while not server.stopping and request.user.id == stream.user_id:
                 if not unsent:
                     events = server.next_events(stream)
                     if not events and time.monotonic() >= active + SILENT_SECONDS:
@@ -3159,6 +3155,7 @@ class RequestHandler:
                 else:
                     restart = stream.started + RESTART_SECONDS if stream.must_restart else NEVER
                     await self._wait_for_news(min(active + SILENT_SECONDS, restart))
+                await self._authorize(route, request)  # meanwhile, the user may have been deleted
         except (HTTPError, StoreError, sqlite3.Error) as error:
             as_http_error(error, server.errors)
         finally:
@@ -3407,7 +3404,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = self._is_finished = self._is_committing = False
         self._in_transaction = False  # whose changes no stream has got yet
         self.token_uses: dict[int, int] = {}  # days not yet stored, by the token's id
-        self._state = b""  # of the database; requests that wait have been woken for all commits up to it
+        self._state = b""  # of the database; streams and requests that wait know of all commits up to it
+        self._page = (b"", 0, "", ""), list[bytes](), ""  # the last page of pairs that a stream read, and its last key
         self._next_checkpoint = 0.0  # monotonic seconds
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
@@ -3553,37 +3551,49 @@ class Server(http.server.ThreadingHTTPServer):
 
     def next_events(self, stream: Stream) -> list[bytes]:
         """Return the next events for the client of a stream, none if it waits for a change."""
-        if stream.pending or stream.after == stream.end:
-            if not stream.must_restart or time.monotonic() < stream.started + RESTART_SECONDS:
-                return stream.take()
-            if stream.after == stream.end:
-                stream.start()
-                return [RESET]
+        is_ready = stream.after == stream.end
+        if is_ready and stream.must_restart and time.monotonic() >= stream.started + RESTART_SECONDS:
+            stream.start()
+            return [RESET]
+        if is_ready or stream.pending:
+            return stream.take()
         self._look_for_others()
-        events, size, after = list[bytes](), 0, stream.end
-        with contextlib.closing(self.reader.values_after(stream.user_id, stream.prefix, stream.after)) as rows:
-            for key, value, updated in rows:
-                events.append(encode_change(key, value, updated))
-                size += len(events[-1])
-                if size >= EVENTS_BYTES:
-                    after = key
-                    break
-        if self._in_transaction and self.reader.state() != self._state:
-            return []  # these pairs may contain changes that are handed out only later
-        stream.after = after
-        return [*events, READY] if after == stream.end else events
+        page = (self._state, stream.user_id, stream.prefix, stream.after)
+        if page != self._page[0]:
+            events, size, after = list[bytes](), 0, stream.end
+            with contextlib.closing(self.reader.values_after(*page[1:])) as rows:
+                for row in rows:
+                    events.append(encode_change(*row))
+                    size += len(events[-1])
+                    if size >= EVENTS_BYTES:
+                        after = row[0]
+                        break
+            if self._in_transaction and self.reader.state() != self._state:
+                return []  # these pairs may have changes that are handed out only later
+            self._page = page, events if after != stream.end else [*events, READY], after
+        _, events, stream.after = self._page  # streams that start together share it
+        return events
 
-    def _hand_out(self, changes: Iterable[PairChange]) -> None:
-        for stream in list(self.streams):
-            if stream.pending_bytes > PENDING_BYTES_MAX:
-                self.loop.throw(stream.wakeup.task, Cancelled())
-        for pair, value, updated in changes:
-            event = b""
-            for stream in self.streams:
-                if stream.has_begun(*pair):
-                    event = event or encode_change(pair[1], value, updated)
-                    stream.pending.append(event)
-                    stream.pending_bytes += len(event)
+    def _hand_out(self) -> None:
+        """Wake the requests that wait for what was committed."""
+        commits, self.writer.committed = self.writer.committed, []
+        changes = list(itertools.chain.from_iterable(commits))
+        pairs = None if self.writer.changed_others else {pair for pair, _, _ in changes}
+        state, self._in_transaction = self.reader.state(), False
+        if self.reader.keep_rows(self._state, state, len(commits), pairs):
+            self._state = state
+            for stream in list(self.streams):
+                if stream.pending_bytes > PENDING_BYTES_MAX:
+                    self.loop.throw(stream.wakeup.task, Cancelled())
+            for (user_id, key), value, updated in changes if self.streams else ():
+                event = b""
+                for stream in self.streams:
+                    if stream.user_id == user_id and key <= stream.after and key.startswith(stream.prefix):
+                        event = event or encode_change(key, value, updated)
+                        stream.pending.append(event)
+                        stream.pending_bytes += len(event)
+            self._wake(pairs)
+        self._look_for_others()
 
     async def commit(self, operation: Callable[[Store], Any], size: float = 0) -> Any:
         """Run an operation in the next transaction, and return or raise its result after the commit."""
@@ -3622,16 +3632,7 @@ class Server(http.server.ThreadingHTTPServer):
                 wakeup(result)
             self.metrics.commits = self.writer.commits
             self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
-            commits, self.writer.committed = self.writer.committed, []
-            pair_changes = list(itertools.chain.from_iterable(commits))
-            pairs = None if self.writer.changed_others else {pair for pair, _, _ in pair_changes}
-            state, self._in_transaction = self.reader.state(), False
-            if self.reader.keep_rows(self._state, state, len(commits), pairs):
-                self._state = state
-                if self.streams:
-                    self._hand_out(pair_changes)
-                self._wake(pairs)
-            self._look_for_others()
+            self._hand_out()
             if self.outbox.has_hooks:
                 self.outbox.look()
             if self.reader.wal_pages() > WAL_PAGES_MAX and now >= self._next_checkpoint:
