@@ -506,9 +506,8 @@ class Methods(ServerCase):
         self.assertEqual(b"/list does not take POST; use GET, HEAD", answer.body)
         answer = self.request("POST", "/kv/door/s3cr3t", user=None)  # the key ends with a value by mistake
         self.assertEqual(b"/kv/ does not take POST; use GET, HEAD, PUT, DELETE", answer.body)
-        endpoints = (
-            b"Use the api endpoints: /set, /get, /del, /incr, /toggle, /list, /kv/KEY, /events, /health, /me/, /admin/"
-        )
+        paths = b"/set, /get, /del, /incr, /toggle, /list, /kv/KEY, /history, /events, /health, /me/, /admin/"
+        endpoints = b"Use the api endpoints: " + paths
         for path in ("/", "/s3cr3t", "/set&key=a&value=s3cr3t", "/set/s3cr3t"):
             self.assertEqual(endpoints, self.request("GET", path, user=None).body)
 
