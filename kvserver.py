@@ -3886,9 +3886,8 @@ def read_export(file: BinaryIO) -> Iterator[UserPair]:
             members = parse_json(line.decode("utf-8-sig"))
             if not isinstance(members, dict) or not set(PAIR_FIELDS[:3]) <= set(members) <= set(PAIR_FIELDS):
                 raise ValueError("a line is a JSON object with: " + ", ".join(PAIR_FIELDS))
-            fields: list[Any] = [members.get(field) for field in PAIR_FIELDS]
-            name, key, value, updated, expires = fields
-            if not all(isinstance(text, str) for text in fields[:3]):
+            name, key, value, updated, expires = (cast(Any, members.get(field)) for field in PAIR_FIELDS)
+            if not all(isinstance(text, str) for text in (name, key, value)):
                 raise ValueError("user, key and value are strings")
             check_user_name(name)
             check_value(value)
@@ -4165,7 +4164,7 @@ def print_values(arguments: argparse.Namespace, store: Store) -> None:
 
 def announce(server: Server, store: Store, program: str) -> None:
     """Print where the server listens, and tell systemd. If there are no users, add admin and print how to try it."""
-    name, address = server.server_name, parse_address(server.server_name)
+    name, port, address = server.server_name, server.server_port, parse_address(server.server_name)
     if not server.certificate and not (address and address.is_loopback):
         log("WARNING", "plain HTTP sends passwords openly; see --tls-cert")
     server.outbox.take_lock()  # if another server has it, this logs a warning
@@ -4177,8 +4176,7 @@ def announce(server: Server, store: Store, program: str) -> None:
             probe.connect(("192.0.2.1", 9))  # sends nothing, but the system chooses an interface
             hosts.append(probe.getsockname()[0])
     scheme, curl = ("https", "curl -k") if server.certificate else ("http", "curl")  # few certificates name an address
-    urls = (f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.server_port}" for host in hosts)
-    listening, here, *elsewhere = urls
+    listening, here, *elsewhere = (f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host in hosts)
 
     def add_admin(store: Store) -> None:  # in a transaction: a password that cannot be printed is not stored
         password = make_token()[-20:]
@@ -4368,8 +4366,7 @@ def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser,
         command = commands.add_parser(name, help=text.partition(".")[0], description=text, allow_abbrev=False)
         command.set_defaults(run=run)
         for argument in its_arguments:
-            names = [argument] if argument.startswith("--") else []
-            command.add_argument(*names, **ARGUMENTS[argument])
+            command.add_argument(*([argument] if argument.startswith("--") else []), **ARGUMENTS[argument])
         for flag, setting in SETTINGS.items() if run in (serve, print_unit) else [("db", SETTINGS["db"])]:
             options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar} if setting.metavar else {}
             default = f" (default: {setting.default})" if setting.default and flag != "db" else ""
