@@ -360,8 +360,6 @@ PAIR_AS_JSON = """json_object('key', key, 'value', value,
 REPLACE = """ON CONFLICT (user_id, key)
     DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
-SURPLUS = """number <= (SELECT max(number) FROM history AS newer WHERE newer.user_id = history.user_id
-    AND newer.key = history.key) - (SELECT history_rows_max FROM setting)"""
 USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
 HOOK_REQUEST = "hook.id, receiver, url, method, headers, body"
@@ -822,13 +820,15 @@ class Store:
         """Keep the last changes of each pair, up to rows_max, and delete the surplus."""
         if rows_max != self.history_rows_max():
             self._execute("UPDATE setting SET history_rows_max = ?", rows_max)
-            self._execute(f"DELETE FROM history WHERE {SURPLUS}")
+            delete = """DELETE FROM history WHERE number <= (SELECT max(number) FROM history AS newer
+                WHERE newer.user_id = history.user_id AND newer.key = history.key) - ?"""
+            self._execute(delete, rows_max)
             self._renew_triggers()
 
     def history(self, user_id: int, key: str, since: float, limit: int) -> Iterator[tuple[float, str | None, bool]]:
         """Yield the changes of a pair, newest first: time, value, and whether it was cut off."""
-        select = f"""SELECT time, value FROM history WHERE user_id = ? AND key = ? AND time >= ? AND NOT {SURPLUS}
-            ORDER BY number DESC LIMIT ?"""
+        select = """SELECT time, value FROM (SELECT * FROM history WHERE user_id = ? AND key = ? ORDER BY number DESC
+            LIMIT (SELECT history_rows_max FROM setting)) WHERE time >= ? ORDER BY number DESC LIMIT ?"""
         for moment, value in self._execute(select, user_id, key, since, limit):
             text = None if value is None else value[:HISTORY_VALUE_BYTES_MAX].decode("utf-8", "ignore")
             yield moment, text, len(value or b"") > HISTORY_VALUE_BYTES_MAX
@@ -1539,12 +1539,12 @@ def take_limit(parameters: Mapping[str, str]) -> int:
 
 
 def parse_time(text: object) -> float:
-    """Return the unix seconds of a time in RFC 3339; raise ValueError."""
+    """Return the unix seconds of a time in RFC 3339; raise HTTPError."""
     with contextlib.suppress(ValueError):
         moment = datetime.datetime.fromisoformat(str(text).upper())
         if moment.tzinfo and 0 <= moment.timestamp() < 253402300800:  # the year 10000
             return moment.timestamp()
-    raise ValueError("a time is like 2030-01-31T23:59:59Z, with a time zone, in the years 1970 to 9999")
+    raise HTTPError(400, "a time is like 2030-01-31T23:59:59Z, with a time zone, in the years 1970 to 9999")
 
 
 def take_since(parameters: Mapping[str, str]) -> float:
@@ -1552,11 +1552,8 @@ def take_since(parameters: Mapping[str, str]) -> float:
     text = parameters.get("since", "1970-01-01T00:00:00Z")
     if re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text):
         return time.time() - float(text)
-    try:
-        # A plus in a query means a space. Responses round to milliseconds, and their times must include their changes.
-        return parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", text)) - 0.0005
-    except ValueError as error:
-        raise HTTPError(400, f"the parameter since is seconds, such as 3600, or a time; {error}") from None
+    # A plus in a query means a space. Responses round to milliseconds, and their times must include their changes.
+    return parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", text)) - 0.0005
 
 
 # ---- Loop ------------------------------------------------------------------------------------------------------------
@@ -2295,9 +2292,8 @@ def show_history(store: Store, request: Request) -> Response:
     body = bytearray(b"time,value,state\r\n" if is_csv else b"")
     for moment, value, is_cut in store.history(request.user.id, request.parameters["key"], since, limit):
         if is_csv:
-            state = "gone" if value is None else "cut" if is_cut else "set"
-            quoted = '"' + (value or "").replace('"', '""') + '"'
-            body += f"{rfc3339(moment)},{quoted},{state}\r\n".encode()
+            text, state = (value or "").replace('"', '""'), "gone" if value is None else "cut" if is_cut else "set"
+            body += f'{rfc3339(moment)},"{text}",{state}\r\n'.encode()
         else:
             change = {"time": rfc3339(moment), "value": value} | ({"cut": True} if is_cut else {})
             body += b"," + json.dumps(change, ensure_ascii=False).encode()
