@@ -2363,7 +2363,7 @@ class History(ServerCase):
         self.assertEqual(values[::-1], [change["value"] for change in changes])
         self.assertEqual([["time", "value"]] * 10, [list(change) for change in changes])
         times = [datetime.datetime.fromisoformat(change["time"]).timestamp() for change in changes]
-        self.assertEqual(sorted(times, reverse=True), times)
+        self.assertEqual([], [pair for pair in itertools.pairwise(times) if pair[0] < pair[1] - 0.002])
         self.assertTrue(before - 0.001 <= times[-1] <= times[0] <= after + 0.002, (before, times, after))
         self.import_pair("imported", 1.0625)
         self.store.set_value(1, "a", "by another process")
@@ -4563,7 +4563,7 @@ class Model(ServerCase):
     """Random requests, compared with a dictionary for each user."""
 
     KEYS = ("a", "door", "front door", "tür", "😀", "a\nb", "%41", "..", "x" * 512)
-    KINDS = ("set", "set", "get", "get", "del", "list", "incr", "toggle", "old", "kv", "kv")
+    KINDS = ("set", "set", "get", "get", "del", "list", "incr", "toggle", "old", "kv", "kv", "history")
 
     def next_request(self, kind: str, key: str, value: str, model: dict[str, str], choice: Callable[..., Any]) -> Any:
         """Return a random request of a kind and its response, and change the model as the request does."""
@@ -4611,8 +4611,18 @@ class Model(ServerCase):
             found = (200, "Successfully removed state")
         return found, method, path
 
+    def assert_history(self, user: str, key: str, pairs: dict[str, str], changes: list[str | None], which: str) -> None:
+        """Compare the history of a key with the changes, newest first."""
+        answer = self.request("GET", url("/history", key=key), user=user)
+        self.assertEqual(200 if key in pairs or changes else 404, answer.status, which)
+        kept = json.loads(answer.body) if answer.status == 200 else []
+        values = [(change["value"], change.get("cut", False)) for change in kept]
+        expected = [(value and value[:1024], len(value or "") > 1024) for value in changes]
+        self.assertEqual(expected, values, which)
+
     def test_the_server_is_a_dictionary_for_each_user_and_survives_restarts(self) -> None:
         models: dict[str, dict[str, str]] = {user: {} for user in PASSWORDS}
+        histories, rows_max = collections.defaultdict[Any, list[str | None]](list), 0  # by user and key, newest first
         seed, count, restarts = random.randrange(1_000_000), *((3000, 10) if LONG else (300, 3))
         choice = random.Random(seed).choice
         for number in range(count):
@@ -4623,17 +4633,36 @@ class Model(ServerCase):
                 self.assertEqual(model, self.pairs(user), which)
                 page = json.loads(self.fetch(url("/list", limit=2, after=key), user=user)[1])
                 self.assertEqual([pair for pair in sorted(model.items()) if pair[0] > key][:2], [*page.items()], which)
+            elif kind == "history":
+                self.assert_history(user, key, model, histories[user, key], which)
+                if choice((True, False)):
+                    self.check(
+                        200 if key in model or histories[user, key] else 404,
+                        "DELETE",
+                        url("/history", key=key),
+                        user=user,
+                    )
+                    histories[user, key].clear()
             else:
+                before = model.get(key)
                 expected, method, target, *more = self.next_request(kind, key, value, model, choice)
                 body, content_type = (*more, None, None)[:2]
                 answer = self.request(method, target, body, content_type, user)
                 text = answer.body.decode() if answer.status < 300 else ""
                 self.assertEqual(expected, (answer.status, text), which)
+                if before != model.get(key):
+                    histories[user, key] = [model.get(key), *histories[user, key]][:rows_max]
             if number % (count // restarts) == 0:
                 self.stop()
                 self.store.close()
                 self.start()
+                rows_max = choice((1, 2, 10, 20))
+                self.store.transact(lambda store: store.keep_history(rows_max))  # noqa: B023 - it ends before
+                for changes in histories.values():
+                    del changes[rows_max:]
         self.assertEqual(models, {user: self.pairs(user) for user in models})
+        for (user, key), changes in histories.items():
+            self.assert_history(user, key, models[user], changes, f"seed {seed}")
 
 
 class Fuzz(ServerCase):
@@ -7700,8 +7729,9 @@ class Killed(CommandCase):
                 for number in itertools.count():
                     send(chance, ports, f"{client}-{number}")
 
+        flags = ("--history", "10000")
         for kill in range(20 if LONG else 3):
-            with self.serving() as (first, port, _), self.serving() as (second, other, _):
+            with self.serving(*flags) as (first, port, _), self.serving(*flags) as (second, other, _):
                 clients = in_threads(work, [((port, other), f"{kill}-{client}") for client in range(6)])
                 enough = len(answered) + random.Random(f"{seed} {kill}").randrange(50, 200)
                 wait_until(lambda enough=enough: len(answered) > enough)  # type: ignore[misc]
@@ -7715,6 +7745,31 @@ class Killed(CommandCase):
             self.assertTrue(is_linearizable(history), f"key {key}, seed {seed}")
         self.assertLessEqual(set(answered), {200, 404, 409})
         self.assertEqual([("ok",)], self.sql("PRAGMA integrity_check"))
+        self.assert_histories(histories, pairs)
+
+    def assert_histories(self, histories: Mapping[str, list[Operation]], pairs: Mapping[str, str]) -> None:
+        """Check that the server's own history has each successful change once, in the order of the commits."""
+        kept = collections.defaultdict[str, list[tuple[float, str | None]]](list)
+        for key, number, moment, value in self.sql("SELECT key, number, time, value FROM history ORDER BY key, number"):
+            kept[key].append((moment, value and value.decode()))
+            self.assertEqual(len(kept[key]), number)
+        for key, history in histories.items():
+            values = [value for _, value in kept[key]]
+            self.assertEqual(pairs.get(key), values[-1] if values else None, "the newest change is the stored value")
+            self.assertTrue(all(old != new for old, new in itertools.pairwise((None, *values))), (key, values))
+            times = [moment for moment, _ in kept[key]]  # that of a deletion has milliseconds
+            self.assertTrue(all(old < new + 0.002 for old, new in itertools.pairwise(times)), (key, times))
+            changes = [operation for operation in history if operation[2] != "get" and operation[0] < math.inf]
+            lost = sum(operation[1] == math.inf for operation in changes)
+            made = [operation for operation in changes if operation[1] < math.inf and operation[4]]
+            answered = collections.Counter(None if kind == "del" else value for _, _, kind, value, _, _ in made)
+            self.assertFalse(answered - collections.Counter(values), f"{key}: answered, but not in the history")
+            self.assertLessEqual(len(values), len(made) + lost, f"{key}: in the history, but not made")
+            latest = -math.inf
+            unique = [each for each in made if each[2] in ("set", "replace")]  # these values were set once
+            for begun, ended, *_ in sorted(unique, key=lambda each: values.index(each[3])):
+                self.assertGreaterEqual(ended, latest, f"{key}: a later change has an earlier place")
+                latest = max(latest, begun)
 
 
 @unittest.skipUnless(hasattr(resource, "prlimit"), "only Linux can change the limits of a running process")
