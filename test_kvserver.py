@@ -2515,11 +2515,14 @@ class History(ServerCase):
             self.set("a", "1", "2", user=user)
         self.assertEqual([200], statuses(waiting.recv(65536)))
         self.set("b", "1")
+        events = Events(self.new_connection(), "alice", "")
+        self.assertEqual([("set", "a", "2"), ("set", "b", "1"), ("ready",)], events.take(3))
         for key, status in (("a", 200), ("a", 200), ("c", 404)):
             self.check(status, "DELETE", "/history?key=" + key)
         self.assertEqual(([], ["1"], ["2", "1"]), (self.values(), self.values("b"), self.values("a", "bob")))
         self.set("a", "2", "3")
         self.assertEqual(["3"], self.values())
+        self.assertEqual([("set", "a", "2"), ("set", "a", "3")], events.take(2), "no pair has changed before")
         self.check(403, "DELETE", "/history?key=a", headers={"Sec-Fetch-Site": "cross-site"})
         for times in range(2):  # a new user of the same name sees nothing of the one before
             self.check(303, "POST", "/admin/", "action=deluser&username=bob", kvserver.FORM)
