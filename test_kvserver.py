@@ -1612,6 +1612,15 @@ class Secure(ServerCase):
         self.store.delete_pair(1, "a")
         self.assertEqual(self.fill(8), self.pairs())  # longer than all buffers
 
+    def test_a_stream_of_events(self) -> None:
+        pairs = self.fill(4)
+        events = Events(self.new_connection(), basic("alice", PASSWORDS["alice"]))
+        self.assertEqual(pairs, events.take_pairs())
+        self.fetch("/set?key=a&value=1")
+        self.assertEqual([("set", "a", "1")], events.take())
+        self.stop()
+        self.assertEqual(b"", events.response.read())
+
     def test_slow_client_that_goes_on_reading_gets_the_whole_response(self) -> None:
         expected_size = sum(map(len, self.fill(16).values()))
         self.patch("SEND_SECONDS", 0.3)
@@ -2691,31 +2700,41 @@ class Waiting(ServerCase):
 
 
 class Events:
-    """A client of /events."""
+    """A client of /events. It reads events as tuples of name, key and value, as far as they have them."""
 
-    def __init__(self, connection: http.client.HTTPConnection, user: str, query: str) -> None:
-        connection.request("GET", "/events" + query, headers={"Authorization": basic(user, PASSWORDS[user])})
+    def __init__(self, connection: http.client.HTTPConnection, login: str, query: str = "") -> None:
+        connection.request("GET", "/events" + query, headers={"Authorization": login})
         self.response = connection.getresponse()
 
-    def take(self, count: int = 1) -> list[tuple[Any, ...]]:
-        """Return the name, key and value of the next events, as far as they have them."""
-        return [tuple(part for part in event if part is not None) for event in itertools.islice(self.all(), count)]
-
-    def all(self) -> Iterator[tuple[str, str | None, str | None]]:
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
         while True:
             lines = list(iter(lambda: self.response.readline().decode().rstrip("\n"), ""))
             if not lines:
                 return
             if lines != [":"]:
-                name, data = lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: "))
-                yield name, data.get("key"), data.get("value")
+                data = json.loads(lines[1].removeprefix("data: "))
+                found = (lines[0].removeprefix("event: "), data.get("key"), data.get("value"))
+                yield tuple(part for part in found if part is not None)
+
+    def take(self, count: int = 1) -> list[tuple[str, ...]]:
+        return list(itertools.islice(self, count))
+
+    def take_pairs(self) -> dict[str, str]:
+        """Return the pairs that come before the event ready."""
+        pairs: dict[str, str] = {}
+        for name, *pair in self:
+            if name == "ready":
+                break
+            pairs.pop(pair[0], None)
+            pairs.update({pair[0]: pair[1]} if name == "set" else {})
+        return pairs
 
 
 class Streams(ServerCase):
-    def stream(self, query: str = "", user: str = "alice") -> Events:
-        return Events(self.new_connection(), user, query)
+    def stream(self, query: str = "", login: str = "alice") -> Events:
+        return Events(self.new_connection(), basic(login, PASSWORDS[login]) if login in PASSWORDS else login, query)
 
-    def test_all_pairs_then_changes_in_order(self) -> None:
+    def test_all_pairs_come_sorted_and_then_each_change_in_order(self) -> None:
         self.fetch("/set?key=b&value=2")
         self.fetch("/set?key=a&value=%C3%BC%0A%22")
         self.fetch("/set?key=a&value=0", user="bob")
@@ -2728,27 +2747,242 @@ class Streams(ServerCase):
         expected = [("set", "a", "1"), ("set", "a", "1"), ("del", "b"), ("set", "n", "1"), ("set", "t", "on")]
         self.assertEqual([*expected, ("set", "b", "3"), ("del", "b")], events.take(7))
 
-    def test_the_end_of_a_login_ends_the_stream(self) -> None:
-        ends: tuple[Callable[[], None], ...] = (
-            lambda: self.store.set_password_hash("bob", "x"),
-            lambda: self.store.delete_user("bob", False),
-        )
-        for end in ends:
-            events = self.stream(user="bob")
-            self.assertEqual([("ready",)], events.take())
-            end()
-            self.assertEqual([], events.take())
-            self.assertEqual(b"", events.response.read())
-            with contextlib.suppress(kvserver.Conflict):
-                self.store.add_user("bob", "", False)
-            self.store.set_password_hash("bob", kvserver.hash_password(PASSWORDS["bob"]))
+    def test_the_bytes_of_a_stream(self) -> None:
+        self.patch("SILENT_SECONDS", 0.05)
+        streams = [self.begin(f"GET /events HTTP/1.{minor}") for minor in (0, 1)]
+        wait_until(lambda: len(self.server.streams) == 2)
+        self.fetch("/set?key=a&value=%C3%BC")
+        for stream, comment in zip(streams, (b":\n\n", b"3\r\n:\n\n\r\n")):
+            wait_until(lambda stream=stream, end=comment: stream.recv(9999, socket.MSG_PEEK).endswith(end))  # type: ignore[misc]
+        updated = json.loads(self.fetch("/get?key=a&format=json")[1])["updated"]
+        self.stop()
+        event = f'event: set\ndata: {{"key": "a", "value": "ü", "updated": "{updated}"}}\n\n'.encode()
+        body = b"event: ready\ndata: {}\n\n", event, b":\n\n"
+        chunks = *(b"%x\r\n%b\r\n" % (len(part), part) for part in body), b"0\r\n\r\n"
+        for stream, parts, coding in zip(streams, (body, chunks), (b"", b"Transfer-Encoding: chunked\r\n")):
+            head, _, received = read_all(stream).partition(b"\r\n\r\n")
+            lines = b"Content-Type: text/event-stream\r\nX-Accel-Buffering: no\r\n" + coding
+            for line in (b"HTTP/1.1 200 OK\r\n", b"Cache-Control: no-store\r\n", lines + b"Connection: close"):
+                self.assertIn(line, head)
+            self.assertNotIn(b"Content-Length", head)
+            while parts[2] * 2 in received:  # more comments
+                received = received.replace(parts[2] * 2, parts[2])
+            self.assertEqual(b"".join(parts), received.replace(parts[0] + parts[2], parts[0]))
 
-    def test_a_commit_of_another_process_starts_the_stream_again(self) -> None:
-        self.patch("RESTART_SECONDS", 0.1)
+    def test_a_token_with_a_prefix_sees_its_keys_only(self) -> None:
+        for key in ("a/x", "a/y", "b"):
+            self.fetch("/kv/" + key, "PUT", "1")
+        token = kvserver.make_token()
+        self.store.add_token("alice", kvserver.hash_token(token), "", True, "a/")
+        for query, login, keys in (
+            ("?prefix=a/y", "alice", ["a/y"]),
+            ("?prefix=a/z", "alice", []),
+            ("", f"Bearer {token}", ["a/x", "a/y"]),
+            ("?prefix=a", f"Bearer {token}", ["a/x", "a/y"]),
+            ("?prefix=a/y", f"Bearer {token}", ["a/y"]),
+        ):
+            events = self.stream(query, login)
+            self.assertEqual([*(("set", key, "1") for key in keys), ("ready",)], events.take(len(keys) + 1))
+            self.fetch("/kv/b", "PUT", "2")
+            self.fetch("/kv/a/y", "PUT", "1")
+            self.assertEqual([("set", "a/y", "1")] if "a/y" in keys else [], events.take("a/y" in keys))
+        for status, prefix in ((403, "b"), (403, "aa"), (400, "x" * (kvserver.KEY_BYTES_MAX + 1))):
+            self.check(status, "GET", "/events?prefix=" + prefix, user=f"Bearer {token}")
+
+    def test_half_of_the_connections_may_wait(self) -> None:
+        self.server.max_connections = 4
+        first = self.stream()
+        self.begin("GET /get?key=a&wait=60&unless=1 HTTP/1.1")
+        wait_until(lambda: self.server.polls)
+        self.assertIn("retry-after", self.check(503, "GET", "/events").headers)
+        self.check(503, "GET", "/get?key=a&wait=60&unless=1")
+        self.assertIn("\nkvserver_streams 1\n", self.fetch("/metrics")[1])
+        first.response.close()
+        wait_until(lambda: not self.server.streams)
+        self.assertEqual([("ready",)], self.stream().take())
+
+    def test_the_end_of_a_login_ends_the_stream_even_of_a_client_that_takes_nothing(self) -> None:
+        self.patch("SEND_SECONDS", 1000)
+        self.fill(8, 2)
+        password_hash = self.store.user("bob").password_hash  # type: ignore[union-attr]
+
+        def delete_token(store: kvserver.Store) -> None:
+            store.set_password_hash("bob", password_hash)
+            store.delete_token("bob", 1)
+
+        def replace_user(store: kvserver.Store) -> None:
+            store.delete_user("bob", False)
+            store.add_user("bob", password_hash, False)
+
+        ends: tuple[Callable[[kvserver.Store], object], ...] = (
+            lambda store: store.set_password_hash("bob", "x"),
+            delete_token,
+            replace_user,
+        )
+        token = kvserver.make_token()
+        self.store.add_token("bob", kvserver.hash_token(token), "", True, "a")
+        for login, end in zip(("bob", f"Bearer {token}", "bob"), ends):
+            events = self.stream("?prefix=a", login)
+            self.assertEqual([("ready",)], events.take())
+            blocked = [self.connect(self.raw("GET /events HTTP/1.1", user="bob"), True)] if login == "bob" else []
+            wait_until(lambda blocked=blocked: self.blocked() == len(blocked))  # type: ignore[misc]
+            self.store.transact(end)
+            self.assertEqual(b"", events.response.read())  # with a last chunk
+            wait_until(lambda: not self.server.streams)
+
+    def blocked(self) -> int:
+        return sum(handler.state == kvserver.SENDING for handler in self.server.connections.values())
+
+    def test_a_commit_of_another_process_starts_a_stream_again_at_most_once_in_a_while(self) -> None:
+        self.patch("RESTART_SECONDS", 0.2)
+        begun = time.monotonic()
         events = self.stream()
         self.assertEqual([("ready",)], events.take())
-        self.store.set_value(1, "a", "1")
-        self.assertEqual([("reset",), ("set", "a", "1"), ("ready",)], events.take(3))
+        for number in range(1, 4):
+            for _ in range(3):
+                self.store.set_value(1, "a", str(number))
+                wait_until(lambda: self.server._state == self.server.reader.state())
+            self.assertEqual([("reset",), ("set", "a", str(number)), ("ready",)], events.take(3))
+            self.assertGreater(time.monotonic() - begun, 0.2 * number)
+        self.fetch("/set?key=b&value=1")
+        self.assertEqual([("set", "b", "1")], events.take())
+
+    def test_own_commits_without_pairs_and_refused_changes_start_nothing_again(self) -> None:
+        self.patch("RESTART_SECONDS", 0)
+        token = kvserver.make_token()
+        self.store.add_token("alice", kvserver.hash_token(token), "", False, "")
+        self.fetch("/set?key=a&value=1")
+        wait_until(lambda: self.server._state == self.server.reader.state())
+        events = self.stream()
+        self.assertEqual([("set", "a", "1"), ("ready",)], events.take(2))
+        self.check(200, "GET", "/get?key=a", user=f"Bearer {token}")
+        wait_until(lambda: self.store.tokens("alice")[0].last_used_day is not None)  # the server has stored that
+        for target in ("/set?key=a&value=2&old=x", "/incr?key=b&by=x", "/del?key=b"):
+            self.fetch(target)
+        self.fetch("/set?key=b&value=2")
+        self.assertEqual([("set", "b", "2")], events.take())
+
+    def test_a_client_that_takes_nothing_is_closed(self) -> None:
+        self.patch("SEND_SECONDS", 0.2)
+        self.fill(8)
+        self.connect(self.raw("GET /events HTTP/1.1"), has_small_buffer=True)
+        wait_until(lambda: self.server.streams)
+        wait_until(lambda: not self.server.streams)
+
+    @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT"), "only Linux tells when a client takes nothing")
+    def test_bytes_that_the_kernel_has_taken_count_as_well(self) -> None:
+        self.patch("SEND_SECONDS", 0.2)
+        self.connect(self.raw("GET /events HTTP/1.1"), has_small_buffer=True)
+        wait_until(lambda: self.server.streams)
+        self.fetch("/kv/a", "PUT", "x" * 200_000)
+        wait_until(lambda: not self.server.streams)
+
+    def test_a_client_that_lets_changes_pile_up_is_closed(self) -> None:
+        self.patch("PENDING_BYTES_MAX", 200)
+        self.fill(8)
+        self.connect(self.raw("GET /events HTTP/1.1"), has_small_buffer=True)
+        wait_until(self.blocked)
+        (stream,) = self.server.streams
+        self.fetch("/set?key=0&value=1")  # its key has been sent
+        size = stream.pending_bytes
+        self.fetch("/set?key=9&value=1")  # this one has not
+        self.assertEqual(size, stream.pending_bytes)
+        self.fetch("/set?key=0&value=" + "x" * (200 - 2 * size + 1))
+        self.assertEqual(200, stream.pending_bytes)
+        self.fetch("/set?key=1&value=1")
+        self.assertEqual({stream}, self.server.streams)
+        self.fetch("/set?key=0&value=1")
+        wait_until(lambda: not self.server.streams)
+
+    def test_first_pairs_are_finished_before_the_stream_starts_again(self) -> None:
+        self.patch("RESTART_SECONDS", 0)
+        pairs = self.fill(8)
+        connection = self.new_connection()
+        connection.connect()
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        events = Events(connection, basic("alice", PASSWORDS["alice"]))
+        wait_until(self.blocked)
+        self.store.set_value(1, "0", "new")
+        wait_until(lambda: self.server._state == self.server.reader.state())
+        self.assertEqual(pairs, events.take_pairs())
+        self.assertEqual([("reset",)], events.take())
+        self.assertEqual(pairs | {"0": "new"}, events.take_pairs())
+
+    def test_a_change_comes_after_its_commit_and_only_once(self) -> None:
+        self.fetch("/set?key=a&value=0")
+        first = self.stream("?prefix=a")
+        first.take_pairs()
+        self.server.writer.commit_seconds = 1  # a thread commits
+        commit, committed, release = self.server.writer.commit, threading.Event(), threading.Event()
+
+        def commit_and_wait(*arguments: Any) -> list[Any]:
+            results = commit(*arguments)
+            committed.set()
+            assert release.wait(WAIT_SECONDS)
+            return results
+
+        with mock.patch.object(self.server.writer, "commit", commit_and_wait):
+            writing = self.begin("GET /set?key=a&value=1 HTTP/1.1")
+            self.assertTrue(committed.wait(WAIT_SECONDS))
+            with mock.patch.object(self.server.reader, "values_after", wraps=self.server.reader.values_after) as read:
+                second = self.stream()  # it could see the change, but the first stream has not got it yet
+                wait_until(lambda: read.call_count > 1)
+            release.set()
+            self.assertEqual([200], statuses(writing.recv(65536)))
+        self.assertEqual([("set", "a", "1")], first.take())
+        self.assertEqual([("set", "a", "1"), ("ready",)], second.take(2))
+        self.fetch("/set?key=b&value=1")
+        self.assertEqual([("set", "b", "1")], second.take())
+
+    def test_streams_that_begin_while_others_write_follow_all_commits(self) -> None:
+        rates, commit = random.Random(1), self.server.writer.commit
+
+        def commit_in_the_loop_or_in_a_thread(*arguments: Any) -> list[Any]:
+            results = commit(*arguments)
+            self.server.writer.commit_seconds = rates.choice((0, 1))
+            return results
+
+        self.enterContext(mock.patch.object(self.server.writer, "commit", commit_in_the_loop_or_in_a_thread))
+        start = {f"{number:03}": "x" * 50 for number in range(600)}  # several pages
+        with self.store.begin():
+            for key, value in start.items():
+                self.store.set_value(1, key, value)
+        record = "BEGIN INSERT INTO log VALUES (NULL, {0}.key, {1}); END;"
+        execute(
+            self.database,
+            "CREATE TABLE log (id INTEGER PRIMARY KEY, key, value);"
+            f"CREATE TRIGGER log_added AFTER INSERT ON pair {record.format('NEW', 'NEW.value')}"
+            f"CREATE TRIGGER log_changed AFTER UPDATE OF value ON pair {record.format('NEW', 'NEW.value')}"
+            f"CREATE TRIGGER log_removed AFTER DELETE ON pair {record.format('OLD', 'NULL')}",
+        )
+        wait_until(lambda: self.server._state == self.server.reader.state())
+
+        def write(name: str) -> None:
+            chance, connection = random.Random(name), self.new_connection()
+            for number in range(60):
+                key = chance.choice(("000", "599", f"{chance.randrange(600):03}"))
+                target = chance.choice((f"/set?key={key}&value={name}{number}", f"/del?key={key}&missing=ok"))
+                self.check(200, "GET", target, connection=connection)
+
+        def follow(number: int) -> tuple[dict[str, str], list[tuple[str, ...]]]:
+            events = self.stream()
+            return events.take_pairs(), list(itertools.takewhile(lambda event: event[1] != "end", events))
+
+        writing = in_threads(write, [(f"w{number}-",) for number in range(5)])
+        streams = in_threads(follow, [(number,) for number in range(8)])
+        join(writing)
+        wait_until(lambda: all(stream.after == stream.end for stream in self.server.streams))
+        self.fetch("/set?key=end&value=1")
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            log = connection.execute("SELECT key, value FROM log WHERE key <> 'end' ORDER BY id").fetchall()
+        for pairs, events in join(streams):
+            expected = dict(start)
+            for key, value in log[: len(log) - len(events)]:
+                expected.update({key: value} if value else {})
+                expected.pop(key if value is None else "", None)
+            self.assertEqual(expected, pairs)
+            changes = [("set", key, value) if value else ("del", key) for key, value in log[len(log) - len(events) :]]
+            self.assertEqual(changes, events)
 
 
 class Resources(ServerCase):
