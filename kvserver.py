@@ -1246,12 +1246,9 @@ def encode_response(response: Response, connection: str, with_body: bool) -> byt
     return head.encode("iso-8859-1") + body if with_body else head.encode("iso-8859-1")
 
 
-encode_json = json.JSONEncoder(ensure_ascii=False).encode
-
-
 def encode_event(name: str, members: Mapping[str, object]) -> bytes:
     """Return an event (WHATWG HTML, server-sent events) as a chunk (RFC 9112 section 7.1)."""
-    event = f"event: {name}\ndata: {encode_json(members)}\n\n".encode()
+    event = f"event: {name}\ndata: {json.dumps(members)}\n\n".encode()  # ASCII: some clients read other text wrongly
     return b"%x\r\n%b\r\n" % (len(event), event)
 
 

@@ -2756,7 +2756,7 @@ class Streams(ServerCase):
             wait_until(lambda stream=stream, end=comment: stream.recv(9999, socket.MSG_PEEK).endswith(end))  # type: ignore[misc]
         updated = json.loads(self.fetch("/get?key=a&format=json")[1])["updated"]
         self.stop()
-        event = f'event: set\ndata: {{"key": "a", "value": "ü", "updated": "{updated}"}}\n\n'.encode()
+        event = f'event: set\ndata: {{"key": "a", "value": "\\u00fc", "updated": "{updated}"}}\n\n'.encode()
         body = b"event: ready\ndata: {}\n\n", event, b":\n\n"
         chunks = *(b"%x\r\n%b\r\n" % (len(part), part) for part in body), b"0\r\n\r\n"
         for stream, parts, coding in zip(streams, (body, chunks), (b"", b"Transfer-Encoding: chunked\r\n")):
