@@ -2122,6 +2122,8 @@ class Origins(ServerCase):
             "/get": "GET, HEAD, OPTIONS",
             "/iotpersistenceapi/list": "GET, HEAD, OPTIONS",
             "/kv/a": "GET, HEAD, PUT, DELETE, OPTIONS",
+            "/history": "GET, HEAD, DELETE, OPTIONS",
+            "/events": "GET, OPTIONS",
             "/health": "GET, HEAD, OPTIONS",
         }.items():
             wanted = {
