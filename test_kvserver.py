@@ -2526,7 +2526,7 @@ class History(ServerCase):
             self.set("a", "1", "2", user=user)
         self.assertEqual([200], statuses(waiting.recv(65536)))
         self.set("b", "1")
-        events = Events(self.new_connection(), "alice", "")
+        events = Events(self.new_connection(), basic("alice", PASSWORDS["alice"]))
         self.assertEqual([("set", "a", "2"), ("set", "b", "1"), ("ready",)], events.take(3))
         for key, status in (("a", 200), ("a", 200), ("c", 404)):
             self.check(status, "DELETE", "/history?key=" + key)
@@ -4431,8 +4431,8 @@ class Schedules(unittest.TestCase):
         self.enter = self.enterContext(mock.patch.object(self.outbox.gate, "enter", wraps=enter))
 
     def add_hook(self, origin: str) -> None:
-        hook = ("alice", "*", "http://h/SECRET", origin, None, "")
-        self.store.transact(lambda store: store.add_hook(*hook))
+        hook = ("*", None, "", origin, "http://h/SECRET", "POST", "", None)
+        self.store.transact(lambda store: store.add_hook("alice", *hook))
 
     def set(self, *values: object) -> None:
         for value in values:
@@ -4442,7 +4442,7 @@ class Schedules(unittest.TestCase):
         self.store.transact(operation)
 
     async def exchange(self, function: functools.partial[Any], owner: object, deadline: float) -> kvserver.Answer:
-        self.tries.append((round(self.seconds, 3), function.args[2]["value2"]))
+        self.tries.append((round(self.seconds, 3), function.args[0].value))
         return self.answers.pop(0) if self.answers else self.answer
 
     def kinds(self) -> tuple[list[bool], list[bool]]:
