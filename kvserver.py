@@ -818,12 +818,11 @@ class Store:
 
     def keep_history(self, rows_max: int) -> None:
         """Keep the last changes of each pair, up to rows_max, and delete the surplus."""
-        if rows_max != self.history_rows_max():
-            self._execute("UPDATE setting SET history_rows_max = ?", rows_max)
-            delete = """DELETE FROM history WHERE number <= (SELECT max(number) FROM history AS newer
-                WHERE newer.user_id = history.user_id AND newer.key = history.key) - ?"""
-            self._execute(delete, rows_max)
-            self._renew_triggers()
+        self._execute("UPDATE setting SET history_rows_max = ?", rows_max)
+        delete = """DELETE FROM history WHERE number <= (SELECT max(number) FROM history AS newer
+            WHERE newer.user_id = history.user_id AND newer.key = history.key) - ?"""
+        self._execute(delete, rows_max)
+        self._renew_triggers()
 
     def history(self, user_id: int, key: str, since: float, limit: int) -> Iterator[tuple[float, str | None, bool]]:
         """Yield the changes of a pair, newest first: time, value, and whether it was cut off."""
@@ -4216,7 +4215,8 @@ def serve(arguments: argparse.Namespace) -> None:
         if hasattr(signal, "SIGHUP"):  # closing the terminal sends it too, and must not stop the server
             renew = certificate.renew if certificate else lambda: None
             signal.signal(signal.SIGHUP, lambda *_: renew())
-        store.transact(lambda store: store.keep_history(arguments.history))
+        if arguments.history != store.history_rows_max():
+            store.transact(lambda store: store.keep_history(arguments.history))
         announce(server, store, arguments.program)
         gc.collect()
         gc.freeze()  # modules and classes stay: looking at them again and again would take a quarter of the time
