@@ -3982,8 +3982,8 @@ def read_password(arguments: argparse.Namespace) -> str:
 
 
 def print_table(head: Sequence[str], rows: Iterable[Iterable[object]], if_empty: str) -> None:
-    """Print a table that fits 80 columns. A column of nothing but "-" is left out."""
-    texts = [[escape_unprintable(str(cell)) for cell in row] for row in rows]
+    """Print a table that fits 80 columns. An empty cell is "-"; a column of these is left out."""
+    texts = [["-" if cell in (None, "") else escape_unprintable(str(cell)) for cell in row] for row in rows]
     if not texts:
         print(if_empty)
         return
@@ -4050,7 +4050,7 @@ def add_token(arguments: argparse.Namespace, store: Store) -> None:
 def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
     tokens = store.tokens(arguments.name)
-    rows = ((t.id, t.label or "-", t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
+    rows = ((t.id, t.label, t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
     if_empty = f"there are no tokens; add one with: {arguments.program} addtoken {shlex.quote(arguments.name)}"
     print_table(("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), rows, if_empty)
 
@@ -4093,11 +4093,10 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
 
 def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
-    rows: list[Sequence[object]] = []
+    rows = []
     for hook in store.hooks(arguments.name):
         last_try = utc_second(hook.result_time) if hook.result_time else "never"
-        cells = (hook.pattern, hook.value, hook.label, hook.origin, hook.pending, last_try, hook.result)
-        rows.append((hook.id, hook.user_name, *(cell or "-" for cell in cells)))
+        rows.append((*hook[:6], hook.pending or None, last_try, hook.result))
     head = ("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST TRY", "RESULT")
     print_table(head, rows, f"there are no hooks; add one with: {arguments.program} addhook USER KEY URL")
 
