@@ -2809,7 +2809,7 @@ def normalize_origin(text: str) -> str:
 
 
 def share_response(response: Response, request: Request, route: Route | None, origins: Sequence[str]) -> Response:
-    """Let pages of these origins read a response of the API, or send what it answers (Fetch standard, section 3.3)."""
+    """Let pages of these origins read a response of the API; answer their preflights (Fetch standard, section 3.3)."""
     origin = request.fields.headers.get("origin", "")
     allowed = "*" if origin and "*" in origins else origin if normalize_origin(origin) in origins else ""
     if not allowed or (route and route.path not in API_PATHS):
