@@ -2533,12 +2533,11 @@ def welcome_page(store: Store, request: Request) -> Response:
 
 
 def users_page(store: Store, request: Request) -> Response:
-    after, rows = request.parameters.get("after", ""), []
+    after, rows, hook_rows = request.parameters.get("after", ""), [], []
     users, hooks = store.users(after=after, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
     for user, pairs, newest in users[:PAGE_ROWS_MAX]:
         link = fill(LINK, url_to("user", username=user.name), make_visible(user.name))
         rows.append((link, "admin" if user.is_admin else "user", pairs, make_time(newest)))
-    hook_rows = []
     for hook in hooks[:PAGE_ROWS_MAX]:
         name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id}: {hook.label}")]
         only = "" if hook.value is None else fill(SMALL, f"only when it becomes {make_visible(hook.value)}")
