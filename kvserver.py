@@ -1030,7 +1030,6 @@ HOOK_URL_BYTES_MAX = 4096
 HOOK_PORTS = {"http": 80, "https": 443}
 HOOK_BODY_METHODS = ("POST", "PUT", "PATCH")
 HOOK_BODY_BYTES_MAX = 16 * 1024 * 1024  # with the values that it inserts
-HOOK_TEXT_BYTES_MAX = 4096  # of a value, in a URL or a header
 PLACEHOLDER = re.compile(r"\{(key|value|old|time)\}")
 JSON_HEADER = re.compile(r"(?im)^content-type:[^;\n]*[/+]json[ ]*(;|$)")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -1265,7 +1264,7 @@ def encode_delivery(url: urllib.parse.SplitResult, delivery: Delivery) -> bytes:
     """Return the request of a delivery, whose URL has these parts; raise HTTPError if its body is too long."""
     key, value, old = delivery.key, delivery.value, delivery.old
     texts = {"key": key, "value": value or "", "old": old or "", "time": rfc3339(delivery.created)}
-    short = {name: text.encode()[:HOOK_TEXT_BYTES_MAX].decode(errors="ignore") for name, text in texts.items()}
+    short = {name: text.encode()[:4096].decode(errors="ignore") for name, text in texts.items()}  # whole characters
     percent_encode = functools.partial(urllib.parse.quote, safe="")
     if delivery.body is None:
         members = {"value1": key, "value2": value, "value3": old}  # IFTTT's names
@@ -1275,9 +1274,8 @@ def encode_delivery(url: urllib.parse.SplitResult, delivery: Delivery) -> bytes:
     else:
         is_form = re.search(rf"(?im)^content-type:[ ]*{FORM}[ ]*(;|$)", delivery.headers)
         body = fill_template(delivery.body, texts, percent_encode if is_form else str)
-    login, _, host = url.netloc.rpartition("@")
-    login = urllib.parse.unquote(login if ":" in login else login + ":")  # the password may be missing
-    lines = [f"Host: {host}", f"User-Agent: kvserver/{__version__}"]
+    login = urllib.parse.unquote(f"{url.username or ''}:{url.password or ''}")
+    lines = [f"Host: {url.netloc.rpartition('@')[2]}", f"User-Agent: kvserver/{__version__}"]
     if delivery.method in HOOK_BODY_METHODS:
         lines += [f"Content-Type: {JSON}", f"Content-Length: {len(body)}"]
     lines += [f"Idempotency-Key: {delivery.idempotency_key}", "Connection: close"]
@@ -1400,9 +1398,7 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
     return members.items()
 
 
-def require_key(key: str | None, token: Token | None = None) -> str:
-    if key is None:
-        raise HTTPError(400, "the parameter key is missing; send it as in ?key=door, or in a body with Content-Length")
+def require_key(key: str, token: Token | None = None) -> str:
     if not 1 <= len(key.encode("utf-8")) <= KEY_BYTES_MAX or "\0" in key:
         raise HTTPError(400, f"a key is 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
     if token and not key.startswith(token.prefix):
@@ -1427,7 +1423,7 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     if request.key_in_path:
         parameters["key"] = decode_utf8(urllib.parse.unquote_to_bytes(request.key_in_path), "the key")
     if request.key_in_path or "key" in route.parameters[:1]:
-        require_key(parameters.get("key"), request.user.token)
+        require_key(required(parameters, "key"), request.user.token)
     if route.body == VALUE:
         parameters.update(parse_body(request, parameters, VALUE))
     return parameters
@@ -1435,8 +1431,8 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
 
 def required(parameters: Mapping[str, str], name: str) -> str:
     if name not in parameters:
-        hint = "; send &value=open (in a shell, in quotes), or a body with Content-Length" if name == "value" else ""
-        raise HTTPError(400, f"the parameter {name} is missing{hint}")
+        hint = "send ?key=door&value=open (in a shell, in quotes), or a body with Content-Length"
+        raise HTTPError(400, f"the parameter {name} is missing; {hint}")
     return parameters[name]
 
 
@@ -1469,16 +1465,16 @@ def check_label_and_prefix(label: str, prefix: str) -> None:
 
 def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) -> tuple[urllib.parse.SplitResult, str]:
     """Return the parts of a hook's URL, and a line for each header; raise HTTPError, which quotes nothing."""
-    if PLACEHOLDER.search(re.sub(r"\A(.*?//[^/?#]*)[^#]*", r"\1", url)):
-        raise HTTPError(400, "in a URL, {key}, {value}, {old} and {time} work only in the path and the query")
     if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
         raise HTTPError(400, f"a URL has at most {HOOK_URL_BYTES_MAX} ASCII characters; percent-encode the others")
     is_url, lines = False, "\n".join(headers)
     with contextlib.suppress(ValueError):  # not a possible port
         parts = urllib.parse.urlsplit(url)
-        is_url = parts.scheme in HOOK_PORTS and bool(parts.hostname) and parts.port != 0 and parts.netloc[-1] != ":"
-    if not is_url or not HOST.fullmatch(parts.netloc.rpartition("@")[2]):
-        raise HTTPError(400, "a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535")
+        login, _, host = parts.netloc.rpartition("@")
+        is_url = parts.scheme in HOOK_PORTS and bool(parts.hostname) and parts.port != 0 and host[-1] != ":"
+    if not is_url or not HOST.fullmatch(host) or PLACEHOLDER.search(login + parts.fragment):
+        hint = "ports go up to 65535; {key}, {value}, {old} and {time} work in the path and the query"
+        raise HTTPError(400, f"a URL is like http://HOST:PORT/PATH, or begins with https://; {hint}")
     if any(CONTROLS.search(header) or not re.match(HTTP_TOKEN + ":", header) for header in headers):
         raise HTTPError(400, "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters")
     names = [*OUR_HEADERS, *(["Authorization"] if "@" in parts.netloc else []), *re.findall("(?m)^[^:]+", lines)]
@@ -1486,9 +1482,7 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
         ours = f"{', '.join(OUR_HEADERS)}, and with a login in the URL, Authorization"
         raise HTTPError(400, f"send each header once, and leave out those that kvserver sets: {ours}")
     if len(lines.encode()) > HOOK_HEADERS_BYTES_MAX or len((body or "").encode()) > HOOK_TEMPLATE_BYTES_MAX:
-        raise HTTPError(
-            400, f"all headers have {HOOK_HEADERS_BYTES_MAX} bytes at most, a body {HOOK_TEMPLATE_BYTES_MAX}"
-        )
+        raise HTTPError(400, f"headers have {HOOK_HEADERS_BYTES_MAX} bytes in all, a body {HOOK_TEMPLATE_BYTES_MAX}")
     if body is None:
         return parts, lines
     if method not in HOOK_BODY_METHODS:
@@ -1541,15 +1535,6 @@ def parse_time(text: object) -> float:
         if moment.tzinfo and 0 <= moment.timestamp() < 253402300800:  # the year 10000
             return moment.timestamp()
     raise HTTPError(400, "a time is like 2030-01-31T23:59:59Z, with a time zone, in the years 1970 to 9999")
-
-
-def take_since(parameters: Mapping[str, str]) -> float:
-    """Return the unix seconds of the parameter since, which is a time or seconds ago."""
-    text = parameters.get("since", "1970-01-01T00:00:00Z")
-    if re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text):
-        return time.time() - float(text)
-    # A plus in a query means a space. Responses round to milliseconds, and their times must include their changes.
-    return parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", text)) - 0.0005
 
 
 # ---- Loop ------------------------------------------------------------------------------------------------------------
@@ -2273,7 +2258,6 @@ def list_pairs(store: Store, request: Request) -> Response:
 
 
 def require_history(store: Store, request: Request) -> None:
-    """Raise HTTPError if the server keeps no history, or doesn't know the key."""
     pair = request.user.id, request.parameters["key"]
     if not store.history_rows_max():
         raise HTTPError(404, "this server keeps no history; start it with --history N, as in: serve --history 100")
@@ -2283,10 +2267,14 @@ def require_history(store: Store, request: Request) -> None:
 
 def show_history(store: Store, request: Request) -> Response:
     require_history(store, request)
-    since, limit = take_since(request.parameters), take_limit(request.parameters)
+    limit, since = take_limit(request.parameters), request.parameters.get("since", "1970-01-01T00:00:00Z")
+    if re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", since):
+        begin = time.time() - float(since)
+    else:  # A plus in a query means a space. Responses round to milliseconds, and such a time must include its change.
+        begin = parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", since)) - 0.0005
     is_csv = take_choice(request.parameters, "format", ("csv",)) is not None
     body = bytearray(b"time,value,state\r\n" if is_csv else b"")
-    for moment, value, is_cut in store.history(request.user.id, request.parameters["key"], since, limit):
+    for moment, value, is_cut in store.history(request.user.id, request.parameters["key"], begin, limit):
         if is_csv:
             text, state = (value or "").replace('"', '""'), "gone" if value is None else "cut" if is_cut else "set"
             body += f'{rfc3339(moment)},"{text}",{state}\r\n'.encode()
@@ -2649,7 +2637,7 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
     take_choice(request.parameters, "action", ("set", "del", "passwd", "addtoken", "deltoken"))
     user, parameters, page = request.user, request.parameters, request.parameters.get("page", "")
     if action == "set":
-        key = require_key(parameters.get("key"))
+        key = require_key(required(parameters, "key"))
         pair = store.pair(user.id, key)
         etag = pair.etag if pair else ""  # an empty one means that the form has seen no value
         value = required(parameters, "value").replace("\r\n", "\n").replace("\r", "\n")  # browsers send CR LF
@@ -2663,7 +2651,7 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
         store.add_token(user.name, hash_token(token), label, is_on(parameters, "readonly"), prefix)
         return make_page(request, "New token", fill(TOKEN_PAGE, token=token))
     if action == "del":
-        if not store.delete_pair(user.id, require_key(parameters.get("key"))):
+        if not store.delete_pair(user.id, require_key(required(parameters, "key"))):
             raise HTTPError(404, UNKNOWN_KEY)
     elif action == "passwd":
         _, password = decode_credentials(request.fields.headers["authorization"])  # this one has been checked

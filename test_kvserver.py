@@ -536,7 +536,8 @@ class Methods(ServerCase):
         self.check(404, "OPTIONS", "/nowhere", user=None)
 
     def test_errors_are_problems_for_clients_that_take_json(self) -> None:
-        detail = "the parameter key is missing; send it as in ?key=door, or in a body with Content-Length"
+        hint = "send ?key=door&value=open (in a shell, in quotes), or a body with Content-Length"
+        detail = f"the parameter key is missing; {hint}"
         problem = {"title": "Bad Request", "status": 400, "detail": detail}
         for accept in ("text/html, application/json;q=0.5", "application/ld+json", "APPLICATION/JSON"):
             answer = self.check(400, "GET", "/get", headers={"Accept": accept})
@@ -7200,9 +7201,9 @@ class HookCommands(CommandCase):
 
     def test_templates_that_cannot_work_are_refused(self) -> None:
         add, hint = ("addhook", "alice", "a"), "correct it, or send text with --header 'Content-Type: text/plain'"
-        in_a_url = "in a URL, {key}, {value}, {old} and {time} work only in the path and the query"
+        in_a_url = "; {key}, {value}, {old} and {time} work in the path and the query"
         is_header = "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters"
-        long = ("all headers have 8192 bytes at most, a body 65536", "--header", "A: SECRET")
+        long = ("headers have 8192 bytes in all, a body 65536", "--header", "A: SECRET")
         json_type = ("--header", "content-type: application/ld+json")
         for url in (
             "{key}://h/",
