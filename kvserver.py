@@ -1297,7 +1297,7 @@ class Answer(NamedTuple):
 
 
 def parse_answer(received: bytes) -> Answer | None:
-    """Return the answer, with what has come of its headers, or None before its status line is whole."""
+    """Return the answer, with the headers that have come so far, or None before its status line is whole."""
     interim = rb"(?:HTTP/1\.[0-9] 1.*\n(?:[^\r\n].*\n)*\r?\n)*"  # responses that are skipped
     head = re.match(interim + rb"HTTP/1\.[0-9] ([2-5][0-9]{2})(?: .*)?\r?\n((?:[^\r\n].*\n)*)", received)
     if not head:
@@ -3186,12 +3186,11 @@ def deliver(delivery: Delivery, deadline: float | None = None) -> Answer:
     try:
         parts: Any = urllib.parse.urlsplit(delivery.url)
         address, request = (parts.hostname, parts.port or HOOK_PORTS[parts.scheme]), encode_delivery(parts, delivery)
-        with contextlib.ExitStack() as opened:
-            count = len(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))  # all of them are tried in time
-            connection = opened.enter_context(socket.create_connection(address, seconds_until(deadline) / (count + 1)))
-            if parts.scheme == "https":
-                connection = client_context().wrap_socket(connection, server_hostname=parts.hostname)
-                opened.enter_context(connection)
+        count = len(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))  # all of them are tried in time
+        connection = socket.create_connection(address, seconds_until(deadline) / (count + 1))
+        if parts.scheme == "https":
+            connection = client_context().wrap_socket(connection, server_hostname=parts.hostname)
+        with connection:
             connection.settimeout(seconds_until(deadline) / 2)  # the other half is for the answer
             with contextlib.suppress(OSError):  # the answer may come before the request has been sent in full
                 connection.sendall(request)
