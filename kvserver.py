@@ -649,11 +649,11 @@ class Store:
             if copy.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
                 raise StoreError(f"{self.path} is damaged, and was not copied")
 
-    def all_pairs(self, user_name: str | None = None, prefix: str = "") -> Iterator[UserPair]:
-        """Return one user's or all pairs whose keys begin with prefix, sorted by name and key."""
+    def pairs(self, user_id: int | None = None, prefix: str = "", after: str = "") -> sqlite3.Cursor:
+        """Return a cursor over one user's or all pairs, each a UserPair, sorted by user and key."""
         select = f"""SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id
-            WHERE name = ifnull(?, name) AND key BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key"""
-        return self._execute(select, user_name, prefix, prefix + LAST_KEY, time.time())
+            WHERE user.id = ifnull(?, user.id) AND key BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key"""
+        return self._execute(select, user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time())
 
     def import_all(self, users: Iterable[User], pairs: Iterable[UserPair]) -> tuple[int, int]:
         """Add users and store pairs, or nothing at all; return how many pairs are stored, and how many had expired."""
@@ -764,18 +764,6 @@ class Store:
         objects = self._execute(select, *now, *page, limit).fetchone()[0] or b"{}"
         keys = self._execute(f"SELECT key FROM {PAGE} LIMIT 2 OFFSET ?", *page, limit + 1, limit - 1).fetchall()
         return objects.replace(b"}\n{", b","), keys[0][0] if len(keys) == 2 else None  # of the last pair and the next
-
-    def pairs(self, user_id: int, prefix: str, after: str, limit: int) -> list[tuple[str, str, float, float | None]]:
-        """Return key, beginning of the value, updated and expires of a page's pairs."""
-        select = f"SELECT key, ifnull(substr(CAST(value AS BLOB), 1, ?), x''), updated, expires FROM {PAGE}"
-        page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time(), limit)
-        rows = self._execute(select, 4 * (VALUE_SHOWN_CHARACTERS_MAX + 1), *page)  # a character has up to 4 bytes
-        return [(key, start.decode("utf-8", "ignore"), updated, expires) for key, start, updated, expires in rows]
-
-    def values_after(self, user_id: int, prefix: str, after: str) -> sqlite3.Cursor:
-        """Return a cursor over key, value and updated of a page's pairs, which the caller closes."""
-        page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time(), -1)
-        return self._execute(f"SELECT key, value, updated FROM {PAGE}", *page)
 
     def set_value(self, user_id: int, key: str, value: str, expires: float | None = None, ttl: float = 0) -> None:
         """Store a value until expires (unix seconds), or for ttl seconds; raise NoSuchUser if the user was deleted."""
@@ -2490,15 +2478,16 @@ def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -
 
 def make_values(store: Store, request: Request, user_id: int, path: str, **parameters: str) -> Markup:
     """Return the table of a user's pairs, with links to the pairs on the visitor's own page."""
-    after, rows = request.parameters.get("after", ""), []
-    pairs = store.pairs(user_id, parameters.get("prefix", ""), after, PAGE_ROWS_MAX + 1)
-    for key, value, updated, expires in pairs[:PAGE_ROWS_MAX]:
-        shown_key, value = make_visible(key), cut_off(make_visible(value), VALUE_SHOWN_CHARACTERS_MAX)
+    after, keys, rows = request.parameters.get("after", ""), list[str](), []
+    pairs = store.pairs(user_id, parameters.get("prefix", ""), after)
+    for _, key, value, updated, expires in itertools.islice(pairs, PAGE_ROWS_MAX + 1):
+        shown_key, start = make_visible(key), make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1])
         changed = [make_time(updated), fill(SMALL, ["expires ", make_time(expires)]) if expires else ""]
         cell = fill(LINK, url_to("state", key=key), shown_key) if path == "./" else shown_key
-        rows.append((cell, value or fill(SMALL, "empty"), changed))
-    turns = make_turns(path, [pair[0] for pair in pairs], after, **parameters)
-    return fill("{}{}", make_table("values", ("Key", "Value", "Changed"), rows), turns)
+        rows.append((cell, cut_off(start, VALUE_SHOWN_CHARACTERS_MAX) or fill(SMALL, "empty"), changed))
+        keys.append(key)
+    turns = make_turns(path, keys, after, **parameters)
+    return fill("{}{}", make_table("values", ("Key", "Value", "Changed"), rows[:PAGE_ROWS_MAX]), turns)
 
 
 def make_tokens(store: Store, request: Request, user_name: str, hidden: Hidden) -> Markup:
@@ -3539,12 +3528,12 @@ class Server(http.server.ThreadingHTTPServer):
         page = (self._state, stream.user_id, stream.prefix, stream.after)
         if page != self._page[0]:
             events, size, after = list[bytes](), 0, stream.end
-            with contextlib.closing(self.reader.values_after(*page[1:])) as rows:
-                for row in rows:
-                    events.append(encode_change(*row))
+            with contextlib.closing(self.reader.pairs(*page[1:])) as rows:
+                for _, key, value, updated, _ in rows:
+                    events.append(encode_change(key, value, updated))
                     size += len(events[-1])
                     if size >= EVENTS_BYTES:
-                        after = row[0]
+                        after = key
                         break
             if self._in_transaction and self.reader.state() != self._state:
                 return []  # these pairs may have changes that are handed out only later
@@ -3846,7 +3835,7 @@ def restore(arguments: argparse.Namespace) -> None:
 
 def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
     """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
-    for *texts, updated, expires in store.all_pairs(arguments.name):
+    for *texts, updated, expires in store.pairs(arguments.user.id if arguments.user else None):
         moments = [datetime.datetime.fromtimestamp(seconds or 0, datetime.UTC) for seconds in (updated, expires)]
         times = [moment.isoformat(timespec="microseconds").replace("+00:00", "Z") for moment in moments]
         members = dict(zip(PAIR_FIELDS, (*texts, times[0], None if expires is None else times[1])))
@@ -4133,9 +4122,9 @@ def delete_value(arguments: argparse.Namespace, store: Store) -> None:
 
 def print_values(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's keys and values, a line each, with a tab between. Control characters are escaped."""
-    for _, key, value, *_ in store.all_pairs(arguments.name, arguments.prefix):
+    for _, key, value, *_ in store.pairs(arguments.user.id, arguments.prefix):
         print(escape_unprintable(key), escape_unprintable(value), sep="\t")
-    if not store.pairs(arguments.user.id, arguments.prefix, after="", limit=1):
+    if not store.pairs(arguments.user.id, arguments.prefix).fetchone():
         print(f"{arguments.name} has no {'such keys' if arguments.prefix else 'values'}", file=sys.stderr)
 
 

@@ -2927,7 +2927,7 @@ class Streams(ServerCase):
         with mock.patch.object(self.server.writer, "commit", commit_and_wait):
             writing = self.begin("GET /set?key=a&value=1 HTTP/1.1")
             self.assertTrue(committed.wait(WAIT_SECONDS))
-            with mock.patch.object(self.server.reader, "values_after", wraps=self.server.reader.values_after) as read:
+            with mock.patch.object(self.server.reader, "pairs", wraps=self.server.reader.pairs) as read:
                 second = self.stream()  # it could see the change, but the first stream has not got it yet
                 wait_until(lambda: read.call_count > 1)
             release.set()
