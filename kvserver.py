@@ -78,8 +78,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 __version__ = "0.1.0"
 
 # ---- Limits and defaults ---------------------------------------------------------------------------------------------
-# The numbers that you may want to change; each name contains its unit. Whatever a client controls has a limit, so that
-# nobody can fill the memory of a small machine or keep the server waiting.
+# The numbers that you may want to change; each name contains its unit. Everything that a client controls has a limit:
+# nobody can fill the memory of a small machine, or keep the server waiting.
 
 KEY_BYTES_MAX = 512
 VALUE_BYTES_MAX = 1024 * 1024
@@ -163,7 +163,7 @@ class ErrorLog:
 
 
 # ---- Passwords and tokens --------------------------------------------------------------------------------------------
-# How we store them. A stored hash contains its own parameters, so it stays valid when the settings above change.
+# Their stored form. A stored hash contains its own parameters, so it stays valid when the settings above change.
 
 SCRYPT_MEMORY_BYTES_MAX = 64 * 1024 * 1024  # for hashes that another program made
 BASE64 = "((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2,4})"  # without padding
@@ -1301,9 +1301,7 @@ def parse_answer(received: bytes) -> Answer | None:
 # not UTF-8 and repeated names are refused, because a guess could store the wrong value. Commands use the checks, too.
 
 JSON_DEPTH_MAX = 100
-HOOK_HEADERS_BYTES_MAX = 8 * 1024
 OUR_HEADERS = ("Host", "Content-Length", "Connection", "Transfer-Encoding", "Idempotency-Key")  # of deliveries
-HOOK_TEMPLATE_BYTES_MAX = 64 * 1024  # of a body
 PASSWORD_BYTES_MAX = 4096  # with a user name, in base64, this fits in one header line
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -1469,8 +1467,8 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
     if len(set(map(str.lower, names))) < len(names):
         ours = f"{', '.join(OUR_HEADERS)}, and with a login in the URL, Authorization"
         raise HTTPError(400, f"send each header once, and leave out those that kvserver sets: {ours}")
-    if len(lines.encode()) > HOOK_HEADERS_BYTES_MAX or len((body or "").encode()) > HOOK_TEMPLATE_BYTES_MAX:
-        raise HTTPError(400, f"headers have {HOOK_HEADERS_BYTES_MAX} bytes in all, a body {HOOK_TEMPLATE_BYTES_MAX}")
+    if len(lines.encode()) > 8192 or len((body or "").encode()) > 65536:
+        raise HTTPError(400, "all headers have 8192 bytes at most, a body 65536")
     if body is None:
         return parts, lines
     if method not in HOOK_BODY_METHODS:
@@ -3146,8 +3144,7 @@ class RequestHandler:
 
 
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
-# Sends changes to URLs. Each hook with pending deliveries is one task. Only a shell on the machine can add hooks;
-# otherwise users could make the server call hosts in its own network.
+# Sends changes to URLs. Only a shell adds hooks: users could make the server call hosts in its own network.
 
 HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that its sender sees no error
 HOOK_ANSWER_BYTES_MAX = 4 * 1024
@@ -3192,7 +3189,6 @@ def deliver(delivery: Delivery, deadline: float | None = None) -> Answer:
                 answer = parse_answer(received)
                 is_whole = re.search(rb"\n\r?\n(?!HTTP/)", received)  # these headers may tell when to try again
                 if answer and (is_whole or answer.status not in (429, 503)):
-                    # The sender of the rest might see an error if we closed before it has come.
                     deadline = min(deadline, time.monotonic() + HOOK_LINGER_SECONDS)
         if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
             problem = "the answer is not HTTP/1.1"

@@ -7203,7 +7203,7 @@ class HookCommands(CommandCase):
         add, hint = ("addhook", "alice", "a"), "correct it, or send text with --header 'Content-Type: text/plain'"
         in_a_url = "; {key}, {value}, {old} and {time} work in the path and the query"
         is_header = "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters"
-        long = ("headers have 8192 bytes in all, a body 65536", "--header", "A: SECRET")
+        long = ("all headers have 8192 bytes at most, a body 65536", "--header", "A: SECRET")
         json_type = ("--header", "content-type: application/ld+json")
         for url in (
             "{key}://h/",
