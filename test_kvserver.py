@@ -2786,8 +2786,8 @@ class Streams(ServerCase):
         ):
             events = self.stream(query, login)
             self.assertEqual([*(("set", key, "1") for key in keys), ("ready",)], events.take(len(keys) + 1))
-            self.fetch("/kv/b", "PUT", "2")
-            self.fetch("/kv/a/y", "PUT", "1")
+            for key in ("A", "b", "a/y"):
+                self.fetch("/kv/" + key, "PUT", "1")
             self.assertEqual([("set", "a/y", "1")] if "a/y" in keys else [], events.take("a/y" in keys))
         for status, prefix in ((403, "b"), (403, "aa"), (400, "x" * (kvserver.KEY_BYTES_MAX + 1))):
             self.check(status, "GET", "/events?prefix=" + prefix, user=f"Bearer {token}")
@@ -2865,11 +2865,40 @@ class Streams(ServerCase):
         self.fetch("/set?key=b&value=2")
         self.assertEqual([("set", "b", "2")], events.take())
 
+    def test_another_process_or_a_full_disk_beside_own_commits(self) -> None:
+        self.patch("RESTART_SECONDS", 0)
+        commit, also, after = self.server.writer.commit, list[Any](), list[Callable[[], object]]()
+
+        def commit_these_too(operations: Sequence[Any], begin: bool = False) -> list[Any]:
+            together = [*operations, *also]
+            also.clear()
+            results = commit(together, begin)
+            while after:
+                after.pop()()
+            return results[: len(operations)]
+
+        def fail(store: kvserver.Store) -> None:
+            store._execute("ROLLBACK")  # as SQLite does when the disk is full
+            raise sqlite3.OperationalError("database or disk is full")
+
+        events = self.stream()
+        self.assertEqual([("ready",)], events.take())
+        with mock.patch.object(self.server.writer, "commit", commit_these_too):
+            also += [lambda store: store.set_value(1, "b", "1"), fail]  # each is tried again by itself
+            self.fetch("/set?key=a&value=1")
+            self.assertEqual([("set", "a", "1"), ("set", "b", "1")], events.take(2))
+            for target in ("/del?key=unknown", "/set?key=a&value=2"):
+                after.append(lambda: self.store.set_value(1, "c", "1"))
+                self.fetch(target)
+                self.assertEqual([("reset",), ("set", "a", target[-1] if target[-1] == "2" else "1")], events.take(2))
+                self.assertEqual([("set", "b", "1"), ("set", "c", "1"), ("ready",)], events.take(3))
+
     def test_a_client_that_takes_nothing_is_closed(self) -> None:
-        self.patch("SEND_SECONDS", 0.2)
         self.fill(8)
         self.connect(self.raw("GET /events HTTP/1.1"), has_small_buffer=True)
-        wait_until(lambda: self.server.streams)
+        wait_until(self.blocked)
+        self.patch("SEND_SECONDS", 0.1)  # the kernel still has the other limit
+        self.store.set_value(1, "a", "1")  # wakes the stream
         wait_until(lambda: not self.server.streams)
 
     @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT"), "only Linux tells when a client takes nothing")
@@ -2881,6 +2910,7 @@ class Streams(ServerCase):
         wait_until(lambda: not self.server.streams)
 
     def test_a_client_that_lets_changes_pile_up_is_closed(self) -> None:
+        self.patch("SEND_SECONDS", 1000)
         self.patch("PENDING_BYTES_MAX", 200)
         self.fill(8)
         self.connect(self.raw("GET /events HTTP/1.1"), has_small_buffer=True)
