@@ -2892,8 +2892,19 @@ class Streams(ServerCase):
                 self.fetch(target)
                 self.assertEqual([("reset",), ("set", "a", target[-1] if target[-1] == "2" else "1")], events.take(2))
                 self.assertEqual([("set", "b", "1"), ("set", "c", "1"), ("ready",)], events.take(3))
+        self.patch("RESTART_SECONDS", 1000)
+        begin = self.server.writer.begin
+
+        def begin_after_another_process() -> sqlite3.Connection:
+            self.store.set_value(1, "c", "2")
+            return begin()
+
+        with mock.patch.object(self.server.writer, "begin", begin_after_another_process):
+            self.fetch("/set?key=d&value=1")
+        self.assertEqual([("set", "d", "1")], events.take())
 
     def test_a_client_that_takes_nothing_is_closed(self) -> None:
+        self.patch("SEND_SECONDS", 1000)
         self.fill(8)
         self.connect(self.raw("GET /events HTTP/1.1"), has_small_buffer=True)
         wait_until(self.blocked)
