@@ -8047,15 +8047,29 @@ class Killed(CommandCase):
                 for number in itertools.count():
                     send(chance, ports, f"{client}-{number}")
 
-        flags = ("--history", "10000")
+        def follow(port: int) -> list[tuple[str, ...]]:
+            connection, events = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS), []
+            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException, LookupError):
+                for event in Events(connection, basic("alice", "a password")):
+                    events.append(event)  # noqa: PERF402 - the others stay when the server dies
+            return events
+
+        serve = functools.partial(self.serving, "--history", "10000", command=program(RESTART_SECONDS=0.05))
+        streams = list[list[tuple[str, ...]]]()
         for kill in range(20 if LONG else 3):
-            with self.serving(*flags) as (first, port, _), self.serving(*flags) as (second, other, _):
+            known = {key for _, key in self.pairs()} - {"x", "n", "t"}  # the others are never deleted
+            with serve() as (first, port, _), serve() as (second, other, _):
+                following = in_threads(follow, [(port,), (other,)])
                 clients = in_threads(work, [((port, other), f"{kill}-{client}") for client in range(6)])
                 enough = len(answered) + random.Random(f"{seed} {kill}").randrange(50, 200)
                 wait_until(lambda enough=enough: len(answered) > enough)  # type: ignore[misc]
                 first.kill()
                 self.assertNotIn("ERROR", self.stop(second))
                 join(clients)
+                for events in join(following):
+                    begin = itertools.takewhile(lambda event: event[0] != "ready", events)
+                    self.assertLessEqual(known if ("ready",) in events else set(), {event[1] for event in begin})
+                    streams.append(events)
         pairs = {key: value for (_, key), value in self.pairs().items()}
         self.assertLessEqual(set(pairs), set(histories))
         for key, history in histories.items():
@@ -8064,6 +8078,21 @@ class Killed(CommandCase):
         self.assertLessEqual(set(answered), {200, 404, 409})
         self.assertEqual([("ok",)], self.sql("PRAGMA integrity_check"))
         self.assert_histories(histories, pairs)
+        self.assert_streams(streams)
+
+    def assert_streams(self, streams: Iterable[list[tuple[str, ...]]]) -> None:
+        """Check that each stream shows the values of each key in the order of the commits, also after a reset."""
+        kept = collections.defaultdict[str, list[str | None]](list)
+        for key, value in self.sql("SELECT key, value FROM history ORDER BY key, number"):
+            kept[key].append(value and value.decode())
+        for events in streams:
+            places = dict[str, int]()
+            for name, *pair in events:
+                if name in ("set", "del"):
+                    key, value = pair[0], pair[1] if name == "set" else None
+                    self.assertIn(value, kept[key][places.get(key, 0) :], f"{key}: not stored, or earlier")
+                    places[key] = kept[key].index(value, places.get(key, 0))
+        self.assertTrue(any(("reset",) in events for events in streams))
 
     def assert_histories(self, histories: Mapping[str, list[Operation]], pairs: Mapping[str, str]) -> None:
         """Check that the server's own history has each successful change once, in the order of the commits."""
