@@ -1417,7 +1417,7 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
 
 def required(parameters: Mapping[str, str], name: str) -> str:
     if name not in parameters:
-        hint = "send ?key=door&value=open (in a shell, in quotes), or a body with Content-Length"
+        hint = f"send it as in &{name}=TEXT (in a shell, in quotes), or a body with Content-Length"
         raise HTTPError(400, f"the parameter {name} is missing; {hint}")
     return parameters[name]
 
@@ -1449,8 +1449,8 @@ def check_label_and_prefix(label: str, prefix: str) -> None:
         raise HTTPError(400, f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
 
 
-def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) -> tuple[urllib.parse.SplitResult, str]:
-    """Return the parts of a hook's URL, and a line for each header; raise HTTPError, which quotes nothing."""
+def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) -> tuple[str, str]:
+    """Return the origin of a hook's URL, and a line for each header; raise HTTPError, which quotes nothing."""
     if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
         raise HTTPError(400, f"a URL has at most {HOOK_URL_BYTES_MAX} ASCII characters; percent-encode the others")
     is_url, lines = False, "\n".join(headers)
@@ -1463,14 +1463,14 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
         raise HTTPError(400, f"a URL is like http://HOST:PORT/PATH, or begins with https://; {hint}")
     if any(CONTROLS.search(header) or not re.match(HTTP_TOKEN + ":", header) for header in headers):
         raise HTTPError(400, "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters")
-    names = [*OUR_HEADERS, *(["Authorization"] if "@" in parts.netloc else []), *re.findall("(?m)^[^:]+", lines)]
+    names = [*OUR_HEADERS, *(["Authorization"] if login else []), *re.findall("(?m)^[^:]+", lines)]
     if len(set(map(str.lower, names))) < len(names):
         ours = f"{', '.join(OUR_HEADERS)}, and with a login in the URL, Authorization"
         raise HTTPError(400, f"send each header once, and leave out those that kvserver sets: {ours}")
     if len(lines.encode()) > 8192 or len((body or "").encode()) > 65536:
         raise HTTPError(400, "all headers have 8192 bytes at most, a body 65536")
     if body is None:
-        return parts, lines
+        return f"{parts.scheme}://{host}", lines
     if method not in HOOK_BODY_METHODS:
         raise HTTPError(400, f"{method} sends no body; leave out --body, or use --method POST")
     if not re.search("(?im)^content-type:", lines):
@@ -1482,7 +1482,7 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
     except (ValueError, RecursionError) as error:  # these name the place
         hint = "correct it, or send text with --header 'Content-Type: text/plain'"
         raise HTTPError(400, f"the body is malformed JSON ({error}); {hint}") from None
-    return parts, lines
+    return f"{parts.scheme}://{host}", lines
 
 
 def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]) -> str | None:
@@ -4056,8 +4056,7 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
         url = sys.stdin.buffer.readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8-sig", "replace").strip()
     if body == "-" or (body or "").startswith("@"):
         body = read_text("body", body.removeprefix("@"))
-    parts, lines = check_hook(url, method, arguments.header, body)
-    origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    origin, lines = check_hook(url, method, arguments.header, body)
     row = arguments.key, arguments.value, arguments.label, origin, url, method, lines, body
     print(store.transact(lambda store: store.add_hook(arguments.name, *row)))
 

@@ -536,7 +536,7 @@ class Methods(ServerCase):
         self.check(404, "OPTIONS", "/nowhere", user=None)
 
     def test_errors_are_problems_for_clients_that_take_json(self) -> None:
-        hint = "send ?key=door&value=open (in a shell, in quotes), or a body with Content-Length"
+        hint = "send it as in &key=TEXT (in a shell, in quotes), or a body with Content-Length"
         detail = f"the parameter key is missing; {hint}"
         problem = {"title": "Bad Request", "status": 400, "detail": detail}
         for accept in ("text/html, application/json;q=0.5", "application/ld+json", "APPLICATION/JSON"):
