@@ -1232,10 +1232,9 @@ def encode_response(response: Response, connection: str, with_body: bool) -> byt
     return head.encode("iso-8859-1") + body if with_body else head.encode("iso-8859-1")
 
 
-def encode_event(name: str, members: Mapping[str, object]) -> bytes:
-    """Return an event (WHATWG HTML, server-sent events) as a chunk (RFC 9112 section 7.1)."""
-    event = f"event: {name}\ndata: {json.dumps(members)}\n\n".encode()  # ASCII: some clients read other text wrongly
-    return b"%x\r\n%b\r\n" % (len(event), event)
+def encode_event(kind: str, members: Mapping[str, object]) -> bytes:
+    """Return an event with a JSON object, all ASCII (WHATWG HTML, server-sent events)."""
+    return f"event: {kind}\ndata: {json.dumps(members)}\n\n".encode()
 
 
 def fill_template(template: str, texts: Mapping[str, str], encode: Callable[[str], str]) -> bytes:
@@ -2807,11 +2806,10 @@ NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # for one th
 # What a connection does while its task waits. Of too many connections, this decides which ones give way.
 IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
 
-EVENTS_BYTES = 16 * 1024  # that a stream sends at once, plus the event that passes it
+EVENTS_BYTES = 16 * 1024  # of the pairs that a stream sends at once, plus the pair that passes it
 PENDING_BYTES_MAX = 1024 * 1024  # of events that a stream has not begun to send, plus those of one transaction
 RESTART_SECONDS = 1  # from one start of a stream to the next
 SILENT_SECONDS = 15  # until a stream sends a comment
-COMMENT, READY, RESET = b"3\r\n:\n\n\r\n", encode_event("ready", {}), encode_event("reset", {})
 
 
 def encode_change(key: str, value: str | None, updated: float) -> bytes:
@@ -2830,15 +2828,12 @@ class Stream:
     def start(self) -> None:
         self.started, self.must_restart = time.monotonic(), False
         self.after = ""  # key of the last pair that was sent; the changes of later ones come with the pairs
-        self.pending, self.pending_bytes = collections.deque[bytes](), 0
+        self.pending, self.pending_bytes = list[bytes](), 0
 
-    def take(self) -> list[bytes]:
-        """Return the next pending events."""
-        events, size = list[bytes](), 0
-        while self.pending and size < EVENTS_BYTES:
-            events.append(self.pending.popleft())
-            size += len(events[-1])
-        self.pending_bytes -= size
+    def take(self) -> bytes:
+        """Return the pending events."""
+        events = b"".join(self.pending)
+        self.pending, self.pending_bytes = [], 0
         return events
 
 
@@ -3095,20 +3090,20 @@ class RequestHandler:
     async def _stream(self, request: Request, head: bytes, prefix: str) -> None:
         """Send a head, and then events until the client goes, its login ends or the server stops."""
         server, route, is_chunked = self.server, cast(Route, self.route), not request.fields.is_http_1_0
-        stream, unsent = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(b"")
-        active = stream.started  # when it last had something to send, or sent it
+        stream, unsent = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(head)
+        active, events = stream.started, head  # when it last had something to send or sent it, and what
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # for the bytes that the kernel has taken
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
         server.streams.add(stream)
         try:
-            await self._send(head)
             while not server.stopping and request.user.id == stream.user_id:
                 if not unsent:
                     events = server.next_events(stream)
                     if not events and time.monotonic() >= active + SILENT_SECONDS:
-                        events = [COMMENT]
-                    chunks = events if is_chunked else [event[event.index(b"\n") + 1 : -2] for event in events]
-                    unsent, active = memoryview(b"".join(chunks)), time.monotonic() if events else active
+                        events = b":\n\n"  # a comment
+                    if events:
+                        unsent = memoryview(b"%x\r\n%b\r\n" % (len(events), events) if is_chunked else events)
+                        active = time.monotonic()
                 with contextlib.suppress(BlockingIOError):
                     if unsent:
                         unsent, active = unsent[self.connection.send(unsent) :], time.monotonic()
@@ -3116,8 +3111,8 @@ class RequestHandler:
                 stream.wakeup = Wakeup(server.loop)
                 if unsent:
                     await ready(WRITABLE, active + SEND_SECONDS)
-                elif stream.pending or stream.after != stream.end:
-                    await (server.loop.turn() if events else sleep(SHORT_POLL_SECONDS))
+                elif events or stream.after != stream.end:
+                    await sleep(0 if events else SHORT_POLL_SECONDS)  # others first
                 else:
                     restart = stream.started + RESTART_SECONDS if stream.must_restart else NEVER
                     await self._wait_for_news(min(active + SILENT_SECONDS, restart))
@@ -3368,7 +3363,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._in_transaction = False  # whose changes no stream has got yet
         self.token_uses: dict[int, int] = {}  # days not yet stored, by the token's id
         self._state = b""  # of the database; streams and requests that wait know of all commits up to it
-        self._page = (b"", 0, "", ""), list[bytes](), ""  # the last page of pairs that a stream read, and its last key
+        self._page = (b"", 0, "", ""), b"", ""  # the last page of pairs that a stream read, and its last key
         self._next_checkpoint = 0.0  # monotonic seconds
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
@@ -3512,28 +3507,28 @@ class Server(http.server.ThreadingHTTPServer):
             if changed_pairs is None or stream.pending:
                 stream.wakeup(True)
 
-    def next_events(self, stream: Stream) -> list[bytes]:
-        """Return the next events for the client of a stream, none if it waits for a change."""
+    def next_events(self, stream: Stream) -> bytes:
+        """Return the next events of a stream, none if it must wait."""
         is_ready = stream.after == stream.end
         if is_ready and stream.must_restart and time.monotonic() >= stream.started + RESTART_SECONDS:
             stream.start()
-            return [RESET]
-        if is_ready or stream.pending:
+            return encode_event("reset", {})
+        if is_ready or stream.pending:  # so at ready, the client has the pairs of one moment
             return stream.take()
         self._look_for_others()
         page = (self._state, stream.user_id, stream.prefix, stream.after)
         if page != self._page[0]:
-            events, size, after = list[bytes](), 0, stream.end
+            events, after = b"", stream.end
             with contextlib.closing(self.reader.pairs(*page[1:])) as rows:
                 for _, key, value, updated, _ in rows:
-                    events.append(encode_change(key, value, updated))
-                    size += len(events[-1])
-                    if size >= EVENTS_BYTES:
+                    events += encode_change(key, value, updated)
+                    if len(events) >= EVENTS_BYTES:
                         after = key
                         break
             if self._in_transaction and self.reader.state() != self._state:
-                return []  # these pairs may have changes that are handed out only later
-            self._page = page, events if after != stream.end else [*events, READY], after
+                return b""  # these pairs may have changes that are handed out only later
+            events += encode_event("ready", {}) if after == stream.end else b""
+            self._page = page, events, after
         _, events, stream.after = self._page  # streams that start together share it
         return events
 
