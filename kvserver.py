@@ -1383,6 +1383,13 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
     return members.items()
 
 
+def required(parameters: Mapping[str, str], name: str) -> str:
+    if name not in parameters:
+        hint = f"send it as in &{name}=TEXT (in a shell, in quotes), or a body with Content-Length"
+        raise HTTPError(400, f"the parameter {name} is missing; {hint}")
+    return parameters[name]
+
+
 def require_key(key: str, token: Token | None = None) -> str:
     if not 1 <= len(key.encode("utf-8")) <= KEY_BYTES_MAX or "\0" in key:
         raise HTTPError(400, f"a key is 1 to {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
@@ -1412,13 +1419,6 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     if route.body == VALUE:
         parameters.update(parse_body(request, parameters, VALUE))
     return parameters
-
-
-def required(parameters: Mapping[str, str], name: str) -> str:
-    if name not in parameters:
-        hint = f"send it as in &{name}=TEXT (in a shell, in quotes), or a body with Content-Length"
-        raise HTTPError(400, f"the parameter {name} is missing; {hint}")
-    return parameters[name]
 
 
 def check_value(value: str) -> str:
@@ -3265,8 +3265,7 @@ class Outbox:
                     self.gate.leave(bounds)
                 delivery = None  # its values may be long
                 next_pause = min(2 * next_pause, HOOK_RETRY_SECONDS_MAX) if pause else 1.0
-                if pause:
-                    await sleep(pause)
+                await sleep(pause)
         except Exception:
             self._newest = 0  # the next look begins again
             raise
