@@ -3532,7 +3532,7 @@ class Server(http.server.ThreadingHTTPServer):
         return events
 
     def _hand_out(self) -> None:
-        """Wake the requests that wait for what was committed."""
+        """Give the committed changes to streams, and wake the requests that wait for them."""
         commits, self.writer.committed = self.writer.committed, []
         changes = list(itertools.chain.from_iterable(commits))
         pairs = None if self.writer.changed_others else {pair for pair, _, _ in changes}
