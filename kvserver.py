@@ -303,23 +303,23 @@ PRAGMAS = (
 # Triggers write deliveries in the transaction of the change. They exist only while hooks exist.
 NOW = "((julianday('now') - 2440587.5) * 86400 + 0.001)"  # unix seconds; SQLite cuts off below a millisecond
 HAD_EXPIRED = f"(OLD.expires IS NOT NULL AND OLD.expires <= {NOW})"
-OLD_VALUE = f"iif({HAD_EXPIRED}, NULL, OLD.value)"
+CHANGED = f"(NEW.value <> OLD.value OR {HAD_EXPIRED})"
 # Adds a delivery for each hook that matches a row of pair, which is NEW or OLD.
-QUEUE = f"""INSERT INTO delivery (hook_id, number, bytes_before, key, value, old, created, idempotency_key)
+QUEUE = f"""AND EXISTS (SELECT 1 FROM hook WHERE user_id = {{row}}.user_id) BEGIN
+    INSERT INTO delivery (hook_id, number, bytes_before, key, value, old, created, idempotency_key)
     SELECT id, queued + 1, queued_bytes, {{row}}.key, {{value}}, {{old}}, {NOW}, lower(hex(randomblob(16))) FROM hook
-    WHERE {{condition}} AND user_id = {{row}}.user_id AND (hook.value IS NULL OR hook.value = {{value}}) AND pattern IN
+    WHERE user_id = {{row}}.user_id AND (hook.value IS NULL OR hook.value = {{value}}) AND pattern IN
         (SELECT {{row}}.key UNION ALL SELECT substr({{row}}.key, 1, length) || '*' FROM prefix_length
-        WHERE length <= length({{row}}.key));"""
+        WHERE length <= length({{row}}.key)); END"""
+QUEUE_END = QUEUE.format(row="OLD", value="NULL", old="OLD.value")
+OLD_VALUE = f"iif({HAD_EXPIRED}, NULL, OLD.value)"
 TRIGGERS = {
-    "pair_added": f"""AFTER INSERT ON pair WHEN EXISTS (SELECT 1 FROM hook WHERE user_id = NEW.user_id)
-        BEGIN {QUEUE.format(row="NEW", value="NEW.value", old="NULL", condition="TRUE")} END""",
-    "pair_removed": f"""AFTER DELETE ON pair WHEN EXISTS (SELECT 1 FROM hook WHERE user_id = OLD.user_id)
-        BEGIN {QUEUE.format(row="OLD", value="NULL", old="OLD.value", condition="TRUE")} END""",
+    "pair_added": "AFTER INSERT ON pair WHEN TRUE " + QUEUE.format(row="NEW", value="NEW.value", old="NULL"),
+    "pair_removed": f"AFTER DELETE ON pair WHEN TRUE {QUEUE_END}",
     # An expired pair ended before the new value came.
-    "pair_changed": f"""AFTER UPDATE OF value ON pair WHEN (NEW.value <> OLD.value OR {HAD_EXPIRED})
-        AND EXISTS (SELECT 1 FROM hook WHERE user_id = NEW.user_id)
-        BEGIN {QUEUE.format(row="OLD", value="NULL", old="OLD.value", condition=HAD_EXPIRED)}
-        {QUEUE.format(row="NEW", value="NEW.value", old=OLD_VALUE, condition="TRUE")} END""",
+    "pair_expired": f"BEFORE UPDATE OF value ON pair WHEN {HAD_EXPIRED} {QUEUE_END}",
+    "pair_changed": f"AFTER UPDATE OF value ON pair WHEN {CHANGED} "
+    + QUEUE.format(row="NEW", value="NEW.value", old=OLD_VALUE),
     # The oldest deliveries make room.
     "delivery_added": f"""AFTER INSERT ON delivery BEGIN
         UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before
@@ -341,7 +341,7 @@ HISTORY_TRIGGERS = {
     # A deleted user's pairs leave no history.
     "history_removed": f"AFTER DELETE ON pair WHEN EXISTS (SELECT 1 FROM user WHERE id = OLD.user_id) {RECORD_END}",
     "history_expired": f"BEFORE UPDATE OF value ON pair WHEN {HAD_EXPIRED} {RECORD_END}",
-    "history_changed": f"AFTER UPDATE OF value ON pair WHEN NEW.value <> OLD.value OR {HAD_EXPIRED} {RECORD_NEW}",
+    "history_changed": f"AFTER UPDATE OF value ON pair WHEN {CHANGED} {RECORD_NEW}",
     # Deleting several at once writes fewer pages.
     "history_trimmed": """AFTER INSERT ON history WHEN NEW.number % (SELECT 1 + history_rows_max / 16 FROM setting) = 0
         BEGIN DELETE FROM history WHERE user_id = NEW.user_id AND key = NEW.key
@@ -369,12 +369,10 @@ def utc_second(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 
 
-JULIAN_1970 = 210_866_760_000_000  # milliseconds; adding it, SQLite's strftime loses some digits
-
-
 def rfc3339(seconds: float) -> str:
     """Return unix seconds as a time such as 2030-01-31T23:59:59.125Z, rounded like SQLite's."""
-    milliseconds = int(seconds * 1000 + JULIAN_1970 + 0.5) - JULIAN_1970
+    julian_1970 = 210_866_760_000_000  # milliseconds; SQLite adds them too, which costs some digits
+    milliseconds = int(seconds * 1000 + julian_1970 + 0.5) - julian_1970
     moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -490,7 +488,7 @@ class Store:
         uri = f"file:{urllib.parse.quote(os.fsencode(path), safe='')}?mode=rw"  # creates no file
         self._connection = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
         self._pages_max = 2**30 - 1  # SQLite's own limit
-        self.commit_seconds, self.commits = math.inf, 0  # the duration of the last commit, and the number of all
+        self.commit_seconds = math.inf  # the duration of the last commit
         self.changed_pairs, self.changed_others = list[PairChange](), False  # in the transaction
         self.committed: list[list[PairChange]] = []  # those of each transaction that changed something
         # Pairs that got a ttl since the start, and in the transaction: their expires, and the same by running_time.
@@ -594,7 +592,6 @@ class Store:
             self.changed_others = True  # what is in changed_pairs may not have been committed
             return outcomes
         self.commit_seconds = time.monotonic() - begun
-        self.commits += 1
         if self._connection.total_changes != self._changes_before:
             self.committed.append(self.changed_pairs)
         self.clock_offset += jump
@@ -1884,9 +1881,8 @@ class Metrics:
     def text(self, store: Store) -> str:
         """Return all counters and the sizes of a store in the text format of Prometheus."""
         users, pairs, pending, changes, database_bytes, log_bytes = store.sizes()
-        requests, durations = [], []
-        for (endpoint, status), total in list(self._responses.items()):  # a copy: the loop goes on counting
-            requests.append(f'{{endpoint="{endpoint}",status="{status}"}} {total}')
+        responses, durations = list(self._responses.items()), []  # a copy: the loop goes on counting
+        requests = [f'{{endpoint="{endpoint}",status="{status}"}} {total}' for (endpoint, status), total in responses]
         for endpoint, (*counts, seconds) in list(self._durations.items()):
             for bound, count in zip((*DURATION_SECONDS, "+Inf"), itertools.accumulate(counts)):
                 durations.append(f'_bucket{{endpoint="{endpoint}",le="{bound}"}} {count}')
@@ -3587,7 +3583,7 @@ class Server(http.server.ThreadingHTTPServer):
                 if isinstance(result, (HTTPError, StoreError)):  # its traceback leads to all results
                     result.__traceback__ = result.__cause__ = result.__context__ = None
                 wakeup(result)
-            self.metrics.commits = self.writer.commits
+            self.metrics.commits += len(self.writer.committed)
             self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
             self._hand_out()
             if self.outbox.has_hooks:
