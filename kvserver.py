@@ -3823,7 +3823,7 @@ def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
     """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
     for *texts, updated, expires in store.pairs(arguments.user.id if arguments.user else None):
         moments = [datetime.datetime.fromtimestamp(seconds or 0, datetime.UTC) for seconds in (updated, expires)]
-        times = [moment.isoformat(timespec="microseconds").replace("+00:00", "Z") for moment in moments]
+        times = [f"{moment:%Y-%m-%dT%H:%M:%S.%fZ}" for moment in moments]
         members = dict(zip(PAIR_FIELDS, (*texts, times[0], None if expires is None else times[1])))
         sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
 
@@ -4143,11 +4143,11 @@ def announce(server: Server, store: Store, program: str) -> None:
         with contextlib.suppress(Conflict):  # another process was quicker
             store.transact(add_admin)
     print(f"listening on {listening}", flush=True)
-    systemd = os.environ.get("NOTIFY_SOCKET", "")  # sd_notify(3)
+    systemd = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))  # sd_notify(3)
     try:
         if systemd:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
-                notify_socket.sendto(b"READY=1", "\0" + systemd[1:] if systemd[0] == "@" else systemd)
+                notify_socket.sendto(b"READY=1", systemd)
     except OSError as error:
         log("ERROR", f"cannot tell systemd that the server is ready: {error.strerror}")
 
