@@ -373,7 +373,7 @@ def rfc3339(seconds: float) -> str:
     """Return unix seconds as a time such as 2030-01-31T23:59:59.125Z, rounded like SQLite's."""
     julian_1970 = 210_866_760_000_000  # milliseconds; SQLite adds them too, which costs some digits
     milliseconds = int(seconds * 1000 + julian_1970 + 0.5) - julian_1970
-    moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
+    moment = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(milliseconds=milliseconds)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -672,9 +672,8 @@ class Store:
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         """Return the numbers of users, pairs, pending deliveries and changes, and the bytes of the file and its log."""
         # One condition in one count would read all values.
-        select = """SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair)
-            - (SELECT count(*) FROM pair WHERE expires <= ?), (SELECT count(*) FROM delivery),
-            (SELECT count(*) FROM history)"""
+        select = """SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair) - (SELECT count(*) FROM pair
+            WHERE expires <= ?), (SELECT count(*) FROM delivery), (SELECT count(*) FROM history)"""
         counts = self._execute(select, time.time()).fetchone()
         return (*counts, os.path.getsize(self.path), os.path.getsize(self.path + "-wal"))
 
@@ -789,14 +788,13 @@ class Store:
     def has_expired(self) -> bool:
         return bool(self._execute("SELECT 1 FROM pair WHERE expires <= ? LIMIT 1", time.time()).fetchone())
 
-    def delete_expired(self) -> bool:
-        """Delete up to EXPIRED_PAIRS_MAX expired pairs, the oldest first; return whether others may remain."""
+    def delete_expired(self) -> None:
+        """Delete up to EXPIRED_PAIRS_MAX expired pairs, the oldest first."""
         select = "SELECT user_id, key FROM pair WHERE expires <= ? ORDER BY expires LIMIT ?"
         expired = self._execute(select, time.time(), EXPIRED_PAIRS_MAX).fetchall()
         for pair in expired:
             self._exceed_limit("DELETE FROM pair WHERE user_id = ? AND key = ?", *pair)
         self.changed_pairs += [(pair, None, 0) for pair in expired]
-        return len(expired) == EXPIRED_PAIRS_MAX
 
     def history_rows_max(self) -> int:
         return cast(int, self._execute("SELECT history_rows_max FROM setting").fetchone()[0])
@@ -822,8 +820,8 @@ class Store:
 
     def add_hook(self, name: str, *row: str | None) -> int:
         """Add a hook of a user. The row: pattern, value, label, origin, URL, method, headers (a line each), body."""
-        while self.delete_expired():  # the hook is not told of earlier expiries
-            pass
+        while self.has_expired():  # the hook is not told of earlier expiries
+            self.delete_expired()
         insert = """INSERT INTO hook (user_id, pattern, value, label, receiver, url, method, headers, body)
             SELECT id, ?, ?, ?, ?, ?, ?, ?, ? FROM user WHERE name = ?"""
         cursor = self._change_users(NoSuchUser(name), insert, *row, name)
@@ -1514,7 +1512,7 @@ def parse_time(text: object) -> float:
     """Return the unix seconds of a time in RFC 3339; raise HTTPError."""
     with contextlib.suppress(ValueError):
         moment = datetime.datetime.fromisoformat(str(text).upper())
-        if moment.tzinfo and 0 <= moment.timestamp() < 253402300800:  # the year 10000
+        if moment.tzinfo and 0 <= moment.timestamp() < 253402300799.9995:  # a later one rounds to the year 10000
             return moment.timestamp()
     raise HTTPError(400, "a time is like 2030-01-31T23:59:59Z, with a time zone, in the years 1970 to 9999")
 

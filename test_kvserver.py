@@ -2750,6 +2750,15 @@ class Streams(ServerCase):
         expected = [("set", "a", "1"), ("set", "a", "1"), ("del", "b"), ("set", "n", "1"), ("set", "t", "on")]
         self.assertEqual([*expected, ("set", "b", "3"), ("del", "b")], events.take(7))
 
+    def test_times_are_those_of_other_answers(self) -> None:
+        self.fetch("/set?key=a&value=1")
+        for updated in (0, 1e9 + 0.0006, 253402300799.9994):
+            execute(self.database, f"UPDATE pair SET updated = {updated!r}")
+            shown = json.loads(self.fetch("/get?key=a&format=json")[1])["updated"]
+            response = self.stream().response
+            response.readline()
+            self.assertEqual(shown, json.loads(response.readline().removeprefix(b"data: "))["updated"])
+
     def test_the_bytes_of_a_stream(self) -> None:
         self.patch("SILENT_SECONDS", 0.05)
         streams = [self.begin(f"GET /events HTTP/1.{minor}") for minor in (0, 1)]
@@ -6972,6 +6981,7 @@ class Exports(CommandCase):
             ("a time is like 2030-01-31T23:59:59Z", {"updated": 5}, {"expires": "2030-01-31"}),
             ("a time is like", {"expires": "2030-02-31T00:00:00Z"}, {"updated": "1969-12-31T23:59:59Z"}),
             ("a time is like", {"updated": "9999-12-31T23:59:59-05:00"}, {"updated": "0001-01-01T00:00:00+23:59"}),
+            ("a time is like", {"updated": "9999-12-31T23:59:59.9995Z"}),  # a millisecond is the smallest unit shown
             ("a time is like", {"expires": "9999-12-31T23:59:59.999999999Z"}),
         ):
             for line in lines:
