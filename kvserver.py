@@ -1446,7 +1446,7 @@ def check_label_and_prefix(label: str, prefix: str) -> None:
 def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) -> tuple[str, str]:
     """Return the origin of a hook's URL, and a line for each header; raise HTTPError, which quotes nothing."""
     if not re.fullmatch("[!-~]*", url) or len(url) > HOOK_URL_BYTES_MAX:
-        raise HTTPError(400, f"a URL has at most {HOOK_URL_BYTES_MAX} ASCII characters; percent-encode the others")
+        raise HTTPError(400, f"a URL has at most {HOOK_URL_BYTES_MAX} letters, digits and signs; percent-encode others")
     is_url, lines = False, "\n".join(headers)
     with contextlib.suppress(ValueError):  # not a possible port
         parts = urllib.parse.urlsplit(url)
@@ -1486,13 +1486,16 @@ def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]
     return text
 
 
-def take_seconds(parameters: Mapping[str, str], name: str, least: float, most: float) -> float | None:
+def take_seconds(
+    parameters: Mapping[str, str], name: str, least: float, most: float, example: str = "1.5"
+) -> float | None:
     text = parameters.get(name)
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) or not least <= float(text) <= most:
         above = "" if least == 0 else "above 0 and "
-        raise HTTPError(400, f"the parameter {name} is {text[:40]!r}; send seconds, {above}up to {most}, such as 1.5")
+        problem = f"the parameter {name} is {text[:40]!r}; send seconds, {above}up to {most}"
+        raise HTTPError(400, f"{problem}, such as {example}")
     return float(text)
 
 
@@ -2247,10 +2250,12 @@ def require_history(store: Store, request: Request) -> None:
 def show_history(store: Store, request: Request) -> Response:
     require_history(store, request)
     limit, since = take_limit(request.parameters), request.parameters.get("since", "1970-01-01T00:00:00Z")
-    if re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", since):
-        begin = time.time() - float(since)
-    else:  # A plus in a query means a space. Responses round to milliseconds, and such a time must include its change.
+    if re.match("[0-9]+-", since):
+        # A plus in a query means a space. Responses round to milliseconds, and such a time must include its change.
         begin = parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", since)) - 0.0005
+    else:
+        example = "3600, or a time such as 2030-01-31T23:59:59Z"  # unix seconds are no such number of seconds ago
+        begin = time.time() - (take_seconds(request.parameters, "since", 0, 10**9, example) or 0)
     is_csv = take_choice(request.parameters, "format", ("csv",)) is not None
     body = bytearray(b"time,value,state\r\n" if is_csv else b"")
     for moment, value, is_cut in store.history(request.user.id, request.parameters["key"], begin, limit):
@@ -3652,7 +3657,9 @@ def parse_origins(text: str) -> Sequence[str]:
     for origin in origins:
         match = re.fullmatch(rf"\*|https?://{host}|chrome-extension://[a-z0-9]+|capacitor://localhost", origin)
         if not match or int(match[1] or 0) > 65535:
-            raise argparse.ArgumentTypeError("it must be * or like https://HOST or http://HOST:PORT, without a path")
+            raise argparse.ArgumentTypeError(
+                "it must be * or like https://HOST or http://HOST:PORT, with no slash at the end"
+            )
     return origins
 
 
@@ -4172,8 +4179,13 @@ def serve(arguments: argparse.Namespace) -> None:
         if hasattr(signal, "SIGHUP"):  # closing the terminal sends it too, and must not stop the server
             renew = certificate.renew if certificate else lambda: None
             signal.signal(signal.SIGHUP, lambda *_: renew())
-        if arguments.history != store.history_rows_max():
+        changes = store.history_rows_max()
+        if arguments.history != changes:
             store.transact(lambda store: store.keep_history(arguments.history))
+        if arguments.history < changes:
+            log(
+                "WARNING", f"the history now keeps {arguments.history} changes of a value, not {changes}: see --history"
+            )
         announce(server, store, arguments.program)
         gc.collect()
         gc.freeze()  # modules and classes stay: looking at them again and again would take a quarter of the time
@@ -4339,7 +4351,7 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
     for wrong in [each for each in given if each not in known][:1]:
         import difflib
 
-        likely = difflib.get_close_matches(wrong.lower(), known, 1)
+        likely = [*(word for word in known if word.startswith(wrong)), *difflib.get_close_matches(wrong.lower(), known)]
         start = level.prog if level is not parser else " ".join([parser.prog, *map(shlex.quote, before)])
         hint = f"did you mean {start} {likely[0]}?" if likely else f"list all with: {start} --help"
         if kind == "flag":
