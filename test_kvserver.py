@@ -5932,22 +5932,21 @@ class Browser(PageCase):
         token = kvserver.make_token()
         self.store.add_token("alice", kvserver.hash_token(token), "", False, "")
         bearer, password = {"Authorization": f"Bearer {token}"}, {"Authorization": basic("alice", PASSWORDS["alice"])}
-        (recipe,) = re.findall(r"```js\n(const headers.*?)```", pathlib.Path(README).read_text("utf-8"), re.DOTALL)
+        recipe, listen = re.findall(r"```js\n(const .*?)```", pathlib.Path(README).read_text("utf-8"), re.DOTALL)
         recipe = recipe.replace("TOKEN", token).replace("localhost:8080", f"127.0.0.1:{self.port}")
+        listen = recipe.partition("\n")[0] + listen.replace("localhost:8080", f"127.0.0.1:{self.port}")
         recipe = recipe.replace("console.log(", "return (")
         port = self.serve_elsewhere({"page.html": "<title>Another origin</title>"})
         script = """const answer = await fetch(arguments[0], arguments[1]).catch(() => null);
             return answer && [answer.status, await answer.text(), answer.headers.has("ETag")]"""
-        stream = """const [address, headers] = arguments, stop = new AbortController();
-            const answer = await fetch(address + "/events?prefix=d", {headers, signal: stop.signal});
-            const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-            let text = "";
-            const until = async end => { while (!text.includes(end)) text += (await reader.read()).value; };
+        stream = """const seen = [], until = async end => {
+                while (!seen.join("|").includes(end)) await new Promise(done => setTimeout(done, 10));
+            };
+            (async () => { LISTEN })();
             await until("event: ready");
-            await fetch(address + "/set?key=door&value=shut", {headers});
+            await fetch(arguments[0] + "/set?key=door&value=shut", {headers: arguments[1]});
             await until("shut");
-            stop.abort();
-            return text"""
+            return seen.join("|")""".replace("LISTEN", listen.replace("console.log(", "seen.push("))
         source = """const source = new EventSource(arguments[0], {withCredentials: true});
             const type = await new Promise(done => source.onopen = source.onerror = event => done(event.type));
             source.close();
@@ -5971,7 +5970,7 @@ class Browser(PageCase):
             self.assertEqual(200, fetch("/kv/b", method="DELETE", headers=bearer)[0])
             self.assertEqual(404, fetch("/kv/b", headers=bearer)[0])
             text = self.browser.run(stream, address, bearer)
-            self.assertRegex(text, '"value": "open".*\n\nevent: ready\n.*\n\nevent: set\n.*"value": "shut"')
+            self.assertRegex(text, r'"value": "open".*\|event: ready\n.*\|event: set\n.*"value": "shut"')
             self.assertEqual([200, "1", True], fetch("/kv/a", headers=password))
             self.assertEqual(403, fetch("/set?key=a&value=2", headers=password)[0])
             self.assertEqual(401, fetch("/kv/a")[0])
