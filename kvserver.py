@@ -2306,13 +2306,11 @@ def report_metrics(store: Store, request: Request) -> Response:
 HTML = "text/html; charset=utf-8"
 PAGE_ROWS_MAX = 100
 FORM_BYTES_MAX = BODY_BYTES_MAX - 4096  # of an edited value, with room for the other fields
-USER_FIELDS = ("action", "username", "password", "isAdmin", "id", "page")
+USER_FIELDS = ("action", "username", "password", "isAdmin", "id")
 OWN_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page", "etag")
 # Signs replace characters that are invisible or reverse the text around them (Unicode standard annex 9).
 UNSEEN = (*range(32), 127, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
 VISIBLE = {**dict.fromkeys(UNSEEN, "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
-SAFE_IN_LOCATION = "%&=+?/:#"
-Hidden = Mapping[str, object]  # fields of a form that people do not see
 
 
 class Markup(str):
@@ -2332,11 +2330,11 @@ textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospa
 p time::after{content:" (" attr(datetime) ")"}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
 td time:hover::after{content:attr(datetime);position:absolute;right:0;padding:0 1ch;color:Canvas;background:CanvasText}
 form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}form{max-width:32rem;margin:.75rem 0}
-.bare,.search{padding:0;border:0}td form{margin:.35rem 0 0}.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}
+details form,.search{padding:0;border:0}.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}
 input:not([type=checkbox],[hidden]),textarea{display:block;width:100%}input,textarea,button{padding:.5rem .75rem}
 input,button{font:inherit}button{color:#fff;background:#0a5cc2;border:0;border-radius:.4rem;cursor:pointer}
 td button{padding:.15rem .6rem}h2{font-size:1.15rem;margin-top:2rem}.bad,[role=alert]{color:#fff;background:#b3261e}
-summary{white-space:nowrap}[role=alert]::first-letter{text-transform:uppercase}
+summary{white-space:nowrap}[role=alert]::first-letter{text-transform:uppercase}td form{margin:.35rem 0 0}
 [role=alert],#done{margin:0;padding:.5rem;font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
 @media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
 """)
@@ -2349,8 +2347,8 @@ PAGE_HTML = """<!DOCTYPE html>
 <title>{title} - kvserver</title><style>{style}</style></head>
 <body>{nav}<main><h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}
 {content}</main></body></html>"""
-FORM_HTML = """<form method="post" action="{url}" class="{kind}" autocapitalize="none" autocomplete="off"
-spellcheck="false">{alert}<input type="hidden" name="action" value="{action}">{hidden}{fields}</form>"""
+FORM_HTML = """<form method="post" action="{url}" autocapitalize="none" autocomplete="off"
+spellcheck="false">{alert}<input type="hidden" name="action" value="{action}">{fields}</form>"""
 LINK = '<a href="{}">{}</a>'
 ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, browsers scroll to it and read it out
 NEW_PASSWORD = Markup(f"""<label>New password, at least {PASSWORD_CHARACTERS_MIN} characters<input type="password"
@@ -2358,7 +2356,7 @@ name="password" value="" required minlength="{PASSWORD_CHARACTERS_MIN}" autocomp
 WELCOME_PAGE = """<p>This kvserver keeps values for devices, applets and scripts. They store one under a key with</p>
 <pre>/set?key=door&amp;value=open</pre><p>and read it back with</p><pre>/get?key=door</pre>
 <p><a href="me/">Your values</a>: edit values, add tokens.</p><p><a href="admin/">Users</a>: for admins.</p>"""
-USERS_PAGE = """{users}{turns}<h2>Add a user</h2>{form}<h2>Hooks</h2><p>A hook calls a URL when a value changes.
+USERS_PAGE = """{users}<h2>Add a user</h2>{form}<h2>Hooks</h2><p>A hook calls a URL when a value changes.
 To add or delete hooks, use a shell: <code>kvserver.py addhook</code></p>{hooks}{more}"""
 ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
 <label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label><button>Add</button>"""
@@ -2371,16 +2369,17 @@ VALUES_PAGE = """<p class="turns"><a href="#add">Add</a><a href="#tokens">Tokens
 {values}<h2 id="add">Add a value</h2>{add}<h2 id="tokens">Tokens</h2>
 <p>A device that logs in with a token does not need your password, and you can delete the token.</p>{tokens}{add_token}
 <h2 id="password">Password</h2><p>The browser will ask for the new password. Tokens stay as they are.</p>{password}"""
-ADD_VALUE = """<label>Key<input name="key" value="{key}" required></label><label>Value<textarea name="value" rows="2">
-{value}</textarea></label><button>Add</button>"""
+# Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
+ADD_VALUE = """<input type="hidden" name="etag" value=""><label>Key<input name="key" value="{key}" required></label>
+<label>Value<textarea name="value" rows="2">\n{value}</textarea></label><button>Add</button>"""
 ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>
 <label>Only keys that begin with (empty for all)<input name="prefix" value="{prefix}"></label>
 <label><input type="checkbox" name="readonly" value="1" {readonly}> May only read</label><button>Add a token</button>"""
 SET_OWN_PASSWORD = """<input value="{user}" autocomplete="username" hidden>
 <label>Current password<input type="password" name="current" value="" required autocomplete="current-password"></label>
 {new_password}<button>Change the password</button>"""
-# Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
-EDIT_VALUE = '<label>Value<textarea name="value" rows="{rows}">\n{value}</textarea></label><button>Save</button>'
+EDIT_VALUE = """<input type="hidden" name="etag" value="{etag}"><label>Value<textarea name="value" rows="{rows}">
+{value}</textarea></label><button>Save</button>"""
 TOKEN_PAGE = """<p>Copy it to the device now: it is shown only once, and reloading this page makes another one.</p>
 <pre>{token}</pre><p>Send it in the header Authorization: Bearer TOKEN, or instead of your password.</p>"""
 
@@ -2414,9 +2413,9 @@ def make_page(request: Request, title: str, content: str) -> Response:
 
 
 def url_to(path: str, **parameters: str) -> str:
-    """Return a relative address with a query; letters stay as they are, since pages with long names are long enough."""
+    """Add parameters to a relative address; letters stay as they are, since pages with long names are long enough."""
     texts = (re.sub(r"[^\w/:.~-]", lambda c: urllib.parse.quote(c[0]), text) for text in parameters.values())
-    return f"{path}?" + "&".join(map("{}={}".format, parameters, texts))
+    return path + ("&" if "?" in path else "?") + "&".join(map("{}={}".format, parameters, texts))
 
 
 def is_on(parameters: Mapping[str, str], name: str) -> bool:
@@ -2424,21 +2423,19 @@ def is_on(parameters: Mapping[str, str], name: str) -> bool:
     return parameters.get(name, "").lower() not in ("", "0", "false", "off")
 
 
-def make_form(request: Request, action: str, fields: str, hidden: Hidden, url: str = "./", **values: object) -> Markup:
-    """Return a form, after a refusal with an alert and the typed text; a lone button leaves the alert to its page."""
-    is_bare = fields.startswith("<button")
-    refusal = None if is_bare or request.parameters.get("action") != action else request.refusal
-    typed, kind = request.parameters if refusal else {}, "bare" if is_bare else ""
+def make_form(request: Request, action: str, fields: str, url: str = "./", **values: object) -> Markup:
+    """Return a form, after a refusal with an alert and the typed text."""
+    refusal = request.refusal if request.parameters.get("action") == action else None
+    typed, alert = (request.parameters, fill(ALERT, refusal.message)) if refusal else ({}, "")
     texts = {**dict.fromkeys(USER_FIELDS + OWN_FIELDS, ""), "new_password": NEW_PASSWORD, **typed, **values}
     texts |= {name: "checked" if is_on(typed, name) else "" for name in ("isAdmin", "readonly")}
-    inputs = [fill('<input type="hidden" name="{}" value="{}">', *field) for field in hidden.items()]
-    form, alert = fill(fields, **texts), fill(ALERT, refusal.message) if refusal else ""
-    return fill(FORM_HTML, url=url, kind=kind, alert=alert, action=action, hidden=inputs, fields=form)
+    return fill(FORM_HTML, url=url, alert=alert, action=action, fields=fill(fields, **texts))
 
 
-def make_question(request: Request, word: str, what: str, action: str, hidden: Hidden, url: str = "./") -> Markup:
+def make_question(word: str, what: str, action: str, url: str) -> Markup:
     """Return the button of a dangerous action, folded up so that nobody presses it by mistake."""
-    form = make_form(request, action, '<button class="bad">{text}</button>', hidden, url, text=f"{word} {what}")
+    button = fill('<button class="bad">{} {}</button>', word, what)
+    form = fill(FORM_HTML, url=url, alert="", action=action, fields=button)
     return fill('<details><summary aria-label="{0} {1}">{0}…</summary>{2}</details>', word, what, form)
 
 
@@ -2464,41 +2461,41 @@ def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object
     return fill('<table class="{}"><thead><tr>{}<tbody>{}</tbody></table>', kind, head, body)
 
 
-def make_turns(path: str, names: Sequence[str], after: str, **parameters: str) -> Markup:
-    """Return links to the first and the next page of a table; names has one more than PAGE_ROWS_MAX if more follow."""
-    links = [fill(LINK, url_to(path, **parameters), "First page")] if after else []
+def make_pages(request: Request, kind: str, columns: Sequence[str], rows: dict[str, Any], url: str) -> Markup:
+    """Return a page of a table with named rows, with links to others; there is one row too many if more follow."""
+    names, links = list(rows), [fill(LINK, url, "First page")] if "after" in request.parameters else []
     if len(names) > PAGE_ROWS_MAX:
-        links.append(fill(LINK, url_to(path, **parameters, after=names[PAGE_ROWS_MAX - 1]), "Next page"))
-    return fill('<p class="turns">{}</p>', links)
+        links.append(fill(LINK, url_to(url, after=names[PAGE_ROWS_MAX - 1]), "Next page"))
+    return fill('{}<p class="turns">{}</p>', make_table(kind, columns, list(rows.values())[:PAGE_ROWS_MAX]), links)
 
 
-def make_values(store: Store, request: Request, user_id: int, path: str, **parameters: str) -> Markup:
-    """Return the table of a user's pairs, with links to the pairs on the visitor's own page."""
-    after, keys, rows = request.parameters.get("after", ""), list[str](), []
-    pairs = store.pairs(user_id, parameters.get("prefix", ""), after)
+def make_values(store: Store, request: Request, user_id: int, url: str, prefix: str = "") -> Markup:
+    """Return the table of a user's pairs; visitors can edit their own."""
+    rows, pairs = {}, store.pairs(user_id, prefix, request.parameters.get("after", ""))
     for _, key, value, updated, expires in itertools.islice(pairs, PAGE_ROWS_MAX + 1):
         shown_key, start = make_visible(key), make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1])
         changed = [make_time(updated), fill(SMALL, ["expires ", make_time(expires)]) if expires else ""]
-        cell = fill(LINK, url_to("state", key=key), shown_key) if path == "./" else shown_key
-        rows.append((cell, cut_off(start, VALUE_SHOWN_CHARACTERS_MAX) or fill(SMALL, "empty"), changed))
-        keys.append(key)
-    turns = make_turns(path, keys, after, **parameters)
-    return fill("{}{}", make_table("values", ("Key", "Value", "Changed"), rows[:PAGE_ROWS_MAX]), turns)
+        cell = fill(LINK, url_to("../me/state", key=key), shown_key) if user_id == request.user.id else shown_key
+        rows[key] = (cell, cut_off(start, VALUE_SHOWN_CHARACTERS_MAX) or fill(SMALL, "empty"), changed)
+    return make_pages(request, "values", ("Key", "Value", "Changed"), rows, url)
 
 
-def make_tokens(store: Store, request: Request, user_name: str, hidden: Hidden) -> Markup:
+def make_tokens(store: Store, user_name: str, url: str) -> Markup:
     rows = []
     for token in store.tokens(user_name):
         label, rights = token.label or f"token {token.id}", fill("<code>{}</code>", token.rights())
-        question = make_question(request, "Delete", label, "deltoken", {"id": token.id, **hidden})
+        question = make_question("Delete", label, "deltoken", url_to(url, id=str(token.id)))
         rows.append((label, rights, token.last_used(), question))
     return make_table("tokens", ("Label", "Rights", "Last used", "Delete"), rows)
 
 
+def redirect(status: int, url: str) -> Response:
+    return Response(status=status, headers=(("Location", urllib.parse.quote(url, "%&=+?/:#")),))
+
+
 def add_slash(store: Store, request: Request) -> Response:
     """Redirect to a folder before a login: browsers send its password unasked to the folder (RFC 7617 section 2.2)."""
-    url = request.path.rpartition("/")[2] + "/" + (f"?{request.query}" if request.query else "")
-    return Response(status=301, headers=(("Location", urllib.parse.quote(url, SAFE_IN_LOCATION)),))
+    return redirect(301, request.path.rpartition("/")[2] + "/" + (f"?{request.query}" if request.query else ""))
 
 
 def welcome_page(store: Store, request: Request) -> Response:
@@ -2506,22 +2503,19 @@ def welcome_page(store: Store, request: Request) -> Response:
 
 
 def users_page(store: Store, request: Request) -> Response:
-    after, rows, hook_rows = request.parameters.get("after", ""), [], []
-    users, hooks = store.users(after=after, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
-    for user, pairs, newest in users[:PAGE_ROWS_MAX]:
+    rows, hook_rows, hooks = {}, [], store.hooks(limit=PAGE_ROWS_MAX + 1)
+    for user, pairs, newest in store.users(after=request.parameters.get("after", ""), limit=PAGE_ROWS_MAX + 1):
         link = fill(LINK, url_to("user", username=user.name), make_visible(user.name))
-        rows.append((link, "admin" if user.is_admin else "user", pairs, make_time(newest)))
+        rows[user.name] = (link, "admin" if user.is_admin else "user", pairs, make_time(newest))
     for hook in hooks[:PAGE_ROWS_MAX]:
         name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id}: {hook.label}")]
         only = "" if hook.value is None else fill(SMALL, f"only when it becomes {make_visible(hook.value)}")
-        result = [hook.result, fill(SMALL, make_time(hook.result_time))] if hook.result else ["never tried"]
-        result.append(fill(SMALL, f"pending: {hook.pending}"))
-        hook_rows.append((name, [make_visible(hook.pattern), only], hook.origin, result))
+        more = fill(SMALL, ["last try: ", make_time(hook.result_time), f", pending: {hook.pending}"])
+        hook_rows.append((name, [make_visible(hook.pattern), only], hook.origin, [hook.result or "", more]))
     page = fill(
         USERS_PAGE,
-        users=make_table("users", ("Name", "Role", "Values", "Newest change"), rows),
-        turns=make_turns("./", [user.name for user, *_ in users], after),
-        form=make_form(request, "adduser", ADD_USER, {}),
+        users=make_pages(request, "users", ("Name", "Role", "Values", "Newest change"), rows, "./"),
+        form=make_form(request, "adduser", ADD_USER),
         hooks=make_table("hooks", ("User", "Key", "URL", "Last result"), hook_rows),
         more=fill("<p>There are more: <code>kvserver.py hooks</code></p>") if len(hooks) > PAGE_ROWS_MAX else "",
     )
@@ -2536,19 +2530,18 @@ def find_user(store: Store, request: Request) -> UserSummary:
 
 def user_page(store: Store, request: Request) -> Response:
     user, pairs, newest = find_user(store, request)
-    name, hidden = user.name, {"username": user.name, "page": "user"}
+    name, url = user.name, url_to("./", username=user.name)
     role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
-    tokens, hooks = len(store.tokens(name)), len(store.hooks(name))
-    everything = f"and all they have (values: {pairs}, tokens: {tokens}, hooks: {hooks})"
-    delete = make_question(request, "Delete this user", everything, "deluser", {"username": name})
+    everything = f"with values: {pairs}, tokens: {len(store.tokens(name))}, hooks: {len(store.hooks(name))}"
+    delete = make_question("Delete this user", everything, "deluser", url)
     page = fill(
         USER_PAGE,
         facts=fill("<p>Role: {}, values: {}, newest change: {}</p>", role, pairs, make_time(newest)),
-        password=make_form(request, "setpassword", SET_PASSWORD, hidden, user=name),
-        role=make_question(request, "Change the role", f"to {other}", "setadmin", {"isAdmin": is_admin, **hidden}),
+        password=make_form(request, "setpassword", SET_PASSWORD, url, user=name),
+        role=make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin)),
         delete=delete if user.id != request.user.id else fill("<p>Only another admin can delete you.</p>"),
-        tokens=make_tokens(store, request, name, hidden),
-        values=make_values(store, request, user.id, "user", username=name),
+        tokens=make_tokens(store, name, url),
+        values=make_values(store, request, user.id, url_to("user", username=name)),
     )
     return make_page(request, make_visible(name), page)
 
@@ -2558,51 +2551,64 @@ def values_page(store: Store, request: Request) -> Response:
     page = fill(
         VALUES_PAGE,
         prefix=prefix,
-        values=make_values(store, request, user.id, "./", prefix=prefix),
-        add=make_form(request, "set", ADD_VALUE, {"page": "add", "etag": ""}),
-        tokens=make_tokens(store, request, user.name, {}),
-        add_token=make_form(request, "addtoken", ADD_TOKEN, {}, label_max=LABEL_CHARACTERS_MAX),
-        password=make_form(request, "passwd", SET_OWN_PASSWORD, {}, user=user.name),
+        values=make_values(store, request, user.id, url_to("./", prefix=prefix), prefix),
+        add=make_form(request, "set", ADD_VALUE, "./?page=add"),
+        tokens=make_tokens(store, user.name, "./"),
+        add_token=make_form(request, "addtoken", ADD_TOKEN, label_max=LABEL_CHARACTERS_MAX),
+        password=make_form(request, "passwd", SET_OWN_PASSWORD, user=user.name),
     )
     return make_page(request, "Your values", page)
 
 
 def value_page(store: Store, request: Request) -> Response:
     """Show one pair, with forms to edit and delete it; the typed text stays even if the pair is gone."""
-    key, typed = required(request.parameters, "key"), request.parameters.get("value") if request.refusal else None
+    key, typed = request.parameters.get("key", ""), request.parameters.get("value")
     pair = store.pair(request.user.id, key)
-    if pair is None and request.parameters.get("page") == "add":
+    if pair is None and request.refusal and request.parameters.get("page") != "state":
         return values_page(store, request)
     if pair is None and typed is None:
         raise HTTPError(404, UNKNOWN_KEY)
-    stored, url = pair.value if pair else b"", url_to("./", key=key)
-    value, hidden = stored.decode("utf-8"), {"page": "state", "etag": pair.etag if pair else ""}
+    stored, etag, url = pair.value if pair else b"", pair.etag if pair else "", url_to("./", key=key, page="state")
     parts = [fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires))] if pair else []
+    value = stored.decode("utf-8")
     encoded = urllib.parse.quote(stored.replace(b"\n", b"\r\n").replace(b"~", b"!"), safe=" *")  # as browsers do
     is_editable = len(encoded) <= FORM_BYTES_MAX and b"\0" not in stored and b"\r" not in stored
     if is_editable:
         area = {"rows": min(20, value.count("\n") + 2), "value": value if typed is None else typed}
-        parts.append(make_form(request, "set", EDIT_VALUE, hidden, url, **area))
+        parts.append(make_form(request, "set", EDIT_VALUE, url, etag=etag, **area))
     else:
         parts.append(fill("<p>Edit this value with /set: a form cannot send it unchanged.</p>"))
     if pair and (request.refusal or not is_editable):
         shown = value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"})
         parts.append(fill("<p>Stored now:</p><pre>\n{}</pre>", shown))
     if pair:
-        parts.append(make_question(request, "Delete", "this value", "del", {"page": "state"}, url))
+        parts.append(make_question("Delete", "this value", "del", url))
     return make_page(request, make_visible(key), fill("{}", parts))
 
 
-def change_user(store: Store, request: Request, action: str) -> str:
-    """Run an action on a user, and return the address of the form's page."""
-    take_choice(request.parameters, "action", ("adduser", "deluser", "setpassword", "setadmin", "deltoken"))
+def take_action(store: Store, request: Request, form_page: Callable[..., Response], *actions: str) -> str:
+    """Return the action of a form; if it is refused, form_page shows the form again."""
+    user = store.user(request.user.name) or NOBODY
+    if (user.id, user.is_admin) != (request.user.id, request.user.is_admin):
+        raise StoreBusy("your user has just been changed; try again")
+    request.form_page = None if request.path.endswith("/admin") else form_page  # programs send forms there
+    action = required(request.parameters, "action")
+    take_choice(request.parameters, "action", actions)
+    if action in ("adduser", "setpassword", "passwd"):
+        check_password(request.parameters.get("password", ""))
+    return action
+
+
+def change_user(store: Store, request: Request) -> Response:
+    is_of_one = request.parameters.get("action") in ("setpassword", "setadmin", "deltoken")
+    actions = ("adduser", "deluser", "setpassword", "setadmin", "deltoken")
+    action = take_action(store, request, user_page if is_of_one else users_page, *actions)
     name, is_admin = required(request.parameters, "username"), is_on(request.parameters, "isAdmin")
+    url = url_to("user", username=name) if is_of_one else "./"
     if action == "adduser":
         check_user_name(name)
         store.add_user(name, request.password_hash, is_admin)
-        return "./"
-    find_user(store, request)  # raises HTTPError if there is none
-    if action == "deluser":
+    elif find_user(store, request) and action == "deluser":
         if name == request.user.name:
             raise HTTPError(409, "nobody can delete themselves; ask another admin")
         store.delete_user(name, even_last_admin=False)
@@ -2611,16 +2617,16 @@ def change_user(store: Store, request: Request, action: str) -> str:
     elif action == "setadmin":
         store.set_admin(name, is_admin)
         if name == request.user.name and not is_admin:
-            return "../me/"  # the pages for admins are closed to them now
-    elif action == "deltoken":
+            url = "../me/"  # the pages for admins are closed to them now
+    else:
         store.delete_token(name, required(request.parameters, "id"))  # SQLite compares digits with a number
-    return url_to("user", username=name) if request.parameters.get("page") == "user" else "./"
+    return redirect(303, "admin/" if request.path.endswith("/admin") else url + "#done")
 
 
-def change_own(store: Store, request: Request, action: str) -> str | Response:
-    """Run an action on the visitor's pairs, tokens or password, and return the address of the form's page."""
-    take_choice(request.parameters, "action", ("set", "del", "passwd", "addtoken", "deltoken"))
-    user, parameters, page = request.user, request.parameters, request.parameters.get("page", "")
+def change_own(store: Store, request: Request) -> Response:
+    user, parameters, page, url = request.user, request.parameters, request.parameters.get("page", ""), "./"
+    form_page = value_page if parameters.get("action") == "set" else values_page
+    action = take_action(store, request, form_page, "set", "del", "passwd", "addtoken", "deltoken")
     if action == "set":
         key = require_key(required(parameters, "key"))
         pair = store.pair(user.id, key)
@@ -2629,13 +2635,13 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
         if parameters.get("etag", etag) != etag:
             raise HTTPError(409, "the key has another value now, or none; save again to store this one all the same")
         store.set_value(user.id, key, check_value(value), pair.expires if pair and page == "state" else None)
-        return {"state": url_to("state", key=key), "add": url_to("./", prefix=key)}.get(page, "./")
-    if action == "addtoken":
+        url = {"state": url_to("state", key=key), "add": url_to("./", prefix=key)}.get(page, "./")
+    elif action == "addtoken":
         label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
         check_label_and_prefix(label, prefix)
         store.add_token(user.name, hash_token(token), label, is_on(parameters, "readonly"), prefix)
         return make_page(request, "New token", fill(TOKEN_PAGE, token=token))
-    if action == "del":
+    elif action == "del":
         if not store.delete_pair(user.id, require_key(required(parameters, "key"))):
             raise HTTPError(404, UNKNOWN_KEY)
     elif action == "passwd":
@@ -2643,30 +2649,9 @@ def change_own(store: Store, request: Request, action: str) -> str | Response:
         if required(parameters, "current") != password:
             raise HTTPError(400, "the current password is wrong")
         store.set_password_hash(user.name, request.password_hash)
-    elif action == "deltoken":
-        store.delete_token(user.name, required(parameters, "id"))
-    return "./"
-
-
-def answer_form(store: Store, request: Request) -> Response:
-    """Run the action of a form. If that is refused, the page that its field page names shows it again."""
-    if request.path.endswith("/me/"):
-        change, pages = change_own, {"": values_page, "state": value_page, "add": value_page}
     else:
-        change, pages = change_user, {"": users_page, "user": user_page}
-    user = store.user(request.user.name) or NOBODY
-    if (user.id, user.is_admin) != (request.user.id, request.user.is_admin):
-        raise StoreBusy("your user has just been changed; try again")
-    action, is_program = required(request.parameters, "action"), request.path.endswith("/admin")
-    if not is_program:
-        request.form_page = pages.get(request.parameters.get("page", ""), pages[""])
-    if action in ("adduser", "setpassword", "passwd"):
-        check_password(request.parameters.get("password", ""))
-    done = change(store, request, action)
-    if isinstance(done, Response):
-        return done
-    url = "admin/" if is_program else urllib.parse.quote(done, SAFE_IN_LOCATION) + "#done"
-    return Response(status=303, headers=(("Location", url),))
+        store.delete_token(user.name, required(parameters, "id"))
+    return redirect(303, url + "#done")
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
@@ -2694,13 +2679,13 @@ ROUTES = (
     Route("", READ, add_slash, ANYONE, HERE),
     Route("/", READ, welcome_page, BROWSER, HERE),
     Route("/admin", READ, add_slash, ANYONE, HERE, ("after",)),
-    Route("/admin", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS, 2),
+    Route("/admin", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 2),
     Route("/admin/", READ, users_page, ADMIN, THREAD, ("after",)),
-    Route("/admin/", ("POST",), answer_form, ADMIN, COMMIT, USER_FIELDS, 2),
+    Route("/admin/", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 2),
     Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "after"), 1),
     Route("/me", READ, add_slash, ANYONE, HERE, ("prefix", "after")),
     Route("/me/", READ, values_page, PERSON, THREAD, ("prefix", "after")),
-    Route("/me/", ("POST",), answer_form, PERSON, COMMIT, OWN_FIELDS, 1),
+    Route("/me/", ("POST",), change_own, PERSON, COMMIT, OWN_FIELDS, 1),
     Route("/me/state", READ, value_page, PERSON, THREAD, ("key",), 1),
 )
 BY_PATH_AND_METHOD = {

@@ -5117,7 +5117,7 @@ class Secrets(ServerCase):
         for target, name in (
             ("/me/?action=set&page=state&value=1", "key"),
             ("/me/?action=set&value=1&key=a", "page"),
-            ("/admin/?action=setadmin&page=user", "username"),
+            ("/admin/?action=setadmin", "username"),
         ):
             body = f"{name}=a{text}%0d%0a%0d%0a"
             self.assertNotIn("injected", self.request("POST", target, body, kvserver.FORM).headers)
@@ -5126,7 +5126,7 @@ class Secrets(ServerCase):
         for target, body, status in (
             ("/me/", "action=passwd&current=s3cr3t-value&password=s3cr3t-password", 400),
             ("/me/", "action=explode&current=s3cr3t-value&password=s3cr3t-password", 400),
-            ("/admin/", "action=setpassword&username=bob&page=user&password=s3cr3t-password%00", 400),
+            ("/admin/", "action=setpassword&username=bob&password=s3cr3t-password%00", 400),
             ("/admin/", "action=setpassword&username=nobody&password=s3cr3t-password", 404),
         ):
             answer = self.check(status, "POST", target, body, kvserver.FORM, headers={"Accept": "text/html"})
@@ -5415,10 +5415,10 @@ class UserPages(PageCase):
         self.assertIn("deluser", self.page("/admin/user?username=bob").values(name="action"))
         self.assertNotIn("deluser", self.page("/admin/user?username=alice").values(name="action"))
         self.send(409, "/admin/", action="deluser", username="alice")
-        self.send(409, "/admin/", action="setadmin", username="alice", isAdmin="0", page="user")
+        self.send(409, "/admin/", action="setadmin", username="alice", isAdmin="0")
         self.store.set_admin("bob", True)
         self.send(409, "/admin/", action="deluser", username="alice")
-        form = "action=setadmin&username=alice&isAdmin=0&page=user"
+        form = "action=setadmin&username=alice&isAdmin=0"
         self.send(303, "/admin/", form=form, location="../me/#done")  # still open to her
         self.see(403, "/admin/")
         self.send(409, "/admin/", "bob", action="setadmin", username="bob")
@@ -5430,11 +5430,11 @@ class UserPages(PageCase):
             (404, "/me/", ("action=deltoken&id=1", "action=del&key=gone", "action=del&key=gone&page=state")),
             (409, "/me/", ("action=set&key=gone&page=state&value=1&etag=a",)),
             (400, "/admin/", ("action=zzz&username=bob", "username=bob", "action=deluser")),
-            (400, "/admin/", ("action=setpassword&username=bob&password=x", "action=deltoken&username=bob&page=user")),
+            (400, "/admin/", ("action=setpassword&username=bob&password=x", "action=deltoken&username=bob")),
             (404, "/admin/", ("action=deluser&username=x", "action=setpassword&username=x&password=a+password")),
             (404, "/admin/", [f"action=deltoken&username=bob&id={number}" for number in ("1", "x", "9" * 30, "-1")]),
             (409, "/admin/", ("action=deluser&username=alice", "action=setadmin&username=alice")),
-            (409, "/admin/", ("action=adduser&username=bob&password=a+password&page=user",)),
+            (409, "/admin/", ("action=adduser&username=bob&password=a+password",)),
         ):
             for form in forms:
                 self.assertTrue(Page(self.send(status, target, form=form)).has_alert(), form)
@@ -5459,7 +5459,7 @@ class UserPages(PageCase):
         token = kvserver.make_token()
         self.store.add_token("bob", kvserver.hash_token(token), "", False, "")
         self.check(200, "GET", "/list", user="bob")
-        form = "action=setpassword&username=bob&page=user&password="
+        form = "action=setpassword&username=bob&password="
         self.send(303, "/admin/", form=form + "another+one", location="user?username=bob#done")
         for status, user in ((401, "bob"), (200, basic("bob", "another one")), (200, "Bearer " + token)):
             self.check(status, "GET", "/list", user=user)
@@ -5475,7 +5475,7 @@ class UserPages(PageCase):
         self.assertEqual([[f"key {n:03}", f"value {n}"] for n in range(250)], rows)
         rows = self.page("/admin/user?username=bob").rows
         self.assertIn(["hall", "read hall/*", "2024-10-04", "Delete…Delete hall"], rows)
-        form = "action=deltoken&username=bob&id=1&page=user"
+        form = "action=deltoken&username=bob&id=1"
         self.send(303, "/admin/", form=form, location="user?username=bob#done")
         self.assertEqual([], self.store.tokens("bob"))
 
@@ -5549,7 +5549,7 @@ class OwnPages(PageCase):
         (area,) = re.findall(r"<textarea[^>]*>\n(.*?)</textarea>", text, re.DOTALL)
         action = re.findall(r'<form[^>]*action="([^"]*)"', text)[0]
         value = html.unescape(area).replace("\n", "\r\n")
-        self.send(303, urllib.parse.urljoin(target, html.unescape(action)), action="set", value=value, page="state")
+        self.send(303, urllib.parse.urljoin(target, html.unescape(action)), action="set", value=value)
 
     def test_values_are_a_table(self) -> None:
         shown = {"as long as that": "é" * 40, "door": "open", "empty": "empty", "lines": "↵a\ufffd b\ufffd"}
