@@ -2790,7 +2790,8 @@ NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # for one th
 # What a connection does while its task waits. Of too many connections, this decides which ones give way.
 IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
 
-EVENTS_BYTES = 16 * 1024  # of the pairs that a stream sends at once, plus the pair that passes it
+EVENTS_BYTES = 16 * 1024  # of short events that a stream sends at once, plus the pair that passes it
+CHUNK_BYTES_MAX = 64 * 1024  # of a longer event that a stream sends at once
 PENDING_BYTES_MAX = 1024 * 1024  # of events that a stream has not begun to send, plus those of one transaction
 RESTART_SECONDS = 1  # from one start of a stream to the next
 SILENT_SECONDS = 15  # until a stream sends a comment
@@ -2810,15 +2811,18 @@ class Stream:
         self.start()
 
     def start(self) -> None:
-        self.started, self.must_restart = time.monotonic(), False
+        self.started, self.restart_time = time.monotonic(), NEVER
         self.after = ""  # key of the last pair that was sent; the changes of later ones come with the pairs
-        self.pending, self.pending_bytes = list[bytes](), 0
+        self.pending, self.pending_bytes = collections.deque[bytes](), 0
 
     def take(self) -> bytes:
-        """Return the pending events."""
-        events = b"".join(self.pending)
-        self.pending, self.pending_bytes = [], 0
-        return events
+        """Return the next events: short ones together, or a long one, whose bytes all streams share."""
+        events, size = list[bytes](), 0
+        while self.pending and (not events or size + len(self.pending[0]) <= EVENTS_BYTES):
+            events.append(self.pending.popleft())
+            size += len(events[-1])
+        self.pending_bytes -= size
+        return b"".join(events)
 
 
 class RequestHandler:
@@ -3074,32 +3078,35 @@ class RequestHandler:
     async def _stream(self, request: Request, head: bytes, prefix: str) -> None:
         """Send a head, and then events until the client goes, its login ends or the server stops."""
         server, route, is_chunked = self.server, cast(Route, self.route), not request.fields.is_http_1_0
-        stream, unsent = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(head)
-        active, events = stream.started, head  # when it last had something to send or sent it, and what
+        stream, unsent, events = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(head), memoryview(b"")
+        active, chunk = stream.started, head  # when it last had something to send or sent it, and what
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # for the bytes that the kernel has taken
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
         server.streams.add(stream)
         try:
             while not server.stopping and request.user.id == stream.user_id:
                 if not unsent:
-                    events = server.next_events(stream)
+                    events = events or memoryview(server.next_events(stream))
                     if not events and time.monotonic() >= active + SILENT_SECONDS:
-                        events = b":\n\n"  # a comment
-                    if events:
-                        unsent = memoryview(b"%x\r\n%b\r\n" % (len(events), events) if is_chunked else events)
+                        events = memoryview(b":\n\n")  # a comment
+                    chunk, events = bytes(events[:CHUNK_BYTES_MAX]), events[CHUNK_BYTES_MAX:]
+                    if chunk:
+                        unsent = memoryview(b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk)
                         active = time.monotonic()
                 with contextlib.suppress(BlockingIOError):
                     if unsent:
                         unsent, active = unsent[self.connection.send(unsent) :], time.monotonic()
-                self.state, self.unsent_bytes = SENDING if unsent else WORKING, len(unsent) + stream.pending_bytes
+                self.state = SENDING if unsent else WORKING
+                self.unsent_bytes = len(unsent) + len(events) + stream.pending_bytes
                 stream.wakeup = Wakeup(server.loop)
                 if unsent:
                     await ready(WRITABLE, active + SEND_SECONDS)
-                elif events or stream.after != stream.end:
-                    await sleep(0 if events else SHORT_POLL_SECONDS)  # others first
+                elif events:
+                    continue
+                elif chunk or stream.after != stream.end:
+                    await sleep(0 if chunk else SHORT_POLL_SECONDS)  # others first
                 else:
-                    restart = stream.started + RESTART_SECONDS if stream.must_restart else NEVER
-                    await self._wait_for_news(min(active + SILENT_SECONDS, restart))
+                    await self._wait_for_news(min(active + SILENT_SECONDS, stream.restart_time))
                 await self._authorize(route, request)  # meanwhile, the user may have been deleted
         except (HTTPError, StoreError, sqlite3.Error) as error:
             as_http_error(error, server.errors)
@@ -3479,7 +3486,7 @@ class Server(http.server.ThreadingHTTPServer):
         if state != self._state and not self._in_transaction:
             self._state = state
             for stream in self.streams:
-                stream.must_restart = stream.after != ""
+                stream.restart_time = stream.started + RESTART_SECONDS if stream.after else NEVER
             self._wake(None)
 
     def _wake(self, changed_pairs: set[PairId] | None) -> None:
@@ -3493,7 +3500,7 @@ class Server(http.server.ThreadingHTTPServer):
     def next_events(self, stream: Stream) -> bytes:
         """Return the next events of a stream, none if it must wait."""
         is_ready = stream.after == stream.end
-        if is_ready and stream.must_restart and time.monotonic() >= stream.started + RESTART_SECONDS:
+        if is_ready and time.monotonic() >= stream.restart_time:
             stream.start()
             return encode_event("reset", {})
         if is_ready or stream.pending:  # so at ready, the client has the pairs of one moment

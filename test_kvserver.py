@@ -45,6 +45,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import unittest
 import urllib.parse
 import urllib.request
@@ -2947,6 +2948,17 @@ class Streams(ServerCase):
         self.assertEqual({stream}, self.server.streams)
         self.fetch("/set?key=0&value=1")
         wait_until(lambda: not self.server.streams)
+
+    def test_streams_share_the_memory_of_a_long_change(self) -> None:
+        self.patch("UNSENT_BYTES_MAX", math.inf)
+        for _ in range(20):
+            self.connect(self.raw("GET /events HTTP/1.1"), has_small_buffer=True)
+        wait_until(lambda: sum(stream.after == stream.end for stream in self.server.streams) == 20)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.fetch("/kv/a", "PUT", "\x01" * kvserver.VALUE_BYTES_MAX)  # 6 MiB as JSON
+        wait_until(lambda: self.blocked() == 20)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 64 * 1024 * 1024)
 
     def test_first_pairs_are_finished_before_the_stream_starts_again(self) -> None:
         self.patch("RESTART_SECONDS", 0)
