@@ -1932,12 +1932,11 @@ REALMS = {USER: "kvserver", OPERATOR: "kvserver", PERSON: "kvserver pages", ADMI
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
-Check = tuple[bytes, str]  # the keyed hash of a login, and the stored hash that it must match; "" if there is none
+Check = tuple[bytes, str]  # the keyed hash of a login, and the stored hash that it must match
 Commit = Callable[[Callable[[Store], Any]], Awaitable[Any]]  # makes a change, and returns its result when it is on disk
 
 
 def check_no_prefetch(headers: Mapping[str, str]) -> None:
-    """Raise HTTPError when a browser loads this in advance, before anybody asks for it."""
     for name in ("sec-purpose", "purpose", "x-moz", "x-purpose"):
         if name in headers and re.search("prefetch|prerender|preview", headers[name].lower()):
             raise HTTPError(503, "the browser loads this in advance, so nothing was changed; open it again")
@@ -2034,7 +2033,7 @@ class Authenticator:
             if user and name in (None, user.name):
                 return user
             user = self._store.user(name or "") or NOBODY
-            check = digest, user.password_hash
+            check = digest, user.password_hash or self._unknown_user_hash
             if check in self._verified:
                 return user
             is_refused = time.monotonic() < self._refused.get(check, 0)
@@ -2067,8 +2066,7 @@ class Authenticator:
             raise StoreBusy("the server is too busy; try again") from None
 
     async def _verify(self, check: Check, name: str, password: str, address: Address | None) -> None:
-        (digest, password_hash), waiting = check, self._waiting[check]
-        stored = password_hash or self._unknown_user_hash
+        (digest, stored), waiting = check, self._waiting[check]
         threads = self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads
         try:
             result = bool(name and password) and await threads.run(
@@ -2366,7 +2364,7 @@ SET_PASSWORD = '<input value="{user}" autocomplete="username" hidden>{new_passwo
 VALUES_PAGE = """<p class="turns"><a href="#add">Add</a><a href="#tokens">Tokens</a><a href="#password">Password</a></p>
 <form class="search" role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <label>Keys that begin with<input type="search" name="prefix" value="{prefix}"></label><button>Search</button></form>
-{values}<h2 id="add">Add a value</h2>{add}<h2 id="tokens">Tokens</h2>
+{table}<h2 id="add">Add a value</h2>{add}<h2 id="tokens">Tokens</h2>
 <p>A device that logs in with a token does not need your password, and you can delete the token.</p>{tokens}{add_token}
 <h2 id="password">Password</h2><p>The browser will ask for the new password. Tokens stay as they are.</p>{password}"""
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
@@ -2419,8 +2417,7 @@ def url_to(path: str, **parameters: str) -> str:
 
 
 def is_on(parameters: Mapping[str, str], name: str) -> bool:
-    """Tell whether a checkbox is on; browsers leave out those that are off."""
-    return parameters.get(name, "").lower() not in ("", "0", "false", "off")
+    return parameters.get(name, "").lower() not in ("", "0", "false", "off")  # browsers leave out a box that is off
 
 
 def make_form(request: Request, action: str, fields: str, url: str = "./", **values: object) -> Markup:
@@ -2510,16 +2507,13 @@ def users_page(store: Store, request: Request) -> Response:
     for hook in hooks[:PAGE_ROWS_MAX]:
         name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id}: {hook.label}")]
         only = "" if hook.value is None else fill(SMALL, f"only when it becomes {make_visible(hook.value)}")
-        more = fill(SMALL, ["last try: ", make_time(hook.result_time), f", pending: {hook.pending}"])
-        hook_rows.append((name, [make_visible(hook.pattern), only], hook.origin, [hook.result or "", more]))
-    page = fill(
-        USERS_PAGE,
-        users=make_pages(request, "users", ("Name", "Role", "Values", "Newest change"), rows, "./"),
-        form=make_form(request, "adduser", ADD_USER),
-        hooks=make_table("hooks", ("User", "Key", "URL", "Last result"), hook_rows),
-        more=fill("<p>There are more: <code>kvserver.py hooks</code></p>") if len(hooks) > PAGE_ROWS_MAX else "",
-    )
-    return make_page(request, "Users", page)
+        tried = fill(SMALL, ["last try: ", make_time(hook.result_time), f", pending: {hook.pending}"])
+        hook_rows.append((name, [make_visible(hook.pattern), only], hook.origin, [hook.result or "", tried]))
+    users = make_pages(request, "users", ("Name", "Role", "Values", "Newest change"), rows, "./")
+    form = make_form(request, "adduser", ADD_USER)
+    table = make_table("hooks", ("User", "Key", "URL", "Last result"), hook_rows)
+    more = fill("<p>There are more: <code>kvserver.py hooks</code></p>") if len(hooks) > PAGE_ROWS_MAX else ""
+    return make_page(request, "Users", fill(USERS_PAGE, users=users, form=form, hooks=table, more=more))
 
 
 def find_user(store: Store, request: Request) -> UserSummary:
@@ -2532,31 +2526,27 @@ def user_page(store: Store, request: Request) -> Response:
     user, pairs, newest = find_user(store, request)
     name, url = user.name, url_to("./", username=user.name)
     role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
-    everything = f"with values: {pairs}, tokens: {len(store.tokens(name))}, hooks: {len(store.hooks(name))}"
-    delete = make_question("Delete this user", everything, "deluser", url)
-    page = fill(
-        USER_PAGE,
-        facts=fill("<p>Role: {}, values: {}, newest change: {}</p>", role, pairs, make_time(newest)),
-        password=make_form(request, "setpassword", SET_PASSWORD, url, user=name),
-        role=make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin)),
-        delete=delete if user.id != request.user.id else fill("<p>Only another admin can delete you.</p>"),
-        tokens=make_tokens(store, name, url),
-        values=make_values(store, request, user.id, url_to("user", username=name)),
-    )
+    facts = fill("<p>Role: {}, values: {}, newest change: {}</p>", role, pairs, make_time(newest))
+    password = make_form(request, "setpassword", SET_PASSWORD, url, user=name)
+    change = make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin))
+    delete = fill("<p>Only another admin can delete you.</p>")
+    if user.id != request.user.id:
+        everything = f"with values: {pairs}, tokens: {len(store.tokens(name))}, hooks: {len(store.hooks(name))}"
+        delete = make_question("Delete this user", everything, "deluser", url)
+    values = make_values(store, request, user.id, url_to("user", username=name))
+    tokens = make_tokens(store, name, url)
+    page = fill(USER_PAGE, facts=facts, password=password, role=change, delete=delete, tokens=tokens, values=values)
     return make_page(request, make_visible(name), page)
 
 
 def values_page(store: Store, request: Request) -> Response:
     user, prefix = request.user, "" if request.refusal else request.parameters.get("prefix", "")
-    page = fill(
-        VALUES_PAGE,
-        prefix=prefix,
-        values=make_values(store, request, user.id, url_to("./", prefix=prefix), prefix),
-        add=make_form(request, "set", ADD_VALUE, "./?page=add"),
-        tokens=make_tokens(store, user.name, "./"),
-        add_token=make_form(request, "addtoken", ADD_TOKEN, label_max=LABEL_CHARACTERS_MAX),
-        password=make_form(request, "passwd", SET_OWN_PASSWORD, user=user.name),
-    )
+    table = make_values(store, request, user.id, url_to("./", prefix=prefix), prefix)
+    add = make_form(request, "set", ADD_VALUE, "./?page=add")
+    tokens = make_tokens(store, user.name, "./")
+    add_token = make_form(request, "addtoken", ADD_TOKEN, label_max=LABEL_CHARACTERS_MAX)
+    password = make_form(request, "passwd", SET_OWN_PASSWORD, user=user.name)
+    page = fill(VALUES_PAGE, prefix=prefix, table=table, add=add, tokens=tokens, add_token=add_token, password=password)
     return make_page(request, "Your values", page)
 
 
@@ -2569,21 +2559,19 @@ def value_page(store: Store, request: Request) -> Response:
     if pair is None and typed is None:
         raise HTTPError(404, UNKNOWN_KEY)
     stored, etag, url = pair.value if pair else b"", pair.etag if pair else "", url_to("./", key=key, page="state")
-    parts = [fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires))] if pair else []
-    value = stored.decode("utf-8")
+    changed = fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires)) if pair else ""
+    value, form = stored.decode("utf-8"), fill("<p>Edit this value with /set: a form cannot send it unchanged.</p>")
     encoded = urllib.parse.quote(stored.replace(b"\n", b"\r\n").replace(b"~", b"!"), safe=" *")  # as browsers do
     is_editable = len(encoded) <= FORM_BYTES_MAX and b"\0" not in stored and b"\r" not in stored
     if is_editable:
         area = {"rows": min(20, value.count("\n") + 2), "value": value if typed is None else typed}
-        parts.append(make_form(request, "set", EDIT_VALUE, url, etag=etag, **area))
-    else:
-        parts.append(fill("<p>Edit this value with /set: a form cannot send it unchanged.</p>"))
-    if pair and (request.refusal or not is_editable):
-        shown = value.translate({**VISIBLE, ord("\n"): "\n", ord("\t"): "\t"})
-        parts.append(fill("<p>Stored now:</p><pre>\n{}</pre>", shown))
-    if pair:
-        parts.append(make_question("Delete", "this value", "del", url))
-    return make_page(request, make_visible(key), fill("{}", parts))
+        form = make_form(request, "set", EDIT_VALUE, url, etag=etag, **area)
+    is_shown = pair and (request.refusal or not is_editable)
+    shown = (
+        fill("<p>Stored now:</p><pre>\n{}</pre>", value.translate({**VISIBLE, 10: "\n", 9: "\t"})) if is_shown else ""
+    )
+    delete = make_question("Delete", "this value", "del", url) if pair else ""
+    return make_page(request, make_visible(key), fill("{}{}{}{}", changed, form, shown, delete))
 
 
 def take_action(store: Store, request: Request, form_page: Callable[..., Response], *actions: str) -> str:
@@ -2761,7 +2749,6 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> 
 
 
 def normalize_origin(text: str) -> str:
-    """Return an origin in lower case, without the default port of its scheme."""
     return text.lower().removesuffix(f":{HOOK_PORTS.get(text.partition(':')[0].lower())}")
 
 
