@@ -649,7 +649,8 @@ class Store:
     def pairs(self, user_id: int | None = None, prefix: str = "", after: str = "") -> sqlite3.Cursor:
         """Return a cursor over one user's or all pairs, each a UserPair, sorted by user and key."""
         select = f"""SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id
-            WHERE user.id = ifnull(?, user.id) AND key BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key"""
+            WHERE {"? IS NULL" if user_id is None else "user.id = ?"} AND key BETWEEN ? AND ? AND {NOT_EXPIRED}
+            ORDER BY name, key"""
         return self._execute(select, user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time())
 
     def import_all(self, users: Iterable[User], pairs: Iterable[UserPair]) -> tuple[int, int]:
@@ -1228,8 +1229,9 @@ def encode_response(response: Response, connection: str, with_body: bool) -> byt
 
 
 def encode_event(kind: str, members: Mapping[str, object]) -> bytes:
-    """Return an event with a JSON object, all ASCII (WHATWG HTML, server-sent events)."""
-    return f"event: {kind}\ndata: {json.dumps(members)}\n\n".encode()
+    """Return an event with a JSON object, all ASCII (WHATWG HTML, server-sent events), as a chunk."""
+    event = f"event: {kind}\ndata: {json.dumps(members)}\n\n".encode()
+    return b"%x\r\n%b\r\n" % (len(event), event)
 
 
 def fill_template(template: str, texts: Mapping[str, str], encode: Callable[[str], str]) -> bytes:
@@ -1380,7 +1382,7 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
 
 def required(parameters: Mapping[str, str], name: str) -> str:
     if name not in parameters:
-        hint = f"send it as in &{name}=TEXT (in a shell, in quotes), or a body with Content-Length"
+        hint = f"send {name}=TEXT in the query (in a shell, in quotes), or in a body with Content-Length"
         raise HTTPError(400, f"the parameter {name} is missing; {hint}")
     return parameters[name]
 
@@ -2777,11 +2779,11 @@ NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # for one th
 # What a connection does while its task waits. Of too many connections, this decides which ones give way.
 IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
 
-EVENTS_BYTES = 16 * 1024  # of short events that a stream sends at once, plus the pair that passes it
-CHUNK_BYTES_MAX = 64 * 1024  # of a longer event that a stream sends at once
+EVENTS_BYTES_MAX = 16 * 1024  # that a stream sends at once; a longer event goes alone, and streams share its bytes
 PENDING_BYTES_MAX = 1024 * 1024  # of events that a stream has not begun to send, plus those of one transaction
 RESTART_SECONDS = 1  # from one start of a stream to the next
 SILENT_SECONDS = 15  # until a stream sends a comment
+VANISHED_SECONDS = 60  # without an acknowledgement
 
 
 def encode_change(key: str, value: str | None, updated: float) -> bytes:
@@ -2802,14 +2804,14 @@ class Stream:
         self.after = ""  # key of the last pair that was sent; the changes of later ones come with the pairs
         self.pending, self.pending_bytes = collections.deque[bytes](), 0
 
-    def take(self) -> bytes:
-        """Return the next events: short ones together, or a long one, whose bytes all streams share."""
+    def take(self) -> list[bytes]:
+        """Return the next pending events."""
         events, size = list[bytes](), 0
-        while self.pending and (not events or size + len(self.pending[0]) <= EVENTS_BYTES):
+        while self.pending and (not events or size + len(self.pending[0]) <= EVENTS_BYTES_MAX):
             events.append(self.pending.popleft())
             size += len(events[-1])
         self.pending_bytes -= size
-        return b"".join(events)
+        return events
 
 
 class RequestHandler:
@@ -3065,33 +3067,34 @@ class RequestHandler:
     async def _stream(self, request: Request, head: bytes, prefix: str) -> None:
         """Send a head, and then events until the client goes, its login ends or the server stops."""
         server, route, is_chunked = self.server, cast(Route, self.route), not request.fields.is_http_1_0
-        stream, unsent, events = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(head), memoryview(b"")
-        active, chunk = stream.started, head  # when it last had something to send or sent it, and what
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # for the bytes that the kernel has taken
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
+        stream, unsent = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(head)
+        active, resume = stream.started, 0.0  # when it last had something to send or sent it; when it sends more pairs
+        # The kernel takes little ahead of the client, and gives up one that has vanished.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, EVENTS_BYTES_MAX)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, VANISHED_SECONDS * 1000)
         server.streams.add(stream)
         try:
             while not server.stopping and request.user.id == stream.user_id:
-                if not unsent:
-                    events = events or memoryview(server.next_events(stream))
-                    if not events and time.monotonic() >= active + SILENT_SECONDS:
-                        events = memoryview(b":\n\n")  # a comment
-                    chunk, events = bytes(events[:CHUNK_BYTES_MAX]), events[CHUNK_BYTES_MAX:]
-                    if chunk:
-                        unsent = memoryview(b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk)
-                        active = time.monotonic()
+                events, is_ready, now = list[bytes](), stream.after == stream.end, time.monotonic()
+                if not unsent and (is_ready or now >= resume):
+                    events = server.next_events(stream)
+                    if not is_ready:  # streams that begin take turns, and leave half of the time to others
+                        server.pages_until = max(server.pages_until, now) + 2 * (time.monotonic() - now)
+                        resume = server.pages_until
+                    if not events and now >= active + SILENT_SECONDS:
+                        events = [b"3\r\n:\n\n\r\n"]  # a comment
+                    chunks = events if is_chunked else [event[event.index(b"\n") + 1 : -2] for event in events]
+                    unsent, active = memoryview(b"".join(chunks)), now if events else active
                 with contextlib.suppress(BlockingIOError):
                     if unsent:
                         unsent, active = unsent[self.connection.send(unsent) :], time.monotonic()
-                self.state = SENDING if unsent else WORKING
-                self.unsent_bytes = len(unsent) + len(events) + stream.pending_bytes
+                self.state, self.unsent_bytes = SENDING if unsent else WORKING, len(unsent) + stream.pending_bytes
                 stream.wakeup = Wakeup(server.loop)
                 if unsent:
                     await ready(WRITABLE, active + SEND_SECONDS)
-                elif events:
-                    continue
-                elif chunk or stream.after != stream.end:
-                    await sleep(0 if chunk else SHORT_POLL_SECONDS)  # others first
+                elif events or stream.after != stream.end:
+                    await sleep(0 if is_ready else max(resume - now, 0 if events else SHORT_POLL_SECONDS))
                 else:
                     await self._wait_for_news(min(active + SILENT_SECONDS, stream.restart_time))
                 await self._authorize(route, request)  # meanwhile, the user may have been deleted
@@ -3340,7 +3343,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._in_transaction = False  # whose changes no stream has got yet
         self.token_uses: dict[int, int] = {}  # days not yet stored, by the token's id
         self._state = b""  # of the database; streams and requests that wait know of all commits up to it
-        self._page = (b"", 0, "", ""), b"", ""  # the last page of pairs that a stream read, and its last key
+        self.pages_until = 0.0  # monotonic seconds; streams read no more pairs before
+        self._page = (b"", 0, "", ""), list[bytes](), ""  # the last page of pairs that a stream read, and its last key
         self._next_checkpoint = 0.0  # monotonic seconds
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
@@ -3484,27 +3488,31 @@ class Server(http.server.ThreadingHTTPServer):
             if changed_pairs is None or stream.pending:
                 stream.wakeup(True)
 
-    def next_events(self, stream: Stream) -> bytes:
+    def next_events(self, stream: Stream) -> list[bytes]:
         """Return the next events of a stream, none if it must wait."""
         is_ready = stream.after == stream.end
         if is_ready and time.monotonic() >= stream.restart_time:
             stream.start()
-            return encode_event("reset", {})
+            return [encode_event("reset", {})]
         if is_ready or stream.pending:  # so at ready, the client has the pairs of one moment
             return stream.take()
         self._look_for_others()
         page = (self._state, stream.user_id, stream.prefix, stream.after)
         if page != self._page[0]:
-            events, after = b"", stream.end
+            events, size, after = list[bytes](), 0, stream.after
             with contextlib.closing(self.reader.pairs(*page[1:])) as rows:
                 for _, key, value, updated, _ in rows:
-                    events += encode_change(key, value, updated)
-                    if len(events) >= EVENTS_BYTES:
-                        after = key
+                    event = encode_change(key, value, updated)
+                    size += len(event)
+                    if events and size > EVENTS_BYTES_MAX:
                         break
+                    events.append(event)
+                    after = key
+                else:
+                    events.append(encode_event("ready", {}))
+                    after = stream.end
             if self._in_transaction and self.reader.state() != self._state:
-                return b""  # these pairs may have changes that are handed out only later
-            events += encode_event("ready", {}) if after == stream.end else b""
+                return []  # these pairs may have changes that are handed out only later
             self._page = page, events, after
         _, events, stream.after = self._page  # streams that start together share it
         return events

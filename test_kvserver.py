@@ -389,7 +389,7 @@ class Api(ServerCase):
     def test_missing_parameters_are_400_and_only_an_explicit_empty_value_is_empty(self) -> None:
         for target in ("/set", "/set?key=a", "/set?value=a", "/set?key=a&value", "/get", "/get?key", "/del?key="):
             self.check(400, "GET", target)
-        self.assertIn(b"or a body with Content-Length", self.check(400, "POST", "/set?key=a").body)
+        self.assertIn(b"or in a body with Content-Length", self.check(400, "POST", "/set?key=a").body)
         self.check(400, "POST", "/set?key=a", "")
         self.assertNotIn("\n", self.fetch("/incr", "POST", "key=a&a\nb", Content_Type=kvserver.FORM)[1])
         self.assertEqual({}, self.pairs())
@@ -537,7 +537,7 @@ class Methods(ServerCase):
         self.check(404, "OPTIONS", "/nowhere", user=None)
 
     def test_errors_are_problems_for_clients_that_take_json(self) -> None:
-        hint = "send it as in &key=TEXT (in a shell, in quotes), or a body with Content-Length"
+        hint = "send key=TEXT in the query (in a shell, in quotes), or in a body with Content-Length"
         detail = f"the parameter key is missing; {hint}"
         problem = {"title": "Bad Request", "status": 400, "detail": detail}
         for accept in ("text/html, application/json;q=0.5", "application/ld+json", "APPLICATION/JSON"):
@@ -2924,7 +2924,7 @@ class Streams(ServerCase):
         wait_until(lambda: not self.server.streams)
 
     @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT"), "only Linux tells when a client takes nothing")
-    def test_bytes_that_the_kernel_has_taken_count_as_well(self) -> None:
+    def test_a_client_that_takes_no_more_than_its_buffer_is_closed(self) -> None:
         self.patch("SEND_SECONDS", 0.2)
         self.connect(self.raw("GET /events HTTP/1.1"), has_small_buffer=True)
         wait_until(lambda: self.server.streams)
@@ -2944,7 +2944,7 @@ class Streams(ServerCase):
         self.assertEqual(size, stream.pending_bytes)
         self.fetch("/set?key=0&value=" + "x" * (200 - 2 * size + 1))
         self.assertEqual(200, stream.pending_bytes)
-        self.fetch("/set?key=1&value=1")
+        self.fetch("/set?key=0&value=2")
         self.assertEqual({stream}, self.server.streams)
         self.fetch("/set?key=0&value=1")
         wait_until(lambda: not self.server.streams)
