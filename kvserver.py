@@ -2957,12 +2957,8 @@ class RequestHandler:
         if route.where != HERE:
             return await self._run_elsewhere(route, request)
         response = route.endpoint(self.server.reader, request)
-        while response.wait_until:
-            await self._wait_for_change(request, response.wait_until)
-            await self._authorize(route, request)
-            response = route.endpoint(self.server.reader, request)
-        if response.stream_prefix is not None:
-            self._check_waiting()
+        if response.wait_until or response.stream_prefix is not None:
+            return await self._wait_for_change(route, request, response)  # 401, 503
         return response
 
     def _look_for_body(self, route: Route) -> None:
@@ -3042,19 +3038,20 @@ class RequestHandler:
         request.metrics = self.server.metrics
         return cast(Response, await self.server.threads.run(run, request.user.id))
 
-    async def _wait_for_change(self, request: Request, deadline: float) -> None:
-        self._check_waiting()
-        polls, wakeup = self.server.polls, Wakeup(self.server.loop)
-        polls[wakeup] = (request.user.id, request.parameters["key"])
-        try:
-            await self._wait_for_news(0 if self.server.stopping else deadline)
-        finally:
-            del polls[wakeup]
-        request.may_wait = not self.server.stopping
-
-    def _check_waiting(self) -> None:
-        if len(self.server.polls) + len(self.server.streams) >= self.server.max_connections // 2:
+    async def _wait_for_change(self, route: Route, request: Request, response: Response) -> Response:
+        polls, streams = self.server.polls, self.server.streams
+        if len(polls) + len(streams) >= self.server.max_connections // 2:
             raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
+        try:
+            while response.wait_until:
+                polls[request] = Wakeup(self.server.loop)
+                await self._wait_for_news(response.wait_until)
+                await self._authorize(route, request)
+                request.may_wait = not self.server.stopping
+                response = route.endpoint(self.server.reader, request)
+            return response
+        finally:
+            polls.pop(request, None)
 
     async def _wait_for_news(self, deadline: float) -> None:
         with contextlib.suppress(BlockingIOError, TimeoutError):
@@ -3322,8 +3319,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Use the database at path, and listen, by TLS with a certificate; raise OSError. SETTINGS has the settings."""
         # An empty host is all interfaces: the IPv6 wildcard serves IPv4 as well, where the machine can do that.
         host = settings["host"] or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-        passive = socket.getaddrinfo(host, settings["port"], type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family, _, _, _, address = passive[0]
+        self.address_family, _, _, _, address = socket.getaddrinfo(host, settings["port"], type=socket.SOCK_STREAM)[0]
         self.base_path, self.trusted_proxy = settings["base_path"], settings["trusted_proxy"]
         self.log_requests, self.max_connections = settings["log_requests"], settings["max_connections"]
         self.cors_origins: Sequence[str] = settings["cors_origin"]
@@ -3333,14 +3329,14 @@ class Server(http.server.ThreadingHTTPServer):
         # A slow commit must not wait for long lists, nor they for it.
         self.threads, self.disk = Threads(self.loop, WORKERS_MAX), Threads(self.loop, 1)
         self.connections: dict[socket.socket, RequestHandler] = {}
-        self.polls: dict[Wakeup, PairId] = {}  # requests that wait for a change, and the pair of each
+        self.polls: dict[Request, Wakeup] = {}  # requests that wait for a change
         self.streams = set[Stream]()
         self.metrics = Metrics(self.connections, self.polls, self.streams)
         self.authenticator = Authenticator(self.reader, self.loop, self.threads, self.commit, self.metrics)
         self.outbox = Outbox(self.reader, self.loop, self.commit, self.metrics, self.errors)
         self.changes: collections.deque[Change] = collections.deque()  # for the next transaction
         self.stopping = self._is_finished = self._is_committing = False
-        self._in_transaction = False  # whose changes no stream has got yet
+        self._in_transaction = False  # of changes that are not handed out yet
         self.token_uses: dict[int, int] = {}  # days not yet stored, by the token's id
         self._state = b""  # of the database; streams and requests that wait know of all commits up to it
         self.pages_until = 0.0  # monotonic seconds; streams read no more pairs before
@@ -3412,12 +3408,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop.throw(accepting, Cancelled())  # the stop begins
         self.socket.close()
         self.outbox.is_stopping = True
-        self._wake(None)
         for handler in list(self.connections.values()):
             if handler.state == IDLE and not handler.received:
                 self.loop.throw(handler.task, Cancelled())
         begun = time.monotonic()
         while self.connections or self.outbox.gate.taken or self.changes or self._is_committing or self.token_uses:
+            self._wake(None)
             seconds = time.monotonic() - begun
             if seconds > STOP_REQUEST_SECONDS:
                 late = [handler.task for handler in self.connections.values() if handler.state == RECEIVING]
@@ -3436,8 +3432,7 @@ class Server(http.server.ThreadingHTTPServer):
                 days = self.token_uses.copy()
                 if days or self.writer.clock_jump():
                     await self.commit(lambda store: store.note_token_uses(days))  # noqa: B023 - it ends before
-                for token_id in days:
-                    del self.token_uses[token_id]
+                self.token_uses = dict(self.token_uses.items() - days.items())
                 # After a jump, another server on this database first shifts its expiries, too.
                 has_jumped, offset = self.writer.clock_offset != offset, self.writer.clock_offset
                 while not has_jumped and not self.stopping and self.reader.has_expired():
@@ -3481,8 +3476,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._wake(None)
 
     def _wake(self, changed_pairs: set[PairId] | None) -> None:
-        for wakeup, pair in self.polls.items():
-            if changed_pairs is None or pair in changed_pairs:
+        for request, wakeup in self.polls.items():
+            if changed_pairs is None or (request.user.id, request.parameters["key"]) in changed_pairs:
                 wakeup(True)
         for stream in self.streams:
             if changed_pairs is None or stream.pending:
@@ -3549,11 +3544,11 @@ class Server(http.server.ThreadingHTTPServer):
             raise StoreBusy("the server is too busy; try again") from None
 
     async def _commit(self) -> None:
-        # The loop waits for a quick disk. A thread waits for a slow one, and runs transactions with long values
-        # or after the clock jumped. Meanwhile reads go on, and changes gather for the next transaction.
-        self._is_committing, changes, size, now = True, list[Change](), 0.0, time.monotonic()
+        # A thread waits for a slow disk, and runs transactions with long values or after the clock jumped. Meanwhile
+        # reads go on, and changes gather for the next transaction.
+        self._is_committing, changes, size, writer = True, list[Change](), 0.0, self.writer
         try:
-            self.writer.begin()
+            writer.begin()
             self._look_for_others()
             self._in_transaction = True
             # A transaction enters the write-ahead log as a whole, so its bound also bounds the log.
@@ -3562,10 +3557,8 @@ class Server(http.server.ThreadingHTTPServer):
                 wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
                 changes.append(change)
                 size += change_size
-            operations = [operation for operation, _, _ in changes]
-            is_quick = self.writer.commit_seconds < QUICK_COMMIT_SECONDS and size < 64 * 1024
-            is_quick &= not self.writer.clock_jump()
-            commit = functools.partial(self.writer.commit, operations)
+            is_quick = writer.commit_seconds < QUICK_COMMIT_SECONDS and size < 64 * 1024 and not writer.clock_jump()
+            commit = functools.partial(writer.commit, [operation for operation, _, _ in changes])
             results = commit() if is_quick else await self.disk.run(commit)
             for number, ((_, wakeup, _), result) in enumerate(zip(changes, results), 1):
                 if not is_quick and number % 4 == 0:  # reads do not wait for many responses
@@ -3573,14 +3566,14 @@ class Server(http.server.ThreadingHTTPServer):
                 if isinstance(result, (HTTPError, StoreError)):  # its traceback leads to all results
                     result.__traceback__ = result.__cause__ = result.__context__ = None
                 wakeup(result)
-            self.metrics.commits += len(self.writer.committed)
+            self.metrics.commits += len(writer.committed)
             self.metrics.writes += sum(not isinstance(result, Exception) for result in results)
             self._hand_out()
             if self.outbox.has_hooks:
                 self.outbox.look()
-            if self.reader.wal_pages() > WAL_PAGES_MAX and now >= self._next_checkpoint:
+            if self.reader.wal_pages() > WAL_PAGES_MAX and time.monotonic() >= self._next_checkpoint:
                 # All writers wait for each try, and a reader may never end.
-                self._next_checkpoint = now if await self.disk.run(self.writer.checkpoint) else now + 60
+                self._next_checkpoint = time.monotonic() + (0 if await self.disk.run(writer.checkpoint) else 60)
         except StoreBusy:  # another process is writing, and the changes wait
             await sleep(SHORT_POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - the tasks raise it
@@ -3594,12 +3587,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _bound_unsent(self) -> None:
         handlers = self.connections.values()
-        while True:
+        while sum(handler.unsent_bytes for handler in handlers) > UNSENT_BYTES_MAX:
             unsent = collections.Counter[int]()  # bytes by user
             for handler in handlers:
                 unsent[handler.login[1].id] += handler.unsent_bytes
-            if unsent.total() <= UNSENT_BYTES_MAX:
-                return
             # The user with the most loses the longest response.
             longest = max(handlers, key=lambda handler: (unsent[handler.login[1].id], handler.unsent_bytes))
             self.loop.throw(longest.task, Cancelled())
