@@ -2342,11 +2342,9 @@ DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = f"default-src 'none'; style-src 'sha256-{DIGEST}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 PAGE_HEADERS = (("Content-Security-Policy", POLICY), ("Referrer-Policy", "same-origin"))
 SMALL = "<small>{}</small>"
-PAGE_HTML = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} - kvserver</title><style>{style}</style></head>
-<body>{nav}<main><h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}
-{content}</main></body></html>"""
+PAGE_HTML = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title} - kvserver</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>{nav}<main>
+<h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}{content}</main></body></html>"""
 FORM_HTML = """<form method="post" action="{url}" autocapitalize="none" autocomplete="off"
 spellcheck="false">{alert}<input type="hidden" name="action" value="{action}">{fields}</form>"""
 LINK = '<a href="{}">{}</a>'
@@ -2370,16 +2368,14 @@ VALUES_PAGE = """<p class="turns"><a href="#add">Add</a><a href="#tokens">Tokens
 <p>A device that logs in with a token does not need your password, and you can delete the token.</p>{tokens}{add_token}
 <h2 id="password">Password</h2><p>The browser will ask for the new password. Tokens stay as they are.</p>{password}"""
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
-ADD_VALUE = """<input type="hidden" name="etag" value=""><label>Key<input name="key" value="{key}" required></label>
-<label>Value<textarea name="value" rows="2">\n{value}</textarea></label><button>Add</button>"""
+EDIT_VALUE = """<input type="hidden" name="etag" value="{etag}"><label>Value<textarea name="value" rows="{rows}">
+{value}</textarea></label><button>Save</button>"""
+ADD_VALUE = '<label>Key<input name="key" value="{key}" required></label>' + EDIT_VALUE
 ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>
 <label>Only keys that begin with (empty for all)<input name="prefix" value="{prefix}"></label>
 <label><input type="checkbox" name="readonly" value="1" {readonly}> May only read</label><button>Add a token</button>"""
-SET_OWN_PASSWORD = """<input value="{user}" autocomplete="username" hidden>
-<label>Current password<input type="password" name="current" value="" required autocomplete="current-password"></label>
-{new_password}<button>Change the password</button>"""
-EDIT_VALUE = """<input type="hidden" name="etag" value="{etag}"><label>Value<textarea name="value" rows="{rows}">
-{value}</textarea></label><button>Save</button>"""
+SET_OWN_PASSWORD = f"""<label>Current password<input type="password" name="current" value="" required
+autocomplete="current-password"></label>{SET_PASSWORD}"""
 TOKEN_PAGE = """<p>Copy it to the device now: it is shown only once, and reloading this page makes another one.</p>
 <pre>{token}</pre><p>Send it in the header Authorization: Bearer TOKEN, or instead of your password.</p>"""
 
@@ -2469,7 +2465,6 @@ def make_pages(request: Request, kind: str, columns: Sequence[str], rows: dict[s
 
 
 def make_values(store: Store, request: Request, user_id: int, url: str, prefix: str = "") -> Markup:
-    """Return the table of a user's pairs; visitors can edit their own."""
     rows, pairs = {}, store.pairs(user_id, prefix, request.parameters.get("after", ""))
     for _, key, value, updated, expires in itertools.islice(pairs, PAGE_ROWS_MAX + 1):
         shown_key, start = make_visible(key), make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1])
@@ -2544,7 +2539,7 @@ def user_page(store: Store, request: Request) -> Response:
 def values_page(store: Store, request: Request) -> Response:
     user, prefix = request.user, "" if request.refusal else request.parameters.get("prefix", "")
     table = make_values(store, request, user.id, url_to("./", prefix=prefix), prefix)
-    add = make_form(request, "set", ADD_VALUE, "./?page=add")
+    add = make_form(request, "set", ADD_VALUE, "./?page=add", rows=2, etag="")
     tokens = make_tokens(store, user.name, "./")
     add_token = make_form(request, "addtoken", ADD_TOKEN, label_max=LABEL_CHARACTERS_MAX)
     password = make_form(request, "passwd", SET_OWN_PASSWORD, user=user.name)
@@ -2554,26 +2549,24 @@ def values_page(store: Store, request: Request) -> Response:
 
 def value_page(store: Store, request: Request) -> Response:
     """Show one pair, with forms to edit and delete it; the typed text stays even if the pair is gone."""
-    key, typed = request.parameters.get("key", ""), request.parameters.get("value")
+    key = request.parameters.get("key", "")
     pair = store.pair(request.user.id, key)
-    if pair is None and request.refusal and request.parameters.get("page") != "state":
-        return values_page(store, request)
-    if pair is None and typed is None:
+    if pair is None and not request.refusal:
         raise HTTPError(404, UNKNOWN_KEY)
+    if pair is None and request.parameters.get("page") != "state":
+        return values_page(store, request)
     stored, etag, url = pair.value if pair else b"", pair.etag if pair else "", url_to("./", key=key, page="state")
     changed = fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires)) if pair else ""
     value, form = stored.decode("utf-8"), fill("<p>Edit this value with /set: a form cannot send it unchanged.</p>")
     encoded = urllib.parse.quote(stored.replace(b"\n", b"\r\n").replace(b"~", b"!"), safe=" *")  # as browsers do
     is_editable = len(encoded) <= FORM_BYTES_MAX and b"\0" not in stored and b"\r" not in stored
     if is_editable:
-        area = {"rows": min(20, value.count("\n") + 2), "value": value if typed is None else typed}
-        form = make_form(request, "set", EDIT_VALUE, url, etag=etag, **area)
+        text, rows = request.parameters.get("value", value), min(20, value.count("\n") + 2)
+        form = make_form(request, "set", EDIT_VALUE, url, value=text, rows=rows, etag=etag)
     is_shown = pair and (request.refusal or not is_editable)
-    shown = (
-        fill("<p>Stored now:</p><pre>\n{}</pre>", value.translate({**VISIBLE, 10: "\n", 9: "\t"})) if is_shown else ""
-    )
+    now = fill("<p>Stored now:</p><pre>\n{}</pre>", value.translate({**VISIBLE, 10: "\n", 9: "\t"})) if is_shown else ""
     delete = make_question("Delete", "this value", "del", url) if pair else ""
-    return make_page(request, make_visible(key), fill("{}{}{}{}", changed, form, shown, delete))
+    return make_page(request, make_visible(key), fill("{}{}{}{}", changed, form, now, delete))
 
 
 def take_action(store: Store, request: Request, form_page: Callable[..., Response], *actions: str) -> str:
@@ -2707,9 +2700,8 @@ def answer_without_route(request: Request, methods: Sequence[str], base_path: st
     if not methods:
         likely = re.sub("/+", "/", request.path).rstrip("/").lower()  # never quoted: it may contain a value
         route = next(iter(find_routes(likely, base_path.lower())[0].values()), None)
-        if route and route.path:
-            raise HTTPError(404, f"there is no such path; use {route.path}")
-        raise HTTPError(404, "Use the api endpoints: " + ", ".join([*API_PATHS, "/me/", "/admin/"]))
+        hint = f"there is no such path; use {route.path}" if route and route.path else ""
+        raise HTTPError(404, hint or "Use the api endpoints: " + ", ".join([*API_PATHS, "/me/", "/admin/"]))
     allow = (("Allow", ", ".join(dict.fromkeys([*methods, "OPTIONS"]))),)
     if request.method != "OPTIONS":
         path = request.path.removesuffix(request.key_in_path)  # a key may be a value by mistake
