@@ -125,7 +125,6 @@ RARE_LOG_SECONDS = 60  # between two lines of a kind that clients can cause
 
 
 def escape_unprintable(text: str) -> str:
-    """Escape everything in text that could break its line or control a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -292,7 +291,6 @@ MIGRATIONS = (
             WITHOUT ROWID""",
     ),
 )
-# Every connection runs these first. (WAL mode is a property of the file.)
 PRAGMAS = (
     "PRAGMA synchronous = FULL",  # in WAL mode only FULL syncs each commit, so that it survives a power cut
     "PRAGMA fullfsync = ON",  # on macOS, fsync alone leaves data in the drive's cache
@@ -320,7 +318,6 @@ TRIGGERS = {
     "pair_expired": f"BEFORE UPDATE OF value ON pair WHEN {HAD_EXPIRED} {QUEUE_END}",
     "pair_changed": f"AFTER UPDATE OF value ON pair WHEN {CHANGED} "
     + QUEUE.format(row="NEW", value="NEW.value", old=OLD_VALUE),
-    # The oldest deliveries make room.
     "delivery_added": f"""AFTER INSERT ON delivery BEGIN
         UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before
             + length(CAST(NEW.key || ifnull(NEW.value, '') || ifnull(NEW.old, '') AS BLOB)) WHERE id = NEW.hook_id;
@@ -625,7 +622,6 @@ class Store:
             self._exceed_limit(update, shifted, *pair, expires)  # unless it has a newer one
 
     def transact(self, operation: Callable[[Store], Any]) -> Any:
-        """Run an operation in its own transaction; return or raise its outcome."""
         outcome = self.commit([operation], begin=True)[0]
         if isinstance(outcome, Exception):
             raise outcome
@@ -732,7 +728,6 @@ class Store:
         self._change_users(NoSuchUser(name), insert, digest, label, is_read_only, prefix, time.time(), name)
 
     def note_token_uses(self, days: Mapping[int, int]) -> None:
-        """Store the day of the last use of tokens, by their ids. Some may have been deleted."""
         self.changed_others = True
         for token_id, day in days.items():
             self._execute("UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
@@ -801,7 +796,6 @@ class Store:
         return cast(int, self._execute("SELECT history_rows_max FROM setting").fetchone()[0])
 
     def keep_history(self, rows_max: int) -> None:
-        """Keep the last changes of each pair, up to rows_max, and delete the surplus."""
         self._execute("UPDATE setting SET history_rows_max = ?", rows_max)
         delete = """DELETE FROM history WHERE number <= (SELECT max(number) FROM history AS newer
             WHERE newer.user_id = history.user_id AND newer.key = history.key) - ?"""
@@ -874,7 +868,6 @@ class Store:
         return Delivery(*row) if row else None
 
     def note_try(self, hook_id: int, result: str, handled: int) -> None:
-        """Store the result of a hook's last try, and the number of the last delivery that arrived or was given up."""
         self._execute("DELETE FROM delivery WHERE hook_id = ? AND number <= ?", hook_id, handled)
         update = "UPDATE hook SET handled = ?, result = ?, result_time = ? WHERE id = ?"
         self._execute(update, handled, result, time.time(), hook_id)
@@ -1029,9 +1022,8 @@ format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~-]+)?\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
-REQUEST_LINE = re.compile(
-    rf"({HTTP_TOKEN}) (?! )(?:(?i:https?)://(?=[^/?])({HOST.pattern}))?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])"
-)
+ORIGIN = rf"(?i:https?)://(?=[^/?])({HOST.pattern})"
+REQUEST_LINE = re.compile(rf"({HTTP_TOKEN}) (?! )(?:{ORIGIN})?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])")
 FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 
 MALFORMED_CHUNKS = "the chunked body is malformed"
@@ -1506,7 +1498,6 @@ def take_ttl(parameters: Mapping[str, str]) -> float:
 
 
 def take_limit(parameters: Mapping[str, str]) -> int:
-    """Return the parameter limit, or -1 for none."""
     text = parameters.get("limit", "-1")
     if "limit" in parameters and not (re.fullmatch("[0-9]{1,5}", text) and 1 <= int(text) <= LIST_LIMIT_MAX):
         raise HTTPError(400, f"the parameter limit is {text[:40]!r}; send a number from 1 to {LIST_LIMIT_MAX}")
@@ -1620,7 +1611,6 @@ class Loop:
         return ready(0)
 
     def post(self, wakeup: Wakeup, result: Any = None) -> None:
-        """Call a Wakeup from another thread."""
         wakeup(result)
         with contextlib.suppress(OSError):  # the loop is closed
             self._waker.send(b"\0")
@@ -3123,7 +3113,6 @@ client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # m
 
 
 def seconds_until(deadline: float) -> float:
-    """Return how long it is until a deadline; raise TimeoutError after it."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise TimeoutError
@@ -3627,9 +3616,7 @@ def parse_origins(text: str) -> Sequence[str]:
     for origin in origins:
         match = re.fullmatch(rf"\*|https?://{host}|chrome-extension://[a-z0-9]+|capacitor://localhost", origin)
         if not match or int(match[1] or 0) > 65535:
-            raise argparse.ArgumentTypeError(
-                "it must be * or like https://HOST or http://HOST:PORT, with no slash at the end"
-            )
+            raise argparse.ArgumentTypeError("it must be * or like https://HOST:PORT, without a slash at the end")
     return origins
 
 
@@ -3665,7 +3652,6 @@ SETTINGS = {
 
 
 def read_config(path: str) -> dict[str, str]:
-    """Return the settings in a JSON file, as text by name. Files that it names are relative to it."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             members = parse_json(file.read())
@@ -3804,7 +3790,6 @@ def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
 
 
 def read_export(file: BinaryIO) -> Iterator[UserPair]:
-    """Yield the pairs of an export; raise CommandError with the number of a bad line."""
     for number, line in enumerate(iter(functools.partial(file.readline, LINE_BYTES_MAX + 1), b""), 1):
         try:
             if len(line) > LINE_BYTES_MAX:
@@ -4149,13 +4134,11 @@ def serve(arguments: argparse.Namespace) -> None:
         if hasattr(signal, "SIGHUP"):  # closing the terminal sends it too, and must not stop the server
             renew = certificate.renew if certificate else lambda: None
             signal.signal(signal.SIGHUP, lambda *_: renew())
-        changes = store.history_rows_max()
-        if arguments.history != changes:
-            store.transact(lambda store: store.keep_history(arguments.history))
-        if arguments.history < changes:
-            log(
-                "WARNING", f"the history now keeps {arguments.history} changes of a value, not {changes}: see --history"
-            )
+        rows_max, before = arguments.history, store.history_rows_max()
+        if rows_max != before:
+            store.transact(lambda store: store.keep_history(rows_max))
+        if rows_max < before:
+            log("WARNING", f"the history keeps {rows_max} changes of a value now, not {before}; see --history")
         announce(server, store, arguments.program)
         gc.collect()
         gc.freeze()  # modules and classes stay: looking at them again and again would take a quarter of the time

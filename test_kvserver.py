@@ -7641,7 +7641,7 @@ class Serving(CommandCase):
                 self.assertEqual(["http://a", "http://b:1", None], shared, arguments)
 
     def test_origins_that_no_browser_sends_are_refused(self) -> None:
-        message = "it must be * or like https://HOST or http://HOST:PORT, with no slash at the end"
+        message = "it must be * or like https://HOST:PORT, without a slash at the end"
         for text in (
             *("", "null", "x", "http:", "http://", "https://x/", "https://x:", "https://x:0", "https://x:080"),
             *("https://x:65536", "https://u@x", "https://*.x", "https://x?", "https://x#", "https://é", "https://x y"),
@@ -7674,7 +7674,7 @@ class Serving(CommandCase):
         self.assertEqual([(1, "1"), (2, "2"), (3, "3"), (4, None)], self.sql(rows))
         with self.serving_here(KVSERVER_HISTORY="2") as (_, _, log):
             self.assertEqual([(3, "3"), (4, None)], self.sql(rows))
-            message = "WARNING the history now keeps 2 changes of a value, not 10000: see --history"
+            message = "WARNING the history keeps 2 changes of a value now, not 10000; see --history"
             self.assertIn(message, log.getvalue())
         self.succeed("restore", "backup.db")
         self.assertEqual([(1, "1"), (2, "2")], self.sql(rows))
