@@ -2344,7 +2344,7 @@ name="password" value="" required minlength="{PASSWORD_CHARACTERS_MIN}" autocomp
 WELCOME_PAGE = """<p>This kvserver keeps values for devices, applets and scripts. They store one under a key with</p>
 <pre>/set?key=door&amp;value=open</pre><p>and read it back with</p><pre>/get?key=door</pre>
 <p><a href="me/">Your values</a>: edit values, add tokens.</p><p><a href="admin/">Users</a>: for admins.</p>"""
-USERS_PAGE = """{users}<h2>Add a user</h2>{form}<h2>Hooks</h2><p>A hook calls a URL when a value changes.
+USERS_PAGE = """{table}<h2>Add a user</h2>{form}<h2>Hooks</h2><p>A hook calls a URL when a value changes.
 To add or delete hooks, use a shell: <code>kvserver.py addhook</code></p>{hooks}{more}"""
 ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
 <label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label><button>Add</button>"""
@@ -2437,39 +2437,35 @@ def make_time(seconds: float | None) -> str:
     return fill('<time datetime="{}">{}</time>', utc_second(seconds), words)
 
 
-def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
-    """Return a table with the names of its columns; kind is its class in the style. A cell may be a list of parts."""
-    if not rows:
-        return fill('<p class="quiet">There are none.</p>')
+def make_table(kind: str, columns: Sequence[str], rows: dict[Any, Any], url: str = "", after: str = "") -> Markup:
+    """Return a table of named rows. With a URL, it shows PAGE_ROWS_MAX of them, and a link if there are more."""
+    names, links = list(rows), [fill(LINK, url, "First page")] if after else []
+    if url and len(names) > PAGE_ROWS_MAX:
+        names = names[:PAGE_ROWS_MAX]
+        links.append(fill(LINK, url_to(url, after=names[-1]), "Next page"))
     head = [fill('<th scope="col">{}', name) for name in columns]
-    body = [fill("<tr>{}", [fill("<td>{}", cell) for cell in row]) for row in rows]
-    return fill('<table class="{}"><thead><tr>{}<tbody>{}</tbody></table>', kind, head, body)
-
-
-def make_pages(request: Request, kind: str, columns: Sequence[str], rows: dict[str, Any], url: str) -> Markup:
-    """Return a page of a table with named rows, with links to others; there is one row too many if more follow."""
-    names, links = list(rows), [fill(LINK, url, "First page")] if "after" in request.parameters else []
-    if len(names) > PAGE_ROWS_MAX:
-        links.append(fill(LINK, url_to(url, after=names[PAGE_ROWS_MAX - 1]), "Next page"))
-    return fill('{}<p class="turns">{}</p>', make_table(kind, columns, list(rows.values())[:PAGE_ROWS_MAX]), links)
+    body = [fill("<tr>{}", [fill("<td>{}", cell) for cell in rows[name]]) for name in names]
+    table = fill('<table class="{}"><thead><tr>{}<tbody>{}</tbody></table>', kind, head, body)
+    table = table if rows else fill('<p class="quiet">There are none.</p>')
+    return fill('{}<p class="turns">{}</p>', table, links) if links else table
 
 
 def make_values(store: Store, request: Request, user_id: int, url: str, prefix: str = "") -> Markup:
-    rows, pairs = {}, store.pairs(user_id, prefix, request.parameters.get("after", ""))
-    for _, key, value, updated, expires in itertools.islice(pairs, PAGE_ROWS_MAX + 1):
+    rows, after = {}, request.parameters.get("after", "")
+    for _, key, value, updated, expires in itertools.islice(store.pairs(user_id, prefix, after), PAGE_ROWS_MAX + 1):
         shown_key, start = make_visible(key), make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1])
         changed = [make_time(updated), fill(SMALL, ["expires ", make_time(expires)]) if expires else ""]
         cell = fill(LINK, url_to("../me/state", key=key), shown_key) if user_id == request.user.id else shown_key
         rows[key] = (cell, cut_off(start, VALUE_SHOWN_CHARACTERS_MAX) or fill(SMALL, "empty"), changed)
-    return make_pages(request, "values", ("Key", "Value", "Changed"), rows, url)
+    return make_table("values", ("Key", "Value", "Changed"), rows, url, after)
 
 
 def make_tokens(store: Store, user_name: str, url: str) -> Markup:
-    rows = []
+    rows = {}
     for token in store.tokens(user_name):
         label, rights = token.label or f"token {token.id}", fill("<code>{}</code>", token.rights())
         question = make_question("Delete", label, "deltoken", url_to(url, id=str(token.id)))
-        rows.append((label, rights, token.last_used(), question))
+        rows[token.id] = (label, rights, token.last_used(), question)
     return make_table("tokens", ("Label", "Rights", "Last used", "Delete"), rows)
 
 
@@ -2487,20 +2483,21 @@ def welcome_page(store: Store, request: Request) -> Response:
 
 
 def users_page(store: Store, request: Request) -> Response:
-    rows, hook_rows, hooks = {}, [], store.hooks(limit=PAGE_ROWS_MAX + 1)
-    for user, pairs, newest in store.users(after=request.parameters.get("after", ""), limit=PAGE_ROWS_MAX + 1):
+    rows, hook_rows, after = {}, {}, request.parameters.get("after", "")
+    users, hooks = store.users(after=after, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
+    for user, pairs, newest in users:
         link = fill(LINK, url_to("user", username=user.name), make_visible(user.name))
         rows[user.name] = (link, "admin" if user.is_admin else "user", pairs, make_time(newest))
     for hook in hooks[:PAGE_ROWS_MAX]:
         name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id}: {hook.label}")]
         only = "" if hook.value is None else fill(SMALL, f"only when it becomes {make_visible(hook.value)}")
         tried = fill(SMALL, ["last try: ", make_time(hook.result_time), f", pending: {hook.pending}"])
-        hook_rows.append((name, [make_visible(hook.pattern), only], hook.origin, [hook.result or "", tried]))
-    users = make_pages(request, "users", ("Name", "Role", "Values", "Newest change"), rows, "./")
+        hook_rows[hook.id] = (name, [make_visible(hook.pattern), only], hook.origin, [hook.result or "", tried])
+    table = make_table("users", ("Name", "Role", "Values", "Newest change"), rows, "./", after)
     form = make_form(request, "adduser", ADD_USER)
-    table = make_table("hooks", ("User", "Key", "URL", "Last result"), hook_rows)
+    hook_table = make_table("hooks", ("User", "Key", "URL", "Last result"), hook_rows)
     more = fill("<p>There are more: <code>kvserver.py hooks</code></p>") if len(hooks) > PAGE_ROWS_MAX else ""
-    return make_page(request, "Users", fill(USERS_PAGE, users=users, form=form, hooks=table, more=more))
+    return make_page(request, "Users", fill(USERS_PAGE, table=table, form=form, hooks=hook_table, more=more))
 
 
 def find_user(store: Store, request: Request) -> UserSummary:
@@ -2581,7 +2578,7 @@ def change_user(store: Store, request: Request) -> Response:
     if action == "adduser":
         check_user_name(name)
         store.add_user(name, request.password_hash, is_admin)
-    elif find_user(store, request) and action == "deluser":
+    elif find_user(store, request) and action == "deluser":  # it raises HTTPError if there is none
         if name == request.user.name:
             raise HTTPError(409, "nobody can delete themselves; ask another admin")
         store.delete_user(name, even_last_admin=False)
