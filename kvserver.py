@@ -2570,11 +2570,11 @@ def take_action(store: Store, request: Request, form_page: Callable[..., Respons
 
 
 def change_user(store: Store, request: Request) -> Response:
-    is_of_one = request.parameters.get("action") in ("setpassword", "setadmin", "deltoken")
-    actions = ("adduser", "deluser", "setpassword", "setadmin", "deltoken")
-    action = take_action(store, request, user_page if is_of_one else users_page, *actions)
+    on_user_page = ("setpassword", "setadmin", "deltoken")
+    form_page = user_page if request.parameters.get("action") in on_user_page else users_page
+    action = take_action(store, request, form_page, "adduser", "deluser", *on_user_page)
     name, is_admin = required(request.parameters, "username"), is_on(request.parameters, "isAdmin")
-    url = url_to("user", username=name) if is_of_one else "./"
+    url = url_to("user", username=name) if action in on_user_page else "./"
     if action == "adduser":
         check_user_name(name)
         store.add_user(name, request.password_hash, is_admin)
@@ -2671,12 +2671,11 @@ MESSAGES = {401: "the user was deleted", 404: "this token does not exist any mor
 
 def find_routes(path: str, base_path: str) -> tuple[dict[str, Route], str]:
     """Return the routes of a path by method, and its key, still encoded, if it has one."""
-    below = path.removeprefix(base_path)
-    if path not in BY_PATH_AND_METHOD and not path.startswith("/kv/") and below[:1] in ("", "/"):
-        path = below  # /a is no prefix of /admin
-    if path.startswith("/kv/") and path != "/kv/":
-        return BY_PATH_AND_METHOD["/kv/KEY"], path[4:]
-    return BY_PATH_AND_METHOD.get(path, {}), ""
+    if path not in BY_PATH_AND_METHOD and not path.startswith("/kv/"):
+        below = path.removeprefix(base_path)
+        path = below if below[:1] in ("", "/") else path  # /a is no prefix of /admin
+    key = path[4:] if path.startswith("/kv/") else ""
+    return BY_PATH_AND_METHOD.get("/kv/KEY" if key else path, {}), key
 
 
 def answer_without_route(request: Request, methods: Sequence[str], base_path: str) -> Response:
