@@ -6412,7 +6412,7 @@ class UserCommands(CommandCase):
                 "http://h/SECRET SECRET",
                 "http://h/é",
             ),
-            ("a URL has at most 4096 ASCII characters", "http://h/SECRET\r\nA: b", "http://h/" + "x" * 4096),
+            ("a URL has at most 4096 letters, digits and signs", "http://h/SECRET\r\nA: b", "http://h/" + "x" * 4096),
         ):
             for url in urls:
                 self.assert_fails(message, "addhook", "alice", "a", url)
