@@ -3360,17 +3360,14 @@ class Server(http.server.ThreadingHTTPServer):
         accepting = self.loop.start(self._accept())
         self.loop.start(self._keep_house(accepting))
         self.loop.start(self._make_own_changes())
-        gathering_since = 0.0
         while not self._is_finished:
             is_busy = self.loop.run_once(may_wait=self._is_committing or not self.changes)
             if self.changes and not self._is_committing:
-                now = time.monotonic()
-                gathering_since = gathering_since or now
                 # While other requests come in, so do changes. Those that share a commit take hardly longer than one.
-                is_late = now - gathering_since >= min(self.writer.commit_seconds / 2, GATHER_SECONDS_MAX)
-                if is_late or not is_busy or len(self.changes) >= len(self.connections):
-                    gathering_since = 0.0
-                    self.loop.start(self._commit())
+                deadline = time.monotonic() + min(self.writer.commit_seconds / 2, GATHER_SECONDS_MAX)
+                while is_busy and len(self.changes) < len(self.connections) and time.monotonic() < deadline:
+                    is_busy = self.loop.run_once(may_wait=False)
+                self.loop.start(self._commit())
 
     async def _keep_house(self, accepting: Task) -> None:
         """Look for others' changes and new deliveries. After the stop, let requests end, and drop the slow ones."""
@@ -3444,7 +3441,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop.start(handler.handle())
 
     def _look_for_others(self) -> None:
-        """If another process has committed, wake all requests that wait. Streams start again."""
         state = self.reader.state()
         if state != self._state and not self._in_transaction:
             self._state = state
@@ -3490,7 +3486,6 @@ class Server(http.server.ThreadingHTTPServer):
         return events
 
     def _hand_out(self) -> None:
-        """Give the committed changes to streams, and wake the requests that wait for them."""
         commits, self.writer.committed = self.writer.committed, []
         changes = list(itertools.chain.from_iterable(commits))
         pairs = None if self.writer.changed_others else {pair for pair, _, _ in changes}
