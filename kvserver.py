@@ -10,8 +10,7 @@ Each user has their own keys, and logs in with a password or a token. The server
 
     request                      response
     GET /set?key=K&value=V       200 Success; ttl=SECONDS; nx=1 (409 if the key exists); old=V (409 if it differs)
-    GET /get?key=K               200 and the value; 404 for an unknown key, or default=D; format=json or age;
-                                 wait=SECONDS&unless=V waits for another value
+    GET /get?key=K               200 and the value; 404, or default=D; format=json or age; wait=SECONDS&unless=V
     GET /del?key=K               200 Successfully removed state; 404 for an unknown key, or missing=ok
     GET /incr?key=K              200 and the stored number plus 1, or plus N with by=N
     GET /toggle?key=K            200 and off if on was stored, else on; other words with values=A,B
@@ -24,10 +23,8 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /me/, /admin/            pages for browsers: a user's values, tokens and password; users, for admins
 
 /set, /del, /incr and /toggle also take POST; /set and /del also PUT; the others HEAD. Parameters may be in the query,
-a form or a JSON object. The body of /set?key=K may be the value. All paths also exist below /iotpersistenceapi, or the
-prefix that --base-path sets. An error is one line of text that says what to do.
-
-Lines like "# ---- Storage ----" divide the file into rooms. Each uses only the rooms above it.
+a form or a JSON object. The body of /set?key=K may be the value. All paths also exist below /iotpersistenceapi, or
+below --base-path. Lines like "# ---- Storage ----" divide the file into rooms. Each uses only the rooms above it.
 """
 
 from __future__ import annotations
@@ -35,8 +32,7 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 - older versions can parse this file, and then say what they need
-    this = "{}.{}.{}".format(*sys.version_info)
-    sys.exit(f"kvserver needs Python 3.11 or newer; this is {this}. On Raspberry Pi OS, upgrade to Bookworm or newer.")
+    sys.exit("kvserver needs Python 3.11 or newer (Raspberry Pi OS Bookworm), not {}.{}.{}".format(*sys.version_info))
 
 import argparse
 import base64
@@ -78,8 +74,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 __version__ = "0.1.0"
 
 # ---- Limits and defaults ---------------------------------------------------------------------------------------------
-# The numbers that you may want to change; each name contains its unit. Everything that a client controls has a limit:
-# nobody can fill the memory of a small machine, or keep the server waiting.
+# The numbers that you may want to change, with their units. Nobody can fill the memory, or keep the server waiting.
 
 KEY_BYTES_MAX = 512
 VALUE_BYTES_MAX = 1024 * 1024
@@ -92,8 +87,7 @@ LIST_BYTES_MAX = 32 * 1024 * 1024
 HISTORY_VALUE_BYTES_MAX = 1024  # longer values are cut off in the history
 
 PASSWORD_CHARACTERS_MIN = 8
-# OWASP's password storage cheat sheet calls several scrypt settings equally strong. n=2^14, r=8, p=5 takes 16 MiB.
-SCRYPT_COST_LOG2, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM = 14, 8, 5
+SCRYPT_COST_LOG2, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM = 14, 8, 5  # one of OWASP's equal settings; takes 16 MiB
 TOKENS_MAX = 100  # per user
 LABEL_CHARACTERS_MAX = 64
 FAILURES_MAX = 10  # failed logins before a client address must wait
@@ -112,9 +106,8 @@ HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
 EXCHANGES_MAX = 64  # deliveries at once
 ORIGIN_EXCHANGES_MAX = 8  # of these, to one host and port
 
-# systemd passes a service's folders with colons between them. The other settings are read later.
 STATE_FOLDER = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or os.path.dirname(os.path.abspath(__file__))
-DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")
+DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")  # systemd may pass several folders, with colons
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
 # One line per event on standard error, without secrets. The logging module would take a tenth of the start-up time.
@@ -170,7 +163,6 @@ SCRYPT_HASH = re.compile(rf"\$scrypt\$ln=(\d{{1,2}}),r=(\d{{1,2}}),p=(\d{{1,2}})
 
 
 def scrypt(secret: bytes, salt: bytes, cost: int, block_size: int, parallelism: int, length: int) -> bytes:
-    """Return the scrypt digest of a secret (RFC 7914); this takes some tenths of a second."""
     memory = SCRYPT_MEMORY_BYTES_MAX + 1024 * 1024  # OpenSSL needs a little more than the formula gives
     return hashlib.scrypt(secret, salt=salt, n=cost, r=block_size, p=parallelism, maxmem=memory, dklen=length)
 
@@ -225,9 +217,8 @@ def hash_token(token: str) -> bytes:
 
 
 # ---- Storage ---------------------------------------------------------------------------------------------------------
-# The database: its schema, and the class that reads and changes it. A change is on the disk when its method returns,
-# within a transaction when commit returns. SQLite shows a commit to other connections only then: no read returns a
-# value that a power cut takes back. Nothing here knows of HTTP.
+# A change is on the disk when its method returns, or commit in a transaction. Other connections see it only then: no
+# read returns a value that a power cut takes back. Nothing here knows of HTTP.
 
 DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
 SHORT_POLL_SECONDS = 0.02  # between two looks for something that comes soon
@@ -245,8 +236,7 @@ NEXT_KEY = "\0"  # key + NEXT_KEY is the next possible key, because keys contain
 LAST_KEY = "\U0010ffff" * (KEY_BYTES_MAX // 4)  # prefix + LAST_KEY sorts after every key with the same prefix
 APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id marks our files
 
-# One entry per schema version: the statements that lead to it from the version before. PRAGMA user_version holds the
-# version of a file. Never change an entry after its release; add another one. The classes below explain the columns.
+# The statements that lead to each schema version (PRAGMA user_version). Never change a released entry; add another.
 # AUTOINCREMENT: a late request of a deleted user cannot write to a newer one. WITHOUT ROWID saves a search per pair.
 MIGRATIONS = (
     (
@@ -275,10 +265,8 @@ MIGRATIONS = (
             ON DELETE CASCADE, number INTEGER NOT NULL, bytes_before INTEGER NOT NULL, -- of earlier ones
             key TEXT NOT NULL, value TEXT, old TEXT, created REAL NOT NULL, idempotency_key TEXT NOT NULL,
             UNIQUE (hook_id, number))""",
-        # Lengths of key prefixes, to join with. (A trigger has no WITH.)
-        "CREATE TABLE prefix_length (length INTEGER PRIMARY KEY)",
-        """WITH RECURSIVE counter (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM counter WHERE n < 512)
-            INSERT INTO prefix_length SELECT n FROM counter""",
+        "CREATE TABLE prefix_length (length INTEGER PRIMARY KEY)",  # to join with; a trigger has no WITH
+        "WITH c(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM c WHERE n < 512) INSERT INTO prefix_length SELECT n FROM c",
     ),
     (
         "ALTER TABLE hook ADD COLUMN method TEXT NOT NULL DEFAULT 'POST'",
@@ -287,18 +275,11 @@ MIGRATIONS = (
         "CREATE TABLE setting (history_rows_max INTEGER NOT NULL)",  # per pair; 0 for no history
         "INSERT INTO setting VALUES (0)",
         """CREATE TABLE history (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
-            number INTEGER NOT NULL, time REAL NOT NULL, value BLOB, PRIMARY KEY (user_id, key, number))
-            WITHOUT ROWID""",
+            number INTEGER, time REAL NOT NULL, value BLOB, PRIMARY KEY (user_id, key, number)) WITHOUT ROWID""",
     ),
 )
-PRAGMAS = (
-    "PRAGMA synchronous = FULL",  # in WAL mode only FULL syncs each commit, so that it survives a power cut
-    "PRAGMA fullfsync = ON",  # on macOS, fsync alone leaves data in the drive's cache
-    "PRAGMA foreign_keys = ON",  # off by default; without it a deleted user's pairs would stay
-    "PRAGMA secure_delete = FAST",  # some builds overwrite deleted values, which doubles the log
-)
 
-# Triggers write deliveries in the transaction of the change. They exist only while hooks exist.
+# Triggers write deliveries and history in the transaction of a change. They exist only while hooks or a history exist.
 NOW = "((julianday('now') - 2440587.5) * 86400 + 0.001)"  # unix seconds; SQLite cuts off below a millisecond
 HAD_EXPIRED = f"(OLD.expires IS NOT NULL AND OLD.expires <= {NOW})"
 CHANGED = f"(NEW.value <> OLD.value OR {HAD_EXPIRED})"
@@ -310,14 +291,12 @@ QUEUE = f"""AND EXISTS (SELECT 1 FROM hook WHERE user_id = {{row}}.user_id) BEGI
         (SELECT {{row}}.key UNION ALL SELECT substr({{row}}.key, 1, length) || '*' FROM prefix_length
         WHERE length <= length({{row}}.key)); END"""
 QUEUE_END = QUEUE.format(row="OLD", value="NULL", old="OLD.value")
-OLD_VALUE = f"iif({HAD_EXPIRED}, NULL, OLD.value)"
 TRIGGERS = {
     "pair_added": "AFTER INSERT ON pair WHEN TRUE " + QUEUE.format(row="NEW", value="NEW.value", old="NULL"),
     "pair_removed": f"AFTER DELETE ON pair WHEN TRUE {QUEUE_END}",
-    # An expired pair ended before the new value came.
-    "pair_expired": f"BEFORE UPDATE OF value ON pair WHEN {HAD_EXPIRED} {QUEUE_END}",
+    "pair_expired": f"BEFORE UPDATE OF value ON pair WHEN {HAD_EXPIRED} {QUEUE_END}",  # the old value ended first
     "pair_changed": f"AFTER UPDATE OF value ON pair WHEN {CHANGED} "
-    + QUEUE.format(row="NEW", value="NEW.value", old=OLD_VALUE),
+    + QUEUE.format(row="NEW", value="NEW.value", old=f"iif({HAD_EXPIRED}, NULL, OLD.value)"),
     "delivery_added": f"""AFTER INSERT ON delivery BEGIN
         UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before
             + length(CAST(NEW.key || ifnull(NEW.value, '') || ifnull(NEW.old, '') AS BLOB)) WHERE id = NEW.hook_id;
@@ -326,7 +305,6 @@ TRIGGERS = {
             AND (number = NEW.number OR bytes_before >=
                 (SELECT queued_bytes FROM hook WHERE id = NEW.hook_id) - {HOOK_PENDING_BYTES_MAX})); END""",
 }
-# Adds a change to the history of a row of pair, which is NEW or OLD.
 RECORD = """BEGIN INSERT INTO history VALUES ({row}.user_id, {row}.key, 1 + ifnull((SELECT max(number) FROM history
     WHERE user_id = {row}.user_id AND key = {row}.key), 0), {time}, {value}); END"""
 # One byte more tells that a value is longer. SQLite's substr makes NULL of an empty value.
@@ -335,14 +313,12 @@ RECORD_NEW = RECORD.format(row="NEW", time="NEW.updated", value=BEGINNING)
 RECORD_END = RECORD.format(row="OLD", time=f"iif({HAD_EXPIRED}, OLD.expires, {NOW})", value="NULL")
 HISTORY_TRIGGERS = {
     "history_added": f"AFTER INSERT ON pair {RECORD_NEW}",
-    # A deleted user's pairs leave no history.
     "history_removed": f"AFTER DELETE ON pair WHEN EXISTS (SELECT 1 FROM user WHERE id = OLD.user_id) {RECORD_END}",
     "history_expired": f"BEFORE UPDATE OF value ON pair WHEN {HAD_EXPIRED} {RECORD_END}",
     "history_changed": f"AFTER UPDATE OF value ON pair WHEN {CHANGED} {RECORD_NEW}",
-    # Deleting several at once writes fewer pages.
     "history_trimmed": """AFTER INSERT ON history WHEN NEW.number % (SELECT 1 + history_rows_max / 16 FROM setting) = 0
         BEGIN DELETE FROM history WHERE user_id = NEW.user_id AND key = NEW.key
-        AND number <= NEW.number - (SELECT history_rows_max FROM setting); END""",
+        AND number <= NEW.number - (SELECT history_rows_max FROM setting); END""",  # several at once: fewer pages
 }
 
 # Pieces that several statements share. A page is a user's pairs from key to key; a negative limit means all.
@@ -354,8 +330,7 @@ PAIR_AS_JSON = """json_object('key', key, 'value', value,
     'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'), 'age', max(0, CAST(? - updated AS INTEGER)),
     'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"""
 # Not OR REPLACE: it would run the insert trigger, which doesn't know the old value.
-REPLACE = """ON CONFLICT (user_id, key)
-    DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
+REPLACE = "ON CONFLICT DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
 USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
@@ -492,8 +467,10 @@ class Store:
         self.timed_pairs, self._newly_timed = dict[PairId, tuple[float, float]](), dict[PairId, tuple[float, float]]()
         self.clock_offset = time.time() - running_time()  # when expiries were last shifted
         try:
-            for pragma in PRAGMAS:
-                self._execute(pragma)
+            self._execute("PRAGMA synchronous = FULL")  # in WAL mode, only FULL makes commits survive a power cut
+            self._execute("PRAGMA fullfsync = ON")  # on macOS, fsync alone leaves data in the drive's cache
+            self._execute("PRAGMA foreign_keys = ON")  # off by default; a deleted user's pairs would stay
+            self._execute("PRAGMA secure_delete = FAST")  # some builds overwrite deleted values, which doubles the log
             if mb_max:
                 self._pages_max = mb_max * 1024 * 1024 // self._execute("PRAGMA page_size").fetchone()[0]
                 self._execute(f"PRAGMA max_page_count = {self._pages_max}")
@@ -668,10 +645,9 @@ class Store:
 
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         """Return the numbers of users, pairs, pending deliveries and changes, and the bytes of the file and its log."""
-        # One condition in one count would read all values.
         select = """SELECT (SELECT count(*) FROM user), (SELECT count(*) FROM pair) - (SELECT count(*) FROM pair
             WHERE expires <= ?), (SELECT count(*) FROM delivery), (SELECT count(*) FROM history)"""
-        counts = self._execute(select, time.time()).fetchone()
+        counts = self._execute(select, time.time()).fetchone()  # one condition in one count would read all values
         return (*counts, os.path.getsize(self.path), os.path.getsize(self.path + "-wal"))
 
     def user(self, login: str | bytes) -> User | None:
@@ -697,8 +673,7 @@ class Store:
 
     def add_user(self, name: str, password_hash: str, is_admin: bool) -> None:
         insert = "INSERT INTO user (name, password_hash, is_admin) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
-        refusal = Conflict(f"the user {name} exists; choose another name")
-        self._change_users(refusal, insert, name, password_hash, is_admin)
+        self._change_users(Conflict(f"the user {name} exists; choose another"), insert, name, password_hash, is_admin)
 
     def set_password_hash(self, name: str, password_hash: str, old_hash: str | None = None) -> None:
         """Replace a user's password hash, or if old_hash is given, only that hash; raise NoSuchUser."""
@@ -767,8 +742,7 @@ class Store:
         self.changed_pairs.append(((user_id, key), value, now))
 
     def _exceed_limit(self, statement: str, *parameters: Any) -> int:
-        # Deletes need room too, because hooks store the deleted value.
-        self._execute(f"PRAGMA max_page_count = {2**30 - 1}")
+        self._execute(f"PRAGMA max_page_count = {2**30 - 1}")  # deletes need room too, for hooks and the history
         try:
             return self._execute(statement, *parameters).rowcount
         finally:
@@ -785,7 +759,6 @@ class Store:
         return bool(self._execute("SELECT 1 FROM pair WHERE expires <= ? LIMIT 1", time.time()).fetchone())
 
     def delete_expired(self) -> None:
-        """Delete up to EXPIRED_PAIRS_MAX expired pairs, the oldest first."""
         select = "SELECT user_id, key FROM pair WHERE expires <= ? ORDER BY expires LIMIT ?"
         expired = self._execute(select, time.time(), EXPIRED_PAIRS_MAX).fetchall()
         for pair in expired:
@@ -854,10 +827,9 @@ class Store:
 
     def new_deliveries(self, newest: int) -> list[tuple[int, bool, int]]:
         """Return id, success of the last try, and newest delivery of the hooks with deliveries after newest."""
-        # With an index, SQLite would read all pending deliveries.
         select = """SELECT hook_id, ifnull(result GLOB '2*', FALSE), max(delivery.id)
             FROM delivery NOT INDEXED JOIN hook ON hook.id = hook_id WHERE delivery.id > ? GROUP BY hook_id"""
-        return self._execute(select, newest).fetchall()
+        return self._execute(select, newest).fetchall()  # with an index, SQLite would read all pending deliveries
 
     def next_delivery(self, hook_id: int, with_values: bool) -> Delivery | None:
         """Return the oldest pending delivery of a hook; its values may be long, and are None unless asked for."""
@@ -878,8 +850,11 @@ class CachingStore(Store):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._rows, self._rows_bytes = dict[Any, Any](), 0  # of their values
-        self._rows_state = b""  # when they were read
+        self._rows, self._rows_state, self._rows_bytes = (
+            dict[Any, Any](),
+            b"",
+            0,
+        )  # when they were read; of their values
         # The -shm file begins with two copies of a header (SQLite's "WAL-mode File Format"). A first read creates it.
         self.has_hooks()
         # It stays open: closing any descriptor of a file drops all the locks of the process on it (POSIX).
@@ -913,8 +888,7 @@ class CachingStore(Store):
         state = self.state()
         is_full = len(self._rows) >= CACHED_ROWS_MAX or self._rows_bytes >= CACHED_BYTES_MAX
         if is_full or state != self._rows_state:
-            # The state is older than the next read: a commit between the two makes it differ again.
-            self._rows, self._rows_state, self._rows_bytes = {}, state, 0
+            self._rows, self._rows_state, self._rows_bytes = {}, state, 0  # a commit before the next read changes it
         return self._rows
 
     def user(self, login: str | bytes) -> User | None:
@@ -1854,7 +1828,7 @@ DURATION_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 
 
 class Metrics:
-    """Counts the server's work since its start. The loop counts; any thread may ask for the text."""
+    """Counts the server's work since its start. The loop counts; any thread may ask for the text for Prometheus."""
 
     def __init__(self, connections: Mapping[Any, Any], polls: Mapping[Any, Any], streams: set[Any]) -> None:
         self._connections, self._polls, self._streams = connections, polls, streams  # their lengths are reported
@@ -1872,7 +1846,6 @@ class Metrics:
         numbers[-1] += seconds
 
     def text(self, store: Store) -> str:
-        """Return all counters and the sizes of a store in the text format of Prometheus."""
         users, pairs, pending, changes, database_bytes, log_bytes = store.sizes()
         responses, durations = list(self._responses.items()), []  # a copy: the loop goes on counting
         requests = [f'{{endpoint="{endpoint}",status="{status}"}} {total}' for (endpoint, status), total in responses]

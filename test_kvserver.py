@@ -8391,8 +8391,8 @@ class Source(unittest.TestCase):
         code, output, errors = run(
             [sys.executable, "-c", f"{pretend}; runpy.run_path({PROGRAM!r}, run_name='__main__')", "serve"]
         )
-        needed = "kvserver needs Python 3.11 or newer; this is 3.9.18."
-        self.assertEqual(f"{needed} On Raspberry Pi OS, upgrade to Bookworm or newer.\n", errors)
+        needed = "kvserver needs Python 3.11 or newer (Raspberry Pi OS Bookworm), not 3.9.18\n"
+        self.assertEqual(needed, errors)
         self.assertEqual((1, ""), (code, output))
 
     def test_docstring_names_every_path(self) -> None:
