@@ -337,8 +337,8 @@ TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_d
 HOOK_REQUEST = "hook.id, receiver, url, method, headers, body"
 
 
-def utc_second(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
+def utc_second(seconds: float | None) -> str:
+    return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 
 
 def rfc3339(seconds: float) -> str:
@@ -3670,19 +3670,17 @@ def copying(source: Store, path: str) -> Iterator[int]:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it deletes the incomplete copy
     try:
         with tempfile.TemporaryDirectory(".part", name + ".", folder) as temporary:
-            descriptor, copy = tempfile.mkstemp(dir=temporary)  # only its owner can read it
-            with open(descriptor, "rb"):
-                source.back_up(copy)
-                os.fsync(descriptor)
-                yield descriptor
-            os.replace(copy, path)
+            with tempfile.NamedTemporaryFile(dir=temporary, delete=False) as copy:  # only its owner can read it
+                source.back_up(copy.name)
+                os.fsync(copy.fileno())
+                yield copy.fileno()
+            os.replace(copy.name, path)
         with contextlib.suppress(OSError):  # Windows cannot open folders
             descriptor = os.open(folder, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
     except (OSError, sqlite3.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CommandError(f"cannot copy {source.path} to {path}: {reason}") from None
+        raise CommandError(f"cannot copy {source.path} to {path}: {getattr(error, 'strerror', error)}") from None
 
 
 def back_up(arguments: argparse.Namespace) -> None:
@@ -3705,13 +3703,12 @@ def set_aside(database: str, locks: contextlib.ExitStack) -> str:
     try:
         locks.enter_context(lock_database(database))
         if os.path.exists(database) and not has_stray_log(database):
-            old = locks.enter_context(contextlib.closing(Store(database, wait=0)))
-            old.schema_version(newest=math.inf)
-            old.lock_alone()
+            with contextlib.suppress(sqlite3.Error):  # it is damaged, and keeps its log
+                old = locks.enter_context(contextlib.closing(Store(database, wait=0)))
+                old.schema_version(newest=math.inf)
+                old.lock_alone()
     except (BlockingIOError, StoreBusy):
         raise CommandError(f"another process uses the database {database}; stop the server, and try again") from None
-    except sqlite3.Error:  # it is damaged, and keeps its log
-        pass
     kept = ""
     while not kept or os.path.lexists(kept):
         kept = f"{database}.before-restore-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -3771,8 +3768,7 @@ def read_export(file: BinaryIO) -> Iterator[UserPair]:
             updated = time.time() if updated is None else parse_time(updated)
             yield name, require_key(key), value, updated, None if expires is None else parse_time(expires)
         except (ValueError, HTTPError) as error:
-            # The decoders' own messages may quote a value.
-            is_quoting = isinstance(error, (json.JSONDecodeError, UnicodeError))
+            is_quoting = isinstance(error, (json.JSONDecodeError, UnicodeError))  # their messages may quote a value
             reason = "this is not one JSON object in UTF-8" if is_quoting else error
             raise CommandError(f"line {number}: {reason}; nothing was imported") from None
 
@@ -3800,8 +3796,7 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
         except HTTPError as error:
             left_out.append(f"user {name!r:.80}: {error}; all their values are left out too")
     if unknown:
-        problem = f"nothing was imported: the password hash of {', '.join(unknown)} is of an unknown kind"
-        raise CommandError(f"{problem}. In IoT Persistence Api, delete these users and add them again, with passwords")
+        raise CommandError(f"unknown password hash of {', '.join(unknown)}; delete and add them in IoT Persistence Api")
     for name, key, value in pair_rows:
         try:
             if name not in users:
@@ -3824,17 +3819,15 @@ def import_database(arguments: argparse.Namespace) -> None:
     with contextlib.closing(open_store(arguments.db)) as store:
         merged = [name for name in sorted(users) if store.user(name)]
         if merged and not arguments.merge:
-            what = "nothing was imported. With --merge they get the values, and keep their password and role"
-            raise CommandError(f"these users exist already: {', '.join(merged)}; {what}")
+            raise CommandError(f"these users exist already: {', '.join(merged)}; with --merge they only get the values")
         stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
-        has_admin = any(user.is_admin for user, *_ in store.users())
-    print("".join(f"left out: {line}\n" for line in left_out), end="")
-    new = len(users) - len(merged)
-    print(f"imported users, with their passwords: {new}, values: {stored}; left out: {len(left_out)}")
-    if merged:
-        print(f"these users keep their password and role here: {', '.join(merged)}")
-    if not has_admin:
-        print(f"nobody is an admin; add one with: {arguments.program} adduser NAME --admin")
+        print("".join(f"left out: {line}\n" for line in left_out), end="")
+        new = len(users) - len(merged)
+        print(f"imported users, with their passwords: {new}, values: {stored}; left out: {len(left_out)}")
+        if merged:
+            print(f"these users keep their password and role here: {', '.join(merged)}")
+        if not any(user.is_admin for user, *_ in store.users()):
+            print(f"nobody is an admin; add one with: {arguments.program} adduser NAME --admin")
 
 
 def import_pairs(arguments: argparse.Namespace) -> None:
@@ -3965,9 +3958,7 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     if url == body == "-":
         raise UsageError("the URL and the body cannot both be -; read the body from a file with --body @FILE")
     if url == "-":
-        if sys.stdin.isatty():
-            print("Type the URL, and press Enter:", file=sys.stderr)
-        url = sys.stdin.buffer.readline(HOOK_URL_BYTES_MAX + 2).decode("utf-8-sig", "replace").strip()
+        url = read_text("URL", url).strip()
     if body == "-" or (body or "").startswith("@"):
         body = read_text("body", body.removeprefix("@"))
     origin, lines = check_hook(url, method, arguments.header, body)
@@ -3977,10 +3968,8 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
 
 def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
-    rows = []
-    for hook in store.hooks(arguments.name):
-        last_try = utc_second(hook.result_time) if hook.result_time else "never"
-        rows.append((*hook[:6], hook.pending or None, last_try, hook.result))
+    hooks = store.hooks(arguments.name)
+    rows = ((*hook[:6], hook.pending or None, utc_second(hook.result_time), hook.result) for hook in hooks)
     head = ("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST TRY", "RESULT")
     print_table(head, rows, f"there are no hooks; add one with: {arguments.program} addhook USER KEY URL")
 
@@ -4002,8 +3991,7 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
 def require_pair(arguments: argparse.Namespace, store: Store) -> Pair:
     pair = store.pair(arguments.user.id, arguments.key)
     if not pair:
-        hint = f"list the keys with: python kvserver.py list {shlex.quote(arguments.name)}"
-        raise CommandError(f"{arguments.name} has no key {arguments.key}; {hint}")
+        raise CommandError(f"{arguments.name} has no key {arguments.key}; list all with: python kvserver.py list USER")
     return pair
 
 
@@ -4014,10 +4002,8 @@ def print_value(arguments: argparse.Namespace, store: Store) -> None:
 
 def store_value(arguments: argparse.Namespace, store: Store) -> None:
     """Store a value under a key of a user. Hooks and waiting requests notice the change."""
-    key, value = require_key(arguments.key), arguments.value
-    if value == "-":
-        value = read_text("value", value)
-    check_value(value)
+    key = require_key(arguments.key)
+    value = check_value(read_text("value", "-") if arguments.value == "-" else arguments.value)
     store.transact(lambda store: store.set_value(arguments.user.id, key, value, ttl=arguments.ttl))
     print("stored the key", escape_unprintable(key), "of", arguments.name)
 
@@ -4090,14 +4076,12 @@ def serve(arguments: argparse.Namespace) -> None:
             hints = {errno.EADDRINUSE: "is kvserver running already? "}
             hints[errno.EACCES] = "a port below 1024 needs rights, which python kvserver.py unit gives; "
             where = f"{arguments.host or 'all interfaces'}, port {arguments.port}"
-            reason = getattr(error, "strerror", "this is not a host name")
-            hint = hints.get(getattr(error, "errno", 0), "")
+            reason, hint = getattr(error, "strerror", error), hints.get(getattr(error, "errno", 0), "")
             raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         if hasattr(signal, "SIGHUP"):  # closing the terminal sends it too, and must not stop the server
-            renew = certificate.renew if certificate else lambda: None
-            signal.signal(signal.SIGHUP, lambda *_: renew())
+            signal.signal(signal.SIGHUP, lambda *_: certificate.renew() if certificate else None)
         rows_max, before = arguments.history, store.history_rows_max()
         if rows_max != before:
             store.transact(lambda store: store.keep_history(rows_max))
@@ -4271,11 +4255,8 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
         likely = [*(word for word in known if word.startswith(wrong)), *difflib.get_close_matches(wrong.lower(), known)]
         start = level.prog if level is not parser else " ".join([parser.prog, *map(shlex.quote, before)])
         hint = f"did you mean {start} {likely[0]}?" if likely else f"list all with: {start} --help"
-        if kind == "flag":
-            level.print_usage(sys.stderr)
         raise UsageError(f"there is no {kind} {cut_off(wrong, 40)}; {hint}")
-    _, rest = parser.parse_known_args(argv, arguments)
-    if rest:
+    if parser.parse_known_args(argv, arguments)[1]:
         level.error("too many arguments; one that contains spaces or * needs quotes")
     if level is parser:
         parser.print_help(sys.stderr)
@@ -4293,10 +4274,9 @@ def run_command(arguments: argparse.Namespace) -> None:
         arguments.run(arguments)
         return
     with contextlib.closing(open_store(arguments.db, create=False)) as store:
-        name = vars(arguments).get("name")
-        arguments.user = store.user(name or "")
-        if name is not None and not arguments.user:
-            raise NoSuchUser(name)
+        arguments.user = store.user(flags.get("name") or "")
+        if flags.get("name") is not None and not arguments.user:
+            raise NoSuchUser(arguments.name)
         arguments.run(arguments, store)
 
 
