@@ -971,8 +971,7 @@ def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
 
 
 # ---- HTTP messages ---------------------------------------------------------------------------------------------------
-# Bytes to a Request, a Response to bytes (RFC 9110 and RFC 9112). Malformed requests are refused, not repaired: a proxy
-# in front of us might repair them differently, and then see other requests than we do.
+# RFC 9110 and RFC 9112. Malformed requests are refused: a proxy that repairs them might see other requests than we do.
 
 REQUEST_LINE_BYTES_MAX = 16 * 1024
 HEADERS_BYTES_MAX = 32 * 1024
@@ -1000,7 +999,6 @@ ORIGIN = rf"(?i:https?)://(?=[^/?])({HOST.pattern})"
 REQUEST_LINE = re.compile(rf"({HTTP_TOKEN}) (?! )(?:{ORIGIN})?([!-~\x80-\xff]*) HTTP/([0-9])\.([0-9])")
 FIELD = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 
-MALFORMED_CHUNKS = "the chunked body is malformed"
 BODY_TOO_LARGE = f"the body is too large: {{}} bytes; the limit is {BODY_BYTES_MAX}, and for a value {VALUE_BYTES_MAX}"
 UNPARSED: dict[str, str] = {}  # a request's parameters, until they are parsed
 RETRY_AFTER = (("Retry-After", "5"),)
@@ -1170,14 +1168,14 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
         if len(received) < end + 2:
             return False
         if not received.startswith(b"\r\n", end):
-            raise HTTPError(400, MALFORMED_CHUNKS)
+            raise HTTPError(400, "the chunked body is malformed")
         body += received[begin:end]
         del received[: end + 2]
     trailers = re.match(rf"(?:{FIELD.pattern}\r\n)*\r\n", received[begin:].decode("iso-8859-1")) if match else None
     if trailers:
         del received[: begin + trailers.end()]
     elif (b"\r\n\r\n" if match else b"\n") in received or len(received) > 4096:  # each look reads all of it
-        raise HTTPError(400, MALFORMED_CHUNKS)
+        raise HTTPError(400, "the chunked body is malformed")
     return trailers is not None
 
 
@@ -1225,13 +1223,12 @@ def encode_delivery(url: urllib.parse.SplitResult, delivery: Delivery) -> bytes:
         is_form = re.search(rf"(?im)^content-type:[ ]*{FORM}[ ]*(;|$)", delivery.headers)
         body = fill_template(delivery.body, texts, percent_encode if is_form else str)
     login = urllib.parse.unquote(f"{url.username or ''}:{url.password or ''}")
+    basic = f"Authorization: Basic {base64.b64encode(login.encode()).decode()}" if login != ":" else ""
     lines = [f"Host: {url.netloc.rpartition('@')[2]}", f"User-Agent: kvserver/{__version__}"]
     if delivery.method in HOOK_BODY_METHODS:
         lines += [f"Content-Type: {JSON}", f"Content-Length: {len(body)}"]
-    lines += [f"Idempotency-Key: {delivery.idempotency_key}", "Connection: close"]
-    basic = f"Authorization: Basic {base64.b64encode(login.encode()).decode()}" if login != ":" else ""
-    lines += filter(None, (basic, *delivery.headers.split("\n")))
-    by_name = {line.partition(":")[0].lower(): line for line in lines}  # the hook's replace ours
+    lines += [f"Idempotency-Key: {delivery.idempotency_key}", "Connection: close", basic, *delivery.headers.split("\n")]
+    by_name = {line.partition(":")[0].lower(): line for line in lines if line}  # the hook's replace ours
     target = f"{url.path or '/'}{'?' if url.query else ''}{url.query}"
     head = f"{delivery.method} ".encode() + fill_template(target, short, percent_encode) + b" HTTP/1.1\r\n"
     head += fill_template("\r\n".join(by_name.values()), short, lambda text: CONTROLS.sub(" ", text)) + b"\r\n\r\n"
@@ -1259,8 +1256,7 @@ def parse_answer(received: bytes) -> Answer | None:
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
-# A request's parameters, from its path, query and body. Everything is text, and each name has one value. Text that is
-# not UTF-8 and repeated names are refused, because a guess could store the wrong value. Commands use the checks, too.
+# All are text. Other bytes than UTF-8 and repeated names are refused: a guess could store the wrong value.
 
 JSON_DEPTH_MAX = 100
 OUR_HEADERS = ("Host", "Content-Length", "Connection", "Transfer-Encoding", "Idempotency-Key")  # of deliveries
@@ -1298,8 +1294,7 @@ def unique_names(pairs: Iterable[tuple[str, Any]], in_value: bool = False) -> di
 
 def parse_json(text: str) -> Any:
     """Return the value of a JSON text; raise ValueError, or HTTPError for repeated names."""
-    # CPython 3.12 and 3.13 follow deep nesting until the small stack of a thread overflows, and the process dies.
-    if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
+    if text.count("[") + text.count("{") > JSON_DEPTH_MAX:  # deep nesting ends the process on CPython 3.12 and 3.13
         brackets = re.sub(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', "", text)
         if max(itertools.accumulate(1 if each in "[{" else -1 for each in brackets), default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
@@ -1317,8 +1312,7 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
     if set(re.findall(r"""charset\s*=\s*["']?([^\s"';,]*)""", header)) - {"utf-8", "utf8", "us-ascii", "ascii"}:
         raise HTTPError(415, "this charset is not supported; send UTF-8, with charset=utf-8 or without a charset")
     text = decode_utf8(request.body, "the body")
-    # Programs label bodies carelessly, so only a form with a field "value" is certainly a form.
-    may_be_value = body == EITHER and "key" in in_query and "value" not in in_query
+    may_be_value = body == EITHER and "key" in in_query and "value" not in in_query  # programs label it carelessly
     if body == VALUE or (may_be_value and not (is_form and re.search("(?:^|&)value=", text))):
         return [("value", text)]
     if content_type != JSON and re.match(r"\ufeff?\s*\{", text):  # curl -d calls everything a form
@@ -1338,18 +1332,16 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
             if not isinstance(member, str):  # raises ValueError for NaN, Infinity and numbers like 1e999
                 members[name] = json.dumps(member, ensure_ascii=False, allow_nan=False)
         "".join(members.values()).encode("utf-8")
-    except ValueError as error:
-        problem = "is nested too deeply, or has half a surrogate pair, or a number such as NaN or 1e999"
-        if isinstance(error, json.JSONDecodeError):
-            problem = f"is malformed at line {error.lineno}, column {error.colno}"
-        raise HTTPError(400, f"the JSON body {problem}") from None
+    except json.JSONDecodeError as error:
+        raise HTTPError(400, f"the JSON body is malformed at line {error.lineno}, column {error.colno}") from None
+    except ValueError:
+        raise HTTPError(400, "the JSON body is too deep, has half a surrogate pair, or a number such as NaN") from None
     return members.items()
 
 
 def required(parameters: Mapping[str, str], name: str) -> str:
     if name not in parameters:
-        hint = f"send {name}=TEXT in the query (in a shell, in quotes), or in a body with Content-Length"
-        raise HTTPError(400, f"the parameter {name} is missing; {hint}")
+        raise HTTPError(400, f"the parameter {name} is missing; in a shell, quote the URL; a body needs Content-Length")
     return parameters[name]
 
 
@@ -1371,10 +1363,9 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
     parameters.pop("_", None)  # scripts in browsers send it to bypass caches
     for name in parameters:
         if name not in route.parameters:
-            missing = ", ".join(each for each in route.parameters[: route.required] if each not in parameters)
+            missing = "".join(f"send {each}; " for each in route.parameters[: route.required] if each not in parameters)
             names = ", ".join(route.parameters) or "none"
-            also = f"missing: {missing}; " if missing else ""
-            raise HTTPError(400, f"the parameter {name!r:.40} is unknown; {also}{route.path} takes: {names}")
+            raise HTTPError(400, f"the parameter {name!r:.40} is unknown; {missing}{route.path} takes: {names}")
     if request.key_in_path:
         parameters["key"] = decode_utf8(urllib.parse.unquote_to_bytes(request.key_in_path), "the key")
     if request.key_in_path or "key" in route.parameters[:1]:
@@ -1397,10 +1388,9 @@ def check_user_name(name: str) -> None:
 
 
 def check_password(password: str) -> None:
-    is_short, is_long = len(password) < PASSWORD_CHARACTERS_MIN, len(password.encode("utf-8")) > PASSWORD_BYTES_MAX
-    if is_short or is_long or CONTROL_CHARACTER.search(password):
-        limits = f"at least {PASSWORD_CHARACTERS_MIN} characters, at most {PASSWORD_BYTES_MAX} bytes in UTF-8"
-        raise HTTPError(400, f"a password has {limits}, and no control characters")
+    least, most = PASSWORD_CHARACTERS_MIN, PASSWORD_BYTES_MAX
+    if len(password) < least or len(password.encode("utf-8")) > most or CONTROL_CHARACTER.search(password):
+        raise HTTPError(400, f"a password has {least} or more characters, {most} or fewer bytes, no control characters")
 
 
 def check_label_and_prefix(label: str, prefix: str) -> None:
@@ -1421,14 +1411,12 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
         login, _, host = parts.netloc.rpartition("@")
         is_url = parts.scheme in HOOK_PORTS and bool(parts.hostname) and parts.port != 0 and host[-1] != ":"
     if not is_url or not HOST.fullmatch(host) or PLACEHOLDER.search(login + parts.fragment):
-        hint = "ports go up to 65535; {key}, {value}, {old} and {time} work in the path and the query"
-        raise HTTPError(400, f"a URL is like http://HOST:PORT/PATH, or begins with https://; {hint}")
+        raise HTTPError(400, "a URL is http(s)://HOST:PORT/PATH?QUERY, with {key} and its like in PATH and QUERY only")
     if any(CONTROLS.search(header) or not re.match(HTTP_TOKEN + ":", header) for header in headers):
         raise HTTPError(400, "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters")
     names = [*OUR_HEADERS, *(["Authorization"] if login else []), *re.findall("(?m)^[^:]+", lines)]
     if len(set(map(str.lower, names))) < len(names):
-        ours = f"{', '.join(OUR_HEADERS)}, and with a login in the URL, Authorization"
-        raise HTTPError(400, f"send each header once, and leave out those that kvserver sets: {ours}")
+        raise HTTPError(400, f"send a header once, and not {', '.join(OUR_HEADERS)}, nor Authorization with a login")
     if len(lines.encode()) > 8192 or len((body or "").encode()) > 65536:
         raise HTTPError(400, "all headers have 8192 bytes at most, a body 65536")
     if body is None:
@@ -1442,8 +1430,7 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
         if JSON_HEADER.search(lines):
             json.loads(PLACEHOLDER.sub(lambda match: "1" * len(match[0]), body))
     except (ValueError, RecursionError) as error:  # these name the place
-        hint = "correct it, or send text with --header 'Content-Type: text/plain'"
-        raise HTTPError(400, f"the body is malformed JSON ({error}); {hint}") from None
+        raise HTTPError(400, f"malformed JSON ({error}); for text, add --header 'Content-Type: text/plain'") from None
     return f"{parts.scheme}://{host}", lines
 
 
@@ -1454,16 +1441,15 @@ def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]
     return text
 
 
-def take_seconds(
-    parameters: Mapping[str, str], name: str, least: float, most: float, example: str = "1.5"
-) -> float | None:
-    text = parameters.get(name)
+def take_seconds(texts: Mapping[str, str], name: str, least: float, most: float, example: str = "1.5") -> float | None:
+    text = texts.get(name)
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) or not least <= float(text) <= most:
         above = "" if least == 0 else "above 0 and "
-        problem = f"the parameter {name} is {text[:40]!r}; send seconds, {above}up to {most}"
-        raise HTTPError(400, f"{problem}, such as {example}")
+        raise HTTPError(
+            400, f"the parameter {name} is {text[:40]!r}; send seconds, {above}up to {most}, like {example}"
+        )
     return float(text)
 
 
@@ -2063,8 +2049,7 @@ class Authenticator:
 NUMBER_DIGITS_MAX = 100
 NUMBER = re.compile(rf"-?(?:[0-9]{{1,{NUMBER_DIGITS_MAX}}}|(?=[0-9.]{{3,{NUMBER_DIGITS_MAX + 1}}}\Z)[0-9]+\.[0-9]+)")
 A_NUMBER = f"a number such as 5, -1 or 0.25, without +, of at most {NUMBER_DIGITS_MAX} digits"
-UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE"
-NO_RESOURCE = "there is no such key; store one with PUT"
+UNKNOWN_KEY = "there is no such key; store one with /set?key=KEY&value=VALUE, or PUT /kv/KEY"
 
 
 def set_value(store: Store, request: Request) -> Response:
@@ -2116,7 +2101,7 @@ def get_value(store: Store, request: Request) -> Response:
         return Response(wait_until=wait_until)
     if pair is None:
         if default is None:
-            raise HTTPError(404, NO_RESOURCE if request.key_in_path else UNKNOWN_KEY)
+            raise HTTPError(404, UNKNOWN_KEY)
         return Response(default.encode("utf-8"))
     if not form and "unless" not in request.parameters and request.names_etag("if-none-match", pair.etag):
         return Response(status=304, headers=(("ETag", pair.etag),))
@@ -2149,7 +2134,7 @@ def delete_pair(store: Store, request: Request) -> Response:
     key, may_be_missing = request.parameters["key"], take_choice(request.parameters, "missing", ("ok",))
     pair = store.pair(request.user.id, key)
     if pair is None and not may_be_missing:  # whatever the preconditions say (RFC 9110 section 13.2.1)
-        raise HTTPError(404, NO_RESOURCE if request.key_in_path else "there is no such key; missing=ok allows this")
+        raise HTTPError(404, UNKNOWN_KEY if request.key_in_path else "there is no such key; missing=ok allows this")
     if pair:
         check_preconditions(request, pair)
         store.delete_pair(request.user.id, key)
@@ -2159,11 +2144,10 @@ def delete_pair(store: Store, request: Request) -> Response:
 def increment(store: Store, request: Request) -> Response:
     import decimal
 
-    by = request.parameters.get("by", "1")
+    by, ttl = request.parameters.get("by", "1"), take_ttl(request.parameters)
     if not NUMBER.fullmatch(by):
         raise HTTPError(400, f"the parameter by is {A_NUMBER}")
     pair = store.pair(request.user.id, request.parameters["key"])
-    ttl = take_ttl(request.parameters)
     stored = pair.value.decode("utf-8") if pair else "0"
     if not NUMBER.fullmatch(stored):
         raise HTTPError(409, f"the stored value is not {A_NUMBER}; set one first")
@@ -2177,11 +2161,10 @@ def increment(store: Store, request: Request) -> Response:
 
 
 def toggle(store: Store, request: Request) -> Response:
-    words = request.parameters.get("values", "on,off").split(",")
+    words, ttl = request.parameters.get("values", "on,off").split(","), take_ttl(request.parameters)
     if len(words) != 2 or not all(words) or words[0] == words[1]:
         raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
     pair = store.pair(request.user.id, request.parameters["key"])
-    ttl = take_ttl(request.parameters)
     if pair and pair.value not in [word.encode("utf-8") for word in words]:
         raise HTTPError(409, "the stored value is neither word; set one first, or send other words as values=A,B")
     word = check_value(words[1] if pair and pair.value == words[0].encode("utf-8") else words[0])
@@ -2191,8 +2174,7 @@ def toggle(store: Store, request: Request) -> Response:
 
 def list_pairs(store: Store, request: Request) -> Response:
     parameters, token = request.parameters, request.user.token
-    with_times = take_choice(parameters, "format", ("json",)) is not None
-    limit = take_limit(parameters)
+    with_times, limit = take_choice(parameters, "format", ("json",)) is not None, take_limit(parameters)
     prefix, own_prefix = parameters.get("prefix", ""), token.prefix if token else ""
     if not prefix.startswith(own_prefix) and not own_prefix.startswith(prefix):
         return Response(b"{}", content_type=JSON)
@@ -2243,13 +2225,12 @@ def delete_history(store: Store, request: Request) -> Response:
 
 def stream_events(store: Store, request: Request) -> Response:
     prefix, token = request.parameters.get("prefix", ""), request.user.token
-    own_prefix = token.prefix if token else ""
-    if not own_prefix.startswith(prefix):
+    own = token.prefix if token else ""
+    if not own.startswith(prefix):
         require_key(prefix, token)
     # nginx sends events on at once. HTTP/1.0 knows no chunks.
     headers = (("Content-Type", "text/event-stream"), ("X-Accel-Buffering", "no"), ("Transfer-Encoding", "chunked"))
-    sent = headers[: 2 if request.fields.is_http_1_0 else 3]
-    return Response(headers=sent, stream_prefix=max(prefix, own_prefix, key=len))
+    return Response(headers=headers[: 2 if request.fields.is_http_1_0 else 3], stream_prefix=max(prefix, own, key=len))
 
 
 def check_health(store: Store, request: Request) -> Response:
@@ -3150,8 +3131,7 @@ class Outbox:
         try:
             self._lock = self._lock or lock_database(path)
         except BlockingIOError:
-            message = f"another server runs on {path}, and calls the hooks; stop one, unless you want both"
-            self._errors.write(message, NEVER, level="WARNING")
+            self._errors.write(f"another server runs on {path} and calls the hooks; stop one", NEVER, level="WARNING")
         except OSError as error:
             problem = f"no hook is called, since {path}-lock cannot be locked ({error.strerror})"
             self._errors.write(f"{problem}; delete it, or correct its owner", HOOK_RETRY_SECONDS_MAX)

@@ -389,7 +389,7 @@ class Api(ServerCase):
     def test_missing_parameters_are_400_and_only_an_explicit_empty_value_is_empty(self) -> None:
         for target in ("/set", "/set?key=a", "/set?value=a", "/set?key=a&value", "/get", "/get?key", "/del?key="):
             self.check(400, "GET", target)
-        self.assertIn(b"or in a body with Content-Length", self.check(400, "POST", "/set?key=a").body)
+        self.assertIn(b"a body needs Content-Length", self.check(400, "POST", "/set?key=a").body)
         self.check(400, "POST", "/set?key=a", "")
         self.assertNotIn("\n", self.fetch("/incr", "POST", "key=a&a\nb", Content_Type=kvserver.FORM)[1])
         self.assertEqual({}, self.pairs())
@@ -537,8 +537,7 @@ class Methods(ServerCase):
         self.check(404, "OPTIONS", "/nowhere", user=None)
 
     def test_errors_are_problems_for_clients_that_take_json(self) -> None:
-        hint = "send key=TEXT in the query (in a shell, in quotes), or in a body with Content-Length"
-        detail = f"the parameter key is missing; {hint}"
+        detail = "the parameter key is missing; in a shell, quote the URL; a body needs Content-Length"
         problem = {"title": "Bad Request", "status": 400, "detail": detail}
         for accept in ("text/html, application/json;q=0.5", "application/ld+json", "APPLICATION/JSON"):
             answer = self.check(400, "GET", "/get", headers={"Accept": accept})
@@ -769,22 +768,22 @@ class Messages(ServerCase):
         for status, message, target, *more in (
             (400, "this looks like JSON; add the header Content-Type: application/json", "/set", '{"key":"a"}', *form),
             (400, "this looks like JSON; add the header Content-Type: application/json", "/del", "\ufeff {}", "PUT"),
-            (400, "'kye' is unknown; missing: key; /get takes: key, default, format, wait, unless", "/get?kye=a"),
-            (400, f"'lamp' is unknown; missing: key, value; {takes}", "/set", "lamp=on", *form),
-            (400, f"'valeu' is unknown; missing: value; {takes}", "/set?key=a&valeu=on"),
+            (400, "'kye' is unknown; send key; /get takes: key, default, format, wait, unless", "/get?kye=a"),
+            (400, f"'lamp' is unknown; send key; send value; {takes}", "/set", "lamp=on", *form),
+            (400, f"'valeu' is unknown; send value; {takes}", "/set?key=a&valeu=on"),
             (400, f"'ttll' is unknown; {takes}", "/set?key=a&ttll=5", "on", "POST"),
-            (400, "'act' is unknown; missing: action; /me/ takes: action", "/me/", "act=set", *form),
+            (400, "'act' is unknown; send action; /me/ takes: action", "/me/", "act=set", *form),
             (400, "a parameter has no value; write NAME=VALUE, and & in a value as %26", "/set?key=a&value=b&s3cr3t"),
-            (400, "is '5m'; send seconds, above 0 and up to 315360000, such as 1.5", "/set?key=a&value=1&ttl=5m"),
+            (400, "is '5m'; send seconds, above 0 and up to 315360000, like 1.5", "/set?key=a&value=1&ttl=5m"),
             (400, f"the parameter ttl is '{'1' * 40}'; send", "/set?key=a&value=1&ttl=" + "1" * 50),
-            (400, "the parameter wait is 'long'; send seconds, up to 60, such as 1.5", "/get?key=a&unless=&wait=long"),
+            (400, "the parameter wait is 'long'; send seconds, up to 60, like 1.5", "/get?key=a&unless=&wait=long"),
             (400, "the parameter limit is 'all'; send a number from 1 to 10000", "/list?limit=all"),
             (400, "is malformed at line 2, column 10", "/set", '{"key": "s3cr3t",\n"value": s3cr3t}', *json_body),
             (400, "has half a surrogate pair, or a number such as NaN", "/set", '{"value": NaN}', *json_body),
             (400, "a name in the JSON is repeated", "/set", '{"value": {"s3cr3t": 1, "s3cr3t": 2}}', *json_body),
             (400, "the name 'value' is repeated; send it once", "/set?value=s3cr3t&value=s3cr3t"),
             (404, "there is no such key; missing=ok allows this", "/del?key=a"),
-            (404, "there is no such key; store one with PUT", "/kv/a"),
+            (404, kvserver.UNKNOWN_KEY, "/kv/a"),
             (413, "the value is too large: 1048577 bytes; the limit is 1048576", "/set?key=a", long_value, "POST"),
             (413, f"the body is too large: {limit + 1} bytes; the limit is {limit}", "/kv/a", long_body, "PUT"),
         ):
@@ -2467,7 +2466,7 @@ class History(ServerCase):
             status, text = self.fetch("/history?key=a&" + wrong)
             hint = "a time is like 2030" if "-01-" in wrong else f"the parameter {wrong.partition('=')[0]} "
             self.assertEqual((400, True), (status, hint in text), text)
-        wrong = "the parameter since is '1h'; send seconds, up to 1000000000, such as 3600, or a time such as 2030"
+        wrong = "the parameter since is '1h'; send seconds, up to 1000000000, like 3600, or a time such as 2030"
         self.assertTrue(self.fetch("/history?key=a&since=1h")[1].startswith(wrong))
 
     def test_only_the_last_ones_are_kept_and_fewer_after_a_start_with_less(self) -> None:
@@ -3062,8 +3061,8 @@ class Resources(ServerCase):
                 ("PUT", None, (200, "Success")),
                 ("GET", None, (200, "")),
                 ("DELETE", None, (200, "Successfully removed state")),
-                ("DELETE", None, (404, "there is no such key; store one with PUT")),
-                ("GET", None, (404, "there is no such key; store one with PUT")),
+                ("DELETE", None, (404, kvserver.UNKNOWN_KEY)),
+                ("GET", None, (404, kvserver.UNKNOWN_KEY)),
             ):
                 self.assertEqual(expected, self.fetch(path, method, body, Content_Type=content_type), method)
                 if body:
@@ -4009,7 +4008,7 @@ class Deliveries(HookCase):
         sender, heir = self.server, other
         self.assertFalse(heir.outbox.take_lock())
         (line,) = self.log.lines
-        self.assertIn(f"another server runs on {self.database}, ", line)
+        self.assertIn(f"another server runs on {self.database} and calls the hooks; stop one", line)
         sender.stop()
         wait_until(heir.outbox.take_lock)
         self.store.set_value(1, "a", "end")
@@ -6403,7 +6402,7 @@ class UserCommands(CommandCase):
             ("a label has at most", "addhook", "alice", "a", "http://h", "--label", "a\nb"),
         ):
             self.assert_fails(message, *arguments, stdin="a password")
-        is_url = "a URL is like http://HOST:PORT/PATH, or begins with https://; ports go up to 65535"
+        is_url = "a URL is http(s)://HOST:PORT/PATH?QUERY, with {key}"
         for message, *urls in (
             (is_url, "ftp://h/SECRET", "h/SECRET", "http:///SECRET", "", "http://:80/SECRET"),
             (is_url, "http://h:/SECRET", "http://h:0/SECRET", "http://h:65536/SECRET", "http://h:x/SECRET"),
@@ -7267,8 +7266,8 @@ class HookCommands(CommandCase):
         self.assertNotIn("SECRET", shown)
 
     def test_templates_that_cannot_work_are_refused(self) -> None:
-        add, hint = ("addhook", "alice", "a"), "correct it, or send text with --header 'Content-Type: text/plain'"
-        in_a_url = "; {key}, {value}, {old} and {time} work in the path and the query"
+        add, hint = ("addhook", "alice", "a"), "for text, add --header 'Content-Type: text/plain'"
+        in_a_url = "with {key} and its like in PATH and QUERY only"
         is_header = "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters"
         long = ("all headers have 8192 bytes at most, a body 65536", "--header", "A: SECRET")
         json_type = ("--header", "content-type: application/ld+json")
@@ -7288,16 +7287,16 @@ class HookCommands(CommandCase):
             ),
             *((is_header, "--header", f"A: SECRET{control}") for control in ("\r\nB: c", "\n", "\t", "\x7f", "\x85")),
             *(
-                ("leave out those that kvserver sets: Host, Content-Length, Con", "--header", f"{name}: SECRET")
+                ("and not Host, Content-Length, Connection, Tran", "--header", f"{name}: SECRET")
                 for name in ("HOST", "content-length", "Connection", "Transfer-Encoding", "Idempotency-Key")
             ),
-            ("send each header once", "--header", "A: SECRET", "--header", "a: SECRET"),
+            ("send a header once", "--header", "A: SECRET", "--header", "a: SECRET"),
             (*long, "--header", "B: " + "x" * 8180),
             (*long, "--body", "é" * 32768 + "x"),
             ("GET sends no body; leave out --body, or use --method POST", "--method", "GET", "--body", ""),
             ("DELETE sends no body", "--method", "DELETE", "--body", "SECRET"),
             (
-                f"the body is malformed JSON (Expecting ',' delimiter: line 2 column 12 (char 22)); {hint}",
+                f"malformed JSON (Expecting ',' delimiter: line 2 column 12 (char 22)); {hint}",
                 "--body",
                 '{"SECRET":\n "{value}" x}',
             ),
@@ -7311,7 +7310,7 @@ class HookCommands(CommandCase):
         ):
             self.assert_fails(message, *add, "http://h", *arguments)
         login, authorization = "http://alice:SECRET@h", ("--header", "authorization: Bearer SECRET")
-        self.assert_fails("and with a login in the URL, Authorization", *add, login, *authorization)
+        self.assert_fails("nor Authorization with a login", *add, login, *authorization)
         self.assert_fails("the URL and the body cannot both be -", *add, "-", "--body", "-", code=2)
         self.assert_fails("is not UTF-8 text", *add, "http://h", "--body", "-", stdin=b"\xff SECRET")
         self.assertEqual(2, self.run_program(*add, "http://h", "--method", "HEAD")[0])
