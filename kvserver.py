@@ -226,8 +226,7 @@ CHECKPOINT_SECONDS = 2  # that a checkpoint waits for readers
 CACHED_ROWS_MAX = 256
 CACHED_BYTES_MAX = 4 * 1024 * 1024  # plus the value that passes it
 TIMED_PAIRS_MAX = 10_000  # that the server remembers, in case the clock jumps
-# A clock that nobody can set, and that counts sleep. macOS has the second one, Windows neither.
-BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))
+BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))  # counts sleep; 0 on Windows
 running_time: Callable[[], float] = functools.partial(time.clock_gettime, BOOT_CLOCK) if BOOT_CLOCK else time.monotonic
 EXPIRED_PAIRS_MAX = 100  # that one transaction deletes: long values take time
 DAY_SECONDS = 24 * 3600
@@ -321,11 +320,10 @@ HISTORY_TRIGGERS = {
         AND number <= NEW.number - (SELECT history_rows_max FROM setting); END""",  # several at once: fewer pages
 }
 
-# Pieces that several statements share. A page is a user's pairs from key to key; a negative limit means all.
 NOT_EXPIRED = "(expires IS NULL OR expires > ?)"
 SELECT_PAIR = f"SELECT CAST(value AS BLOB), updated, expires FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
 PAGE = f"""(SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ? AND {NOT_EXPIRED}
-    ORDER BY key LIMIT ?)"""
+    ORDER BY key LIMIT ?)"""  # a user's pairs from key to key; a negative limit means all
 PAIR_AS_JSON = """json_object('key', key, 'value', value,
     'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'), 'age', max(0, CAST(? - updated AS INTEGER)),
     'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"""
@@ -438,10 +436,9 @@ class NoSuchUser(StoreError):
         return f"no user {self.args[0]}; list all with: python kvserver.py users; add with: python kvserver.py adduser"
 
 
-# By SQLite's result code, the error to raise, and its message. The user of a pair is the only constraint that may fail.
 ERRORS_BY_CODE: dict[int, tuple[type[StoreError], str]] = {
     sqlite3.SQLITE_BUSY: (StoreBusy, "another process keeps the database locked; try again"),
-    sqlite3.SQLITE_CONSTRAINT: (NoSuchUser, "with this id"),
+    sqlite3.SQLITE_CONSTRAINT: (NoSuchUser, "with this id"),  # of a pair; no other constraint may fail
     sqlite3.SQLITE_FULL: (StoreFull, "the database has reached its limit, or the disk is full; delete something"),
     sqlite3.SQLITE_TOOBIG: (Conflict, f"the list would have more than {LIST_BYTES_MAX} bytes; use limit=N"),
 }
@@ -531,8 +528,7 @@ class Store:
 
     def checkpoint(self) -> bool:
         """Copy the whole write-ahead log into the database; return whether the next commit restarts the log."""
-        # SQLite's own one doesn't wait for readers: with one at every moment, the log would grow without limit.
-        with contextlib.closing(Store(self.path, CHECKPOINT_SECONDS)) as store:
+        with contextlib.closing(Store(self.path, CHECKPOINT_SECONDS)) as store:  # SQLite's own waits for no readers
             return not store._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
 
     def begin(self, is_reading: bool = False) -> sqlite3.Connection:
@@ -628,9 +624,8 @@ class Store:
 
     def import_all(self, users: Iterable[User], pairs: Iterable[UserPair]) -> tuple[int, int]:
         """Add users and store pairs, or nothing at all; return how many pairs are stored, and how many had expired."""
-        # A temporary table, because reading the pairs may take long, and must not lock the database.
         self._execute("CREATE TEMP TABLE imported (name, key, value, updated, expires, PRIMARY KEY (name, key))")
-        self._connection.executemany("INSERT OR REPLACE INTO imported VALUES (?, ?, ?, ?, ?)", pairs)
+        self._connection.executemany("INSERT OR REPLACE INTO imported VALUES (?, ?, ?, ?, ?)", pairs)  # slow; no lock
         with self.begin():  # commits, or rolls back after an error
             for user in users:
                 self.add_user(user.name, user.password_hash, user.is_admin)
@@ -857,8 +852,7 @@ class CachingStore(Store):
         )  # when they were read; of their values
         # The -shm file begins with two copies of a header (SQLite's "WAL-mode File Format"). A first read creates it.
         self.has_hooks()
-        # It stays open: closing any descriptor of a file drops all the locks of the process on it (POSIX).
-        self._shared_file = open(self.path + "-shm", "rb")  # noqa: SIM115
+        self._shared_file = open(self.path + "-shm", "rb")  # noqa: SIM115 - closing it drops our locks (POSIX)
         self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both
 
     def close(self) -> None:
