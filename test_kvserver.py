@@ -7394,7 +7394,7 @@ class Terminal(CommandCase):
             ("adduser", 1, "\r\nkvserver: interrupted; nothing was changed\r\n", (asks, "\x04")),
             ("adduser", 0, "added the user alice", (asks, "pässword1\n"), (again, "pässword1\n")),
             ("adduser", 1, "alice exists; set the password"),  # before anybody types
-            ("passwd", 1, "at least 8 characters", (asks, "short\n")),
+            ("passwd", 1, "8 or more characters", (asks, "short\n")),
             ("passwd", 1, "nothing was changed", (asks, "pässword2\n"), (again, "pässword3\n")),
         ):
             exit_code, shown = self.type_in([command, "alice"], *answers)
