@@ -328,7 +328,8 @@ PAIR_AS_JSON = """json_object('key', key, 'value', value,
     'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'), 'age', max(0, CAST(? - updated AS INTEGER)),
     'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"""
 # Not OR REPLACE: it would run the insert trigger, which doesn't know the old value.
-REPLACE = "ON CONFLICT DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"
+REPLACE = """ON CONFLICT (user_id, key)
+    DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
 USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
