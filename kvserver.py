@@ -1776,30 +1776,25 @@ class Certificate:
     """The server's TLS certificate and key, from PEM files. The context is for new connections."""
 
     def __init__(self, path: str, key_path: str) -> None:
-        self._path, self._key_path = path, key_path
-        self.load()
+        self._paths, self.context = (path, key_path), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.context.options |= ssl.OP_NO_RENEGOTIATION
+        for file in self._paths:  # errors of the next step do not name the file
+            open(file, "rb").close()
+        try:
+            self.context.load_cert_chain(path, key_path, password="")  # or OpenSSL would ask for one
+        except ssl.SSLError as error:
+            reason = (error.reason or "not PEM").lower().replace("_", " ")
+            problem = f"cannot use the certificate {path} with the key {key_path}: {reason}; use PEM files"
+            raise ssl.SSLError(1, f"{problem} that belong together, and have no password", path) from None
 
     def renew(self) -> None:
         """Load the files again; if that fails, the old certificate stays in use."""
         try:
-            self.load()
-            log("INFO", f"loaded the certificate {self._path}")
+            self.context = Certificate(*self._paths).context
+            log("INFO", f"loaded the certificate {self._paths[0]}")
         except OSError as error:
             log("ERROR", f"the old certificate stays in use: {error}")
-
-    def load(self) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= ssl.OP_NO_RENEGOTIATION
-        for path in (self._path, self._key_path):  # errors of the next step do not name the file
-            open(path, "rb").close()
-        try:
-            context.load_cert_chain(self._path, self._key_path, password="")  # or OpenSSL would ask for one
-        except ssl.SSLError as error:
-            reason = (error.reason or "not PEM").lower().replace("_", " ")
-            problem = f"cannot use the certificate {self._path} with the key {self._key_path}: {reason}; use PEM files"
-            raise ssl.SSLError(1, f"{problem} that belong together, and have no password", self._path) from None
-        self.context = context
 
 
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
