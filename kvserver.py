@@ -3531,7 +3531,7 @@ class Setting(NamedTuple):
     action: Any = "store"  # of argparse
 
 
-def parse_number(text: str, least: int = 1, most: int = 999_999) -> int:
+def parse_number(least: int, most: int, text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"it must be a whole number from {least} to {most}")
     return int(text)
@@ -3567,17 +3567,16 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-parse_ttl = functools.partial(parse_number, most=TTL_SECONDS_MAX)
-parse_history = functools.partial(parse_number, least=0, most=LIST_LIMIT_MAX)
+parse_positive = functools.partial(parse_number, 1, 999_999)
 SETTINGS = {
     "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
-    "port": Setting(functools.partial(parse_number, least=0, most=65535), 8080, "P", "port; 0 picks one"),
+    "port": Setting(functools.partial(parse_number, 0, 65535), 8080, "P", "port; 0 picks one (default: {})"),
     "db": Setting(str, DEFAULT_DATABASE, "FILE", "database (default: kvserver.db beside the program)"),
-    "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "paths also exist below this prefix; / for none"),
+    "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "extra prefix of paths; / for none (default: {})"),
     "log_requests": Setting(parse_switch, False, "", "log requests, without values", argparse.BooleanOptionalAction),
-    "max_connections": Setting(parse_number, 256, "N", "largest number of open connections"),
-    "history": Setting(parse_history, 0, "N", "changes of each value to keep for /history (default: none)"),
-    "max_db_mb": Setting(parse_number, 1024, "N", "largest size of the database in megabytes"),
+    "max_connections": Setting(parse_positive, 256, "N", "largest number of open connections (default: {})"),
+    "history": Setting(functools.partial(parse_number, 0, LIST_LIMIT_MAX), 0, "N", "changes of each value to keep"),
+    "max_db_mb": Setting(parse_positive, 1024, "N", "largest size of the database in megabytes (default: {})"),
     "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this network; repeatable", "extend"),
     "cors_origin": Setting(parse_origins, (), "O", "let pages of O use the API (* for all); repeatable", "extend"),
     "tls_cert": Setting(str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
@@ -3737,9 +3736,8 @@ def read_export(file: BinaryIO) -> Iterator[UserPair]:
             check_value(value)
             updated = time.time() if updated is None else parse_time(updated)
             yield name, require_key(key), value, updated, None if expires is None else parse_time(expires)
-        except (ValueError, HTTPError) as error:
-            is_quoting = isinstance(error, (json.JSONDecodeError, UnicodeError))  # their messages may quote a value
-            reason = "this is not one JSON object in UTF-8" if is_quoting else error
+        except (ValueError, HTTPError) as error:  # the messages of decoders may quote a value
+            reason = "this is not one JSON object" if isinstance(error, (json.JSONDecodeError, UnicodeError)) else error
             raise CommandError(f"line {number}: {reason}; nothing was imported") from None
 
 
@@ -3794,10 +3792,8 @@ def import_database(arguments: argparse.Namespace) -> None:
         print("".join(f"left out: {line}\n" for line in left_out), end="")
         new = len(users) - len(merged)
         print(f"imported users, with their passwords: {new}, values: {stored}; left out: {len(left_out)}")
-        if merged:
-            print(f"these users keep their password and role here: {', '.join(merged)}")
         if not any(user.is_admin for user, *_ in store.users()):
-            print(f"nobody is an admin; add one with: {arguments.program} adduser NAME --admin")
+            print(f"nobody is an admin; add one with: {arguments.program} adduser USER --admin")
 
 
 def import_pairs(arguments: argparse.Namespace) -> None:
@@ -3880,7 +3876,7 @@ def delete_user(arguments: argparse.Namespace, store: Store) -> None:
 def list_users(arguments: argparse.Namespace, store: Store) -> None:
     """List the users, with their roles and numbers of values."""
     rows = ((user.name, "admin" if user.is_admin else "user", pairs) for user, pairs, _ in store.users())
-    print_table(("NAME", "ROLE", "VALUES"), rows, f"there are no users; add one with: {arguments.program} adduser NAME")
+    print_table(("NAME", "ROLE", "VALUES"), rows, f"there are no users; add one with: {arguments.program} adduser USER")
 
 
 def add_token(arguments: argparse.Namespace, store: Store) -> None:
@@ -3938,8 +3934,7 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
 
 def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
-    hooks = store.hooks(arguments.name)
-    rows = ((*hook[:6], hook.pending or None, utc_second(hook.result_time), hook.result) for hook in hooks)
+    rows = ((*h[:6], h.pending or None, utc_second(h.result_time), h.result) for h in store.hooks(arguments.name))
     head = ("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST TRY", "RESULT")
     print_table(head, rows, f"there are no hooks; add one with: {arguments.program} addhook USER KEY URL")
 
@@ -3974,7 +3969,7 @@ def store_value(arguments: argparse.Namespace, store: Store) -> None:
     """Store a value under a key of a user. Hooks and waiting requests notice the change."""
     key = require_key(arguments.key)
     value = check_value(read_text("value", "-") if arguments.value == "-" else arguments.value)
-    store.transact(lambda store: store.set_value(arguments.user.id, key, value, ttl=arguments.ttl))
+    store.transact(lambda store: store.set_value(arguments.user.id, key, value, ttl=arguments.ttl or 0))
     print("stored the key", escape_unprintable(key), "of", arguments.name)
 
 
@@ -4086,7 +4081,7 @@ def owner_of(path: str) -> int:
 
 
 def print_unit(arguments: argparse.Namespace) -> None:
-    """Print a systemd unit that runs serve with these flags. Its first lines say how to install it."""
+    """Print a systemd unit that runs serve with these flags, without this environment. It says how to install it."""
     arguments.words.remove("unit")
     words = [part for word in arguments.words for part in word.split("=", maxsplit=word.startswith("--"))]
     of_files = ("--config", "--db", "--tls-cert", "--tls-key")
@@ -4111,10 +4106,10 @@ def print_unit(arguments: argparse.Namespace) -> None:
     if 0 < arguments.port < 1024:
         lines.remove("PrivateUsers=yes")  # among these, the capability would be in vain
         lines += ["AmbientCapabilities=CAP_NET_BIND_SERVICE", "CapabilityBoundingSet=CAP_NET_BIND_SERVICE"]
-    print(f"""{notes}# To install this service with NAME as an admin, type:
+    print(f"""{notes}# To install this service with USER as an admin, type:
 #     {shlex.join([*start, "unit", *flags])} | sudo tee /etc/systemd/system/kvserver.service >/dev/null
 #     sudo systemctl daemon-reload
-#     sudo systemd-run -qt {options} {shlex.join([*start, "adduser", "NAME", "--admin", "--db", database])}
+#     sudo systemd-run -qt {options} {shlex.join([*start, "adduser", "USER", "--admin", "--db", database])}
 #     sudo systemctl enable --now kvserver
 
 [Unit]
@@ -4131,15 +4126,13 @@ SystemCallFilter=~@privileged @resources""")
     print(*lines, "", "[Install]", "WantedBy=multi-user.target", sep="\n")
 
 
-MORE_HELP = """COMMAND --help explains a command. All but serve and restore also work while the server runs, and act at
-once. Each flag of serve can also come from the environment (KVSERVER_MAX_DB_MB), or from the JSON file that --config or
-KVSERVER_CONFIG names ("max_db_mb"). Flags override the environment, which overrides the file. Exit codes: 0 done, 1
-failed, 2 wrong usage (also in the environment or the file), 130 interrupted."""
+MORE_HELP = """COMMAND --help explains a command. All but serve and restore also work while the server runs. The flags
+of serve override the environment (KVSERVER_MAX_DB_MB), which overrides the JSON file that --config or KVSERVER_CONFIG
+names ("max_db_mb"). Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "NAME": {"dest": "name", "metavar": "NAME", "help": "1 to 64 printable ASCII characters without a colon"},
-    "USER": {"dest": "name", "metavar": "USER", "help": "the user's name"},
+    "USER": {"dest": "name", "metavar": "USER", "help": "a name of 1 to 64 printable ASCII characters without a colon"},
     "[USER]": {"dest": "name", "metavar": "USER", "nargs": "?", "help": "only this user (default: all users)"},
-    "ID": {"dest": "id", "metavar": "ID", "type": parse_number, "help": "the first column of tokens or hooks"},
+    "ID": {"dest": "id", "metavar": "ID", "type": parse_positive, "help": "the first column of tokens or hooks"},
     "KEY": {"dest": "key", "metavar": "KEY", "help": f"1 to {KEY_BYTES_MAX} bytes of UTF-8"},
     "VALUE": {"dest": "value", "metavar": "VALUE", "help": "- reads standard input; put -- before one like -x"},
     "[PREFIX]": {"dest": "prefix", "metavar": "PREFIX", "nargs": "?", "default": "", "help": "only keys that begin so"},
@@ -4158,7 +4151,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
     "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
     "--read-only": {"action": "store_true", "help": "the token cannot change anything"},
-    "--ttl": {"metavar": "S", "type": parse_ttl, "default": 0, "help": "seconds until it expires (default: never)"},
+    "--ttl": {"metavar": "S", "type": functools.partial(parse_number, 1, TTL_SECONDS_MAX), "help": "seconds to live"},
     "--value": {"metavar": "V", "help": "send only changes to the value V"},
     "--yes": {"action": "store_true", "help": "do not ask, and delete even the last admin"},
 }
@@ -4169,7 +4162,7 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
     ("set", store_value, "USER", "KEY", "VALUE", "--ttl"),
     ("del", delete_value, "USER", "KEY"),
     ("list", print_values, "USER", "[PREFIX]"),
-    ("adduser", add_user, "NAME", "--admin", "--password-stdin"),
+    ("adduser", add_user, "USER", "--admin", "--password-stdin"),
     ("passwd", set_password, "USER", "--password-stdin"),
     ("deluser", delete_user, "USER", "--yes"),
     ("users", list_users),
@@ -4202,9 +4195,8 @@ def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser,
             command.add_argument(*([argument] if argument.startswith("--") else []), **ARGUMENTS[argument])
         for flag, setting in SETTINGS.items() if run in (serve, print_unit) else [("db", SETTINGS["db"])]:
             options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar} if setting.metavar else {}
-            default = f" (default: {setting.default})" if setting.default and flag != "db" else ""
-            options |= {"action": setting.action, "default": argparse.SUPPRESS, "help": setting.help + default}
-            command.add_argument("--" + flag.replace("_", "-"), **options)
+            options |= {"action": setting.action, "help": setting.help.format(setting.default)}
+            command.add_argument("--" + flag.replace("_", "-"), default=argparse.SUPPRESS, **options)
     return parser, commands.choices
 
 
@@ -4236,8 +4228,7 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
 def run_command(arguments: argparse.Namespace) -> None:
     flags, config = vars(arguments), vars(arguments).get("config")
     is_named = "db" in flags or config or os.environ.get("STATE_DIRECTORY")
-    settings = read_settings(config, {} if arguments.run is print_unit else os.environ)  # the service has another
-    flags.update({**settings, **flags})
+    flags.update({**read_settings(config, {} if arguments.run is print_unit else os.environ), **flags})
     if is_named:  # a shell may not find this database by itself
         arguments.program += f" --db {shlex.quote(arguments.db)}"
     if arguments.run in (serve, print_unit, add_user, back_up, restore, import_pairs):
