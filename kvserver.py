@@ -3737,7 +3737,7 @@ def read_export(file: BinaryIO) -> Iterator[UserPair]:
             updated = time.time() if updated is None else parse_time(updated)
             yield name, require_key(key), value, updated, None if expires is None else parse_time(expires)
         except (ValueError, HTTPError) as error:  # the messages of decoders may quote a value
-            reason = "this is not one JSON object" if isinstance(error, (json.JSONDecodeError, UnicodeError)) else error
+            reason = "this is not JSON in UTF-8" if isinstance(error, (json.JSONDecodeError, UnicodeError)) else error
             raise CommandError(f"line {number}: {reason}; nothing was imported") from None
 
 

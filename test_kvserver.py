@@ -6982,7 +6982,7 @@ class Exports(CommandCase):
         good = {"user": "alice", "key": "a", "value": "1"}
         begin = '{"user": "alice", "key": "a", "value": "SECRET", '
         for message, *lines in (
-            ("this is not one JSON", "{", b"\xff", '{"user": "alice", "key": "a", "value": "SECRET\\ud800"}'),
+            ("this is not JSON in UTF-8", "{", b"\xff", '{"user": "alice", "key": "a", "value": "SECRET\\ud800"}'),
             ("nested too deeply", "[" * 100_000),
             ("a line is a JSON object with: user, key, value, updated, expires", "[]", {"expire": "SECRET"}),
             ("a line is a JSON object with", '{"user": "alice", "key": "SECRET"}'),
