@@ -982,8 +982,7 @@ CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 JSON = "application/json"
 FORM = "application/x-www-form-urlencoded"
 CHUNKED = -1  # the length of a body in chunks
-# A body contains parameters, or it is the value. EITHER: it is the value if the query has a key and no value.
-PARAMETERS, VALUE, EITHER = "parameters", "value", "either"
+PARAMETERS, VALUE, EITHER = "parameters", "value", "either"  # EITHER: the value, if the query has a key and no value
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
@@ -1090,8 +1089,7 @@ def parse_fields(text: str, is_http_1_0: bool) -> Fields:
         if not match:
             raise HTTPError(400, "a header is malformed; send NAME: VALUE on one line, with no space before the colon")
         name, value = match[1].lower(), match[2].strip(" \t")
-        if name in headers:
-            # Sent twice, these could change whose request it is or where it ends. Others are joined with a comma.
+        if name in headers:  # sent twice, some could change whose request it is or where it ends; others are joined
             if name in ("authorization", "content-length", "content-type", "host", "transfer-encoding"):
                 raise HTTPError(400, f"the header {name} is repeated; send it once")
             value = f"{headers[name]}, {value}"
@@ -1281,8 +1279,7 @@ def unique_names(pairs: Iterable[tuple[str, Any]], in_value: bool = False) -> di
     by_name: dict[str, Any] = {}
     for name, value in pairs:
         if name in by_name and name != "_":
-            which = "a name in the JSON" if in_value else f"the name {name!r:.40}"  # messages quote no value
-            raise HTTPError(400, f"{which} is repeated; send it once")
+            raise HTTPError(400, f"{'a name in the JSON' if in_value else repr(name)[:40]} is repeated; send it once")
         by_name[name] = value
     return by_name
 
@@ -1391,8 +1388,7 @@ def check_password(password: str) -> None:
 def check_label_and_prefix(label: str, prefix: str) -> None:
     if not label.isprintable() or len(label) > LABEL_CHARACTERS_MAX:
         raise HTTPError(400, f"a label has at most {LABEL_CHARACTERS_MAX} printable characters")
-    # Arguments that are not in the terminal's encoding have half surrogate pairs.
-    if re.search("[\0\ud800-\udfff]", prefix) or len(prefix.encode("utf-8")) > KEY_BYTES_MAX:
+    if "\0" in prefix or len(prefix.encode("utf-8")) > KEY_BYTES_MAX:
         raise HTTPError(400, f"a prefix is at most {KEY_BYTES_MAX} bytes of UTF-8 without NUL")
 
 
@@ -1441,10 +1437,7 @@ def take_seconds(texts: Mapping[str, str], name: str, least: float, most: float,
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) or not least <= float(text) <= most:
-        above = "" if least == 0 else "above 0 and "
-        raise HTTPError(
-            400, f"the parameter {name} is {text[:40]!r}; send seconds, {above}up to {most}, like {example}"
-        )
+        raise HTTPError(400, f"the parameter {name} is {text[:40]!r}; send over 0 to {most} seconds, like {example}")
     return float(text)
 
 
@@ -2214,10 +2207,9 @@ def delete_history(store: Store, request: Request) -> Response:
 
 
 def stream_events(store: Store, request: Request) -> Response:
-    prefix, token = request.parameters.get("prefix", ""), request.user.token
-    own = token.prefix if token else ""
+    prefix, own = request.parameters.get("prefix", ""), request.user.token.prefix if request.user.token else ""
     if not own.startswith(prefix):
-        require_key(prefix, token)
+        require_key(prefix, request.user.token)
     # nginx sends events on at once. HTTP/1.0 knows no chunks.
     headers = (("Content-Type", "text/event-stream"), ("X-Accel-Buffering", "no"), ("Transfer-Encoding", "chunked"))
     return Response(headers=headers[: 2 if request.fields.is_http_1_0 else 3], stream_prefix=max(prefix, own, key=len))
@@ -3123,8 +3115,7 @@ class Outbox:
         except BlockingIOError:
             self._errors.write(f"another server runs on {path} and calls the hooks; stop one", NEVER, level="WARNING")
         except OSError as error:
-            problem = f"no hook is called, since {path}-lock cannot be locked ({error.strerror})"
-            self._errors.write(f"{problem}; delete it, or correct its owner", HOOK_RETRY_SECONDS_MAX)
+            self._errors.write(f"hooks need {path}-lock ({error.strerror}); delete that file", HOOK_RETRY_SECONDS_MAX)
         return self._lock is not None
 
     def look(self) -> None:
@@ -3172,10 +3163,9 @@ class Outbox:
 
     async def _try(self, delivery: Delivery, is_proven: bool, next_pause: float) -> tuple[bool, float]:
         """Send a delivery, and store the result. Return whether the hook works, and the pause until the next try."""
-        deadline, owner = time.monotonic() + HOOK_SECONDS, None if is_proven else "doubtful"
-        exchange = functools.partial(deliver, delivery, deadline)
+        end, owner = time.monotonic() + HOOK_SECONDS, None if is_proven else "doubtful"
         try:
-            answer = cast(Answer, await self._threads.run(exchange, owner, deadline + HOOK_LINGER_SECONDS))
+            answer: Answer = await self._threads.run(lambda: deliver(delivery, end), owner, end + HOOK_LINGER_SECONDS)
         except TimeoutError:  # a name look-up takes too long
             answer = Answer(0, f"no answer within {HOOK_SECONDS} seconds")
         is_success, pause = 200 <= answer.status < 300, 0.0
@@ -3195,8 +3185,7 @@ class Outbox:
         hook = f"hook {delivery.hook_id} to {delivery.origin}"
         overflow = delivery.number - 1 - delivery.handled  # those between had to make room
         if overflow > 0:
-            bounds = f"{HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 1024 // 1024} MiB"
-            self._dropped[hook, f"the oldest, since more than {bounds} were pending"] += overflow
+            self._dropped[hook, f"over {HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 2**20} MiB pending"] += overflow
             self._metrics.dropped_deliveries += overflow
         if not pause and not is_success:
             self._dropped[hook, answer.text if is_proven else f"a day old, {answer.text}"] += 1

@@ -774,14 +774,14 @@ class Messages(ServerCase):
             (400, f"'ttll' is unknown; {takes}", "/set?key=a&ttll=5", "on", "POST"),
             (400, "'act' is unknown; send action; /me/ takes: action", "/me/", "act=set", *form),
             (400, "a parameter has no value; write NAME=VALUE, and & in a value as %26", "/set?key=a&value=b&s3cr3t"),
-            (400, "is '5m'; send seconds, above 0 and up to 315360000, like 1.5", "/set?key=a&value=1&ttl=5m"),
+            (400, "is '5m'; send over 0 to 315360000 seconds, like 1.5", "/set?key=a&value=1&ttl=5m"),
             (400, f"the parameter ttl is '{'1' * 40}'; send", "/set?key=a&value=1&ttl=" + "1" * 50),
-            (400, "the parameter wait is 'long'; send seconds, up to 60, like 1.5", "/get?key=a&unless=&wait=long"),
+            (400, "the parameter wait is 'long'; send over 0 to 60 seconds, like 1.5", "/get?key=a&unless=&wait=long"),
             (400, "the parameter limit is 'all'; send a number from 1 to 10000", "/list?limit=all"),
             (400, "is malformed at line 2, column 10", "/set", '{"key": "s3cr3t",\n"value": s3cr3t}', *json_body),
             (400, "has half a surrogate pair, or a number such as NaN", "/set", '{"value": NaN}', *json_body),
             (400, "a name in the JSON is repeated", "/set", '{"value": {"s3cr3t": 1, "s3cr3t": 2}}', *json_body),
-            (400, "the name 'value' is repeated; send it once", "/set?value=s3cr3t&value=s3cr3t"),
+            (400, "'value' is repeated; send it once", "/set?value=s3cr3t&value=s3cr3t"),
             (404, "there is no such key; missing=ok allows this", "/del?key=a"),
             (404, kvserver.UNKNOWN_KEY, "/kv/a"),
             (413, "the value is too large: 1048577 bytes; the limit is 1048576", "/set?key=a", long_value, "POST"),
@@ -2466,7 +2466,7 @@ class History(ServerCase):
             status, text = self.fetch("/history?key=a&" + wrong)
             hint = "a time is like 2030" if "-01-" in wrong else f"the parameter {wrong.partition('=')[0]} "
             self.assertEqual((400, True), (status, hint in text), text)
-        wrong = "the parameter since is '1h'; send seconds, up to 1000000000, like 3600, or a time such as 2030"
+        wrong = "the parameter since is '1h'; send over 0 to 1000000000 seconds, like 3600, or a time such as 2030"
         self.assertTrue(self.fetch("/history?key=a&since=1h")[1].startswith(wrong))
 
     def test_only_the_last_ones_are_kept_and_fewer_after_a_start_with_less(self) -> None:
@@ -4035,7 +4035,7 @@ class Deliveries(HookCase):
         os.rmdir(self.database + "-lock")
         self.assert_values("a", "1")
         (line,) = self.log.lines
-        self.assertIn("-lock cannot be locked (Is a directory)", line)
+        self.assertIn("-lock (Is a directory); delete that file", line)
 
     def test_a_stop_waits_for_an_exchange_and_logs_all_dropped_deliveries(self) -> None:
         go_on = threading.Event()
@@ -4489,7 +4489,8 @@ class Schedules(unittest.TestCase):
         self.log = self.enterContext(captured_log())
         self.outbox = kvserver.Outbox(self.store, self.loop, self.commit, self.metrics, kvserver.ErrorLog())
         self.addCleanup(self.outbox.close)
-        self.enterContext(mock.patch.object(self.outbox._threads, "run", self.exchange))
+        self.enterContext(mock.patch.object(self.outbox._threads, "run", self.run_here))
+        self.enterContext(mock.patch.object(kvserver, "deliver", self.deliver))
         enter = self.outbox.gate.enter
         self.enter = self.enterContext(mock.patch.object(self.outbox.gate, "enter", wraps=enter))
 
@@ -4504,8 +4505,11 @@ class Schedules(unittest.TestCase):
     async def commit(self, operation: Callable[[kvserver.Store], object], size: int = 0) -> None:
         self.store.transact(operation)
 
-    async def exchange(self, function: functools.partial[Any], owner: object, deadline: float) -> kvserver.Answer:
-        self.tries.append((round(self.seconds, 3), function.args[0].value))
+    async def run_here(self, function: Callable[[], object], owner: object, deadline: float) -> object:
+        return function()
+
+    def deliver(self, delivery: kvserver.Delivery, deadline: float) -> kvserver.Answer:
+        self.tries.append((round(self.seconds, 3), delivery.value))
         return self.answers.pop(0) if self.answers else self.answer
 
     def kinds(self) -> tuple[list[bool], list[bool]]:
@@ -4594,7 +4598,7 @@ class Schedules(unittest.TestCase):
         self.store.transact(lambda store: self.set(*range(count)))
         self.run_until(2)
         self.assertEqual("20", self.tries[0][1])
-        self.assertIn("deliveries: 20 (the oldest, since more than 10000 or 16 MiB were pending)", self.log.text())
+        self.assertIn("deliveries: 20 (over 10000 or 16 MiB pending)", self.log.text())
         pending = [int(value) for (value,) in self.store._execute("SELECT value FROM delivery ORDER BY id")]
         self.assertTrue(pending == [*range(20, count)])  # assertEqual would compare long lists for minutes
 
@@ -4607,7 +4611,7 @@ class Schedules(unittest.TestCase):
         self.store.set_value(1, "k1", "")
         self.assertEqual(15, self.store.sizes()[2], "keys and old values count as well")
         self.run_until(10_001 + kvserver.HOOK_RETRY_SECONDS_MAX)
-        self.assertEqual(["8"], re.findall(r"dropped deliveries: (\d+) \(the oldest", self.log.text()))
+        self.assertEqual(["8"], re.findall(r"dropped deliveries: (\d+) \(over", self.log.text()))
         self.assertEqual(8, self.metrics.dropped_deliveries)
 
     def test_a_delivery_is_long_by_its_old_value_as_well(self) -> None:
