@@ -2181,9 +2181,8 @@ def show_history(store: Store, request: Request) -> Response:
     if re.match("[0-9]+-", since):
         # A plus in a query means a space. Responses round to milliseconds, and such a time must include its change.
         begin = parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", since)) - 0.0005
-    else:
-        example = "3600, or a time such as 2030-01-31T23:59:59Z"  # unix seconds are no such number of seconds ago
-        begin = time.time() - (take_seconds(request.parameters, "since", 0, 10**9, example) or 0)
+    else:  # unix seconds are over the limit
+        begin = time.time() - (take_seconds(request.parameters, "since", 0, 10**9, "3600 or 2030-01-31T23:59:59Z") or 0)
     is_csv = take_choice(request.parameters, "format", ("csv",)) is not None
     body = bytearray(b"time,value,state\r\n" if is_csv else b"")
     for moment, value, is_cut in store.history(request.user.id, request.parameters["key"], begin, limit):
@@ -3177,9 +3176,8 @@ class Outbox:
             seconds_left = max(HOOK_GIVE_UP_SECONDS - age, HOOK_GRACE_SECONDS - uptime)
             pause = max(0, min(answer.retry_after or next_pause, HOOK_RETRY_SECONDS_MAX, seconds_left))
         result = answer.text if pause or is_success else f"{answer.text}, dropped"
-        handled = delivery.number - 1 if pause else delivery.number
         try:
-            await self._commit(lambda store: store.note_try(delivery.hook_id, result, handled))
+            await self._commit(lambda store: store.note_try(delivery.hook_id, result, delivery.number - bool(pause)))
         except (StoreError, sqlite3.Error):  # it is sent again, but not all the time
             return is_proven, max(pause, min(next_pause, 60))
         hook = f"hook {delivery.hook_id} to {delivery.origin}"
