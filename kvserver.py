@@ -2736,7 +2736,7 @@ class RequestHandler:
         self.received = bytearray()
         self.state, self.started = IDLE, time.monotonic()  # the connection, and later the request
         self.deadline = self.started + FIRST_BYTE_SECONDS  # for the next bytes
-        self.unsent_bytes = 0  # length of a response that the client is slow to take
+        self.unsent = b""  # a response, or events, that the client is slow to take
         self.route: Route | None = None  # of the request
         self.fields: Fields | None = None  # of the last request
         self.lacks_length = False  # the last request: its body, if it has one, looks like another request
@@ -2999,7 +2999,7 @@ class RequestHandler:
                 with contextlib.suppress(BlockingIOError):
                     if unsent:
                         unsent, active = unsent[self.connection.send(unsent) :], time.monotonic()
-                self.state, self.unsent_bytes = SENDING if unsent else WORKING, len(unsent) + stream.pending_bytes
+                self.state, self.unsent = (SENDING, cast(bytes, unsent.obj)) if unsent else (WORKING, b"")
                 stream.wakeup = Wakeup(server.loop)
                 if unsent:
                     await ready(WRITABLE, active + SEND_SECONDS)
@@ -3012,7 +3012,7 @@ class RequestHandler:
             as_http_error(error, server.errors)
         finally:
             server.streams.remove(stream)
-            self.unsent_bytes = 0
+            self.unsent = b""
         if is_chunked and not unsent:
             await self._send(b"0\r\n\r\n")
 
@@ -3024,9 +3024,9 @@ class RequestHandler:
             except BlockingIOError:
                 pass
             if unsent:
-                self.state, self.unsent_bytes = SENDING, len(data)
+                self.state, self.unsent = SENDING, data
                 await ready(WRITABLE, time.monotonic() + SEND_SECONDS)
-        self.unsent_bytes = 0
+        self.unsent = b""
 
 
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
@@ -3488,13 +3488,15 @@ class Server(http.server.ThreadingHTTPServer):
             self._is_committing = self._in_transaction = False
 
     def _bound_unsent(self) -> None:
-        handlers = self.connections.values()
-        while sum(handler.unsent_bytes for handler in handlers) > UNSENT_BYTES_MAX:
+        while True:
+            handlers = {id(handler.unsent): handler for handler in self.connections.values()}  # streams share events
             unsent = collections.Counter[int]()  # bytes by user
-            for handler in handlers:
-                unsent[handler.login[1].id] += handler.unsent_bytes
+            for handler in handlers.values():
+                unsent[handler.login[1].id] += len(handler.unsent)
+            if unsent.total() <= UNSENT_BYTES_MAX:
+                return
             # The user with the most loses the longest response.
-            longest = max(handlers, key=lambda handler: (unsent[handler.login[1].id], handler.unsent_bytes))
+            longest = max(handlers.values(), key=lambda handler: (unsent[handler.login[1].id], len(handler.unsent)))
             self.loop.throw(longest.task, Cancelled())
 
 
