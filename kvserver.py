@@ -1333,7 +1333,8 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
 
 def required(parameters: Mapping[str, str], name: str) -> str:
     if name not in parameters:
-        raise HTTPError(400, f"the parameter {name} is missing; in a shell, quote the URL; a body needs Content-Length")
+        hint = f"send {name}=TEXT in the URL (in a shell, in quotes), or in a body with Content-Length"
+        raise HTTPError(400, f"the parameter {name} is missing; {hint}")
     return parameters[name]
 
 
@@ -1382,7 +1383,8 @@ def check_user_name(name: str) -> None:
 def check_password(password: str) -> None:
     least, most = PASSWORD_CHARACTERS_MIN, PASSWORD_BYTES_MAX
     if len(password) < least or len(password.encode("utf-8")) > most or CONTROL_CHARACTER.search(password):
-        raise HTTPError(400, f"a password has {least} or more characters, {most} or fewer bytes, no control characters")
+        limits = f"at least {least} characters, at most {most} bytes in UTF-8, and no control characters"
+        raise HTTPError(400, f"a password has {limits}")
 
 
 def check_label_and_prefix(label: str, prefix: str) -> None:
@@ -1402,12 +1404,13 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
         login, _, host = parts.netloc.rpartition("@")
         is_url = parts.scheme in HOOK_PORTS and bool(parts.hostname) and parts.port != 0 and host[-1] != ":"
     if not is_url or not HOST.fullmatch(host) or PLACEHOLDER.search(login + parts.fragment):
-        raise HTTPError(400, "a URL is http(s)://HOST:PORT/PATH?QUERY, with {key} and its like in PATH and QUERY only")
+        raise HTTPError(400, "a URL is http(s)://HOST:PORT/PATH?QUERY, with placeholders in PATH and QUERY only")
     if any(CONTROLS.search(header) or not re.match(HTTP_TOKEN + ":", header) for header in headers):
         raise HTTPError(400, "a header is 'NAME: TEXT', with ASCII letters in the name, and no control characters")
     names = [*OUR_HEADERS, *(["Authorization"] if login else []), *re.findall("(?m)^[^:]+", lines)]
     if len(set(map(str.lower, names))) < len(names):
-        raise HTTPError(400, f"send a header once, and not {', '.join(OUR_HEADERS)}, nor Authorization with a login")
+        ours = f"{', '.join(OUR_HEADERS)}, and with a login in the URL, Authorization"
+        raise HTTPError(400, f"send each header once, and leave out those that kvserver sets: {ours}")
     if len(lines.encode()) > 8192 or len((body or "").encode()) > 65536:
         raise HTTPError(400, "all headers have 8192 bytes at most, a body 65536")
     if body is None:
@@ -1437,7 +1440,9 @@ def take_seconds(texts: Mapping[str, str], name: str, least: float, most: float,
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) or not least <= float(text) <= most:
-        raise HTTPError(400, f"the parameter {name} is {text[:40]!r}; send over 0 to {most} seconds, like {example}")
+        above = "" if least == 0 else "above 0 and "
+        problem = f"the parameter {name} is {text[:40]!r}; send seconds, {above}up to {most}"
+        raise HTTPError(400, f"{problem}, such as {example}")
     return float(text)
 
 
@@ -2182,7 +2187,8 @@ def show_history(store: Store, request: Request) -> Response:
         # A plus in a query means a space. Responses round to milliseconds, and such a time must include its change.
         begin = parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", since)) - 0.0005
     else:  # unix seconds are over the limit
-        begin = time.time() - (take_seconds(request.parameters, "since", 0, 10**9, "3600 or 2030-01-31T23:59:59Z") or 0)
+        example = "3600, or a time such as 2030-01-31T23:59:59Z"
+        begin = time.time() - (take_seconds(request.parameters, "since", 0, 10**9, example) or 0)
     is_csv = take_choice(request.parameters, "format", ("csv",)) is not None
     body = bytearray(b"time,value,state\r\n" if is_csv else b"")
     for moment, value, is_cut in store.history(request.user.id, request.parameters["key"], begin, limit):
@@ -3557,6 +3563,7 @@ def parse_switch(text: str) -> bool:
 
 
 parse_positive = functools.partial(parse_number, 1, 999_999)
+parse_history = functools.partial(parse_number, 0, LIST_LIMIT_MAX)
 SETTINGS = {
     "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     "port": Setting(functools.partial(parse_number, 0, 65535), 8080, "P", "port; 0 picks one (default: {})"),
@@ -3564,7 +3571,7 @@ SETTINGS = {
     "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "extra prefix of paths; / for none (default: {})"),
     "log_requests": Setting(parse_switch, False, "", "log requests, without values", argparse.BooleanOptionalAction),
     "max_connections": Setting(parse_positive, 256, "N", "largest number of open connections (default: {})"),
-    "history": Setting(functools.partial(parse_number, 0, LIST_LIMIT_MAX), 0, "N", "changes of each value to keep"),
+    "history": Setting(parse_history, 0, "N", "changes of each value to keep for /history (default: none)"),
     "max_db_mb": Setting(parse_positive, 1024, "N", "largest size of the database in megabytes (default: {})"),
     "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this network; repeatable", "extend"),
     "cors_origin": Setting(parse_origins, (), "O", "let pages of O use the API (* for all); repeatable", "extend"),
@@ -3753,7 +3760,8 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
         except HTTPError as error:
             left_out.append(f"user {name!r:.80}: {error}; all their values are left out too")
     if unknown:
-        raise CommandError(f"unknown password hash of {', '.join(unknown)}; delete and add them in IoT Persistence Api")
+        problem = f"nothing was imported: the password hash of {', '.join(unknown)} is of an unknown kind"
+        raise CommandError(f"{problem}. In IoT Persistence Api, delete these users and add them again, with passwords")
     for name, key, value in pair_rows:
         try:
             if name not in users:
@@ -3776,7 +3784,8 @@ def import_database(arguments: argparse.Namespace) -> None:
     with contextlib.closing(open_store(arguments.db)) as store:
         merged = [name for name in sorted(users) if store.user(name)]
         if merged and not arguments.merge:
-            raise CommandError(f"these users exist already: {', '.join(merged)}; with --merge they only get the values")
+            what = "nothing was imported. With --merge they get the values, and keep their password and role"
+            raise CommandError(f"these users exist already: {', '.join(merged)}; {what}")
         stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
         print("".join(f"left out: {line}\n" for line in left_out), end="")
         new = len(users) - len(merged)
