@@ -389,7 +389,7 @@ class Api(ServerCase):
     def test_missing_parameters_are_400_and_only_an_explicit_empty_value_is_empty(self) -> None:
         for target in ("/set", "/set?key=a", "/set?value=a", "/set?key=a&value", "/get", "/get?key", "/del?key="):
             self.check(400, "GET", target)
-        self.assertIn(b"a body needs Content-Length", self.check(400, "POST", "/set?key=a").body)
+        self.assertIn(b"or in a body with Content-Length", self.check(400, "POST", "/set?key=a").body)
         self.check(400, "POST", "/set?key=a", "")
         self.assertNotIn("\n", self.fetch("/incr", "POST", "key=a&a\nb", Content_Type=kvserver.FORM)[1])
         self.assertEqual({}, self.pairs())
@@ -7326,7 +7326,7 @@ class HookCommands(CommandCase):
         ):
             self.assert_fails(message, *add, "http://h", *arguments)
         login, authorization = "http://alice:SECRET@h", ("--header", "authorization: Bearer SECRET")
-        self.assert_fails("nor Authorization with a login", *add, login, *authorization)
+        self.assert_fails("and with a login in the URL, Authorization", *add, login, *authorization)
         self.assert_fails("the URL and the body cannot both be -", *add, "-", "--body", "-", code=2)
         self.assert_fails("is not UTF-8 text", *add, "http://h", "--body", "-", stdin=b"\xff SECRET")
         self.assertEqual(2, self.run_program(*add, "http://h", "--method", "HEAD")[0])
