@@ -16,15 +16,17 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /toggle?key=K            200 and off if on was stored, else on; other words with values=A,B
     GET /list                    200 and a JSON object of keys and values; prefix=P, limit=N, after=K, format=json
     GET PUT DELETE /kv/KEY       the same values as resources
-    GET DELETE /history?key=K    the last changes, newest first, with serve --history N; limit=N, since=TIME, format=csv
+    GET DELETE /history?key=K    the last changes (serve --history N), or erase them; limit=N, since=TIME, format=csv
     GET /events                  a stream (text/event-stream) of all pairs, then of their changes; prefix=P
     GET /health                  200 ok, without a login; 503 if the database cannot be read
     GET /metrics                 counters for admins, in Prometheus' text format
     GET /me/, /admin/            pages for browsers: a user's values, tokens and password; users, for admins
 
-/set, /del, /incr and /toggle also take POST; /set and /del also PUT; the others HEAD. Parameters may be in the query,
-a form or a JSON object. The body of /set?key=K may be the value. All paths also exist below /iotpersistenceapi, or
-below --base-path. Lines like "# ---- Storage ----" divide the file into rooms. Each uses only the rooms above it.
+/set, /del, /incr and /toggle also take POST; /set and /del also PUT; the others but /events HEAD. Parameters may be in
+the query, a form or a JSON object. The body of /set?key=K may be the value. All paths also exist below
+/iotpersistenceapi, or below --base-path.
+
+Lines like "# ---- Storage ----" divide the file into rooms. Each uses only the rooms above it.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 __version__ = "0.1.0"
 
 # ---- Limits and defaults ---------------------------------------------------------------------------------------------
-# The numbers that you may want to change, with their units. Nobody can fill the memory, or keep the server waiting.
+# The numbers that you may want to change, with their units. They keep clients from filling the memory or stalling us.
 
 KEY_BYTES_MAX = 512
 VALUE_BYTES_MAX = 1024 * 1024
@@ -217,8 +219,8 @@ def hash_token(token: str) -> bytes:
 
 
 # ---- Storage ---------------------------------------------------------------------------------------------------------
-# A change is on the disk when its method returns, or commit in a transaction. Other connections see it only then: no
-# read returns a value that a power cut takes back. Nothing here knows of HTTP.
+# A change is on the disk when its method returns; within a transaction, when commit returns. Other connections see it
+# only then: no read returns a value that a power cut takes back. Nothing here knows of HTTP.
 
 DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
 SHORT_POLL_SECONDS = 0.02  # between two looks for something that comes soon
@@ -279,7 +281,7 @@ MIGRATIONS = (
 )
 
 # Triggers write deliveries and history in the transaction of a change. They exist only while hooks or a history exist.
-NOW = "((julianday('now') - 2440587.5) * 86400 + 0.001)"  # unix seconds; SQLite cuts off below a millisecond
+NOW = "((julianday('now') - 2440587.5) * 86400 + 0.001)"  # unix seconds, rounded up: SQLite cuts off microseconds
 HAD_EXPIRED = f"(OLD.expires IS NOT NULL AND OLD.expires <= {NOW})"
 CHANGED = f"(NEW.value <> OLD.value OR {HAD_EXPIRED})"
 # Adds a delivery for each hook that matches a row of pair, which is NEW or OLD.
@@ -327,7 +329,7 @@ PAGE = f"""(SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND 
 PAIR_AS_JSON = """json_object('key', key, 'value', value,
     'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'), 'age', max(0, CAST(? - updated AS INTEGER)),
     'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"""
-# Not OR REPLACE: it would run the insert trigger, which doesn't know the old value.
+# Not OR REPLACE: it would run the insert trigger, without the old value. SQLite before 3.35 needs the columns here.
 REPLACE = """ON CONFLICT (user_id, key)
     DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
@@ -342,7 +344,7 @@ def utc_second(seconds: float | None) -> str:
 
 def rfc3339(seconds: float) -> str:
     """Return unix seconds as a time such as 2030-01-31T23:59:59.125Z, rounded like SQLite's."""
-    julian_1970 = 210_866_760_000_000  # milliseconds; SQLite adds them too, which costs some digits
+    julian_1970 = 210_866_760_000_000  # milliseconds; SQLite adds them too, so the sum rounds like its own
     milliseconds = int(seconds * 1000 + julian_1970 + 0.5) - julian_1970
     moment = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(milliseconds=milliseconds)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -407,7 +409,7 @@ class Delivery(NamedTuple):
     headers: str  # a line each
     body: str | None  # without one, it is JSON
     number: int  # counts the hook's deliveries; 0 for a test
-    handled: int  # number of the last one that arrived or was given up; those in between had to make room
+    handled: int  # number of the last one that arrived or was given up; a gap up to this one had to make room
     key: str
     value: str | None
     old: str | None
@@ -460,7 +462,7 @@ class Store:
         self._pages_max = 2**30 - 1  # SQLite's own limit
         self.commit_seconds = math.inf  # the duration of the last commit
         self.changed_pairs, self.changed_others = list[PairChange](), False  # in the transaction
-        self.committed: list[list[PairChange]] = []  # those of each transaction that changed something
+        self.committed: list[list[PairChange]] = []  # changed_pairs of each commit, until the server hands them out
         # Pairs that got a ttl since the start, and in the transaction: their expires, and the same by running_time.
         self.timed_pairs, self._newly_timed = dict[PairId, tuple[float, float]](), dict[PairId, tuple[float, float]]()
         self.clock_offset = time.time() - running_time()  # when expiries were last shifted
@@ -846,15 +848,12 @@ class CachingStore(Store):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._rows, self._rows_state, self._rows_bytes = (
-            dict[Any, Any](),
-            b"",
-            0,
-        )  # when they were read; of their values
+        # The cached rows, the state in which they were read, and the bytes of their values.
+        self._rows, self._rows_state, self._rows_bytes = dict[Any, Any](), b"", 0
         # The -shm file begins with two copies of a header (SQLite's "WAL-mode File Format"). A first read creates it.
         self.has_hooks()
         self._shared_file = open(self.path + "-shm", "rb")  # noqa: SIM115 - closing it drops our locks (POSIX)
-        self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both
+        self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both copies
 
     def close(self) -> None:
         super().close()
@@ -866,10 +865,11 @@ class CachingStore(Store):
         return self._shared[:]
 
     def wal_pages(self) -> int:
-        return int.from_bytes(self._shared[16:20], sys.byteorder)
+        return int.from_bytes(self._shared[16:20], sys.byteorder)  # mxFrame
 
     def keep_rows(self, state_before: bytes, state: bytes, commits: int, changed_pairs: set[PairId] | None) -> bool:
         """Return whether only our commits lie between the states. If so, keep all rows but the changed pairs."""
+        # iChange, which each transaction increments
         before, after = (int.from_bytes(header[8:12], sys.byteorder) for header in (state_before, state))
         if after != before + commits:
             return False
@@ -883,7 +883,7 @@ class CachingStore(Store):
         state = self.state()
         is_full = len(self._rows) >= CACHED_ROWS_MAX or self._rows_bytes >= CACHED_BYTES_MAX
         if is_full or state != self._rows_state:
-            self._rows, self._rows_state, self._rows_bytes = {}, state, 0  # a commit before the next read changes it
+            self._rows, self._rows_state, self._rows_bytes = {}, state, 0  # a commit from now on makes it differ
         return self._rows
 
     def user(self, login: str | bytes) -> User | None:
@@ -972,12 +972,12 @@ REQUEST_LINE_BYTES_MAX = 16 * 1024
 HEADERS_BYTES_MAX = 32 * 1024
 HEADER_FIELDS_MAX = 100
 HOOK_URL_BYTES_MAX = 4096
-HOOK_PORTS = {"http": 80, "https": 443}
+DEFAULT_PORTS = {"http": 80, "https": 443}
 HOOK_BODY_METHODS = ("POST", "PUT", "PATCH")
 HOOK_BODY_BYTES_MAX = 16 * 1024 * 1024  # with the values that it inserts
 PLACEHOLDER = re.compile(r"\{(key|value|old|time)\}")
 JSON_HEADER = re.compile(r"(?im)^content-type:[^;\n]*[/+]json[ ]*(;|$)")
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # with C1, which some programs take for line ends
 
 JSON = "application/json"
 FORM = "application/x-www-form-urlencoded"
@@ -1254,7 +1254,7 @@ def parse_answer(received: bytes) -> Answer | None:
 JSON_DEPTH_MAX = 100
 OUR_HEADERS = ("Host", "Content-Length", "Connection", "Transfer-Encoding", "Idempotency-Key")  # of deliveries
 PASSWORD_BYTES_MAX = 4096  # with a user name, in base64, this fits in one header line
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
+PASSWORD_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def parse_form(text: str) -> list[tuple[str, str]]:
@@ -1298,7 +1298,8 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
     """Return the parameters in a body, members of JSON as strings, or the value that it is; raise HTTPError."""
     header = request.fields.headers.get("content-type", "").lower()
     content_type = header.partition(";")[0].strip()
-    is_form, other = content_type == FORM, "" if body == VALUE else f"{FORM}, or "
+    is_form = content_type == FORM
+    other = "" if body == VALUE else f"{FORM}, or "
     if content_type == "multipart/form-data":
         raise HTTPError(415, f"a body of the type {content_type} is not supported; send {other}the value alone")
     if set(re.findall(r"""charset\s*=\s*["']?([^\s"';,]*)""", header)) - {"utf-8", "utf8", "us-ascii", "ascii"}:
@@ -1382,7 +1383,7 @@ def check_user_name(name: str) -> None:
 
 def check_password(password: str) -> None:
     least, most = PASSWORD_CHARACTERS_MIN, PASSWORD_BYTES_MAX
-    if len(password) < least or len(password.encode("utf-8")) > most or CONTROL_CHARACTER.search(password):
+    if len(password) < least or len(password.encode("utf-8")) > most or PASSWORD_CONTROL.search(password):
         limits = f"at least {least} characters, at most {most} bytes in UTF-8, and no control characters"
         raise HTTPError(400, f"a password has {limits}")
 
@@ -1402,7 +1403,7 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
     with contextlib.suppress(ValueError):  # not a possible port
         parts = urllib.parse.urlsplit(url)
         login, _, host = parts.netloc.rpartition("@")
-        is_url = parts.scheme in HOOK_PORTS and bool(parts.hostname) and parts.port != 0 and host[-1] != ":"
+        is_url = parts.scheme in DEFAULT_PORTS and bool(parts.hostname) and parts.port != 0 and host[-1] != ":"
     if not is_url or not HOST.fullmatch(host) or PLACEHOLDER.search(login + parts.fragment):
         raise HTTPError(400, "a URL is http(s)://HOST:PORT/PATH?QUERY, with placeholders in PATH and QUERY only")
     if any(CONTROLS.search(header) or not re.match(HTTP_TOKEN + ":", header) for header in headers):
@@ -1435,8 +1436,10 @@ def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]
     return text
 
 
-def take_seconds(texts: Mapping[str, str], name: str, least: float, most: float, example: str = "1.5") -> float | None:
-    text = texts.get(name)
+def take_seconds(
+    parameters: Mapping[str, str], name: str, least: float, most: float, example: str = "1.5"
+) -> float | None:
+    text = parameters.get(name)
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) or not least <= float(text) <= most:
@@ -1944,7 +1947,7 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
         return "", ""
     name, colon, password = text.partition(":")
     # To scrypt, "password" and "password\0" are the same. A lone password must not come into the log as a name.
-    return ("", "") if CONTROL_CHARACTER.search(text) or not colon else (name, password)
+    return ("", "") if PASSWORD_CONTROL.search(text) or not colon else (name, password)
 
 
 class Authenticator:
@@ -2186,14 +2189,15 @@ def show_history(store: Store, request: Request) -> Response:
     if re.match("[0-9]+-", since):
         # A plus in a query means a space. Responses round to milliseconds, and such a time must include its change.
         begin = parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", since)) - 0.0005
-    else:  # unix seconds are over the limit
+    else:  # at most 10**9 seconds, so unix seconds are refused
         example = "3600, or a time such as 2030-01-31T23:59:59Z"
         begin = time.time() - (take_seconds(request.parameters, "since", 0, 10**9, example) or 0)
     is_csv = take_choice(request.parameters, "format", ("csv",)) is not None
     body = bytearray(b"time,value,state\r\n" if is_csv else b"")
     for moment, value, is_cut in store.history(request.user.id, request.parameters["key"], begin, limit):
         if is_csv:
-            text, state = (value or "").replace('"', '""'), "gone" if value is None else "cut" if is_cut else "set"
+            text = (value or "").replace('"', '""')
+            state = "gone" if value is None else "cut" if is_cut else "set"
             body += f'{rfc3339(moment)},"{text}",{state}\r\n'.encode()
         else:
             change = {"time": rfc3339(moment), "value": value} | ({"cut": True} if is_cut else {})
@@ -2215,7 +2219,7 @@ def stream_events(store: Store, request: Request) -> Response:
     prefix, own = request.parameters.get("prefix", ""), request.user.token.prefix if request.user.token else ""
     if not own.startswith(prefix):
         require_key(prefix, request.user.token)
-    # nginx sends events on at once. HTTP/1.0 knows no chunks.
+    # X-Accel-Buffering makes nginx pass each event on at once. HTTP/1.0 has no chunks.
     headers = (("Content-Type", "text/event-stream"), ("X-Accel-Buffering", "no"), ("Transfer-Encoding", "chunked"))
     return Response(headers=headers[: 2 if request.fields.is_http_1_0 else 3], stream_prefix=max(prefix, own, key=len))
 
@@ -2670,7 +2674,7 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> 
 
 
 def normalize_origin(text: str) -> str:
-    return text.lower().removesuffix(f":{HOOK_PORTS.get(text.partition(':')[0].lower())}")
+    return text.lower().removesuffix(f":{DEFAULT_PORTS.get(text.partition(':')[0].lower())}")
 
 
 def share_response(response: Response, request: Request, route: Route | None, origins: Sequence[str]) -> Response:
@@ -2984,18 +2988,19 @@ class RequestHandler:
         """Send a head, and then events until the client goes, its login ends or the server stops."""
         server, route, is_chunked = self.server, cast(Route, self.route), not request.fields.is_http_1_0
         stream, unsent = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(head)
-        active, resume = stream.started, 0.0  # when it last had something to send or sent it; when it sends more pairs
-        # The kernel takes little ahead of the client, and gives up one that has vanished.
+        active = stream.started  # when it last sent something, or had to
+        resume = 0.0  # when it may send more first pairs
+        # The kernel buffers little, so that SEND_SECONDS counts, and closes a client that has vanished.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, EVENTS_BYTES_MAX)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, VANISHED_SECONDS * 1000)
         server.streams.add(stream)
         try:
             while not server.stopping and request.user.id == stream.user_id:
-                events, is_ready, now = list[bytes](), stream.after == stream.end, time.monotonic()
-                if not unsent and (is_ready or now >= resume):
+                events, is_following, now = list[bytes](), stream.after == stream.end, time.monotonic()
+                if not unsent and (is_following or now >= resume):
                     events = server.next_events(stream)
-                    if not is_ready:  # streams that begin take turns, and leave half of the time to others
+                    if not is_following:  # streams that begin take turns, and leave half of the time to others
                         server.pages_until = max(server.pages_until, now) + 2 * (time.monotonic() - now)
                         resume = server.pages_until
                     if not events and now >= active + SILENT_SECONDS:
@@ -3010,15 +3015,15 @@ class RequestHandler:
                 if unsent:
                     await ready(WRITABLE, active + SEND_SECONDS)
                 elif events or stream.after != stream.end:
-                    await sleep(0 if is_ready else max(resume - now, 0 if events else SHORT_POLL_SECONDS))
+                    # After first pairs, leave time to others. Without any, a commit is under way: look again soon.
+                    await sleep(0 if is_following else max(resume - now, 0 if events else SHORT_POLL_SECONDS))
                 else:
                     await self._wait_for_news(min(active + SILENT_SECONDS, stream.restart_time))
                 await self._authorize(route, request)  # meanwhile, the user may have been deleted
         except (HTTPError, StoreError, sqlite3.Error) as error:
-            as_http_error(error, server.errors)
+            as_http_error(error, server.errors)  # logs a fault of the server; the stream ends
         finally:
             server.streams.remove(stream)
-            self.unsent = b""
         if is_chunked and not unsent:
             await self._send(b"0\r\n\r\n")
 
@@ -3062,7 +3067,7 @@ def deliver(delivery: Delivery, deadline: float | None = None) -> Answer:
     problem = "the connection was closed before a whole status line had come"
     try:
         parts: Any = urllib.parse.urlsplit(delivery.url)
-        address, request = (parts.hostname, parts.port or HOOK_PORTS[parts.scheme]), encode_delivery(parts, delivery)
+        address, request = (parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme]), encode_delivery(parts, delivery)
         count = len(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))  # all of them are tried in time
         connection = socket.create_connection(address, seconds_until(deadline) / (count + 1))
         if parts.scheme == "https":
@@ -3394,11 +3399,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def next_events(self, stream: Stream) -> list[bytes]:
         """Return the next events of a stream, none if it must wait."""
-        is_ready = stream.after == stream.end
-        if is_ready and time.monotonic() >= stream.restart_time:
+        is_following = stream.after == stream.end
+        if is_following and time.monotonic() >= stream.restart_time:
             stream.start()
             return [encode_event("reset", {})]
-        if is_ready or stream.pending:  # so at ready, the client has the pairs of one moment
+        if is_following or stream.pending:  # pending ones go first, so at ready the client has the pairs of one moment
             return stream.take()
         self._look_for_others()
         page = (self._state, stream.user_id, stream.prefix, stream.after)
@@ -3416,22 +3421,22 @@ class Server(http.server.ThreadingHTTPServer):
                     events.append(encode_event("ready", {}))
                     after = stream.end
             if self._in_transaction and self.reader.state() != self._state:
-                return []  # these pairs may have changes that are handed out only later
+                return []  # these pairs may be newer than the changes that have been handed out
             self._page = page, events, after
         _, events, stream.after = self._page  # streams that start together share it
         return events
 
     def _hand_out(self) -> None:
         commits, self.writer.committed = self.writer.committed, []
-        changes = list(itertools.chain.from_iterable(commits))
-        pairs = None if self.writer.changed_others else {pair for pair, _, _ in changes}
+        pair_changes = list(itertools.chain.from_iterable(commits))
+        pairs = None if self.writer.changed_others else {pair for pair, _, _ in pair_changes}
         state, self._in_transaction = self.reader.state(), False
         if self.reader.keep_rows(self._state, state, len(commits), pairs):
             self._state = state
             for stream in list(self.streams):
                 if stream.pending_bytes > PENDING_BYTES_MAX:
                     self.loop.throw(stream.wakeup.task, Cancelled())
-            for (user_id, key), value, updated in changes if self.streams else ():
+            for (user_id, key), value, updated in pair_changes if self.streams else ():
                 event = b""
                 for stream in self.streams:
                     if stream.user_id == user_id and key <= stream.after and key.startswith(stream.prefix):
@@ -3457,7 +3462,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_committing, changes, size, writer = True, list[Change](), 0.0, self.writer
         try:
             writer.begin()
-            self._look_for_others()
+            self._look_for_others()  # we have the lock now: until the commit, the state changes only through us
             self._in_transaction = True
             # A transaction enters the write-ahead log as a whole, so its bound also bounds the log.
             while self.changes and size < TRANSACTION_BYTES_MAX:
@@ -3545,7 +3550,7 @@ def parse_origins(text: str) -> Sequence[str]:
     for origin in origins:
         match = re.fullmatch(rf"\*|https?://{host}|chrome-extension://[a-z0-9]+|capacitor://localhost", origin)
         if not match or int(match[1] or 0) > 65535:
-            raise argparse.ArgumentTypeError("it must be * or like https://HOST:PORT, without a slash at the end")
+            raise argparse.ArgumentTypeError("it must be *, https://HOST:PORT or chrome-extension://ID, without a path")
     return origins
 
 
@@ -3571,7 +3576,9 @@ SETTINGS = {
     "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "extra prefix of paths; / for none (default: {})"),
     "log_requests": Setting(parse_switch, False, "", "log requests, without values", argparse.BooleanOptionalAction),
     "max_connections": Setting(parse_positive, 256, "N", "largest number of open connections (default: {})"),
-    "history": Setting(parse_history, 0, "N", "changes of each value to keep for /history (default: none)"),
+    "history": Setting(
+        parse_history, 0, "N", "changes of each value to keep; a start deletes the surplus (default: 0)"
+    ),
     "max_db_mb": Setting(parse_positive, 1024, "N", "largest size of the database in megabytes (default: {})"),
     "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this network; repeatable", "extend"),
     "cors_origin": Setting(parse_origins, (), "O", "let pages of O use the API (* for all); repeatable", "extend"),
@@ -4145,7 +4152,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--header": {"metavar": "'NAME: TEXT'", "action": "append", "default": [], "help": "a header; repeat for others"},
     "--label": {"metavar": "TEXT", "default": "", "help": "a note that the list shows"},
     "--merge": {"action": "store_true", "help": "add values to users that exist here; they keep password and role"},
-    "--method": {"choices": (*HOOK_BODY_METHODS, "GET", "DELETE"), "default": "POST", "help": "(default: POST)"},
+    "--method": {
+        "choices": (*HOOK_BODY_METHODS, "GET", "DELETE"),
+        "default": "POST",
+        "help": "of the request (default: POST)",
+    },
     "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
     "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
     "--read-only": {"action": "store_true", "help": "the token cannot change anything"},
