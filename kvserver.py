@@ -2506,8 +2506,8 @@ def take_action(store: Store, request: Request, form_page: Callable[..., Respons
     user = store.user(request.user.name) or NOBODY
     if (user.id, user.is_admin) != (request.user.id, request.user.is_admin):
         raise StoreBusy("your user has just been changed; try again")
-    request.form_page = None if request.path.endswith("/admin") else form_page  # programs send forms there
     action = required(request.parameters, "action")
+    request.form_page = None if request.path.endswith("/admin") else form_page  # programs send forms there
     take_choice(request.parameters, "action", actions)
     if action in ("adduser", "setpassword", "passwd"):
         check_password(request.parameters.get("password", ""))
@@ -3005,11 +3005,14 @@ class RequestHandler:
                         resume = server.pages_until
                     if not events and now >= active + SILENT_SECONDS:
                         events = [b"3\r\n:\n\n\r\n"]  # a comment
-                    chunks = events if is_chunked else [event[event.index(b"\n") + 1 : -2] for event in events]
-                    unsent, active = memoryview(b"".join(chunks)), now if events else active
+                    parts = [memoryview(each)[0 if is_chunked else each.index(b"\n") + 1 :] for each in events]
+                    parts = parts if is_chunked else [part[:-2] for part in parts]
+                    unsent = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+                    active = now if events else active
                 with contextlib.suppress(BlockingIOError):
                     if unsent:
-                        unsent, active = unsent[self.connection.send(unsent) :], time.monotonic()
+                        sent = self.connection.send(unsent[:EVENTS_BYTES_MAX])  # TLS tells no smaller progress
+                        unsent, active = unsent[sent:], time.monotonic()
                 self.state, self.unsent = (SENDING, cast(bytes, unsent.obj)) if unsent else (WORKING, b"")
                 stream.wakeup = Wakeup(server.loop)
                 if unsent:
@@ -3418,8 +3421,9 @@ class Server(http.server.ThreadingHTTPServer):
                     events.append(event)
                     after = key
                 else:
-                    events.append(encode_event("ready", {}))
-                    after = stream.end
+                    if size <= EVENTS_BYTES_MAX:  # a longer event goes alone
+                        events.append(encode_event("ready", {}))
+                        after = stream.end
             if self._in_transaction and self.reader.state() != self._state:
                 return []  # these pairs may be newer than the changes that have been handed out
             self._page = page, events, after

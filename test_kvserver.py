@@ -2949,15 +2949,20 @@ class Streams(ServerCase):
         self.fetch("/set?key=0&value=1")
         wait_until(lambda: not self.server.streams)
 
-    def test_streams_share_the_memory_of_a_long_change(self) -> None:
+    def test_streams_share_the_memory_of_a_long_value(self) -> None:
         self.patch("UNSENT_BYTES_MAX", math.inf)
-        for _ in range(20):
-            self.connect(self.raw("GET /events HTTP/1.1"), has_small_buffer=True)
+        for version in ("1.0", "1.1"):
+            for _ in range(10):
+                self.connect(self.raw("GET /events HTTP/" + version), has_small_buffer=True)
         wait_until(lambda: sum(stream.after == stream.end for stream in self.server.streams) == 20)
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         self.fetch("/kv/a", "PUT", "\x01" * kvserver.VALUE_BYTES_MAX)  # 6 MiB as JSON
         wait_until(lambda: self.blocked() == 20)
+        for version in ("1.0", "1.1"):  # these begin with it
+            for _ in range(10):
+                self.connect(self.raw("GET /events HTTP/" + version), has_small_buffer=True)
+        wait_until(lambda: self.blocked() == 40)
         self.assertLess(tracemalloc.get_traced_memory()[1], 64 * 1024 * 1024)
 
     def test_first_pairs_are_finished_before_the_stream_starts_again(self) -> None:
@@ -7715,7 +7720,11 @@ class Serving(CommandCase):
             ("a whole number from 1 to 999999", '{"max_connections": 0}', '{"max_db_mb": "1 GB"}'),
             ("such as 10.1.0.0/16", '{"trusted_proxy": ["10.0.0.1/8"]}', '{"trusted_proxy": [1]}'),
             ("such as 10.1.0.0/16", '{"trusted_proxy": "proxy.example"}'),
-            ("it must be *, https://HOST:PORT", '{"cors_origin": ["https://a.example", "null"]}', '{"cors_origin": 80}'),
+            (
+                "it must be *, https://HOST:PORT",
+                '{"cors_origin": ["https://a.example", "null"]}',
+                '{"cors_origin": 80}',
+            ),
             ("not a JSON object", "[]"),
             ("config.json", "{"),
             ("cannot use the database", '{"db": "a\\u0000b"}'),
