@@ -4944,6 +4944,7 @@ class Model(ServerCase):
         histories, rows_max = collections.defaultdict[Any, list[str | None]](list), 0  # by user and key, newest first
         seed, count, restarts = random.randrange(1_000_000), *((3000, 10) if LONG else (300, 3))
         choice = random.Random(seed).choice
+        streams: dict[str, tuple[Events, list[tuple[str, ...]]]] = {}  # by user, with the events that must come
         for number in range(count):
             user, key, kind = choice(tuple(PASSWORDS)), choice(self.KEYS), choice(self.KINDS)
             model, which = models[user], f"request {number} of {user} for {key!r}, seed {seed}"
@@ -4969,19 +4970,30 @@ class Model(ServerCase):
                 answer = self.request(method, target, body, content_type, user)
                 text = answer.body.decode() if answer.status < 300 else ""
                 self.assertEqual(expected, (answer.status, text), which)
+                is_read = kind == "get" or (kind == "kv" and method == "GET")
+                if user in streams and answer.status < 300 and not is_read and (key in model or before is not None):
+                    streams[user][1].append(("set", key, model[key]) if key in model else ("del", key))
                 if before != model.get(key):
                     histories[user, key] = [model.get(key), *histories[user, key]][:rows_max]
             if number % (count // restarts) == 0:
+                for events, changes in streams.values():
+                    self.assertEqual(changes, events.take(len(changes)), which)
                 self.stop()
                 self.store.close()
                 self.start()
                 rows_max = choice((1, 2, 10, 20))
                 self.store.transact(lambda store: store.keep_history(rows_max))  # noqa: B023 - it ends before
-                for changes in histories.values():
-                    del changes[rows_max:]
+                for kept in histories.values():
+                    del kept[rows_max:]
+                for name, pairs in models.items():
+                    events = Events(self.new_connection(), basic(name, PASSWORDS[name]))
+                    self.assertEqual(pairs, events.take_pairs(), which)
+                    streams[name] = events, []
         self.assertEqual(models, {user: self.pairs(user) for user in models})
-        for (user, key), changes in histories.items():
-            self.assert_history(user, key, models[user], changes, f"seed {seed}")
+        for events, changes in streams.values():
+            self.assertEqual(changes, events.take(len(changes)), f"seed {seed}")
+        for (user, key), kept in histories.items():
+            self.assert_history(user, key, models[user], kept, f"seed {seed}")
 
 
 class Fuzz(ServerCase):
