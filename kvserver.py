@@ -1192,7 +1192,7 @@ def encode_event(kind: str, members: Mapping[str, object]) -> bytes:
 
 
 def fill_template(template: str, texts: Mapping[str, str], encode: Callable[[str], str]) -> bytes:
-    """Return a template in UTF-8, with encoded texts in place of {key} and its like; raise HTTPError if it is long."""
+    """Return a template in UTF-8, with encoded texts in place of its placeholders; raise HTTPError if it is long."""
     pieces = PLACEHOLDER.split(template)  # every second one is a name
     encoded = {name: encode(texts[name]).encode() for name in set(pieces[1::2])}
     parts = [encoded[piece] if index % 2 else piece.encode() for index, piece in enumerate(pieces)]
@@ -2943,7 +2943,7 @@ class RequestHandler:
                 make_hash = functools.partial(hash_password, request.parameters["password"])
                 request.password_hash = await self.server.authenticator.scrypt.run(make_hash, request.user.id)
                 await self._authorize(route, request)
-            is_long = route.who == ADMIN or endpoint is delete_history
+            is_long = route.who == ADMIN or endpoint is delete_history  # it may delete a lot, so a thread commits it
             size = math.inf if is_long else len(request.query) + len(request.body)
             try:
                 return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
