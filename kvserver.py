@@ -1652,7 +1652,7 @@ class Threads:
     def __init__(self, loop: Loop, most: int) -> None:
         self._loop, self._most, self._gate = loop, most, Gate(loop)
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Wakeup, Wakeup]] = queue.SimpleQueue()
-        self._started = self._busy = 0
+        self._started = 0
 
     async def run(self, function: Callable[[], Any], owner: Hashable = None, deadline: float = NEVER) -> Any:
         """Run a function in a thread, and return or raise its result; raise TimeoutError at the deadline."""
@@ -1660,10 +1660,9 @@ class Threads:
         return await ready(0, deadline)
 
     async def _run(self, function: Callable[[], Any], owner: Hashable, done: Wakeup) -> None:
-        bounds = {} if owner is None else {owner: max(1, self._most // 2)}  # others get through
+        bounds = {owner: max(1, self._most // 2)}  # others get through
         await self._gate.enter(bounds)
-        self._busy += 1
-        if self._started < min(self._busy, self._most):
+        if self._started < min(self._gate.taken.total(), self._most):
             with contextlib.suppress(RuntimeError):  # the machine is short of memory
                 threading.Thread(target=self._work, daemon=True).start()
                 self._started += 1
@@ -1673,7 +1672,6 @@ class Threads:
             done(await ready(0) if self._started else function())
         except Exception as error:  # noqa: BLE001 - the task raises it
             done(error)
-        self._busy -= 1
         self._gate.leave(bounds)
 
     def _work(self) -> None:
@@ -3064,9 +3062,9 @@ def seconds_until(deadline: float) -> float:
     return seconds
 
 
-def deliver(delivery: Delivery, deadline: float | None = None) -> Answer:
-    """Send a delivery; return the answer by the deadline, or later if the name look-up is slow."""
-    deadline, received, answer = deadline or time.monotonic() + HOOK_SECONDS, b"", None
+def deliver(delivery: Delivery) -> Answer:
+    """Send a delivery; return the answer within HOOK_SECONDS, or later if the name look-up is slow."""
+    deadline, received, answer = time.monotonic() + HOOK_SECONDS, b"", None
     problem = "the connection was closed before a whole status line had come"
     try:
         parts: Any = urllib.parse.urlsplit(delivery.url)
@@ -3162,7 +3160,7 @@ class Outbox:
                     delivery = self._store.next_delivery(hook_id, with_values=True)
                     if delivery is None or delivery.number != next_one.number or self.is_stopping:
                         continue  # while it waited, that one has been deleted, or the server stopped
-                    is_proven, pause = await self._try(delivery, is_proven, next_pause)
+                    is_proven, pause = await self._try(delivery, next_pause)
                 finally:
                     self.gate.leave(bounds)
                 delivery = None  # its values may be long
@@ -3174,13 +3172,9 @@ class Outbox:
         finally:
             self._running.discard(hook_id)
 
-    async def _try(self, delivery: Delivery, is_proven: bool, next_pause: float) -> tuple[bool, float]:
+    async def _try(self, delivery: Delivery, next_pause: float) -> tuple[bool, float]:
         """Send a delivery, and store the result. Return whether the hook works, and the pause until the next try."""
-        end, owner = time.monotonic() + HOOK_SECONDS, None if is_proven else "doubtful"
-        try:
-            answer: Answer = await self._threads.run(lambda: deliver(delivery, end), owner, end + HOOK_LINGER_SECONDS)
-        except TimeoutError:  # a name look-up takes too long
-            answer = Answer(0, f"no answer within {HOOK_SECONDS} seconds")
+        answer: Answer = await self._threads.run(lambda: deliver(delivery), delivery.hook_id)
         is_success, pause = 200 <= answer.status < 300, 0.0
         self._metrics.deliveries += is_success
         self._metrics.failed_deliveries += not is_success
@@ -3189,20 +3183,18 @@ class Outbox:
             age, uptime = time.time() - delivery.created, time.monotonic() - self._started
             seconds_left = max(HOOK_GIVE_UP_SECONDS - age, HOOK_GRACE_SECONDS - uptime)
             pause = max(0, min(answer.retry_after or next_pause, HOOK_RETRY_SECONDS_MAX, seconds_left))
-        result = answer.text if pause or is_success else f"{answer.text}, dropped"
+        is_dropped = not pause and not is_success
+        result = f"{answer.text}, dropped" if is_dropped else answer.text
         try:
             await self._commit(lambda store: store.note_try(delivery.hook_id, result, delivery.number - bool(pause)))
         except (StoreError, sqlite3.Error):  # it is sent again, but not all the time
             return is_proven, max(pause, min(next_pause, 60))
-        hook = f"hook {delivery.hook_id} to {delivery.origin}"
-        overflow = delivery.number - 1 - delivery.handled  # those between had to make room
-        if overflow > 0:
-            self._dropped[hook, f"over {HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 2**20} MiB pending"] += overflow
-            self._metrics.dropped_deliveries += overflow
-        if not pause and not is_success:
-            self._dropped[hook, answer.text if is_proven else f"a day old, {answer.text}"] += 1
-            self._metrics.dropped_deliveries += 1
-        elif pause and next_pause == 1:
+        hook, overflow = f"hook {delivery.hook_id} to {delivery.origin}", delivery.number - 1 - delivery.handled
+        full = f"over {HOOK_PENDING_MAX} or {HOOK_PENDING_BYTES_MAX // 2**20} MiB pending"
+        reason = answer.text if is_proven else f"a day old, {answer.text}"
+        self._dropped += collections.Counter({(hook, full): overflow, (hook, reason): int(is_dropped)})  # if above 0
+        self._metrics.dropped_deliveries += overflow + is_dropped
+        if pause and next_pause == 1:
             self._errors.write(f"{hook}: {result}; trying again for 24 hours", DROPPED_SECONDS)
         return is_proven, pause
 
