@@ -1045,6 +1045,7 @@ class Request:
     password_hash = ""  # of the parameter password
     form_page: Callable[[Any, Request], Response] | None = None  # that shows a refused form again
     refusal: HTTPError | None = None  # of the request, for the page that shows it
+    origin = ""  # scheme, host and port of this server, as a browser sees them
 
     def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
         self.method, self.path, self.query, self.fields = method, path, query, fields
@@ -2238,9 +2239,15 @@ def report_metrics(store: Store, request: Request) -> Response:
 
 HTML = "text/html; charset=utf-8"
 PAGE_ROWS_MAX = 100
+REFRESH_SECONDS = 10
+DONE_SECONDS = 30  # that a page tells of a change
 FORM_BYTES_MAX = BODY_BYTES_MAX - 4096  # of an edited value, with room for the other fields
 USER_FIELDS = ("action", "username", "password", "isAdmin", "id")
-OWN_FIELDS = ("action", "key", "value", "current", "password", "label", "readonly", "prefix", "id", "page", "etag")
+OWN_FIELDS = (
+    *("action", "key", "value", "ttl", "never", "by", "etag", "page", "current", "password"),
+    *("label", "readonly", "prefix", "id", "once"),
+)
+LIST_FIELDS = ("folder", "search", "after", "refresh", "added", "done")
 # Signs replace characters that are invisible or reverse the text around them (Unicode standard annex 9).
 UNSEEN = (*range(32), 127, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
 VISIBLE = {**dict.fromkeys(UNSEEN, "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
@@ -2250,67 +2257,137 @@ class Markup(str):
     """HTML. Only fill makes it, except for the style."""
 
 
+ICON = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">
+<rect width="24" height="24" rx="5" fill="#0b57b0"/>
+<path d="M5 7h5m4 0h5M5 12h5m4 0h5M5 17h5m4 0h5" stroke="#fff" stroke-width="2.5" stroke-linecap="round"/></svg>"""
 STYLE = Markup("""
-body{margin:0 auto;max-width:60rem;padding:0 1rem 3rem;font:1rem/1.5 system-ui,sans-serif;color:CanvasText;
-background:Canvas}:root{color-scheme:light dark}*{box-sizing:border-box}h1,h2,p,code,pre,td{unicode-bidi:isolate}
-nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.75rem 0;border-bottom:1px solid GrayText}
-nav span{margin-left:auto}[aria-current]{font-weight:600}nav span,th,small,.quiet{opacity:.8}h1{font-size:1.6rem}
-h1,h2,p,code,pre,span,button,td:first-child,.values td,.hooks td{overflow-wrap:anywhere}td:first-child{min-width:4rem}
-table{width:100%;border-collapse:collapse}.values,.hooks{table-layout:fixed}.values th:first-child{width:40%}
-th,td{padding:.45rem .75rem .45rem 0;border-bottom:1px solid GrayText;text-align:left;vertical-align:top}
-.values th:last-child{width:12rem}th,small{font-size:.875rem;font-weight:500}small,label{display:block}
-textarea,pre,code,.values td:nth-child(2){font:.9375rem/1.5 ui-monospace,monospace}td,pre,code{white-space:pre-wrap}
-p time::after{content:" (" attr(datetime) ")"}label{margin-bottom:.75rem}.search label{flex:1;margin:0}
-td time:hover::after{content:attr(datetime);position:absolute;right:0;padding:0 1ch;color:Canvas;background:CanvasText}
-form,pre{padding:1rem;border:1px solid GrayText;border-radius:.4rem}form{max-width:32rem;margin:.75rem 0}
-details form,.search{padding:0;border:0}.search,.turns{display:flex;align-items:end;gap:.5rem 1rem}
-input:not([type=checkbox],[hidden]),textarea{display:block;width:100%}input,textarea,button{padding:.5rem .75rem}
-input,button{font:inherit}button{color:#fff;background:#0a5cc2;border:0;border-radius:.4rem;cursor:pointer}
-td button{padding:.15rem .6rem}h2{font-size:1.15rem;margin-top:2rem}.bad,[role=alert]{color:#fff;background:#b3261e}
-summary{white-space:nowrap}[role=alert]::first-letter{text-transform:uppercase}td form{margin:.35rem 0 0}
-[role=alert],#done{margin:0;padding:.5rem;font-weight:600;scroll-margin-top:10rem}#done:not(:target){display:none}
-@media(max-width:30rem){.values th:last-child{width:5.25rem}td,th,td code{padding-right:.4rem;font-size:.875rem}}
+:root{color-scheme:light dark;--page:#f3f5f8;--card:#fff;--ink:#1b2230;--soft:#566070;--line:#dbe0e7;--edge:#7c8794;
+--link:#0b57b0;--main:#0b57b0;--bad:#b3261e;--danger:#b3261e;--mark:#fff3c4;--good:#dff3e4}
+@media(prefers-color-scheme:dark){:root{--page:#12161c;--card:#1b212a;--ink:#e8ecf1;--soft:#a5b0bd;--line:#333c48;
+--edge:#75808d;--link:#86bcff;--main:#1d65b8;--danger:#ff9a90;--mark:#463a10;--good:#173a25}}
+*{box-sizing:border-box}
+body{margin:0;font:1rem/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page)}
+main{max-width:60rem;margin:0 auto;padding:.5rem 1rem 4rem}
+h1{margin:1rem 0;font-size:1.5rem;line-height:1.25}
+h2{margin:2rem 0 .5rem;font-size:1.125rem}
+p,form,table,pre,details,figure{margin:.5rem 0}
+a{color:var(--link)}
+small,.soft,label small{color:var(--soft);font-size:.875rem}
+h1,p,td,code,pre,button,summary{overflow-wrap:anywhere;unicode-bidi:isolate}
+
+header{display:flex;flex-wrap:wrap;align-items:center;gap:0 1rem;padding:0 1rem;background:var(--card);
+border-bottom:1px solid var(--line)}
+header nav{display:flex;flex-wrap:wrap}
+header a{padding:.75rem .5rem;color:var(--soft);text-decoration:none}
+header .home{display:flex;gap:.5rem;padding-left:0;color:var(--ink);font-weight:600}
+header nav a{border-bottom:2px solid transparent}
+header a:hover,header [aria-current]{color:var(--ink);border-color:var(--link)}
+header span{max-width:12rem;margin-left:auto;color:var(--soft);overflow:hidden;
+text-overflow:ellipsis;white-space:nowrap}
+
+button,.button,summary{display:inline-block;padding:.375rem .75rem;color:var(--ink);background:var(--card);
+border:1px solid var(--edge);border-radius:.375rem;font:inherit;text-decoration:none;cursor:pointer;list-style:none}
+.main{color:#fff;background:var(--main);border-color:var(--main)}
+.bad{color:var(--danger)}
+button.bad{color:#fff;background:var(--bad);border-color:var(--bad)}
+summary::-webkit-details-marker{display:none}
+button:hover,.button:hover,summary:hover{filter:brightness(.93)}
+:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+
+form,table,pre,.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem}
+form,.card{max-width:30rem;padding:1rem}
+.bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:.5rem 0}
+.bar form,.bar details,td form,td details{margin:0;padding:0;border:0;background:none}
+.bar [role=search]{display:flex;gap:.5rem;flex:1;min-width:14rem}
+label{display:block;margin-bottom:1rem}
+input,textarea{padding:.375rem .75rem;color:inherit;background:var(--page);border:1px solid var(--edge);
+border-radius:.375rem;font:inherit}
+input:not([type=checkbox]),textarea{display:block;width:100%}
+input[type=checkbox]{width:1.25rem;height:1.25rem;margin:0 .25rem 0 0;vertical-align:-.25rem}
+textarea,pre,code{font-family:ui-monospace,monospace;font-size:.9375rem}
+pre{padding:.75rem 1rem;white-space:pre-wrap}
+.value{padding:1rem;font-size:1rem}
+.big{font-size:2rem;line-height:1.25}
+[role=alert],[role=status]{padding:.5rem 1rem;border-radius:.375rem;font-weight:600}
+[role=alert]{color:#fff;background:var(--bad)}
+[role=status]{background:var(--good)}
+[role=alert]::first-letter{text-transform:uppercase}
+
+table{width:100%;border-collapse:separate;border-spacing:0}
+th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+tr:last-child td{border-bottom:0}
+th{color:var(--soft);font-size:.875rem;font-weight:500}
+td time{white-space:nowrap}
+.mark{background:var(--mark)}
+.values{table-layout:fixed}
+.values th:first-child{width:40%}
+.values th:nth-child(n+3){width:7rem}
+@media(max-width:30rem){
+header nav{order:1;width:100%;margin:0 -.5rem}
+thead{position:absolute;clip-path:inset(50%)}
+tr,td{display:block}
+tr{padding:.5rem 1rem;border-bottom:1px solid var(--line)}
+td{padding:.125rem 0;border:0}
+td:first-child{font-weight:600}
+}
 """)
 DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-POLICY = f"default-src 'none'; style-src 'sha256-{DIGEST}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+POLICY = (
+    f"default-src 'none'; style-src 'sha256-{DIGEST}'; img-src 'self'; form-action 'self'; frame-ancestors 'none'; "
+)
+POLICY += "base-uri 'none'"
 PAGE_HEADERS = (("Content-Security-Policy", POLICY), ("Referrer-Policy", "same-origin"))
-SMALL = "<small>{}</small>"
+TABS = {"me/": "Values", "me/tokens": "Tokens", "me/password": "Password", "admin/": "Users", "admin/hooks": "Hooks"}
 PAGE_HTML = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title} - kvserver</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>{nav}<main>
-<h1>{title}</h1><p id="done" role="status">The change is made.</p>{alert}{content}</main></body></html>"""
-FORM_HTML = """<form method="post" action="{url}" autocapitalize="none" autocomplete="off"
-spellcheck="false">{alert}<input type="hidden" name="action" value="{action}">{fields}</form>"""
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="{up}icon.svg">
+<style>{style}</style></head><body>
+<header><a class="home" href="{up}"><img src="{up}icon.svg" alt="" width="24" height="24">kvserver</a>{nav}</header>
+<main>{message}{content}</main></body></html>"""
+FORM_HTML = """<form method="post" action="{url}" autocapitalize="none" autocomplete="off" spellcheck="false">
+{alert}<input type="hidden" name="action" value="{action}">{fields}</form>"""
 LINK = '<a href="{}">{}</a>'
 ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, browsers scroll to it and read it out
-NEW_PASSWORD = Markup(f"""<label>New password, at least {PASSWORD_CHARACTERS_MIN} characters<input type="password"
-name="password" value="" required minlength="{PASSWORD_CHARACTERS_MIN}" autocomplete="new-password"></label>""")
-WELCOME_PAGE = """<p>This kvserver keeps values for devices, applets and scripts. They store one under a key with</p>
-<pre>/set?key=door&amp;value=open</pre><p>and read it back with</p><pre>/get?key=door</pre>
-<p><a href="me/">Your values</a>: edit values, add tokens.</p><p><a href="admin/">Users</a>: for admins.</p>"""
-USERS_PAGE = """{table}<h2>Add a user</h2>{form}<h2>Hooks</h2><p>A hook calls a URL when a value changes.
-To add or delete hooks, use a shell: <code>kvserver.py addhook</code></p>{hooks}{more}"""
-ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
-<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label><button>Add</button>"""
-USER_PAGE = """{facts}{password}<p class="quiet">The tokens stay as they are when the password changes.</p>
-{role}{delete}<h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
-SET_PASSWORD = '<input value="{user}" autocomplete="username" hidden>{new_password}<button>Set the password</button>'
-VALUES_PAGE = """<p class="turns"><a href="#add">Add</a><a href="#tokens">Tokens</a><a href="#password">Password</a></p>
-<form class="search" role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
-<label>Keys that begin with<input type="search" name="prefix" value="{prefix}"></label><button>Search</button></form>
-{table}<h2 id="add">Add a value</h2>{add}<h2 id="tokens">Tokens</h2>
-<p>A device that logs in with a token does not need your password, and you can delete the token.</p>{tokens}{add_token}
-<h2 id="password">Password</h2><p>The browser will ask for the new password. Tokens stay as they are.</p>{password}"""
+NEW_PASSWORD = Markup(f"""<label>New password<small> at least {PASSWORD_CHARACTERS_MIN} characters</small>
+<input type="password" name="password" required minlength="{PASSWORD_CHARACTERS_MIN}"
+autocomplete="new-password"></label>""")
+WELCOME_PAGE = """<h1>kvserver</h1>
+<p>This server keeps values for devices, applets and scripts: they store a value under a key, and read it back.</p>
+<p class="bar"><a class="button main" href="me/">Your values</a><a class="button" href="admin/">Users</a></p>
+<h2>Its address</h2><pre>{url}</pre>
+<h2>Try it</h2><p>Put in your user name; curl asks for the password.</p><pre>{curl}</pre>
+<p class="soft">kvserver {version}</p>"""
+VALUES_PAGE = """{path}<h1>{title}</h1><div class="bar">
+<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
+<input type="search" name="search" value="{search}" aria-label="Search for keys that contain">
+{folder}<button>Search</button>
+</form>{live}</div>{add}{table}"""
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
 EDIT_VALUE = """<input type="hidden" name="etag" value="{etag}"><label>Value<textarea name="value" rows="{rows}">
-{value}</textarea></label><button>Save</button>"""
+{value}</textarea></label><button class="main">Save</button>"""
 ADD_VALUE = '<label>Key<input name="key" value="{key}" required></label>' + EDIT_VALUE
+TOKENS_PAGE = """<h1>Tokens</h1><p>A device that logs in with a token does not need your password.
+If it gets lost, delete its token here.</p>{add}{tokens}"""
 ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>
-<label>Only keys that begin with (empty for all)<input name="prefix" value="{prefix}"></label>
-<label><input type="checkbox" name="readonly" value="1" {readonly}> May only read</label><button>Add a token</button>"""
-SET_OWN_PASSWORD = f"""<label>Current password<input type="password" name="current" value="" required
+<label>Only keys that begin with<small> empty for all</small><input name="prefix" value="{prefix}"></label>
+<label><input type="checkbox" name="readonly" value="1" {readonly}> It may only read</label>
+<button class="main">Add a token</button>"""
+TOKEN_PAGE = """<h1>New token</h1><p>Copy it to the device now. This page shows it only once.</p><pre>{token}</pre>
+<p><a class="button" href="../me/tokens">All tokens</a></p>"""
+PASSWORD_PAGE = """<h1>Password</h1>{form}<p>The browser will ask for the new password. Tokens stay as they are.</p>"""
+SET_PASSWORD = """<input value="{user}" autocomplete="username" hidden>{new_password}
+<button class="main">Set the password</button>"""
+SET_OWN_PASSWORD = f"""<label>Current password<input type="password" name="current" required
 autocomplete="current-password"></label>{SET_PASSWORD}"""
-TOKEN_PAGE = """<p>Copy it to the device now: it is shown only once, and reloading this page makes another one.</p>
-<pre>{token}</pre><p>Send it in the header Authorization: Bearer TOKEN, or instead of your password.</p>"""
+USERS_PAGE = """<h1>Users</h1>{add}{table}"""
+ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
+<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label>
+<button class="main">Add</button>"""
+USER_PAGE = """<h1>{name}</h1><p>Role: {role}. Values: {pairs}. Newest change: {newest}.</p>
+<div class="bar">{change}<a class="button bad" href="{delete}">Delete…</a></div>
+<h2>Password</h2>{password}<p>The tokens stay as they are when the password changes.</p>
+<h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
+DELETE_PAGE = """<h1>Delete {name}?</h1>{form}"""
+HOOKS_PAGE = """<h1>Hooks</h1><p>A hook calls a URL when a value changes.</p>{table}"""
 
 
 def fill(template: str, *values: object, **names: object) -> Markup:
@@ -2328,17 +2405,26 @@ def make_visible(text: str) -> str:
     return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), text.translate(VISIBLE))
 
 
-def make_page(request: Request, title: str, content: str) -> Response:
-    """Return a page, with links to the main pages, and with the reason of a refusal if the content lacks it."""
-    user, refusal, nav = request.user, request.refusal, ""
+def make_page(request: Request, title: str, content: str, tab: str = "", up: str = "../") -> Response:
+    """Return a page with the bar, and with the reason of a refusal if the content lacks it; up leads to the root."""
+    user, refusal, nav, message = request.user, request.refusal, "", ""
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
-        here, path = Markup(' aria-current="page"'), request.path
-        me, admin = (here if path.endswith(end) else "" for end in ("/me/", "/admin/"))
-        users = fill('<a href="../admin/"{}>Users</a>', admin) if user.is_admin else ""
-        nav = fill('<nav><a href="../me/"{}>Your values</a>{}<span>{}</span></nav>', me, users, user.name)
-    alert = fill(ALERT, refusal.message) if refusal and 'role="alert"' not in content else ""
-    page = fill(PAGE_HTML, style=STYLE, nav=nav, title=title, alert=alert, content=content).encode("utf-8")
-    return Response(page, refusal.status if refusal else 200, HTML, PAGE_HEADERS + (refusal.headers if refusal else ()))
+        here = {tab: Markup(' aria-current="page"')}
+        tabs = [fill('<a href="../{}"{}>{}</a>', path, here.get(path, ""), name) for path, name in TABS.items()]
+        nav = fill("<nav>{}</nav><span>{}</span>", tabs[: 5 if user.is_admin else 3], user.name)
+    if refusal and 'role="alert"' not in content:
+        message = fill(ALERT, refusal.message)
+    elif not refusal and 0 <= time.time() - (take_seconds(request.parameters, "done", 0, 1e10) or 0) <= DONE_SECONDS:
+        added = request.parameters.get("added")
+        names = (
+            fill(" The key {} is stored.", fill(LINK, url_to("value", key=added), make_visible(added))) if added else ""
+        )
+        message = fill('<p role="status">The change is made.{}</p>', names)
+    page = fill(PAGE_HTML, style=STYLE, up=up, nav=nav, title=title, message=message, content=content).encode("utf-8")
+    headers = PAGE_HEADERS + (refusal.headers if refusal else ())
+    if "refresh" in request.parameters and not refusal:
+        headers += (("Refresh", str(REFRESH_SECONDS)),)
+    return Response(page, refusal.status if refusal else 200, HTML, headers)
 
 
 def url_to(path: str, **parameters: str) -> str:
@@ -2351,69 +2437,75 @@ def is_on(parameters: Mapping[str, str], name: str) -> bool:
     return parameters.get(name, "").lower() not in ("", "0", "false", "off")  # browsers leave out a box that is off
 
 
+def is_refused(request: Request, action: str) -> bool:
+    return request.refusal is not None and request.parameters.get("action") == action
+
+
 def make_form(request: Request, action: str, fields: str, url: str = "./", **values: object) -> Markup:
     """Return a form, after a refusal with an alert and the typed text."""
     refusal = request.refusal if request.parameters.get("action") == action else None
     typed, alert = (request.parameters, fill(ALERT, refusal.message)) if refusal else ({}, "")
     texts = {**dict.fromkeys(USER_FIELDS + OWN_FIELDS, ""), "new_password": NEW_PASSWORD, **typed, **values}
-    texts |= {name: "checked" if is_on(typed, name) else "" for name in ("isAdmin", "readonly")}
+    texts |= {name: "checked" if is_on(typed, name) else "" for name in ("isAdmin", "readonly", "never")}
     return fill(FORM_HTML, url=url, alert=alert, action=action, fields=fill(fields, **texts))
+
+
+def fold(word: str, form: str, kind: str = "main") -> Markup:
+    """Return a button that unfolds a form. A form with an alert is open."""
+    is_open = "open" if 'role="alert"' in form else ""
+    return fill('<details {}><summary class="{}">{}</summary>{}</details>', is_open, kind, word, form)
 
 
 def make_question(word: str, what: str, action: str, url: str) -> Markup:
     """Return the button of a dangerous action, folded up so that nobody presses it by mistake."""
     button = fill('<button class="bad">{} {}</button>', word, what)
     form = fill(FORM_HTML, url=url, alert="", action=action, fields=button)
-    return fill('<details><summary aria-label="{0} {1}">{0}…</summary>{2}</details>', word, what, form)
+    return fill('<details><summary class="bad" aria-label="{0} {1}">{0}…</summary>{2}</details>', word, what, form)
 
 
 def make_time(seconds: float | None) -> str:
-    """Return a time in unix seconds in words, such as 3 minutes ago or in 2 days; the style shows the exact time."""
+    """Return unix seconds as the time since then, such as 3 min, or the time until then, such as in 10 min."""
     if seconds is None:
         return "never"
-    words, left = "now", seconds - time.time()
-    for unit, length in (("second", 1), ("minute", 60), ("hour", 3600), ("day", DAY_SECONDS)):
-        count = int(abs(left) // length)
-        if count:
-            words = f"{count} {unit}" + ("s" if count > 1 else "")
-            words = f"in {words}" if left > 0 else f"{words} ago"
-    return fill('<time datetime="{}">{}</time>', utc_second(seconds), words)
+    left = seconds - time.time()
+    for unit, length, most in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 24), ("days", DAY_SECONDS, math.inf)):
+        count = math.ceil(left / length) if left > 0 else int(-left // length)
+        if count < most:
+            break
+    words = "now" if count == 0 else f"{count} {unit}" if (count, unit) != (1, "days") else "1 day"
+    utc = utc_second(seconds)
+    return fill('<time datetime="{0}" title="{0}">{1}{2}</time>', utc, "in " if left > 0 else "", words)
 
 
-def make_table(kind: str, columns: Sequence[str], rows: dict[Any, Any], url: str = "", after: str = "") -> Markup:
-    """Return a table of named rows. With a URL, it shows PAGE_ROWS_MAX of them, and a link if there are more."""
-    names, links = list(rows), [fill(LINK, url, "First page")] if after else []
-    if url and len(names) > PAGE_ROWS_MAX:
-        names = names[:PAGE_ROWS_MAX]
-        links.append(fill(LINK, url_to(url, after=names[-1]), "Next page"))
-    head = [fill('<th scope="col">{}', name) for name in columns]
-    body = [fill("<tr>{}", [fill("<td>{}", cell) for cell in rows[name]]) for name in names]
-    table = fill('<table class="{}"><thead><tr>{}<tbody>{}</tbody></table>', kind, head, body)
-    table = table if rows else fill('<p class="quiet">There are none.</p>')
-    return fill('{}<p class="turns">{}</p>', table, links) if links else table
+def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object]], marked: int = -1) -> Markup:
+    """Return a table, with roles that remain when the style makes cards of its rows on a narrow screen."""
+    if not rows:
+        return fill('<p class="soft">There are none.</p>')
+    head = [fill('<th scope="col" role="columnheader">{}', name) for name in columns]
+    marks = {marked: Markup(' class="mark"')}
+    body = [
+        fill('<tr role="row"{}>{}', marks.get(number, ""), [fill('<td role="cell">{}', cell) for cell in row])
+        for number, row in enumerate(rows)
+    ]
+    table = """<table role="table" class="{}"><thead role="rowgroup"><tr role="row">{}
+<tbody role="rowgroup">{}</table>"""
+    return fill(table, kind, head, body)
 
 
-def make_values(store: Store, request: Request, user_id: int, url: str, prefix: str = "") -> Markup:
-    rows, after = {}, request.parameters.get("after", "")
-    for _, key, value, updated, expires in itertools.islice(store.pairs(user_id, prefix, after), PAGE_ROWS_MAX + 1):
-        shown_key, start = make_visible(key), make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1])
-        changed = [make_time(updated), fill(SMALL, ["expires ", make_time(expires)]) if expires else ""]
-        cell = fill(LINK, url_to("../me/state", key=key), shown_key) if user_id == request.user.id else shown_key
-        rows[key] = (cell, cut_off(start, VALUE_SHOWN_CHARACTERS_MAX) or fill(SMALL, "empty"), changed)
-    return make_table("values", ("Key", "Value", "Changed"), rows, url, after)
-
-
-def make_tokens(store: Store, user_name: str, url: str) -> Markup:
-    rows = {}
-    for token in store.tokens(user_name):
-        label, rights = token.label or f"token {token.id}", fill("<code>{}</code>", token.rights())
-        question = make_question("Delete", label, "deltoken", url_to(url, id=str(token.id)))
-        rows[token.id] = (label, rights, token.last_used(), question)
-    return make_table("tokens", ("Label", "Rights", "Last used", "Delete"), rows)
+def make_turns(url: str, after: str, last: str) -> Markup:
+    """Return the links to the first page of a table, if this begins after some row, and to the next page, if any."""
+    links = [fill(LINK, url, "First page")] if after else []
+    links += [fill(LINK, url_to(url, after=last), "Next page")] if last else []
+    return fill('<p class="bar">{}</p>', links) if links else fill("")
 
 
 def redirect(status: int, url: str) -> Response:
     return Response(status=status, headers=(("Location", urllib.parse.quote(url, "%&=+?/:#")),))
+
+
+def redirect_done(url: str, **parameters: str) -> Response:
+    """Lead a form's browser to a page that tells of the change, for some seconds."""
+    return redirect(303, url_to(url, **parameters, done=str(int(time.time()))))
 
 
 def add_slash(store: Store, request: Request) -> Response:
@@ -2421,26 +2513,104 @@ def add_slash(store: Store, request: Request) -> Response:
     return redirect(301, request.path.rpartition("/")[2] + "/" + (f"?{request.query}" if request.query else ""))
 
 
+def moved_page(store: Store, request: Request) -> Response:
+    return redirect(301, "value" + (f"?{request.query}" if request.query else ""))
+
+
+def show_icon(store: Store, request: Request) -> Response:
+    return Response(ICON, content_type="image/svg+xml")
+
+
+def server_url(request: Request) -> str:
+    """Return the address of this server as the browser sees it, without a slash at the end."""
+    return request.origin + re.sub("/((me|admin)(/[^/]*)?)?$", "", request.path)
+
+
 def welcome_page(store: Store, request: Request) -> Response:
-    return make_page(request, "Welcome", fill(WELCOME_PAGE))
+    url = server_url(request)
+    curl = f"curl -u NAME {shlex.quote(url + '/set?key=door&value=open')}"
+    page = fill(WELCOME_PAGE, url=url + "/", curl=curl, version=__version__)
+    return make_page(request, "Welcome", page, up="./")
+
+
+def make_values(store: Store, request: Request, user_id: int, url: str, folder: str = "") -> Markup:
+    rows, last, after = list[Sequence[object]](), "", request.parameters.get("after", "")
+    for _, key, value, updated, expires in itertools.islice(store.pairs(user_id, folder, after), PAGE_ROWS_MAX + 1):
+        if len(rows) == PAGE_ROWS_MAX:
+            last = after
+            break
+        after, shown_key, start = key, make_visible(key), make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1])
+        name = fill(LINK, url_to("../me/value", key=key), shown_key) if user_id == request.user.id else shown_key
+        text = cut_off(start, VALUE_SHOWN_CHARACTERS_MAX) or fill('<span class="soft">empty</span>')
+        rows.append((name, text, make_time(updated), make_time(expires) if expires else ""))
+    turns = make_turns(url, request.parameters.get("after", ""), last)
+    return fill("{}{}", make_table("values", ("Key", "Value", "Changed", "Expires"), rows), turns)
+
+
+def values_page(store: Store, request: Request) -> Response:
+    folder = "" if request.refusal else request.parameters.get("folder", "")
+    table = make_values(store, request, request.user.id, url_to("./", folder=folder), folder)
+    add = fold("Add", make_form(request, "set", ADD_VALUE, "./?page=add", rows=2, etag=""))
+    page = fill(VALUES_PAGE, path="", title="Values", search="", folder="", live="", add=add, table=table)
+    return make_page(request, "Values", page, "me/")
+
+
+def value_page(store: Store, request: Request) -> Response:
+    """Show one pair, with forms to edit and delete it; the typed text stays even if the pair is gone."""
+    key = request.parameters.get("key", "")
+    pair = store.pair(request.user.id, key)
+    if pair is None and not request.refusal:
+        raise HTTPError(404, UNKNOWN_KEY)
+    if pair is None and request.parameters.get("page") != "value":
+        return values_page(store, request)
+    stored, etag, url = pair.value if pair else b"", pair.etag if pair else "", url_to("./", key=key, page="value")
+    changed = fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires)) if pair else ""
+    value, form = stored.decode("utf-8"), fill("<p>Edit this value with /set: a form cannot send it unchanged.</p>")
+    encoded = urllib.parse.quote(stored.replace(b"\n", b"\r\n").replace(b"~", b"!"), safe=" *")  # as browsers do
+    is_editable = len(encoded) <= FORM_BYTES_MAX and b"\0" not in stored and b"\r" not in stored
+    if is_editable:
+        text, rows = request.parameters.get("value", value), min(20, value.count("\n") + 2)
+        form = make_form(request, "set", EDIT_VALUE, url, value=text, rows=rows, etag=etag)
+    is_shown = pair and (request.refusal or not is_editable)
+    now = fill("<p>Stored now:</p><pre>\n{}</pre>", value.translate({**VISIBLE, 10: "\n", 9: "\t"})) if is_shown else ""
+    delete = make_question("Delete", "this value", "del", url) if pair else ""
+    page = fill("<h1>{}</h1>{}{}{}{}", make_visible(key), changed, form, now, delete)
+    return make_page(request, make_visible(key), page, "me/")
+
+
+def make_tokens(store: Store, user_name: str, url: str) -> Markup:
+    rows = []
+    for token in store.tokens(user_name):
+        label, rights = token.label or f"token {token.id}", fill("<code>{}</code>", token.rights())
+        question = make_question("Delete", label, "deltoken", url_to(url, id=str(token.id)))
+        rows.append((label, rights, token.last_used(), question))
+    return make_table("tokens", ("Label", "Rights", "Last used", "Delete"), rows)
+
+
+def tokens_page(store: Store, request: Request) -> Response:
+    form = make_form(request, "addtoken", ADD_TOKEN, label_max=LABEL_CHARACTERS_MAX)
+    page = fill(TOKENS_PAGE, add=fold("Add", form), tokens=make_tokens(store, request.user.name, "./"))
+    return make_page(request, "Tokens", page, "me/tokens")
+
+
+def password_page(store: Store, request: Request) -> Response:
+    form = make_form(request, "passwd", SET_OWN_PASSWORD, user=request.user.name)
+    return make_page(request, "Password", fill(PASSWORD_PAGE, form=form), "me/password")
 
 
 def users_page(store: Store, request: Request) -> Response:
-    rows, hook_rows, after = {}, {}, request.parameters.get("after", "")
-    users, hooks = store.users(after=after, limit=PAGE_ROWS_MAX + 1), store.hooks(limit=PAGE_ROWS_MAX + 1)
-    for user, pairs, newest in users:
-        link = fill(LINK, url_to("user", username=user.name), make_visible(user.name))
-        rows[user.name] = (link, "admin" if user.is_admin else "user", pairs, make_time(newest))
-    for hook in hooks[:PAGE_ROWS_MAX]:
-        name = [make_visible(hook.user_name), fill(SMALL, f"hook {hook.id}: {hook.label}")]
-        only = "" if hook.value is None else fill(SMALL, f"only when it becomes {make_visible(hook.value)}")
-        tried = fill(SMALL, ["last try: ", make_time(hook.result_time), f", pending: {hook.pending}"])
-        hook_rows[hook.id] = (name, [make_visible(hook.pattern), only], hook.origin, [hook.result or "", tried])
-    table = make_table("users", ("Name", "Role", "Values", "Newest change"), rows, "./", after)
-    form = make_form(request, "adduser", ADD_USER)
-    hook_table = make_table("hooks", ("User", "Key", "URL", "Last result"), hook_rows)
-    more = fill("<p>There are more: <code>kvserver.py hooks</code></p>") if len(hooks) > PAGE_ROWS_MAX else ""
-    return make_page(request, "Users", fill(USERS_PAGE, table=table, form=form, hooks=hook_table, more=more))
+    after, rows, last = request.parameters.get("after", ""), list[Sequence[object]](), ""
+    for user, pairs, newest in store.users(after=after, limit=PAGE_ROWS_MAX + 1):
+        if len(rows) == PAGE_ROWS_MAX:
+            break
+        link, last = fill(LINK, url_to("user", username=user.name), make_visible(user.name)), user.name
+        rows.append((link, "admin" if user.is_admin else "user", pairs, make_time(newest)))
+    else:
+        last = ""
+    table = make_table("users", ("Name", "Role", "Values", "Newest change"), rows)
+    add = fold("Add", make_form(request, "adduser", ADD_USER))
+    page = fill(USERS_PAGE, add=add, table=[table, make_turns("./", after, last)])
+    return make_page(request, "Users", page, "admin/")
 
 
 def find_user(store: Store, request: Request) -> UserSummary:
@@ -2453,50 +2623,40 @@ def user_page(store: Store, request: Request) -> Response:
     user, pairs, newest = find_user(store, request)
     name, url = user.name, url_to("./", username=user.name)
     role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
-    facts = fill("<p>Role: {}, values: {}, newest change: {}</p>", role, pairs, make_time(newest))
-    password = make_form(request, "setpassword", SET_PASSWORD, url, user=name)
-    change = make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin))
-    delete = fill("<p>Only another admin can delete you.</p>")
+    page = fill(
+        USER_PAGE,
+        name=make_visible(name),
+        role=role,
+        pairs=pairs,
+        newest=make_time(newest),
+        change=make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin)),
+        delete=url_to("delete", username=name),
+        password=make_form(request, "setpassword", SET_PASSWORD, url, user=name),
+        tokens=make_tokens(store, name, url),
+        values=make_values(store, request, user.id, url_to("user", username=name)),
+    )
+    return make_page(request, make_visible(name), page, "admin/")
+
+
+def delete_page(store: Store, request: Request) -> Response:
+    user, pairs, _ = find_user(store, request)
+    everything = f"with values: {pairs}, tokens: {len(store.tokens(user.name))}, hooks: {len(store.hooks(user.name))}"
+    form = fill("<p>Only another admin can delete you.</p>")
     if user.id != request.user.id:
-        everything = f"with values: {pairs}, tokens: {len(store.tokens(name))}, hooks: {len(store.hooks(name))}"
-        delete = make_question("Delete this user", everything, "deluser", url)
-    values = make_values(store, request, user.id, url_to("user", username=name))
-    tokens = make_tokens(store, name, url)
-    page = fill(USER_PAGE, facts=facts, password=password, role=change, delete=delete, tokens=tokens, values=values)
-    return make_page(request, make_visible(name), page)
+        form = make_question("Delete this user", everything, "deluser", url_to("./", username=user.name))
+    page = fill(DELETE_PAGE, name=make_visible(user.name), form=form)
+    return make_page(request, f"Delete {make_visible(user.name)}?", page, "admin/")
 
 
-def values_page(store: Store, request: Request) -> Response:
-    user, prefix = request.user, "" if request.refusal else request.parameters.get("prefix", "")
-    table = make_values(store, request, user.id, url_to("./", prefix=prefix), prefix)
-    add = make_form(request, "set", ADD_VALUE, "./?page=add", rows=2, etag="")
-    tokens = make_tokens(store, user.name, "./")
-    add_token = make_form(request, "addtoken", ADD_TOKEN, label_max=LABEL_CHARACTERS_MAX)
-    password = make_form(request, "passwd", SET_OWN_PASSWORD, user=user.name)
-    page = fill(VALUES_PAGE, prefix=prefix, table=table, add=add, tokens=tokens, add_token=add_token, password=password)
-    return make_page(request, "Your values", page)
-
-
-def value_page(store: Store, request: Request) -> Response:
-    """Show one pair, with forms to edit and delete it; the typed text stays even if the pair is gone."""
-    key = request.parameters.get("key", "")
-    pair = store.pair(request.user.id, key)
-    if pair is None and not request.refusal:
-        raise HTTPError(404, UNKNOWN_KEY)
-    if pair is None and request.parameters.get("page") != "state":
-        return values_page(store, request)
-    stored, etag, url = pair.value if pair else b"", pair.etag if pair else "", url_to("./", key=key, page="state")
-    changed = fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires)) if pair else ""
-    value, form = stored.decode("utf-8"), fill("<p>Edit this value with /set: a form cannot send it unchanged.</p>")
-    encoded = urllib.parse.quote(stored.replace(b"\n", b"\r\n").replace(b"~", b"!"), safe=" *")  # as browsers do
-    is_editable = len(encoded) <= FORM_BYTES_MAX and b"\0" not in stored and b"\r" not in stored
-    if is_editable:
-        text, rows = request.parameters.get("value", value), min(20, value.count("\n") + 2)
-        form = make_form(request, "set", EDIT_VALUE, url, value=text, rows=rows, etag=etag)
-    is_shown = pair and (request.refusal or not is_editable)
-    now = fill("<p>Stored now:</p><pre>\n{}</pre>", value.translate({**VISIBLE, 10: "\n", 9: "\t"})) if is_shown else ""
-    delete = make_question("Delete", "this value", "del", url) if pair else ""
-    return make_page(request, make_visible(key), fill("{}{}{}{}", changed, form, now, delete))
+def hooks_page(store: Store, request: Request) -> Response:
+    rows = []
+    for hook in store.hooks(limit=PAGE_ROWS_MAX):
+        only = "" if hook.value is None else fill("<small> = {}</small>", make_visible(hook.value))
+        tried = [hook.result or "", " ", make_time(hook.result_time)]
+        key = [make_visible(hook.pattern), only]
+        rows.append((make_visible(hook.user_name), key, hook.label, hook.origin, hook.pending, tried))
+    table = make_table("hooks", ("User", "Key", "Label", "Host", "Pending", "Last result"), rows)
+    return make_page(request, "Hooks", fill(HOOKS_PAGE, table=table), "admin/hooks")
 
 
 def take_action(store: Store, request: Request, form_page: Callable[..., Response], *actions: str) -> str:
@@ -2533,12 +2693,13 @@ def change_user(store: Store, request: Request) -> Response:
             url = "../me/"  # the pages for admins are closed to them now
     else:
         store.delete_token(name, required(request.parameters, "id"))  # SQLite compares digits with a number
-    return redirect(303, "admin/" if request.path.endswith("/admin") else url + "#done")
+    return redirect(303, "admin/") if request.path.endswith("/admin") else redirect_done(url)
 
 
 def change_own(store: Store, request: Request) -> Response:
-    user, parameters, page, url = request.user, request.parameters, request.parameters.get("page", ""), "./"
-    form_page = value_page if parameters.get("action") == "set" else values_page
+    user, parameters, page = request.user, request.parameters, request.parameters.get("page", "")
+    pages = {"set": value_page, "addtoken": tokens_page, "deltoken": tokens_page, "passwd": password_page}
+    form_page = pages.get(parameters.get("action", ""), values_page)
     action = take_action(store, request, form_page, "set", "del", "passwd", "addtoken", "deltoken")
     if action == "set":
         key = require_key(required(parameters, "key"))
@@ -2547,24 +2708,27 @@ def change_own(store: Store, request: Request) -> Response:
         value = required(parameters, "value").replace("\r\n", "\n").replace("\r", "\n")  # browsers send CR LF
         if parameters.get("etag", etag) != etag:
             raise HTTPError(409, "the key has another value now, or none; save again to store this one all the same")
-        store.set_value(user.id, key, check_value(value), pair.expires if pair and page == "state" else None)
-        url = {"state": url_to("state", key=key), "add": url_to("./", prefix=key)}.get(page, "./")
-    elif action == "addtoken":
+        store.set_value(user.id, key, check_value(value), pair.expires if pair and page == "value" else None)
+        if page == "value":
+            return redirect_done("value", key=key)
+        return redirect_done("./", folder=key[: key.rfind("/") + 1], added=key)
+    if action == "addtoken":
         label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
         check_label_and_prefix(label, prefix)
         store.add_token(user.name, hash_token(token), label, is_on(parameters, "readonly"), prefix)
-        return make_page(request, "New token", fill(TOKEN_PAGE, token=token))
-    elif action == "del":
+        return make_page(request, "New token", fill(TOKEN_PAGE, token=token), "me/tokens")
+    if action == "del":
         if not store.delete_pair(user.id, require_key(required(parameters, "key"))):
             raise HTTPError(404, UNKNOWN_KEY)
-    elif action == "passwd":
+        return redirect_done("./")
+    if action == "passwd":
         _, password = decode_credentials(request.fields.headers["authorization"])  # this one has been checked
         if required(parameters, "current") != password:
             raise HTTPError(400, "the current password is wrong")
         store.set_password_hash(user.name, request.password_hash)
-    else:
-        store.delete_token(user.name, required(parameters, "id"))
-    return redirect(303, url + "#done")
+        return redirect_done("password")
+    store.delete_token(user.name, required(parameters, "id"))
+    return redirect_done("tokens")
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
@@ -2591,15 +2755,21 @@ ROUTES = (
     Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
     Route("", READ, add_slash, ANYONE, HERE),
     Route("/", READ, welcome_page, BROWSER, HERE),
+    Route("/icon.svg", READ, show_icon, ANYONE, HERE),
+    Route("/me", READ, add_slash, ANYONE, HERE, LIST_FIELDS),
+    Route("/me/", READ, values_page, PERSON, THREAD, LIST_FIELDS),
+    Route("/me/", ("POST",), change_own, PERSON, COMMIT, OWN_FIELDS, 1),
+    Route("/me/value", READ, value_page, PERSON, THREAD, ("key", "refresh", "done"), 1),
+    Route("/me/state", READ, moved_page, ANYONE, HERE, ("key",), 1),
+    Route("/me/tokens", READ, tokens_page, PERSON, THREAD, ("done",)),
+    Route("/me/password", READ, password_page, PERSON, THREAD, ("done",)),
     Route("/admin", READ, add_slash, ANYONE, HERE, ("after",)),
     Route("/admin", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 2),
-    Route("/admin/", READ, users_page, ADMIN, THREAD, ("after",)),
-    Route("/admin/", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 2),
-    Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "after"), 1),
-    Route("/me", READ, add_slash, ANYONE, HERE, ("prefix", "after")),
-    Route("/me/", READ, values_page, PERSON, THREAD, ("prefix", "after")),
-    Route("/me/", ("POST",), change_own, PERSON, COMMIT, OWN_FIELDS, 1),
-    Route("/me/state", READ, value_page, PERSON, THREAD, ("key",), 1),
+    Route("/admin/", READ, users_page, ADMIN, THREAD, ("after", "done")),
+    Route("/admin/", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 1),
+    Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "folder", "after", "done"), 1),
+    Route("/admin/delete", READ, delete_page, ADMIN, THREAD, ("username",), 1),
+    Route("/admin/hooks", READ, hooks_page, ADMIN, THREAD, ("done",)),
 )
 BY_PATH_AND_METHOD = {
     path: {method: route for route in ROUTES if route.path == path for method in route.methods}
@@ -2664,7 +2834,7 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> 
         error.headers += (("WWW-Authenticate", f'Basic realm="{REALMS[route.who]}", charset="UTF-8"'),)
     if route and route.who in PAGE_VISITORS and request.wants_html():
         request.refusal = error
-        return make_page(request, title, "")
+        return make_page(request, title, fill("<h1>{}</h1>", title))
     if JSON in accept or "+json" in accept:
         problem = json.dumps({"title": title, "status": error.status, "detail": error.message})
         return Response(problem.encode(), error.status, "application/problem+json", error.headers)
@@ -2868,6 +3038,8 @@ class RequestHandler:
             return answer_without_route(request, () if route else list(methods), self.server.base_path)  # 404, 405, 501
         if route.where == COMMIT:
             check_no_prefetch(request.fields.headers)  # 503
+        if route.who in (BROWSER, *PAGE_VISITORS):
+            request.origin = self._origin(request.fields.headers)
         await self._authorize(route, request)  # 401, 403, 429, 503
         if self.lacks_length:
             self._look_for_body(route)  # 411
@@ -2892,6 +3064,13 @@ class RequestHandler:
 
     def _address(self, request: Request) -> Address | None:
         return client_address(self.peer, request.fields.headers.get("x-forwarded-for", ""), self.server.trusted_proxy)
+
+    def _origin(self, headers: Mapping[str, str]) -> str:
+        scheme, forwarded = "https" if self.server.certificate else "http", headers.get("x-forwarded-proto", "").lower()
+        peer = parse_address(self.peer)
+        if forwarded in DEFAULT_PORTS and peer and any(peer in network for network in self.server.trusted_proxy):
+            scheme = forwarded
+        return f"{scheme}://{headers.get('host') or f'HOST:{self.server.server_port}'}"
 
     async def _authorize(self, route: Route, request: Request) -> None:
         if route.who in NO_LOGIN:
