@@ -1144,11 +1144,6 @@ def check_incomplete_head(received: bytearray, begin: int) -> int:
     return max(len(received) - 3, 0)  # the empty line may have begun
 
 
-def may_begin_request(received: bytearray) -> bool:
-    word, space, _ = received[:64].lstrip(b"\r\n").decode("iso-8859-1").partition(" ")
-    return word in METHODS if space else any(method.startswith(word) for method in METHODS)
-
-
 def take_chunks(received: bytearray, body: bytearray) -> bool:
     """Move whole chunks to body, and return whether the last one has come (RFC 9112 section 7.1); raise HTTPError."""
     while True:
@@ -2917,7 +2912,6 @@ class RequestHandler:
         self.unsent = b""  # a response, or events, that the client is slow to take
         self.route: Route | None = None  # of the request
         self.fields: Fields | None = None  # of the last request
-        self.lacks_length = False  # the last request: its body, if it has one, looks like another request
         self.last: tuple[bytes, Request | None] = (b"", None)  # the last request, if it had no body, and its head
         self.login: tuple[Fields | None, User] = (None, NOBODY)  # the last user, and the fields that they sent
 
@@ -2937,7 +2931,7 @@ class RequestHandler:
             while await self.handle_one_request():
                 if self.received:  # pipelined: others first
                     await self.server.loop.turn()
-            if self.body_pending or self.lacks_length:
+            if self.body_pending:
                 # Closing with unread bytes resets the connection and loses the response (RFC 9112 section 9.6).
                 self.state, deadline = RECEIVING, time.monotonic() + LINGER_SECONDS
                 self.connection.shutdown(socket.SHUT_WR)
@@ -2959,8 +2953,6 @@ class RequestHandler:
         except Exception as error:  # whatever happens, the client gets a response
             if self.state == IDLE or isinstance(error, ConnectionError):  # nobody is there to read one
                 raise
-            if request is NO_REQUEST and self.lacks_length:  # a late body, whose request has been answered
-                return False
             if self.received.startswith(b"\x16") and not self.server.certificate:  # the handshake of TLS
                 message = f"a client speaks TLS; use http:// or set --tls-cert: address={parse_address(self.peer)}"
                 self.server.errors.write(message, RARE_LOG_SECONDS, "TLS", "WARNING")
@@ -3005,8 +2997,6 @@ class RequestHandler:
         end = self.received.find(b"\r\n\r\n")
         while end < 0:
             begin = check_incomplete_head(self.received, begin)
-            if self.lacks_length and not may_begin_request(self.received):
-                raise HTTPError(411, "the body came after the response")  # not sent: only one response
             await self._receive_more()
             end = self.received.find(b"\r\n\r\n", begin)
         head = bytes(self.received[:end])
@@ -3017,9 +3007,11 @@ class RequestHandler:
             request.parameters = known.parameters
         else:
             request = parse_head(head, self.fields)
-        self.state, self.fields, self.body_pending = WORKING, request.fields, request.fields.body_length != 0
+        # A body without a length may come late. No other request follows it: that might be the body.
         lengths = ("content-length", "transfer-encoding")
-        self.lacks_length = request.method in ("POST", "PUT") and not request.fields.headers.keys() & lengths
+        lacks_length = request.method in ("POST", "PUT") and not request.fields.headers.keys() & lengths
+        self.state, self.fields = WORKING, request.fields
+        self.body_pending = lacks_length or request.fields.body_length != 0
         self.last = (b"", None) if self.body_pending else (head, request)
         return request
 
@@ -3041,9 +3033,9 @@ class RequestHandler:
         if route.who in (BROWSER, *PAGE_VISITORS):
             request.origin = self._origin(request.fields.headers)
         await self._authorize(route, request)  # 401, 403, 429, 503
-        if self.lacks_length:
+        if self.body_pending and not request.fields.body_length:
             self._look_for_body(route)  # 411
-        if self.body_pending and route.who not in NO_LOGIN:
+        if request.fields.body_length and route.who not in NO_LOGIN:
             await self._receive_parameters(route, request)  # 400, 408, 413, 415
         elif request.parameters is UNPARSED:
             request.parameters = parse_parameters(request, route)  # 400
@@ -3058,8 +3050,7 @@ class RequestHandler:
         with contextlib.suppress(BlockingIOError):  # cheap clients send the body in a second write
             self.received = self.received or bytearray(self.connection.recv(RECEIVE_BYTES))
         # Without a length, the body is empty (RFC 9112 section 6.3), but a late one would be lost: never store that.
-        if route.body == VALUE or not may_begin_request(self.received):
-            self.body_pending = True
+        if route.body == VALUE or self.received.strip(b"\r\n"):
             raise HTTPError(411, "send the header Content-Length with the number of bytes in the body, 0 for none")
 
     def _address(self, request: Request) -> Address | None:
