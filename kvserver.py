@@ -2268,7 +2268,9 @@ h2{margin:2rem 0 .5rem;font-size:1.125rem}
 p,form,table,pre,details,figure{margin:.5rem 0}
 a{color:var(--link)}
 small,.soft,label small{color:var(--soft);font-size:.875rem}
-h1,p,td,code,pre,button,summary{overflow-wrap:anywhere;unicode-bidi:isolate}
+h1,p,td,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
+button,summary,label{overflow-wrap:break-word}
+[hidden]{display:none!important}
 
 header{display:flex;flex-wrap:wrap;align-items:center;gap:0 1rem;padding:0 1rem;background:var(--card);
 border-bottom:1px solid var(--line)}
@@ -2286,13 +2288,15 @@ border:1px solid var(--edge);border-radius:.375rem;font:inherit;text-decoration:
 .bad{color:var(--danger)}
 button.bad{color:#fff;background:var(--bad);border-color:var(--bad)}
 summary::-webkit-details-marker{display:none}
+[open]>summary{margin-bottom:.5rem}
 button:hover,.button:hover,summary:hover{filter:brightness(.93)}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 
 form,table,pre,.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem}
 form,.card{max-width:30rem;padding:1rem}
 .bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:.5rem 0}
-.bar form,.bar details,td form,td details{margin:0;padding:0;border:0;background:none}
+.bar>*{margin:0}
+.bar form,td form,td details{margin:0;padding:0;border:0;background:none}
 .bar [role=search]{display:flex;gap:.5rem;flex:1;min-width:14rem}
 label{display:block;margin-bottom:1rem}
 input,textarea{padding:.375rem .75rem;color:inherit;background:var(--page);border:1px solid var(--edge);
@@ -2318,7 +2322,8 @@ td time{white-space:nowrap}
 .values th:first-child{width:40%}
 .values th:nth-child(n+3){width:7rem}
 @media(max-width:30rem){
-header nav{order:1;width:100%;margin:0 -.5rem}
+header nav{order:1;width:100%;margin:0 -.5rem;font-size:.875rem}
+header nav a{padding:.375rem .5rem}
 thead{position:absolute;clip-path:inset(50%)}
 tr,td{display:block}
 tr{padding:.5rem 1rem;border-bottom:1px solid var(--line)}
