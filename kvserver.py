@@ -2463,7 +2463,7 @@ def make_question(word: str, what: str, action: str, url: str) -> Markup:
     return fill('<details><summary class="bad" aria-label="{0} {1}">{0}…</summary>{2}</details>', word, what, form)
 
 
-def make_time(seconds: float | None) -> str:
+def make_time(seconds: float | None, ago: str = "") -> str:
     """Return unix seconds as the time since then, such as 3 min, or the time until then, such as in 10 min."""
     if seconds is None:
         return "never"
@@ -2473,8 +2473,8 @@ def make_time(seconds: float | None) -> str:
         if count < most:
             break
     words = "now" if count == 0 else f"{count} {unit}" if (count, unit) != (1, "days") else "1 day"
-    utc = utc_second(seconds)
-    return fill('<time datetime="{0}" title="{0}">{1}{2}</time>', utc, "in " if left > 0 else "", words)
+    words = "in " + words if left > 0 else words if count == 0 else words + ago
+    return fill('<time datetime="{0}" title="{0}">{1}</time>', utc_second(seconds), words)
 
 
 def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object]], marked: int = -1) -> Markup:
@@ -2497,6 +2497,21 @@ def make_turns(url: str, after: str, last: str) -> Markup:
     links = [fill(LINK, url, "First page")] if after else []
     links += [fill(LINK, url_to(url, after=last), "Next page")] if last else []
     return fill('<p class="bar">{}</p>', links) if links else fill("")
+
+
+def make_path(folder: str, url: str = "./") -> Markup:
+    """Return links to all values, to each folder on the way to a folder, and to itself. url leads to all values."""
+    links = [fill(LINK, url, "All values")]
+    for part in re.finditer("[^/]*/", folder):
+        links.append(fill(LINK, url_to(url, folder=folder[: part.end()]), make_visible(part[0])))
+    return fill('<nav class="path" aria-label="Folder">{}</nav>', links)
+
+
+def make_live(request: Request, url: str) -> Markup:
+    """Return the link to a page that reloads itself, or the link back from there."""
+    is_live = "refresh" in request.parameters
+    live_url = url if is_live else url_to(url, refresh=str(REFRESH_SECONDS))
+    return fill('<a class="button" href="{}">{}</a>', live_url, "Stop" if is_live else "Live")
 
 
 def redirect(status: int, url: str) -> Response:
