@@ -346,8 +346,7 @@ def rfc3339(seconds: float) -> str:
     """Return unix seconds as a time such as 2030-01-31T23:59:59.125Z, rounded like SQLite's."""
     julian_1970 = 210_866_760_000_000  # milliseconds; SQLite adds them too, so the sum rounds like its own
     milliseconds = int(seconds * 1000 + julian_1970 + 0.5) - julian_1970
-    moment = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(milliseconds=milliseconds)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(milliseconds // 1000))}.{milliseconds % 1000:03}Z"
 
 
 class Token(NamedTuple):
@@ -1432,21 +1431,19 @@ def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]
     return text
 
 
-def take_seconds(
-    parameters: Mapping[str, str], name: str, least: float, most: float, example: str = "1.5"
-) -> float | None:
-    text = parameters.get(name)
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) or not least <= float(text) <= most:
-        above = "" if least == 0 else "above 0 and "
-        problem = f"the parameter {name} is {text[:40]!r}; send seconds, {above}up to {most}"
-        raise HTTPError(400, f"{problem}, such as {example}")
-    return float(text)
+def take_seconds(given: Mapping[str, str], name: str, least: float, most: float, such: str = "1.5") -> float | None:
+    text = given.get(name)
+    if text and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) and least <= float(text) <= most:
+        return float(text)
+    if text is not None:
+        raise HTTPError(
+            400, f"the parameter {name} is {text[:40]!r}; send seconds from {least} to {most}, such as {such}"
+        )
+    return None
 
 
 def take_ttl(parameters: Mapping[str, str]) -> float:
-    return take_seconds(parameters, "ttl", sys.float_info.min, TTL_SECONDS_MAX) or 0
+    return take_seconds(parameters, "ttl", 0.001, TTL_SECONDS_MAX) or 0
 
 
 def take_limit(parameters: Mapping[str, str]) -> int:
@@ -3762,9 +3759,7 @@ SETTINGS = {
     "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "extra prefix of paths; / for none (default: {})"),
     "log_requests": Setting(parse_switch, False, "", "log requests, without values", argparse.BooleanOptionalAction),
     "max_connections": Setting(parse_positive, 256, "N", "largest number of open connections (default: {})"),
-    "history": Setting(
-        parse_history, 0, "N", "changes of each value to keep; a start deletes the surplus (default: 0)"
-    ),
+    "history": Setting(parse_history, 0, "N", "changes of a value to keep; a start deletes others (default: {})"),
     "max_db_mb": Setting(parse_positive, 1024, "N", "largest size of the database in megabytes (default: {})"),
     "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this network; repeatable", "extend"),
     "cors_origin": Setting(parse_origins, (), "O", "let pages of O use the API (* for all); repeatable", "extend"),
@@ -3782,15 +3777,13 @@ def read_config(path: str) -> dict[str, str]:
     if not isinstance(members, dict):
         raise UsageError(f"the configuration file {path} is not a JSON object")
     for name, member in members.items():
-        default, metavar = (SETTINGS[name].default, SETTINGS[name].metavar) if name in SETTINGS else (None, "")
-        if isinstance(default, str) and not isinstance(member, str):
+        setting = SETTINGS.get(name, SETTINGS["port"])  # an unknown name is refused later
+        if isinstance(setting.default, str) and not isinstance(member, str):
             raise UsageError(f"{name} in {path} must be a JSON string, not {json.dumps(member)}")
-        if isinstance(default, tuple) and isinstance(member, list):
-            members[name] = ",".join(map(str, member))
-        elif metavar == "FILE" and member:
-            members[name] = os.path.join(os.path.dirname(path), member)
-        elif not isinstance(member, str):
-            members[name] = json.dumps(member)
+        is_list = isinstance(setting.default, tuple) and isinstance(member, list)
+        text = ",".join(map(str, member)) if is_list else str(member)
+        is_path = setting.metavar == "FILE" and text
+        members[name] = os.path.join(os.path.dirname(path), text) if is_path else text
     return members
 
 
@@ -4338,11 +4331,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--header": {"metavar": "'NAME: TEXT'", "action": "append", "default": [], "help": "a header; repeat for others"},
     "--label": {"metavar": "TEXT", "default": "", "help": "a note that the list shows"},
     "--merge": {"action": "store_true", "help": "add values to users that exist here; they keep password and role"},
-    "--method": {
-        "choices": (*HOOK_BODY_METHODS, "GET", "DELETE"),
-        "default": "POST",
-        "help": "of the request (default: POST)",
-    },
+    "--method": {"choices": (*HOOK_BODY_METHODS, "GET", "DELETE"), "default": "POST", "help": "(default: POST)"},
     "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
     "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
     "--read-only": {"action": "store_true", "help": "the token cannot change anything"},
