@@ -333,6 +333,9 @@ PAIR_AS_JSON = """json_object('key', key, 'value', value,
 REPLACE = """ON CONFLICT (user_id, key)
     DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
+# The beginning of the value as a blob: SQLite's substr of a text ends at a NUL. The key is compared before long values.
+SELECT_ENTRY = f"""SELECT key, ifnull(substr(CAST(value AS BLOB), 1, ?), x''), updated, expires FROM pair
+    WHERE user_id = ? AND key BETWEEN ? AND ? AND instr(lower(key), lower(?)) AND {NOT_EXPIRED} ORDER BY key LIMIT 1"""
 USER_ROW = "user.id, name, password_hash, is_admin"
 TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
 HOOK_REQUEST = "hook.id, receiver, url, method, headers, body"
@@ -386,6 +389,15 @@ class Pair(NamedTuple):
     updated: float  # unix seconds, when it was last set
     expires: float | None  # unix seconds
     etag: str  # strong entity tag: a hash of the value, so that equal values have equal tags (RFC 9110 section 8.8.3)
+
+
+class Entry(NamedTuple):
+    """A row of a folder: a pair, or a sub-folder, which has no times."""
+
+    name: str  # the whole key, or the beginning of keys up to and including the sub-folder's slash
+    value: str  # its beginning
+    updated: float | None  # unix seconds
+    expires: float | None
 
 
 class Hook(NamedTuple):
@@ -623,6 +635,22 @@ class Store:
             WHERE {"? IS NULL" if user_id is None else "user.id = ?"} AND key BETWEEN ? AND ? AND {NOT_EXPIRED}
             ORDER BY name, key"""
         return self._execute(select, user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time())
+
+    def entries(self, user_id: int, folder: str, search: str = "", first: str = "") -> Iterator[Entry]:
+        """Yield a folder's pairs and sub-folders by name, from first on; for a search, pairs with it in the key."""
+        while True:
+            sub_folder = "" if search else first[: first.find("/", len(folder)) + 1]
+            page = (user_id, max(folder, sub_folder + LAST_KEY if sub_folder else first), folder + LAST_KEY)
+            row = self._execute(SELECT_ENTRY, 4 * VALUE_SHOWN_CHARACTERS_MAX + 4, *page, search, time.time()).fetchone()
+            if row is None:
+                return
+            key, value, updated, expires = row
+            sub_folder = "" if search else key[: key.find("/", len(folder)) + 1]
+            if sub_folder:
+                yield Entry(sub_folder, "", None, None)
+            else:
+                yield Entry(key, value.decode("utf-8", "ignore"), updated, expires)
+            first = key + NEXT_KEY
 
     def import_all(self, users: Iterable[User], pairs: Iterable[UserPair]) -> tuple[int, int]:
         """Add users and store pairs, or nothing at all; return how many pairs are stored, and how many had expired."""
@@ -2293,12 +2321,14 @@ form,table,pre,.card{background:var(--card);border:1px solid var(--line);border-
 form,.card{max-width:30rem;padding:1rem}
 .bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:.5rem 0}
 .bar>*{margin:0}
-.bar form,td form,td details{margin:0;padding:0;border:0;background:none}
-.bar [role=search]{display:flex;gap:.5rem;flex:1;min-width:14rem}
+.bar>form,td form,td details{margin:0;padding:0;border:0;background:none}
+.bar [open]{flex-basis:100%}
+.bar [role=search]{display:flex;gap:.5rem;flex:1;min-width:12rem;margin-right:auto}
 label{display:block;margin-bottom:1rem}
 input,textarea{padding:.375rem .75rem;color:inherit;background:var(--page);border:1px solid var(--edge);
 border-radius:.375rem;font:inherit}
 input:not([type=checkbox]),textarea{display:block;width:100%}
+::placeholder{color:var(--soft);opacity:1}
 input[type=checkbox]{width:1.25rem;height:1.25rem;margin:0 .25rem 0 0;vertical-align:-.25rem}
 textarea,pre,code{font-family:ui-monospace,monospace;font-size:.9375rem}
 pre{padding:.75rem 1rem;white-space:pre-wrap}
@@ -2311,21 +2341,28 @@ pre{padding:.75rem 1rem;white-space:pre-wrap}
 
 table{width:100%;border-collapse:separate;border-spacing:0}
 th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-tr:last-child td{border-bottom:0}
+tr:last-child,tr:last-child td{border-bottom:0}
 th{color:var(--soft);font-size:.875rem;font-weight:500}
 td time{white-space:nowrap}
 .mark{background:var(--mark)}
 .values{table-layout:fixed}
-.values th:first-child{width:40%}
+.values th:first-child{width:35%}
 .values th:nth-child(n+3){width:7rem}
+.path a{display:inline-block;min-width:1.5rem;padding:.25rem .25rem .25rem 0}
+.folder::before{content:"";display:inline-block;width:1rem;height:.75rem;margin-right:.5rem;background:currentColor;
+clip-path:polygon(0 0,40% 0,50% 20%,100% 20%,100% 100%,0 100%)}
 @media(max-width:30rem){
 header nav{order:1;width:100%;margin:0 -.5rem;font-size:.875rem}
 header nav a{padding:.375rem .5rem}
-thead{position:absolute;clip-path:inset(50%)}
+thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 tr,td{display:block}
 tr{padding:.5rem 1rem;border-bottom:1px solid var(--line)}
 td{padding:.125rem 0;border:0}
 td:first-child{font-weight:600}
+.values td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-size:.875rem}
+.values td:nth-child(3)::before{content:"changed "}
+.values td:nth-child(4)::before{content:"expires "}
+.values td:empty{display:none}
 }
 """)
 DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
@@ -2353,11 +2390,12 @@ WELCOME_PAGE = """<h1>kvserver</h1>
 <h2>Its address</h2><pre>{url}</pre>
 <h2>Try it</h2><p>Put in your user name; curl asks for the password.</p><pre>{curl}</pre>
 <p class="soft">kvserver {version}</p>"""
-VALUES_PAGE = """{path}<h1>{title}</h1><div class="bar">
-<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
-<input type="search" name="search" value="{search}" aria-label="Search for keys that contain">
-{folder}<button>Search</button>
-</form>{live}</div>{add}{table}"""
+VALUES_PAGE = """{path}<h1>{title}</h1><div class="bar">{forms}{live}</div>{found}{table}"""
+SEARCH = """<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
+<input type="hidden" name="folder" value="{folder}">
+<input type="search" name="search" value="{search}" aria-label="Part of a key" placeholder="Part of a key">
+<button>Search</button></form>"""
+FOUND = '<p>Keys that contain <strong>{}</strong>. <a href="{}">Show all</a></p>'
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
 EDIT_VALUE = """<input type="hidden" name="etag" value="{etag}"><label>Value<textarea name="value" rows="{rows}">
 {value}</textarea></label><button class="main">Save</button>"""
@@ -2402,8 +2440,11 @@ def make_visible(text: str) -> str:
     return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), text.translate(VISIBLE))
 
 
-def make_page(request: Request, title: str, content: str, tab: str = "", up: str = "../") -> Response:
-    """Return a page with the bar, and with the reason of a refusal if the content lacks it; up leads to the root."""
+def make_page(request: Request, title: str, content: str, tab: str = "", up: str = "../", note: str = "") -> Response:
+    """Return a page with the bar, and with the reason of a refusal if the content lacks it.
+
+    up leads to the root; the note follows "The change is made."
+    """
     user, refusal, nav, message = request.user, request.refusal, "", ""
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
         here = {tab: Markup(' aria-current="page"')}
@@ -2412,22 +2453,21 @@ def make_page(request: Request, title: str, content: str, tab: str = "", up: str
     if refusal and 'role="alert"' not in content:
         message = fill(ALERT, refusal.message)
     elif not refusal and 0 <= time.time() - (take_seconds(request.parameters, "done", 0, 1e10) or 0) <= DONE_SECONDS:
-        added = request.parameters.get("added")
-        names = (
-            fill(" The key {} is stored.", fill(LINK, url_to("value", key=added), make_visible(added))) if added else ""
-        )
-        message = fill('<p role="status">The change is made.{}</p>', names)
+        message = fill('<p role="status">The change is made.{}</p>', note)
     page = fill(PAGE_HTML, style=STYLE, up=up, nav=nav, title=title, message=message, content=content).encode("utf-8")
     headers = PAGE_HEADERS + (refusal.headers if refusal else ())
-    if "refresh" in request.parameters and not refusal:
+    if not refusal and take_choice(request.parameters, "refresh", (str(REFRESH_SECONDS),)):
         headers += (("Refresh", str(REFRESH_SECONDS)),)
     return Response(page, refusal.status if refusal else 200, HTML, headers)
 
 
 def url_to(path: str, **parameters: str) -> str:
-    """Add parameters to a relative address; letters stay as they are, since pages with long names are long enough."""
-    texts = (re.sub(r"[^\w/:.~-]", lambda c: urllib.parse.quote(c[0]), text) for text in parameters.values())
-    return path + ("&" if "?" in path else "?") + "&".join(map("{}={}".format, parameters, texts))
+    """Add parameters that are not empty to a relative address; letters stay as they are, so that pages are shorter."""
+    for name, text in parameters.items():
+        if text:
+            text = re.sub(r"[^\w/:.~-]", lambda character: urllib.parse.quote(character[0]), text)
+            path += f"{'&' if '?' in path else '?'}{name}={text}"
+    return path
 
 
 def is_on(parameters: Mapping[str, str], name: str) -> bool:
@@ -2500,7 +2540,7 @@ def make_path(folder: str, url: str = "./") -> Markup:
     """Return links to all values, to each folder on the way to a folder, and to itself. url leads to all values."""
     links = [fill(LINK, url, "All values")]
     for part in re.finditer("[^/]*/", folder):
-        links.append(fill(LINK, url_to(url, folder=folder[: part.end()]), make_visible(part[0])))
+        links.append(fill(" " + LINK, url_to(url, folder=folder[: part.end()]), make_visible(part[0])))
     return fill('<nav class="path" aria-label="Folder">{}</nav>', links)
 
 
@@ -2545,26 +2585,58 @@ def welcome_page(store: Store, request: Request) -> Response:
     return make_page(request, "Welcome", page, up="./")
 
 
-def make_values(store: Store, request: Request, user_id: int, url: str, folder: str = "") -> Markup:
-    rows, last, after = list[Sequence[object]](), "", request.parameters.get("after", "")
-    for _, key, value, updated, expires in itertools.islice(store.pairs(user_id, folder, after), PAGE_ROWS_MAX + 1):
-        if len(rows) == PAGE_ROWS_MAX:
-            last = after
+def make_values(store: Store, request: Request, user_id: int, url: str, value_url: str = "") -> Markup:
+    """Return the table of a folder or of a search in it; with a value_url, each value links to its page."""
+    folder, search, after, refresh, added, _ = (request.parameters.get(name, "") for name in LIST_FIELDS)
+    if folder and not folder.endswith("/"):
+        raise HTTPError(400, "a folder ends with a slash; send one such as folder=hall/")
+    if max(len(folder.encode()), len(search.encode())) > KEY_BYTES_MAX:
+        raise HTTPError(400, f"a folder or a search has at most {KEY_BYTES_MAX} bytes; shorten it")
+    begin, rows = after + NEXT_KEY, list[Sequence[object]]()
+    for first in (begin, added, begin) if added else (begin,):  # the page that has the added row, or else the usual one
+        entries = list(itertools.islice(store.entries(user_id, folder, search, first), PAGE_ROWS_MAX + 1))
+        names = [entry.name for entry in entries[:PAGE_ROWS_MAX]]
+        if added in names:
             break
-        after, shown_key, start = key, make_visible(key), make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1])
-        name = fill(LINK, url_to("../me/value", key=key), shown_key) if user_id == request.user.id else shown_key
-        text = cut_off(start, VALUE_SHOWN_CHARACTERS_MAX) or fill('<span class="soft">empty</span>')
-        rows.append((name, text, make_time(updated), make_time(expires) if expires else ""))
-    turns = make_turns(url, request.parameters.get("after", ""), last)
-    return fill("{}{}", make_table("values", ("Key", "Value", "Changed", "Expires"), rows), turns)
+    for name, value, updated, expires in entries[:PAGE_ROWS_MAX]:
+        shown: str = make_visible(name if search else name[len(folder) :]) or fill('<span class="soft">no name</span>')
+        if updated is None:
+            rows.append((fill('<a class="folder" href="{}">{}</a>', url_to(url, folder=name), shown), "", "", ""))
+            continue
+        key = fill(LINK, url_to(value_url, key=name), shown) if value_url else shown
+        text = cut_off(make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1]), VALUE_SHOWN_CHARACTERS_MAX)
+        times = make_time(updated), make_time(expires) if expires else ""
+        rows.append((key, text or fill('<span class="soft">empty</span>'), *times))
+    path = make_path(folder, url) if folder and not value_url else ""
+    marked = names.index(added) if added in names else -1
+    table = make_table("values", ("Name", "Value", "Changed", "Expires"), rows, marked)
+    url, last = (
+        url_to(url, folder=folder, search=search, refresh=refresh),
+        names[-1] if len(entries) > len(names) else "",
+    )
+    return fill("{}{}{}", path, table, make_turns(url, first.strip(NEXT_KEY), last))
 
 
 def values_page(store: Store, request: Request) -> Response:
-    folder = "" if request.refusal else request.parameters.get("folder", "")
-    table = make_values(store, request, request.user.id, url_to("./", folder=folder), folder)
-    add = fold("Add", make_form(request, "set", ADD_VALUE, "./?page=add", rows=2, etag=""))
-    page = fill(VALUES_PAGE, path="", title="Values", search="", folder="", live="", add=add, table=table)
-    return make_page(request, "Values", page, "me/")
+    folder, search, after, refresh, added, _ = (request.parameters.get(name, "") for name in LIST_FIELDS)
+    table, url = make_values(store, request, request.user.id, "./", "value"), url_to("./", folder=folder)
+    around, forms = folder[: folder[:-1].rfind("/") + 1], list[Markup]()
+    if not refresh:  # a reload would lose typed text
+        key = request.parameters.get("key", folder)
+        form = make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="")
+        forms = [fold("Add", form), fill(SEARCH, folder=folder, search=search)]
+    page = fill(
+        VALUES_PAGE,
+        path=make_path(around) if folder else "",
+        title=make_visible(folder[len(around) :]) or "Values",
+        forms=forms,
+        live=make_live(request, url_to(url, search=search, after=after)),
+        found=fill(FOUND, make_visible(search), url) if search else "",
+        table=table,
+    )
+    link = fill(LINK, url_to("value", key=added), make_visible(added))
+    note = fill(" The key {} is stored.", link) if 'class="mark"' in table else ""
+    return make_page(request, make_visible(folder) or "Values", page, "me/", note=note)
 
 
 def value_page(store: Store, request: Request) -> Response:

@@ -5189,7 +5189,7 @@ class Page(html.parser.HTMLParser):
         body = answer.body.decode("utf-8")
         self.feed(body)
         self.close()
-        rows = [re.split("</t(?:able|head|body)>", row)[0] for row in body.split("<tr>")[1:]]
+        rows = [re.split("</t(?:able|head|body)>", row)[0] for row in re.split("<tr[^>]*>", body)[1:]]
         cells = [re.split("<t[dh][^>]*>", row)[1:] for row in rows]
         self.rows = [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in row] for row in cells]
         links = re.findall(r'<a [^>]*\bhref="?([^"> ]*)"?[^>]*>([^<]*)', body)
