@@ -240,44 +240,36 @@ APPLICATION_ID = 0x6B767372  # "kvsr" in PRAGMA application_id marks our files
 # The statements that lead to each schema version (PRAGMA user_version). Never change a released entry; add another.
 # AUTOINCREMENT: a late request of a deleted user cannot write to a newer one. WITHOUT ROWID saves a search per pair.
 MIGRATIONS = (
-    (
-        f"PRAGMA application_id = {APPLICATION_ID}",
-        """CREATE TABLE user (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
-            password_hash TEXT NOT NULL, is_admin INTEGER NOT NULL)""",
-        """CREATE TABLE pair (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
-            value TEXT NOT NULL, updated REAL NOT NULL, PRIMARY KEY (user_id, key)) WITHOUT ROWID""",
-    ),
-    (
-        "ALTER TABLE pair ADD COLUMN expires REAL",
-        "CREATE INDEX pair_expires ON pair (expires) WHERE expires IS NOT NULL",
-        """CREATE TABLE token (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id INTEGER NOT NULL REFERENCES user (id)
-            ON DELETE CASCADE, digest BLOB NOT NULL UNIQUE, label TEXT NOT NULL, is_read_only INTEGER NOT NULL,
-            prefix TEXT NOT NULL, created REAL NOT NULL, last_used_day INTEGER)""",
-        "CREATE INDEX token_user_id ON token (user_id)",
-    ),
-    (
-        """CREATE TABLE hook (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id INTEGER NOT NULL REFERENCES user (id)
-            ON DELETE CASCADE, pattern TEXT NOT NULL, value TEXT, receiver TEXT NOT NULL, url TEXT NOT NULL,
-            label TEXT NOT NULL, queued INTEGER NOT NULL DEFAULT 0, -- number of the newest delivery
-            queued_bytes INTEGER NOT NULL DEFAULT 0, -- of all deliveries up to that one
-            handled INTEGER NOT NULL DEFAULT 0, result TEXT, result_time REAL)""",
-        "CREATE INDEX hook_pattern ON hook (user_id, pattern)",
-        """CREATE TABLE delivery (id INTEGER PRIMARY KEY AUTOINCREMENT, hook_id INTEGER NOT NULL REFERENCES hook (id)
-            ON DELETE CASCADE, number INTEGER NOT NULL, bytes_before INTEGER NOT NULL, -- of earlier ones
-            key TEXT NOT NULL, value TEXT, old TEXT, created REAL NOT NULL, idempotency_key TEXT NOT NULL,
-            UNIQUE (hook_id, number))""",
-        "CREATE TABLE prefix_length (length INTEGER PRIMARY KEY)",  # to join with; a trigger has no WITH
-        "WITH c(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM c WHERE n < 512) INSERT INTO prefix_length SELECT n FROM c",
-    ),
-    (
-        "ALTER TABLE hook ADD COLUMN method TEXT NOT NULL DEFAULT 'POST'",
-        "ALTER TABLE hook ADD COLUMN headers TEXT NOT NULL DEFAULT ''",  # templates, a line each
-        "ALTER TABLE hook ADD COLUMN body TEXT",  # a template; without one, the body is JSON
-        "CREATE TABLE setting (history_rows_max INTEGER NOT NULL)",  # per pair; 0 for no history
-        "INSERT INTO setting VALUES (0)",
-        """CREATE TABLE history (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
-            number INTEGER, time REAL NOT NULL, value BLOB, PRIMARY KEY (user_id, key, number)) WITHOUT ROWID""",
-    ),
+    f"""PRAGMA application_id = {APPLICATION_ID};
+    CREATE TABLE user (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
+        password_hash TEXT NOT NULL, is_admin INTEGER NOT NULL);
+    CREATE TABLE pair (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
+        value TEXT NOT NULL, updated REAL NOT NULL, PRIMARY KEY (user_id, key)) WITHOUT ROWID""",
+    """ALTER TABLE pair ADD COLUMN expires REAL;
+    CREATE INDEX pair_expires ON pair (expires) WHERE expires IS NOT NULL;
+    CREATE TABLE token (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id INTEGER NOT NULL REFERENCES user (id)
+        ON DELETE CASCADE, digest BLOB NOT NULL UNIQUE, label TEXT NOT NULL, is_read_only INTEGER NOT NULL,
+        prefix TEXT NOT NULL, created REAL NOT NULL, last_used_day INTEGER);
+    CREATE INDEX token_user_id ON token (user_id)""",
+    """CREATE TABLE hook (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id INTEGER NOT NULL REFERENCES user (id)
+        ON DELETE CASCADE, pattern TEXT NOT NULL, value TEXT, receiver TEXT NOT NULL, url TEXT NOT NULL,
+        label TEXT NOT NULL, queued INTEGER NOT NULL DEFAULT 0, -- number of the newest delivery
+        queued_bytes INTEGER NOT NULL DEFAULT 0, -- of all deliveries up to that one
+        handled INTEGER NOT NULL DEFAULT 0, result TEXT, result_time REAL);
+    CREATE INDEX hook_pattern ON hook (user_id, pattern);
+    CREATE TABLE delivery (id INTEGER PRIMARY KEY AUTOINCREMENT, hook_id INTEGER NOT NULL REFERENCES hook (id)
+        ON DELETE CASCADE, number INTEGER NOT NULL, bytes_before INTEGER NOT NULL, -- of earlier ones
+        key TEXT NOT NULL, value TEXT, old TEXT, created REAL NOT NULL, idempotency_key TEXT NOT NULL,
+        UNIQUE (hook_id, number));
+    CREATE TABLE prefix_length (length INTEGER PRIMARY KEY); -- to join with: a trigger has no WITH
+    WITH c(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM c WHERE n < 512) INSERT INTO prefix_length SELECT n FROM c""",
+    """ALTER TABLE hook ADD COLUMN method TEXT NOT NULL DEFAULT 'POST';
+    ALTER TABLE hook ADD COLUMN headers TEXT NOT NULL DEFAULT ''; -- templates, a line each
+    ALTER TABLE hook ADD COLUMN body TEXT; -- a template, or NULL for JSON
+    CREATE TABLE setting (history_rows_max INTEGER NOT NULL); -- per pair, 0 for none
+    INSERT INTO setting VALUES (0);
+    CREATE TABLE history (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
+        number INTEGER, time REAL NOT NULL, value BLOB, PRIMARY KEY (user_id, key, number)) WITHOUT ROWID""",
 )
 
 # Triggers write deliveries and history in the transaction of a change. They exist only while hooks or a history exist.
@@ -517,8 +509,8 @@ class Store:
         with self.begin():  # commits, or rolls back after an error
             self.check_file()  # a restore may have replaced it during the wait for the lock
             version = self.schema_version()
-            for number, statements in enumerate(MIGRATIONS[version:], version + 1):
-                for statement in (*statements, f"PRAGMA user_version = {number}"):
+            for number, script in enumerate(MIGRATIONS[version:], version + 1):
+                for statement in f"{script}; PRAGMA user_version = {number}".split(";"):
                     self._execute(statement)
         give_up = time.monotonic() + DATABASE_LOCK_SECONDS
         while True:
