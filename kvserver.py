@@ -1456,9 +1456,7 @@ def take_seconds(given: Mapping[str, str], name: str, least: float, most: float,
     if text and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) and least <= float(text) <= most:
         return float(text)
     if text is not None:
-        raise HTTPError(
-            400, f"the parameter {name} is {text[:40]!r}; send seconds from {least} to {most}, such as {such}"
-        )
+        raise HTTPError(400, f"the parameter {name} is {text[:40]!r}; send {least} to {most} seconds, such as {such}")
     return None
 
 
@@ -2078,12 +2076,12 @@ def end_of_wait(request: Request, pair: Pair | None) -> float:
         return 0
     if wait_seconds is None or (unless is None and "if-none-match" not in request.fields.headers):
         raise HTTPError(400, "to wait for a change, send wait=SECONDS with unless=VALUE or the header If-None-Match")
-    if pair is None:
-        is_news = request.was_there
-    elif unless is not None:
-        is_news = pair.value != unless.encode("utf-8")
-    else:
-        is_news = not request.names_etag("if-none-match", pair.etag)
+    is_news = request.was_there
+    if pair:
+        is_same = (
+            pair.value == unless.encode() if unless is not None else request.names_etag("if-none-match", pair.etag)
+        )
+        is_news = not is_same
     request.was_there = pair is not None
     now, deadline = time.monotonic(), request.begun + wait_seconds
     if is_news or not request.may_wait or deadline <= now:
@@ -2201,8 +2199,9 @@ def show_history(store: Store, request: Request) -> Response:
         # A plus in a query means a space. Responses round to milliseconds, and such a time must include its change.
         begin = parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", since)) - 0.0005
     else:  # at most 10**9 seconds, so unix seconds are refused
-        example = "3600, or a time such as 2030-01-31T23:59:59Z"
-        begin = time.time() - (take_seconds(request.parameters, "since", 0, 10**9, example) or 0)
+        begin = time.time() - (
+            take_seconds(request.parameters, "since", 0, 10**9, "3600, or 2030-01-31T23:59:59Z") or 0
+        )
     is_csv = take_choice(request.parameters, "format", ("csv",)) is not None
     body = bytearray(b"time,value,state\r\n" if is_csv else b"")
     for moment, value, is_cut in store.history(request.user.id, request.parameters["key"], begin, limit):
@@ -4131,12 +4130,9 @@ def add_token(arguments: argparse.Namespace, store: Store) -> None:
     """Add a token for a device, and print it once. A device sends it instead of the user's password."""
     check_label_and_prefix(arguments.label, arguments.prefix)
     token = make_token()
-
-    def add(store: Store) -> None:  # in a transaction: a token that cannot be printed is not stored
+    with store.begin():  # commits, or rolls back: a token that cannot be printed is not stored
         store.add_token(arguments.name, hash_token(token), arguments.label, arguments.read_only, arguments.prefix)
         print(token, flush=True)
-
-    store.transact(add)
 
 
 def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
@@ -4251,20 +4247,15 @@ def announce(server: Server, store: Store, program: str) -> None:
             hosts.append(probe.getsockname()[0])
     scheme, curl = ("https", "curl -k") if server.certificate else ("http", "curl")  # few certificates name an address
     listening, here, *elsewhere = (f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host in hosts)
-
-    def add_admin(store: Store) -> None:  # in a transaction: a password that cannot be printed is not stored
-        password = make_token()[-20:]
-        store.add_user("admin", hash_password(password), is_admin=True)
-        print("open in a browser:", " or ".join(url + "/" for url in elsewhere))
-        print(f"user: admin, password: {password} (shown only now)")
-        print(f'{curl} -u admin:{password} "{here}/set?key=door&value=open"', flush=True)
-
-    users = store.users(limit=1)
+    users, password = store.users(limit=1), make_token()[-20:]
     if users:
         print(f"to set a new password: {program} passwd {shlex.quote(users[0][0].name)}")
-    else:
-        with contextlib.suppress(Conflict):  # another process was quicker
-            store.transact(add_admin)
+    else:  # in a transaction: a password that cannot be printed is not stored
+        with contextlib.suppress(Conflict), store.begin():  # another process was quicker
+            store.add_user("admin", hash_password(password), is_admin=True)
+            print("open in a browser:", " or ".join(url + "/" for url in elsewhere))
+            print(f"user: admin, password: {password} (shown only now)")
+            print(f'{curl} -u admin:{password} "{here}/set?key=door&value=open"', flush=True)
     print(f"listening on {listening}", flush=True)
     systemd = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))  # sd_notify(3)
     try:

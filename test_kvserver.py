@@ -756,9 +756,9 @@ class Messages(ServerCase):
             (400, f"'ttll' is unknown; {takes}", "/set?key=a&ttll=5", "on", "POST"),
             (400, "'act' is unknown; send action; /me/ takes: action", "/me/", "act=set", *form),
             (400, "a parameter has no value; write NAME=VALUE, and & in a value as %26", "/set?key=a&value=b&s3cr3t"),
-            (400, "is '5m'; send seconds from 0.001 to 315360000, such as 1.5", "/set?key=a&value=1&ttl=5m"),
+            (400, "is '5m'; send 0.001 to 315360000 seconds, such as 1.5", "/set?key=a&value=1&ttl=5m"),
             (400, f"the parameter ttl is '{'1' * 40}'; send", "/set?key=a&value=1&ttl=" + "1" * 50),
-            (400, "parameter wait is 'long'; send seconds from 0 to 60, such as 1.5", "/get?key=a&unless=&wait=long"),
+            (400, "parameter wait is 'long'; send 0 to 60 seconds, such as 1.5", "/get?key=a&unless=&wait=long"),
             (400, "the parameter limit is 'all'; send a number from 1 to 10000", "/list?limit=all"),
             (400, "is malformed at line 2, column 10", "/set", '{"key": "s3cr3t",\n"value": s3cr3t}', *json_body),
             (400, "has half a surrogate pair, or a number such as NaN", "/set", '{"value": NaN}', *json_body),
@@ -2448,7 +2448,7 @@ class History(ServerCase):
             status, text = self.fetch("/history?key=a&" + wrong)
             hint = "a time is like 2030" if "-01-" in wrong else f"the parameter {wrong.partition('=')[0]} "
             self.assertEqual((400, True), (status, hint in text), text)
-        wrong = "the parameter since is '1h'; send seconds from 0 to 1000000000, such as 3600, or a time such as 2030"
+        wrong = "the parameter since is '1h'; send 0 to 1000000000 seconds, such as 3600, or 2030"
         self.assertTrue(self.fetch("/history?key=a&since=1h")[1].startswith(wrong))
 
     def test_only_the_last_ones_are_kept_and_fewer_after_a_start_with_less(self) -> None:
