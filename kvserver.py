@@ -270,6 +270,7 @@ MIGRATIONS = (
     INSERT INTO setting VALUES (0);
     CREATE TABLE history (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
         number INTEGER, time REAL NOT NULL, value BLOB, PRIMARY KEY (user_id, key, number)) WITHOUT ROWID""",
+    "ALTER TABLE user ADD COLUMN tokens_added INTEGER NOT NULL DEFAULT 0",  # deleted ones, too
 )
 
 # Triggers write deliveries and history in the transaction of a change. They exist only while hooks or a history exist.
@@ -434,7 +435,7 @@ class StoreFull(StoreError): ...
 class Conflict(StoreError): ...
 
 
-class NoSuchToken(StoreError): ...
+class NotFound(StoreError): ...  # a token or a hook
 
 
 class NoSuchUser(StoreError):
@@ -712,7 +713,18 @@ class Store:
         select = f"SELECT {TOKEN_ROW} FROM token JOIN user ON user.id = user_id WHERE name = ? ORDER BY token.id"
         return [Token(*row) for row in self._execute(select, name)]
 
-    def add_token(self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str) -> None:
+    def tokens_added(self, name: str) -> int:
+        return cast(int, self._execute("SELECT tokens_added FROM user WHERE name = ?", name).fetchone()[0])
+
+    def add_token(
+        self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str, once: str | None = None
+    ) -> None:
+        """Add a token; raise Conflict if once, the tokens_added that a form has seen, is no longer true."""
+        refusal = "a token was added since this form was opened, and is in the list below; press again to add one more"
+        count = (
+            "UPDATE user SET tokens_added = tokens_added + 1 WHERE name = ? AND tokens_added = ifnull(?, tokens_added)"
+        )
+        self._change_users(NoSuchUser(name) if once is None else Conflict(refusal), count, name, once)
         if len(self.tokens(name)) >= TOKENS_MAX:
             raise Conflict(f"a user has at most {TOKENS_MAX} tokens; delete one that is no longer used")
         insert = """INSERT INTO token (user_id, digest, label, is_read_only, prefix, created)
@@ -725,7 +737,7 @@ class Store:
             self._execute("UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
 
     def delete_token(self, name: str, token_id: int | str) -> None:
-        refusal = NoSuchToken(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
+        refusal = NotFound(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
         delete = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
         self._change_users(refusal, delete, token_id, name)
 
@@ -800,6 +812,9 @@ class Store:
             text = None if value is None else value[:HISTORY_VALUE_BYTES_MAX].decode("utf-8", "ignore")
             yield moment, text, len(value or b"") > HISTORY_VALUE_BYTES_MAX
 
+    def history_size(self, user_id: int) -> int:
+        return cast(int, self._execute("SELECT count(*) FROM history WHERE user_id = ?", user_id).fetchone()[0])
+
     def delete_history(self, user_id: int, key: str) -> None:
         self._exceed_limit("DELETE FROM history WHERE user_id = ? AND key = ?", user_id, key)
 
@@ -813,8 +828,8 @@ class Store:
         self._renew_triggers()
         return cast(int, cursor.lastrowid)
 
-    def delete_hook(self, hook_id: int) -> None:
-        self.test_delivery(hook_id)  # raises StoreError if there is no hook
+    def delete_hook(self, hook_id: int | str) -> None:
+        self.test_delivery(hook_id)  # raises NotFound
         self._execute("DELETE FROM hook WHERE id = ?", hook_id)
         self._renew_triggers()
 
@@ -835,12 +850,12 @@ class Store:
         shown = VALUE_SHOWN_CHARACTERS_MAX
         return [Hook(*row) for row in self._execute(select, shown, shown, user_name, limit)]
 
-    def test_delivery(self, hook_id: int) -> Delivery:
+    def test_delivery(self, hook_id: int | str) -> Delivery:
         select = f"""SELECT {HOOK_REQUEST}, 0, 0, pattern, 'test', NULL, 4, {NOW}, lower(hex(randomblob(16)))
             FROM hook WHERE id = ?"""
         for row in self._execute(select, hook_id):
             return Delivery(*row)
-        raise StoreError(f"there is no hook {hook_id}; list them with: python kvserver.py hooks")
+        raise NotFound(f"there is no hook {hook_id}; list them with: python kvserver.py hooks")
 
     def new_deliveries(self, newest: int) -> list[tuple[int, bool, int]]:
         """Return id, success of the last try, and newest delivery of the hooks with deliveries after newest."""
@@ -1063,6 +1078,7 @@ class Request:
     metrics: Metrics  # for endpoints that run in a thread
     password_hash = ""  # of the parameter password
     form_page: Callable[[Any, Request], Response] | None = None  # that shows a refused form again
+    test: Delivery | None = None  # of a hook, to send before the response
     refusal: HTTPError | None = None  # of the request, for the page that shows it
     origin = ""  # scheme, host and port of this server, as a browser sees them
 
@@ -2283,7 +2299,7 @@ h1{margin:1rem 0;font-size:1.5rem;line-height:1.25}
 h2{margin:2rem 0 .5rem;font-size:1.125rem}
 p,form,table,pre,details,figure{margin:.5rem 0}
 a{color:var(--link)}
-small,.soft,label small{color:var(--soft);font-size:.875rem}
+small,.soft{color:var(--soft);font-size:.875rem;font-weight:400}
 h1,p,td,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
 button,summary,label{overflow-wrap:break-word}
 [hidden]{display:none!important}
@@ -2334,7 +2350,9 @@ table{width:100%;border-collapse:separate;border-spacing:0}
 th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 tr:last-child,tr:last-child td{border-bottom:0}
 th{color:var(--soft);font-size:.875rem;font-weight:500}
-td time{white-space:nowrap}
+time{white-space:nowrap}
+td{min-width:4.5rem}
+.hooks td:last-child{min-width:14.5rem}
 .mark{background:var(--mark)}
 .values{table-layout:fixed}
 .values th:first-child{width:35%}
@@ -2350,10 +2368,16 @@ tr,td{display:block}
 tr{padding:.5rem 1rem;border-bottom:1px solid var(--line)}
 td{padding:.125rem 0;border:0}
 td:first-child{font-weight:600}
-.values td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-size:.875rem}
+td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-size:.875rem}
+.tokens td:last-child,.hooks td:last-child{display:block;margin-top:.25rem}
 .values td:nth-child(3)::before{content:"changed "}
 .values td:nth-child(4)::before{content:"expires "}
-.values td:empty{display:none}
+.users td:nth-child(3)::before{content:"values: "}
+.users td:nth-child(4)::before{content:"newest change: "}
+.tokens td:nth-child(3)::before{content:"created "}
+.tokens td:nth-child(4)::before{content:"last used "}
+.hooks td:nth-child(4)::before{content:"pending: "}
+td:empty{display:none}
 }
 """)
 DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
@@ -2378,8 +2402,8 @@ autocomplete="new-password"></label>""")
 WELCOME_PAGE = """<h1>kvserver</h1>
 <p>This server keeps values for devices, applets and scripts: they store a value under a key, and read it back.</p>
 <p class="bar"><a class="button main" href="me/">Your values</a><a class="button" href="admin/">Users</a></p>
-<h2>Its address</h2><pre>{url}</pre>
-<h2>Try it</h2><p>Put in your user name; curl asks for the password.</p><pre>{curl}</pre>
+<h2>Address</h2><pre>{url}</pre>
+<h2>Try it</h2><p>Write your user name instead of NAME. curl asks for your password.</p><pre>{curl}</pre>
 <p class="soft">kvserver {version}</p>"""
 VALUES_PAGE = """{path}<h1>{title}</h1><div class="bar">{forms}{live}</div>{found}{table}"""
 SEARCH = """<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
@@ -2396,12 +2420,15 @@ If it gets lost, delete its token here.</p>{add}{tokens}"""
 ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>
 <label>Only keys that begin with<small> empty for all</small><input name="prefix" value="{prefix}"></label>
 <label><input type="checkbox" name="readonly" value="1" {readonly}> It may only read</label>
-<button class="main">Add a token</button>"""
+<input type="hidden" name="once" value="{once}"><button class="main">Add a token</button>"""
 TOKEN_PAGE = """<h1>New token</h1><p>Copy it to the device now. This page shows it only once.</p><pre>{token}</pre>
-<p><a class="button" href="../me/tokens">All tokens</a></p>"""
-PASSWORD_PAGE = """<h1>Password</h1>{form}<p>The browser will ask for the new password. Tokens stay as they are.</p>"""
+<h2>As a header</h2><pre>Authorization: Bearer {token}</pre><h2>Try it</h2><pre>{curl}</pre>
+<p><a class="button" href="tokens">All tokens</a></p>"""
+PASSWORD_PAGE = """<h1>Password</h1>{form}<p>The browser will ask for the new password.</p>
+<h2>Sign out</h2><p>A browser keeps your password until you close all its windows.
+On somebody else's computer, use a private window, and close it afterwards.</p>"""
 SET_PASSWORD = """<input value="{user}" autocomplete="username" hidden>{new_password}
-<button class="main">Set the password</button>"""
+<p>The tokens stay as they are.</p><button class="main">Set the password</button>"""
 SET_OWN_PASSWORD = f"""<label>Current password<input type="password" name="current" required
 autocomplete="current-password"></label>{SET_PASSWORD}"""
 USERS_PAGE = """<h1>Users</h1>{add}{table}"""
@@ -2409,11 +2436,16 @@ ADD_USER = """<label>Name<input name="username" value="{username}" required></la
 <label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label>
 <button class="main">Add</button>"""
 USER_PAGE = """<h1>{name}</h1><p>Role: {role}. Values: {pairs}. Newest change: {newest}.</p>
-<div class="bar">{change}<a class="button bad" href="{delete}">Delete…</a></div>
-<h2>Password</h2>{password}<p>The tokens stay as they are when the password changes.</p>
+<div class="bar">{password}{change}<a class="button bad" href="{delete}">Delete…</a></div>
 <h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
-DELETE_PAGE = """<h1>Delete {name}?</h1>{form}"""
-HOOKS_PAGE = """<h1>Hooks</h1><p>A hook calls a URL when a value changes.</p>{table}"""
+DELETE_USER = """<p>This also deletes, for good:</p><ul><li>values: {pairs}<li>tokens: {tokens}<li>hooks: {hooks}
+<li>changes in the history: {history}</ul><div class="bar"><button class="bad">Delete {name}</button>
+<a class="button" href="{back}">Keep {name}</a></div>"""
+HOOKS_PAGE = """<h1>Hooks</h1>{message}<p>A hook calls a URL when a value changes.</p>{table}{more}
+<h2>Add a hook</h2><p>Type this in a shell on the server. <code>--help</code> shows everything that a hook can do.</p>
+<pre>{command} addhook USER KEY URL</pre>"""
+HOOK_BUTTONS = """<div class="bar"><form method="post" action="./"><input type="hidden" name="action" value="testhook">
+<button name="id" value="{id}" aria-label="Send a test to hook {id}">Send a test</button></form>{delete}</div>"""
 
 
 def fill(template: str, *values: object, **names: object) -> Markup:
@@ -2484,9 +2516,9 @@ def fold(word: str, form: str, kind: str = "main") -> Markup:
     return fill('<details {}><summary class="{}">{}</summary>{}</details>', is_open, kind, word, form)
 
 
-def make_question(word: str, what: str, action: str, url: str) -> Markup:
+def make_question(word: str, what: str, action: str, url: str, warning: str = "") -> Markup:
     """Return the button of a dangerous action, folded up so that nobody presses it by mistake."""
-    button = fill('<button class="bad">{} {}</button>', word, what)
+    button = fill('<p>{}</p><button class="bad">{} {}</button>', warning, word, what)
     form = fill(FORM_HTML, url=url, alert="", action=action, fields=button)
     return fill('<details><summary class="bad" aria-label="{0} {1}">{0}…</summary>{2}</details>', word, what, form)
 
@@ -2654,18 +2686,29 @@ def value_page(store: Store, request: Request) -> Response:
 
 
 def make_tokens(store: Store, user_name: str, url: str) -> Markup:
-    rows = []
+    rows, today = list[Sequence[object]](), int(time.time() // DAY_SECONDS)
     for token in store.tokens(user_name):
-        label, rights = token.label or f"token {token.id}", fill("<code>{}</code>", token.rights())
-        question = make_question("Delete", label, "deltoken", url_to(url, id=str(token.id)))
-        rows.append((label, rights, token.last_used(), question))
-    return make_table("tokens", ("Label", "Rights", "Last used", "Delete"), rows)
+        label, day = token.label or f"token {token.id}", token.last_used_day
+        used = "today" if day == today else make_time(None if day is None else day * DAY_SECONDS)
+        url = url_to(url, id=str(token.id))
+        question = make_question("Delete", label, "deltoken", url, "Its device cannot log in any more.")
+        rows.append((label, token.rights(), make_time(token.created), used, question))
+    return make_table("tokens", ("Label", "Rights", "Created", "Last used", "Delete"), rows)
 
 
 def tokens_page(store: Store, request: Request) -> Response:
-    form = make_form(request, "addtoken", ADD_TOKEN, label_max=LABEL_CHARACTERS_MAX)
-    page = fill(TOKENS_PAGE, add=fold("Add", form), tokens=make_tokens(store, request.user.name, "./"))
+    name = request.user.name
+    form = make_form(request, "addtoken", ADD_TOKEN, label_max=LABEL_CHARACTERS_MAX, once=store.tokens_added(name))
+    page = fill(TOKENS_PAGE, add=fold("Add", form), tokens=make_tokens(store, name, "./"))
     return make_page(request, "Tokens", page, "me/tokens")
+
+
+def new_token_page(store: Store, request: Request, token: str) -> Response:
+    prefix = request.parameters.get("prefix", "")
+    key = next((key for _, key, *_ in store.pairs(request.user.id, prefix)), prefix or "door")
+    address = server_url(request) + "/get?key=" + urllib.parse.quote(key, safe="")
+    curl = shlex.join(["curl", "-H", f"Authorization: Bearer {token}", address])
+    return make_page(request, "New token", fill(TOKEN_PAGE, token=token, curl=curl), "me/tokens")
 
 
 def password_page(store: Store, request: Request) -> Response:
@@ -2698,15 +2741,17 @@ def user_page(store: Store, request: Request) -> Response:
     user, pairs, newest = find_user(store, request)
     name, url = user.name, url_to("./", username=user.name)
     role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
+    warning = "Admins manage all users and hooks. Users manage only their own values and tokens."
+    change = make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin), warning)
     page = fill(
         USER_PAGE,
         name=make_visible(name),
         role=role,
         pairs=pairs,
         newest=make_time(newest),
-        change=make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin)),
+        change=change,
         delete=url_to("delete", username=name),
-        password=make_form(request, "setpassword", SET_PASSWORD, url, user=name),
+        password=fold("Set a password", make_form(request, "setpassword", SET_PASSWORD, url, user=name), ""),
         tokens=make_tokens(store, name, url),
         values=make_values(store, request, user.id, url_to("user", username=name)),
     )
@@ -2715,23 +2760,34 @@ def user_page(store: Store, request: Request) -> Response:
 
 def delete_page(store: Store, request: Request) -> Response:
     user, pairs, _ = find_user(store, request)
-    everything = f"with values: {pairs}, tokens: {len(store.tokens(user.name))}, hooks: {len(store.hooks(user.name))}"
-    form = fill("<p>Only another admin can delete you.</p>")
+    name, page = make_visible(user.name), fill("<p>Only another admin can delete you.</p>")
     if user.id != request.user.id:
-        form = make_question("Delete this user", everything, "deluser", url_to("./", username=user.name))
-    page = fill(DELETE_PAGE, name=make_visible(user.name), form=form)
-    return make_page(request, f"Delete {make_visible(user.name)}?", page, "admin/")
+        tokens, hooks, history = store.tokens(user.name), store.hooks(user.name), store.history_size(user.id)
+        lost = {"pairs": pairs, "tokens": len(tokens), "hooks": len(hooks), "history": history}
+        back, url = url_to("user", username=user.name), url_to("./", username=user.name)
+        page = make_form(request, "deluser", DELETE_USER, url, name=name, back=back, **lost)
+    return make_page(request, f"Delete {name}?", fill("<h1>Delete {}?</h1>{}", name, page), "admin/")
 
 
-def hooks_page(store: Store, request: Request) -> Response:
-    rows = []
-    for hook in store.hooks(limit=PAGE_ROWS_MAX):
-        only = "" if hook.value is None else fill("<small> = {}</small>", make_visible(hook.value))
-        tried = [hook.result or "", " ", make_time(hook.result_time)]
-        key = [make_visible(hook.pattern), only]
-        rows.append((make_visible(hook.user_name), key, hook.label, hook.origin, hook.pending, tried))
-    table = make_table("hooks", ("User", "Key", "Label", "Host", "Pending", "Last result"), rows)
-    return make_page(request, "Hooks", fill(HOOKS_PAGE, table=table), "admin/hooks")
+def hooks_page(store: Store, request: Request, message: str = "") -> Response:
+    rows, hooks = [], store.hooks(limit=PAGE_ROWS_MAX + 1)
+    for hook in hooks[:PAGE_ROWS_MAX]:
+        name = fill("{} {}<br><small>{}</small>", hook.id, hook.label, hook.origin)
+        only = f"only when it becomes {make_visible(hook.value)}" if hook.value is not None else ""
+        key = fill("{}<br><small>{}</small>", make_visible(hook.pattern), only)
+        result = fill("{}<br><small>{}</small>", hook.result or "not tried", make_time(hook.result_time))
+        url, warning = url_to("./", id=str(hook.id)), "Its pending deliveries are deleted, too."
+        delete = make_question("Delete", f"hook {hook.id}", "delhook", url, warning)
+        buttons = fill(HOOK_BUTTONS, id=hook.id, delete=delete)
+        rows.append((name, make_visible(hook.user_name), key, hook.pending, result, buttons))
+    program = os.path.abspath(__file__)
+    is_default = store.path == os.path.realpath(os.path.join(os.path.dirname(program), "kvserver.db"))
+    command = shlex.join([sys.executable, program, *([] if is_default else ["--db", store.path])])
+    more = fill("<p>More hooks exist. List all with:</p><pre>{} hooks</pre>", command) if hooks[PAGE_ROWS_MAX:] else ""
+    table = make_table("hooks", ("Hook", "User", "Key", "Pending", "Last result", "Actions"), rows)
+    message = fill('<p role="status">{}</p>', message) if message else ""
+    page = fill(HOOKS_PAGE, message=message, table=table, more=more, command=command)
+    return make_page(request, "Hooks", page, "admin/hooks")
 
 
 def take_action(store: Store, request: Request, form_page: Callable[..., Response], *actions: str) -> str:
@@ -2748,12 +2804,19 @@ def take_action(store: Store, request: Request, form_page: Callable[..., Respons
 
 
 def change_user(store: Store, request: Request) -> Response:
-    on_user_page = ("setpassword", "setadmin", "deltoken")
-    form_page = user_page if request.parameters.get("action") in on_user_page else users_page
-    action = take_action(store, request, form_page, "adduser", "deluser", *on_user_page)
-    name, is_admin = required(request.parameters, "username"), is_on(request.parameters, "isAdmin")
-    url = url_to("user", username=name) if action in on_user_page else "./"
-    if action == "adduser":
+    parameters, hook_actions = request.parameters, ("testhook", "delhook")
+    pages = {**dict.fromkeys(hook_actions, hooks_page), "deluser": delete_page}
+    pages |= dict.fromkeys(("setpassword", "setadmin", "deltoken"), user_page)
+    form_page = pages.get(parameters.get("action", ""), users_page)
+    action = take_action(store, request, form_page, "adduser", *pages)
+    if action == "testhook":
+        request.test = store.test_delivery(required(parameters, "id"))
+        return Response()
+    name, is_admin = "" if action == "delhook" else required(parameters, "username"), is_on(parameters, "isAdmin")
+    url = "hooks" if form_page is hooks_page else url_to("user", username=name) if form_page is user_page else "./"
+    if action == "delhook":
+        store.delete_hook(required(parameters, "id"))
+    elif action == "adduser":
         check_user_name(name)
         store.add_user(name, request.password_hash, is_admin)
     elif find_user(store, request) and action == "deluser":  # it raises HTTPError if there is none
@@ -2767,7 +2830,7 @@ def change_user(store: Store, request: Request) -> Response:
         if name == request.user.name and not is_admin:
             url = "../me/"  # the pages for admins are closed to them now
     else:
-        store.delete_token(name, required(request.parameters, "id"))  # SQLite compares digits with a number
+        store.delete_token(name, required(parameters, "id"))  # SQLite compares digits with a number
     return redirect(303, "admin/") if request.path.endswith("/admin") else redirect_done(url)
 
 
@@ -2790,8 +2853,9 @@ def change_own(store: Store, request: Request) -> Response:
     if action == "addtoken":
         label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
         check_label_and_prefix(label, prefix)
-        store.add_token(user.name, hash_token(token), label, is_on(parameters, "readonly"), prefix)
-        return make_page(request, "New token", fill(TOKEN_PAGE, token=token), "me/tokens")
+        once = parameters.get("once")
+        store.add_token(user.name, hash_token(token), label, is_on(parameters, "readonly"), prefix, once)
+        return new_token_page(store, request, token)
     if action == "del":
         if not store.delete_pair(user.id, require_key(required(parameters, "key"))):
             raise HTTPError(404, UNKNOWN_KEY)
@@ -2853,8 +2917,12 @@ BY_PATH_AND_METHOD = {
 API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or route.endpoint is check_health)
 
 # Errors that the client or a second try can correct. Some of their messages name commands, which clients don't have.
-REFUSALS = {NoSuchUser: 401, NoSuchToken: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
-MESSAGES = {401: "the user was deleted", 404: "this token does not exist any more", 408: "the request is too slow"}
+REFUSALS = {NoSuchUser: 401, NotFound: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
+MESSAGES = {
+    401: "the user was deleted",
+    404: "this token or hook does not exist any more; load the page again",
+    408: "the request is too slow",
+}
 
 
 def find_routes(path: str, base_path: str) -> tuple[dict[str, Route], str]:
@@ -3194,8 +3262,12 @@ class RequestHandler:
             is_long = route.who == ADMIN or endpoint is delete_history  # it may delete a lot, so a thread commits it
             size = math.inf if is_long else len(request.query) + len(request.body)
             try:
-                return cast(Response, await self.server.commit(lambda store: route.endpoint(store, request), size))
-            except (HTTPError, Conflict, NoSuchToken) as error:
+                response: Response = await self.server.commit(lambda store: route.endpoint(store, request), size)
+                if not request.test:
+                    return response
+                endpoint = functools.partial(hooks_page, message=await self.server.outbox.test(request.test))
+                await self._authorize(route, request)
+            except (HTTPError, Conflict, NotFound) as error:
                 if not request.form_page:
                     raise
                 endpoint, request.refusal = request.form_page, as_http_error(error, self.server.errors)
@@ -3295,6 +3367,7 @@ class RequestHandler:
 # Sends changes to URLs. Only a shell adds hooks: users could make the server call hosts in its own network.
 
 HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that its sender sees no error
+NO_ANSWER = f"no answer within {HOOK_SECONDS} seconds"
 HOOK_ANSWER_BYTES_MAX = 4 * 1024
 HOOK_RETRY_SECONDS_MAX = 3600
 HOOK_GRACE_SECONDS = 300  # for so long after a start, nothing is too old: the network may come up late
@@ -3340,7 +3413,7 @@ def deliver(delivery: Delivery) -> Answer:
         if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
             problem = "the answer is not HTTP/1.1"
     except TimeoutError:
-        problem = f"no answer within {HOOK_SECONDS} seconds"
+        problem = NO_ANSWER
     except UnicodeError:
         problem = "this is not a valid host name"
     except HTTPError as error:  # trying again would not help
@@ -3390,6 +3463,17 @@ class Outbox:
             for hook_id, is_proven, _ in rows:
                 if hook_id not in self._running:
                     self._loop.start(self._run_hook(hook_id, bool(is_proven)))
+
+    async def test(self, delivery: Delivery) -> str:
+        """Send a test and return a sentence about the answer; raise HTTPError if it fails. Nothing is stored."""
+        if self.is_stopping:
+            raise HTTPError(503, "the server stops; try again", RETRY_AFTER)
+        answer, deadline = Answer(0, NO_ANSWER), time.monotonic() + HOOK_SECONDS + LINGER_SECONDS
+        with contextlib.suppress(TimeoutError):  # a name look-up may take longer
+            answer = await self._threads.run(lambda: deliver(delivery), "test", deadline)
+        if not 200 <= answer.status < 300:
+            raise HTTPError(502, f"hook {delivery.hook_id}: {answer.text}; check the URL and the program there")
+        return f"Hook {delivery.hook_id} answered {answer.text}."
 
     async def _run_hook(self, hook_id: int, is_proven: bool) -> None:
         self._running.add(hook_id)

@@ -5191,7 +5191,7 @@ class Page(html.parser.HTMLParser):
         self.close()
         rows = [re.split(r"\s*</?t(?:able|head|body)\b", row)[0] for row in re.split("<tr[^>]*>", body)[1:]]
         cells = [re.split("<t[dh][^>]*>", row)[1:] for row in rows]
-        self.rows = [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in row] for row in cells]
+        self.rows = [[html.unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in row] for row in cells]
         links = re.findall(r'<a [^>]*\bhref="?([^"> ]*)"?[^>]*>([^<]*)', body)
         self.links = {html.unescape(text): html.unescape(address) for address, text in links}
 
@@ -5226,12 +5226,12 @@ class PageCase(ServerCase):
     def send(
         self, status: int, target: str, user: str | None = "alice", form: str = "", location: str = "", **fields: Any
     ) -> Answer:
-        """Send a form, with the headers in the argument headers; check status and location."""
+        """Send a form, with the headers in the argument headers; check status and location, but not when it is done."""
         headers = {"Accept": "text/html,*/*;q=0.8", **fields.pop("headers", {})}
         body = form or urllib.parse.urlencode(fields)
         answer = self.check(status, "POST", as_a_browser(target), body, kvserver.FORM, user, headers)
         if location:
-            self.assertEqual(location, answer.headers["location"])
+            self.assertEqual(location, re.sub(r"(?<=done=)\d{10}\Z", "NOW", answer.headers["location"]))
         return answer
 
     def names(self) -> list[str]:
@@ -5264,14 +5264,14 @@ class Visits(PageCase):
 
     def test_the_root_is_for_browsers(self) -> None:
         for path in ("/", "/iotpersistenceapi/"):
-            self.assertEqual(["me/", "admin/"], list(Page(self.see(200, path, None)).links.values()))
+            self.assertEqual(["./", "me/", "admin/"], list(Page(self.see(200, path, None)).links.values()))
             answer = self.check(404, "GET", path, user=None, headers={"Accept": "*/*"})
             self.assertTrue(answer.body.startswith(b"Use the api endpoints: /set, /get,"))
             self.check(405, "POST", path, user=None)
 
     def test_pages_have_a_realm_of_their_own(self) -> None:
         for path, realm in (
-            *((path, "kvserver pages") for path in ("/admin/", "/admin/user?username=bob", "/me/state?key=a")),
+            *((path, "kvserver pages") for path in ("/admin/", "/admin/user?username=bob", "/me/value?key=a")),
             *(("/iotpersistenceapi/me/", "kvserver pages"), ("/list", "kvserver")),
         ):
             for user in (None, basic("alice", "wrong")):
@@ -5280,7 +5280,7 @@ class Visits(PageCase):
         self.send(401, "/me/", None, action="del", key="a")
 
     def test_the_pages_of_users_are_for_admins(self) -> None:
-        for path in ("/admin/", "/admin/user?username=alice"):
+        for path in ("/admin/", "/admin/user?username=alice", "/admin/delete?username=alice", "/admin/hooks"):
             self.see(200, path)
             self.see(403, path, "bob")
         with mock.patch.object(kvserver, "hash_password") as hash_password:
@@ -5300,12 +5300,13 @@ class Visits(PageCase):
         self.store.add_token("alice", kvserver.hash_token(token), "", False, "")
         self.store.set_value(1, "a", "1")
         for user in ("Bearer " + token, basic("alice", token)):
-            for path in ("/admin/", "/me/", "/me/state?key=a"):
+            for path in ("/admin/", "/admin/hooks", "/me/", "/me/value?key=a", "/me/tokens", "/me/password"):
                 body = self.see(401, path, user).body
                 self.assertTrue(b"password" in body and b"alice" not in body, body)
             self.send(401, "/me/", user, action="del", key="a")
             self.send(401, "/me/", user, action="addtoken")
             self.send(401, "/admin/", user, action="deluser", username="bob")
+            self.send(401, "/admin/", user, action="delhook", id="1")
             self.send(401, "/admin", user, action="deluser", username="bob")
         self.assertEqual((["alice", "bob"], {"a": "1"}), (self.names(), self.pairs()))
 
@@ -5347,10 +5348,10 @@ class Visits(PageCase):
     def test_a_refusal_is_a_page_in_a_browser_and_otherwise_a_line(self) -> None:
         for status, path in (
             (404, "/admin/user?username=nobody"),
-            *((400, path) for path in ("/admin/user", "/me/state", "/me/?page=2")),
-            (404, "/me/state?key=nothing"),
+            *((400, path) for path in ("/admin/user", "/me/value", "/me/?page=2")),
+            (404, "/me/value?key=nothing"),
         ):
-            self.assertEqual("../me/", Page(self.see(status, path)).links["Your values"])
+            self.assertEqual("../me/", Page(self.see(status, path)).links["Values"])
             self.assertEqual("text/plain; charset=utf-8", self.check(status, "GET", path).headers["content-type"])
         self.see(404, "/nowhere")
 
@@ -5385,7 +5386,7 @@ class UserPages(PageCase):
         execute(self.database, "UPDATE pair SET updated = updated - iif(key = 'b', 7201, 3 * 86400)")
         rows = self.page("/admin/").rows
         self.assertEqual(["Name", "Role", "Values", "Newest change"], rows[0])
-        users = [["alice", "admin", "0", "never"], ["bob", "user", "2", "2 hours ago"]]
+        users = [["alice", "admin", "0", "never"], ["bob", "user", "2", "2 h"]]
         self.assertEqual(users, [row[:4] for row in rows[1:]])
         names = [f"user {number:03}" for number in range(203)]
         for name in names:
@@ -5394,7 +5395,8 @@ class UserPages(PageCase):
         self.assertIn("First page", self.page("/admin/?after=user+100").links)
 
     def test_adduser_adds_a_user(self) -> None:
-        self.send(303, "/admin/", location="./#done", action="adduser", username="carol", password="carol's pass")
+        done = "./?done=NOW"
+        self.send(303, "/admin/", location=done, action="adduser", username="carol", password="carol's pass")
         self.check(200, "GET", "/list", user=basic("carol", "carol's pass"))
         self.see(403, "/admin/", basic("carol", "carol's pass"))
         for is_admin, texts in ((True, ("1", "on", "yes")), (False, ("", "0", "False", "off"))):
@@ -5411,32 +5413,44 @@ class UserPages(PageCase):
         ):
             fields = {} if password is None else {"password": password}
             page = Page(self.send(status, "/admin/", action="adduser", isAdmin="1", username=username, **fields))
-            self.assertEqual(([username], [""]), (page.values(name="username"), page.values(name="password")))
+            self.assertEqual(([username], [None]), (page.values(name="username"), page.values(name="password")))
             self.assertTrue(any("checked" in attributes for _, attributes in page.elements))
             self.assertTrue(page.has_alert())
         self.send(400, "/admin/", action="adduser", password="a password")
         self.assertEqual(["alice", "bob"], self.names())
 
-    def test_deluser_asks_first_and_deletes_everything(self) -> None:
-        self.store.set_value(2, "a", "1")
-        self.store.add_token("bob", b"digest", "", False, "")
+    def test_deluser_names_first_what_is_lost_and_deletes_everything(self) -> None:
+        self.store.keep_history(9)
+        for value in "1234":
+            self.store.set_value(2, "a", value)
+        self.store.set_value(2, "b", "1")
+        self.store.set_value(1, "a", "1")
+        for digest in (b"1", b"2", b"3"):
+            self.store.add_token("bob", digest, "", False, "")
+        self.store.add_hook("bob", "a", None, "", "http://h", "http://h/", "POST", "", None)
         self.check(200, "GET", "/list", user="bob")
-        self.assertIn("values: 1, tokens: 1", self.page("/admin/user?username=bob").text)
-        self.send(303, "/admin/", location="./#done", action="deluser", username="bob")
-        self.assertEqual(["alice"], self.names())
+        page = self.page("/admin/delete?username=bob")
+        for words in ("values: 2", "tokens: 3", "hooks: 1", "changes in the history: 5"):
+            self.assertIn(words, page.text)
+        self.assertEqual("user?username=bob", page.links["Keep bob"])
+        self.assertEqual("delete?username=bob", self.page("/admin/user?username=bob").links["Delete…"])
+        self.see(404, "/admin/delete?username=x")
+        self.assertEqual(["alice", "bob"], self.names())
+        self.send(303, "/admin/", location="./?done=NOW", action="deluser", username="bob")
+        self.assertEqual((["alice"], [], 0), (self.names(), self.store.hooks(), self.store.history_size(2)))
         self.check(401, "GET", "/list", user="bob")
         self.store.add_user("bob", kvserver.hash_password(PASSWORDS["bob"]), False)
         self.assertEqual({}, self.pairs("bob"))
 
     def test_nobody_deletes_themselves_nor_the_last_admin(self) -> None:
-        self.assertIn("deluser", self.page("/admin/user?username=bob").values(name="action"))
-        self.assertNotIn("deluser", self.page("/admin/user?username=alice").values(name="action"))
+        self.assertIn("deluser", self.page("/admin/delete?username=bob").values(name="action"))
+        self.assertNotIn("deluser", self.page("/admin/delete?username=alice").values(name="action"))
         self.send(409, "/admin/", action="deluser", username="alice")
         self.send(409, "/admin/", action="setadmin", username="alice", isAdmin="0")
         self.store.set_admin("bob", True)
         self.send(409, "/admin/", action="deluser", username="alice")
         form = "action=setadmin&username=alice&isAdmin=0"
-        self.send(303, "/admin/", form=form, location="../me/#done")  # still open to her
+        self.send(303, "/admin/", form=form, location="../me/?done=NOW")  # still open to her
         self.see(403, "/admin/")
         self.send(409, "/admin/", "bob", action="setadmin", username="bob")
         self.assertEqual(["alice", "bob"], self.names())
@@ -5450,6 +5464,12 @@ class UserPages(PageCase):
             (400, "/admin/", ("action=setpassword&username=bob&password=x", "action=deltoken&username=bob")),
             (404, "/admin/", ("action=deluser&username=x", "action=setpassword&username=x&password=a+password")),
             (404, "/admin/", [f"action=deltoken&username=bob&id={number}" for number in ("1", "x", "9" * 30, "-1")]),
+            (400, "/admin/", ("action=testhook", "action=delhook")),
+            (
+                404,
+                "/admin/",
+                [f"action={action}hook&id={n}" for action in ("test", "del") for n in ("1", "x", "9" * 30)],
+            ),
             (409, "/admin/", ("action=deluser&username=alice", "action=setadmin&username=alice")),
             (409, "/admin/", ("action=adduser&username=bob&password=a+password",)),
         ):
@@ -5477,7 +5497,7 @@ class UserPages(PageCase):
         self.store.add_token("bob", kvserver.hash_token(token), "", False, "")
         self.check(200, "GET", "/list", user="bob")
         form = "action=setpassword&username=bob&password="
-        self.send(303, "/admin/", form=form + "another+one", location="user?username=bob#done")
+        self.send(303, "/admin/", form=form + "another+one", location="user?username=bob&done=NOW")
         for status, user in ((401, "bob"), (200, basic("bob", "another one")), (200, "Bearer " + token)):
             self.check(status, "GET", "/list", user=user)
         self.assertIn("tokens stay", self.page("/admin/user?username=bob").text)
@@ -5491,9 +5511,10 @@ class UserPages(PageCase):
         rows = [row[:2] for row in self.follow("/admin/user?username=bob") if row[0].startswith("key ")]
         self.assertEqual([[f"key {n:03}", f"value {n}"] for n in range(250)], rows)
         rows = self.page("/admin/user?username=bob").rows
-        self.assertIn(["hall", "read hall/*", "2024-10-04", "Delete…Delete hall"], rows)
+        days = f"{int(time.time() / 86400) - 20000} days"
+        self.assertEqual(["hall", "read hall/*", "now", days], next(row[:4] for row in rows if row[0] == "hall"))
         for form in ("action=deltoken&username=bob&id=1", "action=setadmin&username=bob&isAdmin=1"):
-            self.send(303, "/admin/", form=form, location="user?username=bob#done")
+            self.send(303, "/admin/", form=form, location="user?username=bob&done=NOW")
         self.assertEqual([], self.store.tokens("bob"))
 
     def test_programs_for_the_flask_version_keep_working(self) -> None:
@@ -5819,30 +5840,67 @@ class OwnPages(PageCase):
     def test_passwd_asks_for_the_current_password(self) -> None:
         for current, password in (("wrong", "another one"), ("", "another one"), (PASSWORDS["bob"], "short")):
             answer = self.send(400, "/me/", "bob", action="passwd", current=current, password=password)
-            self.assertEqual([""], Page(answer).values(name="current"))
+            self.assertEqual([None], Page(answer).values(name="current"))
             self.check(200, "GET", "/list", user="bob")
         self.send(400, "/me/", "bob", action="passwd", password="a password")
-        self.send(303, "/me/", "bob", action="passwd", current=PASSWORDS["bob"], password="another one")
+        self.assertIn("until you close all its windows", self.page("/me/password", "bob").text)
+        changed = {"current": PASSWORDS["bob"], "password": "another one"}
+        self.send(303, "/me/", "bob", location="password?done=NOW", action="passwd", **changed)
         self.see(401, "/me/", "bob")
         self.see(200, "/me/", basic("bob", "another one"))
 
     def test_a_token_is_shown_once_and_works_until_it_is_deleted(self) -> None:
         answer = self.send(200, "/me/", action="addtoken", label="hall", readonly="1", prefix="hall/")
-        (token,) = re.findall(r"kv_[A-Za-z0-9_-]{43}", answer.body.decode())
+        (token,) = set(re.findall(r"kv_[A-Za-z0-9_-]{43}", answer.body.decode()))
         for target, status in (("/get?key=hall/a", 404), ("/set?key=hall/a&value=1", 403), ("/get?key=b", 403)):
             self.check(status, "GET", target, user="Bearer " + token)
         wait_until(lambda: self.store.tokens("alice")[0].last_used_day is not None)
-        answer = self.see(200, "/me/")
+        answer = self.see(200, "/me/tokens")
         self.assertNotIn(token, answer.body.decode())
-        day = time.strftime("%Y-%m-%d", time.gmtime())
-        self.assertIn(["hall", "read hall/*", day, "Delete…Delete hall"], Page(answer).rows)
+        execute(self.database, f"UPDATE token SET created = {time.time() - 7201}")
+        row = ["hall", "read hall/*", "2 h", "today"]
+        self.assertEqual(row, Page(self.see(200, "/me/tokens")).rows[1][:4])
         answer = self.send(404, "/me/", "bob", action="deltoken", id="1")
-        self.assertIn("this token does not exist any more", answer.body.decode())
-        self.send(303, "/me/", location="./#done", action="deltoken", id="1")
+        self.assertIn("this token or hook does not exist any more", answer.body.decode())
+        self.send(303, "/me/", location="tokens?done=NOW", action="deltoken", id="1")
         self.check(401, "GET", "/list", user="Bearer " + token)
         for fields in ({"label": "x" * 65}, {"label": "a\nb"}, {"prefix": "x" * 513}, {"prefix": "\0"}):
             self.send(400, "/me/", action="addtoken", **fields)
         self.assertEqual([], self.store.tokens("alice"))
+
+    def test_a_form_for_a_token_adds_only_one(self) -> None:
+        (once,) = self.page("/me/tokens").values(name="once")
+        form = {"action": "addtoken", "label": "typed", "prefix": "hall/", "once": once}
+        self.send(400, "/me/", **{**form, "label": "x" * 65})
+        self.send(200, "/me/", **form)
+        for _ in range(2):
+            answer = self.send(409, "/me/", **form)
+            self.assertIn("press again to add one more", answer.body.decode())
+            self.assertEqual(["typed"], Page(answer).values(name="label"))
+            self.assertEqual(["typed"], [row[0] for row in Page(answer).rows[1:]])
+        self.send(200, "/me/", "bob", **form)
+        self.send(303, "/me/", action="deltoken", id="1")
+        for stale in (once, "", "x", "9" * 30):
+            self.send(409, "/me/", **{**form, "once": stale})
+        (fresh,) = Page(self.send(409, "/me/", **form)).values(name="once")
+        self.send(200, "/me/", **{**form, "once": fresh})
+        for _ in range(2):  # as programs do
+            self.send(200, "/me/", action="addtoken")
+        self.assertEqual(3, len(self.store.tokens("alice")))
+
+    def test_a_new_token_comes_with_a_command_and_a_header_to_copy(self) -> None:
+        for prefix, key in (("", "door"), ("'; rm x #", "'; rm x #"), ("hall/", "hall/ü &")):
+            if key == "hall/ü &":
+                self.store.set_value(1, key, "1")
+            body = self.send(200, "/me/", action="addtoken", prefix=prefix).body.decode()
+            token, header, command = map(html.unescape, re.findall("<pre>(.*?)</pre>", body, re.DOTALL))
+            self.assertEqual("Authorization: Bearer " + token, header)
+            *words, address = shlex.split(command)
+            self.assertEqual(["curl", "-H", header], words)
+            host, query = f"http://127.0.0.1:{self.port}", address.partition("?")[2]
+            self.assertEqual(f"{host}/get?{query}", address)
+            self.assertEqual([("key", key)], urllib.parse.parse_qsl(query))
+            self.check(404 if key != "hall/ü &" else 200, "GET", address.removeprefix(host), user="Bearer " + token)
 
     def test_pages_are_small_and_quick(self) -> None:
         self.store.begin()
@@ -6599,6 +6657,7 @@ SCHEMAS = (
     CREATE TABLE history (user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, key TEXT NOT NULL,
         number INTEGER NOT NULL, time REAL NOT NULL, value BLOB, PRIMARY KEY (user_id, key, number)) WITHOUT ROWID;
     """,
+    "ALTER TABLE user ADD COLUMN tokens_added INTEGER NOT NULL DEFAULT 0;",
 )
 COLUMNS = """
     SELECT m.name, t.name, t.type, t."notnull", t.dflt_value, t.pk FROM sqlite_master m, pragma_table_info(m.name) t
