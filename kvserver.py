@@ -2358,6 +2358,7 @@ td{min-width:4.5rem}
 .values th:first-child{width:35%}
 .values th:nth-child(n+3){width:7rem}
 .path a{display:inline-block;min-width:1.5rem;padding:.25rem .25rem .25rem 0}
+.path+h1{margin-top:.25rem}
 .folder::before{content:"";display:inline-block;width:1rem;height:.75rem;margin-right:.5rem;background:currentColor;
 clip-path:polygon(0 0,40% 0,50% 20%,100% 20%,100% 100%,0 100%)}
 @media(max-width:30rem){
@@ -2408,7 +2409,7 @@ WELCOME_PAGE = """<h1>kvserver</h1>
 VALUES_PAGE = """{path}<h1>{title}</h1><div class="bar">{forms}{live}</div>{found}{table}"""
 SEARCH = """<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <input type="hidden" name="folder" value="{folder}">
-<input type="search" name="search" value="{search}" aria-label="Part of a key" placeholder="Part of a key">
+<input type="search" name="search" value="{search}" aria-label="Part of a key" placeholder="Find a key">
 <button>Search</button></form>"""
 FOUND = '<p>Keys that contain <strong>{}</strong>. <a href="{}">Show all</a></p>'
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
@@ -2643,7 +2644,8 @@ def make_values(store: Store, request: Request, user_id: int, url: str, value_ur
 def values_page(store: Store, request: Request) -> Response:
     folder, search, after, refresh, added, _ = (request.parameters.get(name, "") for name in LIST_FIELDS)
     table, url = make_values(store, request, request.user.id, "./", "value"), url_to("./", folder=folder)
-    around, forms = folder[: folder[:-1].rfind("/") + 1], list[Markup]()
+    around = folder[: folder[:-1].rfind("/") + 1]
+    forms = [fill('<span class="soft">This page reloads every {} s.</span>', REFRESH_SECONDS)]
     if not refresh:  # a reload would lose typed text
         key = request.parameters.get("key", folder)
         form = make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="")
