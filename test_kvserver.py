@@ -5680,6 +5680,15 @@ class OwnPages(PageCase):
                     reached += [folder + row[0].replace("no name", "") for row in page.rows if row[1:2] == ["1"]]
             self.assertEqual(sorted(keys), sorted(reached))
 
+    def test_a_folder_is_listed_without_reading_all_its_keys(self) -> None:
+        numbers = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 20000)"
+        execute(self.database, f"{numbers} INSERT INTO pair SELECT 1, 'a/' || n, '1', 0, NULL FROM c")
+        self.store.set_value(1, "b", "1")
+        thousands = list[int]()
+        self.store._connection.set_progress_handler(lambda: thousands.append(1), 1000)  # steps of SQLite's machine
+        self.assertEqual(["a/", "b"], [entry.name for entry in self.store.entries(1, "")])
+        self.assertLess(len(thousands), 3)
+
     def test_an_added_value_is_marked_on_the_page_with_its_row(self) -> None:
         def add(key: str) -> str:
             answer = self.send(303, "/me/?page=add", action="set", key=key, value="new", etag="")
