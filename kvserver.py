@@ -3369,7 +3369,6 @@ class RequestHandler:
 # Sends changes to URLs. Only a shell adds hooks: users could make the server call hosts in its own network.
 
 HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that its sender sees no error
-NO_ANSWER = f"no answer within {HOOK_SECONDS} seconds"
 HOOK_ANSWER_BYTES_MAX = 4 * 1024
 HOOK_RETRY_SECONDS_MAX = 3600
 HOOK_GRACE_SECONDS = 300  # for so long after a start, nothing is too old: the network may come up late
@@ -3415,7 +3414,7 @@ def deliver(delivery: Delivery) -> Answer:
         if b"\n" in received or len(received) >= HOOK_ANSWER_BYTES_MAX:
             problem = "the answer is not HTTP/1.1"
     except TimeoutError:
-        problem = NO_ANSWER
+        problem = f"no answer within {HOOK_SECONDS} seconds"
     except UnicodeError:
         problem = "this is not a valid host name"
     except HTTPError as error:  # trying again would not help
@@ -3470,7 +3469,8 @@ class Outbox:
         """Send a test and return a sentence about the answer; raise HTTPError if it fails. Nothing is stored."""
         if self.is_stopping:
             raise HTTPError(503, "the server stops; try again", RETRY_AFTER)
-        answer, deadline = Answer(0, NO_ANSWER), time.monotonic() + HOOK_SECONDS + LINGER_SECONDS
+        deadline = time.monotonic() + HOOK_SECONDS + LINGER_SECONDS
+        answer = Answer(0, f"no answer within {HOOK_SECONDS} seconds")
         with contextlib.suppress(TimeoutError):  # a name look-up may take longer
             answer = await self._threads.run(lambda: deliver(delivery), "test", deadline)
         if not 200 <= answer.status < 300:

@@ -1564,6 +1564,10 @@ class Secure(ServerCase):
         self.certificate = kvserver.Certificate(str(folder / "certificate"), str(folder / "key"))
         super().setUp()
 
+    def test_pages_name_an_https_address(self) -> None:
+        body = self.check(200, "GET", "/", user=None, headers={"Accept": "text/html"}).body.decode()
+        self.assertIn(f"<pre>https://localhost:{self.port}/</pre>", body)
+
     def new_connection(self) -> http.client.HTTPSConnection:
         connection = http.client.HTTPSConnection("localhost", self.port, timeout=WAIT_SECONDS, context=self.context)
         self.addCleanup(connection.close)
@@ -3705,12 +3709,12 @@ class Hooks(HookCase):
         self.add_hook("counter", "<3>")
         self.set("a", "1")
         wait_until(lambda: "404" in str(self.store.hooks()))
-        pages = self.check(200, "GET", "/admin/").body.decode()
+        pages = self.check(200, "GET", "/admin/hooks").body.decode()
         for text in ("only when it becomes &quot;&lt;3&gt;&quot;", self.target.origin, "404 Not Found, dropped"):
             self.assertIn(text, pages)
-        self.assertNotIn("There are more", pages)
+        self.assertNotIn("More hooks exist", pages)
         with mock.patch.object(kvserver, "PAGE_ROWS_MAX", 1):
-            self.assertIn("There are more", self.check(200, "GET", "/admin/").body.decode())
+            self.assertIn("More hooks exist", self.check(200, "GET", "/admin/hooks").body.decode())
         dropped = f"hook 1 to {self.target.origin}: dropped deliveries: 1 (404 Not Found)"
         wait_until(lambda: dropped in self.log.text())
         shown = pages + self.check(200, "GET", "/metrics").body.decode() + self.log.text() + str(self.store.hooks())
@@ -5270,6 +5274,45 @@ class Visits(PageCase):
             self.assertTrue(answer.body.startswith(b"Use the api endpoints: /set, /get,"))
             self.check(405, "POST", path, user=None)
 
+    def test_the_root_names_the_address_that_the_browser_uses(self) -> None:
+        local = f"127.0.0.1:{self.port}"
+        for is_trusted, path, sent, expected in (
+            (False, "/", {}, f"http://{local}"),
+            (False, "/iotpersistenceapi/", {"Host": "kv.lan:81"}, "http://kv.lan:81/iotpersistenceapi"),
+            (False, "/", {"Host": "kv.lan", "X-Forwarded-Proto": "https"}, "http://kv.lan"),
+            (True, "/", {"Host": "kv.lan", "X-Forwarded-Proto": "HTTPS"}, "https://kv.lan"),
+            (True, "/", {"Host": "kv.lan", "X-Forwarded-Proto": "ftp"}, "http://kv.lan"),
+            (True, "/", {"Host": "kv.lan"}, "http://kv.lan"),
+            (False, "/", {"Host": "[::1]:8080"}, "http://[::1]:8080"),
+            (False, "/", {"Host": ""}, f"http://HOST:{self.port}"),
+            (False, "/", {"Host": "a';$(rm)&lt;"}, "http://a';$(rm)&lt;"),
+        ):
+            self.server.trusted_proxy = kvserver.parse_networks("127.0.0.0/8") if is_trusted else ()
+            headers = {"Accept": "text/html", **sent}
+            body = self.check(200, "GET", path, user=None, headers=headers).body.decode()
+            address, command = map(html.unescape, re.findall("<pre>(.*?)</pre>", body))
+            self.assertEqual(expected + "/", address)
+            self.assertEqual(["curl", "-u", "NAME", expected + "/set?key=door&value=open"], shlex.split(command))
+            self.assertIn(kvserver.__version__, body)
+            self.assertNotIn("alice", body)
+        for host in ('"><script>', "a b", "a/b", "é"):
+            self.check(
+                400, "GET", "/", user=None, headers={"Accept": "text/html", "Host": host.encode().decode("latin1")}
+            )
+
+    def test_a_page_tells_of_a_change_only_after_one(self) -> None:
+        now = int(time.time())
+        paths = ["/", "/me/", "/me/value?key=a", "/me/tokens", "/me/password", "/admin/", "/admin/user?username=bob"]
+        paths += [f"/me/tokens?done={done}" for done in (now - kvserver.DONE_SECONDS - 1, now + 60, 0)]
+        self.store.set_value(1, "a", "1")
+        for path in (*paths, "/admin/hooks", "/admin/delete?username=bob"):
+            self.assertNotIn("The change is made.", self.page(path).text)
+        form = urllib.parse.urlencode({"action": "setpassword", "username": "bob", "password": PASSWORDS["bob"]})
+        target = self.send(303, "/admin/", form=form).headers["location"]
+        self.assertEqual(1, self.page("/admin/" + target).text.count("The change is made."))
+        self.assertNotIn("The change is made.", Page(self.send(400, "/admin/" + "?action=zzz", done="1")).text)
+        self.see(400, "/me/tokens?done=x")
+
     def test_pages_have_a_realm_of_their_own(self) -> None:
         for path, realm in (
             *((path, "kvserver pages") for path in ("/admin/", "/admin/user?username=bob", "/me/value?key=a")),
@@ -5578,6 +5621,90 @@ class UserPages(PageCase):
                 self.send(status, "/admin/", "bob", form)
             late.assert_called_once()
             self.assertNotIn("x", self.names())
+
+
+class HookPages(HookCase, PageCase):
+    def test_all_hooks_are_listed_without_their_urls(self) -> None:
+        add = functools.partial(self.store.add_hook, "bob")
+        add("hall/*", "on", "phone", "https://maker.example", "https://maker.example/SECRET", "POST", "", None)
+        self.add_hook("door")
+        self.set("door", "open")
+        self.assert_told(("door", "open", None))
+        answer = self.see(200, "/admin/hooks")
+        rows = [["1 phone", "https://maker.example", "bob", "hall/*", 'only when it becomes "on"', "0", "not tried"]]
+        rows += [["2", self.target.origin, "alice", "door", "", "0", "200 OK"]]
+        texts = re.findall(r"<tr role=\"row\">(.*?)(?=<tr|</table)", answer.body.decode(), re.DOTALL)[1:]
+        cells = [re.split("<td[^>]*>|<br>", text)[1:] for text in texts]
+        shown = [[html.unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in row] for row in cells]
+        self.assertEqual(rows, [row[:7] for row in shown])
+        self.assertEqual(["never", "now"], [row[7] for row in shown])
+        self.assertNotIn(b"SECRET", answer.body)
+        self.assertNotIn("More hooks", Page(answer).text)
+        for number in range(kvserver.PAGE_ROWS_MAX - 2):
+            add(str(number), None, "", "http://h", "http://h/", "POST", "", None)
+        self.assertNotIn("More hooks", self.page("/admin/hooks").text)
+        add("last", None, "", "http://h", "http://h/", "POST", "", None)
+        page = self.page("/admin/hooks")
+        self.assertEqual((kvserver.PAGE_ROWS_MAX + 1, True), (len(page.rows), "More hooks exist" in page.text))
+
+    def test_the_command_that_adds_a_hook_is_ready_to_copy(self) -> None:
+        def command() -> list[str]:
+            (text,) = re.findall("<pre>(.*?)</pre>", self.see(200, "/admin/hooks").body.decode())
+            return shlex.split(html.unescape(text))
+
+        words = command()
+        self.assertEqual([sys.executable, os.path.abspath(kvserver.__file__)], words[:2])
+        self.assertEqual(["addhook", "USER", "KEY", "URL"], words[-4:])
+        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+            self.assertEqual(0, kvserver.main([*words[2:-3], "bob", "a key", "http://h/"]))
+        self.assertEqual([("bob", "a key")], [(hook.user_name, hook.pattern) for hook in self.store.hooks()])
+        os.symlink(self.database, os.path.join(self.folder, "kvserver.db"))
+        self.patch("__file__", os.path.join(self.folder, "kv server.py"))
+        self.assertEqual([sys.executable, kvserver.__file__, "addhook", "USER", "KEY", "URL"], command())
+
+    def test_a_test_is_sent_at_once_and_not_stored(self) -> None:
+        self.add_hook("door")
+        for path in ("/admin/", "/admin"):
+            page = Page(self.send(200, path, action="testhook", id="1"))
+            self.assertIn("Hook 1 answered 200 OK.", page.text)
+            self.assertNotIn("The change is made.", page.text)
+        self.assertEqual([("door", "test", None)] * 2, self.target.changes())
+        self.assertEqual([(None, 0)], [(hook.result, hook.pending) for hook in self.store.hooks()])
+        self.target.behave = lambda connection, number: connection.sendall(b"HTTP/1.1 404 Nothing\r\n\r\n")
+        page = Page(self.send(502, "/admin/", action="testhook", id="1"))
+        self.assertIn("hook 1: 404 Not Found; check the URL and the program there", page.text)
+        self.assertTrue(page.text.startswith("Hooks - kvserver"))
+        self.target.close()
+        message = b"hook 1: Connection refused; check the URL and the program there"
+        answer = self.check(502, "POST", "/admin", "action=testhook&id=1", kvserver.FORM)
+        self.assertEqual(message, answer.body)
+        self.check(403, "POST", "/admin", "action=testhook&id=1", kvserver.FORM, "bob")
+
+    def test_a_test_that_hangs_ends_and_holds_up_nobody(self) -> None:
+        self.add_hook("door")
+        self.store.set_admin("bob", True)
+        with held(kvserver, "deliver") as (delivering, release):
+            calls = in_threads(lambda: self.send(403, "/admin/", action="testhook", id="1"), [()])
+            self.assertTrue(delivering.acquire(timeout=WAIT_SECONDS))
+            self.set("a", "1")
+            self.store.set_admin("alice", False)
+            self.patch("HOOK_SECONDS", 0.01)
+            self.patch("LINGER_SECONDS", 0)
+            page = Page(self.send(502, "/admin/", "bob", action="testhook", id="1"))
+            self.assertIn("hook 1: no answer within", page.text)
+            release.set()
+            join(calls)
+        self.server.outbox.is_stopping = True
+        self.send(503, "/admin/", "bob", action="testhook", id="1")
+
+    def test_a_hook_is_deleted_with_its_deliveries(self) -> None:
+        for path, location in (("/admin/", "hooks?done=NOW"), ("/admin", "admin/")):
+            number = self.add_hook("door")
+            self.send(303, path, location=location, action="delhook", id=number)
+            self.send(404, path, action="delhook", id=number)
+        self.assertEqual([], self.store.hooks())
+        self.set("door", "1")
+        self.assertEqual(0, self.store.sizes()[2])
 
 
 class OwnPages(PageCase):
@@ -6067,32 +6194,47 @@ class Browser(PageCase):
     def test_an_admin_adds_a_user_who_logs_in_and_is_deleted(self) -> None:
         browser = self.browser
         self.open("/iotpersistenceapi/admin", "alice")
+        browser.click("summary")
         browser.type("[name=username]", "carol")
         browser.type("[name=password]", "carol's password")
-        browser.follow("form button")
+        browser.follow("details[open] button")
         self.assertEqual(["alice", "bob", "carol"], self.names())
         self.enterContext(mock.patch.dict(PASSWORDS, carol="carol's password"))
         self.open("/iotpersistenceapi/me/", "carol", "localhost")
+        browser.click("summary.main")
         browser.type("[name=key]", "door/1 é")
         browser.type("textarea", "open\nwide")
-        browser.follow("form[method=post] button")
+        browser.follow("form:has(textarea) button")
         self.assertEqual({"door/1 é": "open\nwide"}, self.pairs("carol"))
         browser.follow("tbody a")
+        browser.run("for (const fold of document.querySelectorAll('details')) fold.open = true")
         browser.type("textarea", "shut")
-        browser.follow("form button")
+        browser.follow("form:has(textarea) button")
         self.assertEqual({"door/1 é": "shut"}, self.pairs("carol"))
-        self.assertEqual("The change is made.", browser.text("#done"))
-        browser.click("summary")
-        browser.follow("details button")
+        self.assertEqual("The change is made.", browser.text("[role=status]"))
+        browser.click("summary.bad")
+        browser.follow("details[open] button.bad")
         self.assertEqual({}, self.pairs("carol"))
         self.open("/iotpersistenceapi/admin/")
         browser.follow("[href='user?username=carol']")
-        browser.click("details + details summary")
-        browser.follow("details + details button")
+        browser.follow("a.bad")
+        browser.follow("button.bad")
         self.assertEqual(["alice", "bob"], self.names())
-        self.assertTrue(browser.get("/url").endswith("/iotpersistenceapi/admin/#done"))
-        self.assertEqual("The change is made.", browser.text("#done"))
+        self.assertRegex(browser.get("/url"), r"/iotpersistenceapi/admin/\?done=\d+\Z")
+        self.assertEqual("The change is made.", browser.text("[role=status]"))
         self.assert_quiet()
+
+    def test_a_token_is_added_once_even_if_its_page_is_loaded_again(self) -> None:
+        browser = self.browser
+        self.open("/me/tokens", "alice")
+        browser.click("summary.main")
+        browser.type("[name=label]", "hall")
+        browser.follow("details[open] button")
+        token = browser.text("pre")
+        browser.command("Page.reload")
+        wait_until(lambda: browser.get("/url").endswith("/me/") and token not in browser.text())
+        self.assertIn("a token was added since this form was opened", browser.text("[role=alert]"))
+        self.assertEqual(["hall"], [each.label for each in self.store.tokens("alice")])
 
     def test_a_form_saved_unchanged_leaves_the_value_unchanged(self) -> None:
         for key, value in (
@@ -7462,7 +7604,7 @@ class HookCommands(CommandCase):
             self.assertEqual(("a/* SECRET", "test"), (received.headers["title"], received.headers["x"]))
             self.assertRegex(received.data, body)
         with self.serving_here() as (port, _, _):
-            shown = self.request(port, "/admin/")[1].decode() + "".join(self.hooks())
+            shown = self.request(port, "/admin/hooks")[1].decode() + "".join(self.hooks())
         self.assertIn(self.target.origin, shown)
         self.assertNotIn("SECRET", shown)
 
