@@ -22,9 +22,8 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /metrics                 counters for admins, in Prometheus' text format
     GET /me/, /admin/            pages for browsers: a user's values, tokens and password; users, for admins
 
-/set, /del, /incr and /toggle also take POST; /set and /del also PUT; the others but /events HEAD. Parameters may be in
-the query, a form or a JSON object. The body of /set?key=K may be the value. All paths also exist below
-/iotpersistenceapi, or below --base-path.
+ROUTES has all methods and parameters. Parameters may be in the query, a form or a JSON object; the body of /set?key=K
+may be the value. All paths also exist below /iotpersistenceapi, or below --base-path.
 
 Lines like "# ---- Storage ----" divide the file into rooms. Each uses only the rooms above it.
 """
@@ -3327,8 +3326,7 @@ class RequestHandler:
                         resume = server.pages_until
                     if not events and now >= active + SILENT_SECONDS:
                         events = [b"3\r\n:\n\n\r\n"]  # a comment
-                    parts = [memoryview(each)[0 if is_chunked else each.index(b"\n") + 1 :] for each in events]
-                    parts = parts if is_chunked else [part[:-2] for part in parts]
+                    parts = [memoryview(e) if is_chunked else memoryview(e)[e.index(b"\n") + 1 : -2] for e in events]
                     unsent = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
                     active = now if events else active
                 with contextlib.suppress(BlockingIOError):
@@ -4529,8 +4527,8 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
     """Add the parsed arguments to a namespace. Wrong usage exits with 2, and names a likely command or flag."""
     words = list(itertools.takewhile("--".__ne__, argv))
     begin = 2 if words[:1] == ["--db"] else 1 if "".join(words[:1]).startswith("--db=") else 0
-    before, name = words[:begin], "".join(words[begin : begin + 1])
-    parser, commands = build_parser(arguments.program, name)
+    name = "".join(words[begin : begin + 1])
+    parser, commands = build_parser(" ".join([arguments.program, *map(shlex.quote, words[:begin])]), name)
     level, kind = commands.get(name, parser), "flag"
     given = [flag[0] for flag in map(re.compile("--?[A-Za-z][A-Za-z0-9_-]*(?==|$)").match, words[begin:]) if flag]
     known = ["--help", *re.findall("--?[a-z][a-z-]*", level.format_usage())]
@@ -4540,14 +4538,13 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
         import difflib
 
         likely = [*(word for word in known if word.startswith(wrong)), *difflib.get_close_matches(wrong.lower(), known)]
-        start = level.prog if level is not parser else " ".join([parser.prog, *map(shlex.quote, before)])
-        hint = f"did you mean {start} {likely[0]}?" if likely else f"list all with: {start} --help"
+        hint = f"did you mean {level.prog} {likely[0]}?" if likely else f"list all with: {level.prog} --help"
         raise UsageError(f"there is no {kind} {cut_off(wrong, 40)}; {hint}")
     if parser.parse_known_args(argv, arguments)[1]:
         level.error("too many arguments; one that contains spaces or * needs quotes")
     if level is parser:
         parser.print_help(sys.stderr)
-        parser.exit(2, f"\nTo begin: {parser.prog} {shlex.join([*argv, 'serve'])}\n")
+        parser.exit(2, f"\nTo begin: {parser.prog} serve\n")
 
 
 def run_command(arguments: argparse.Namespace) -> None:

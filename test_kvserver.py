@@ -8086,7 +8086,7 @@ class Serving(CommandCase):
         kvserver = "python kvserver.py"
         code, _, errors = self.run_program("--db", "x.db")
         self.assertEqual(2, code)
-        self.assertEqual(self.succeed("--help") + f"\nTo begin: {kvserver} --db x.db serve\n", errors)
+        self.assertEqual(self.succeed("--db", "x.db", "--help") + f"\nTo begin: {kvserver} --db x.db serve\n", errors)
         for line, mistake in (
             ("usrs", f"command usrs; did you mean {kvserver} users?"),
             ("--db x.db deltokn alice 1", f"command deltokn; did you mean {kvserver} --db x.db deltoken?"),
