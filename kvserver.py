@@ -325,7 +325,7 @@ PAIR_AS_JSON = """json_object('key', key, 'value', value,
 REPLACE = """ON CONFLICT (user_id, key)
     DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
 SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?) {REPLACE}"
-# The beginning of the value as a blob: SQLite's substr of a text ends at a NUL. The key is compared before long values.
+# A folder's next pair, with the beginning of its value: as a blob, because SQLite's substr of a text ends at a NUL.
 SELECT_ENTRY = f"""SELECT key, ifnull(substr(CAST(value AS BLOB), 1, ?), x''), updated, expires FROM pair
     WHERE user_id = ? AND key BETWEEN ? AND ? AND instr(lower(key), lower(?)) AND {NOT_EXPIRED} ORDER BY key LIMIT 1"""
 USER_ROW = "user.id, name, password_hash, is_admin"
