@@ -2464,10 +2464,7 @@ def make_visible(text: str) -> str:
 
 
 def make_page(request: Request, title: str, content: str, tab: str = "", up: str = "../", note: str = "") -> Response:
-    """Return a page with the bar, and with the reason of a refusal if the content lacks it.
-
-    up leads to the root; the note follows "The change is made."
-    """
+    """Return a page, with a refusal's reason if the content lacks it. up leads to the root; the note names a change."""
     user, refusal, nav, message = request.user, request.refusal, "", ""
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
         here = {tab: Markup(' aria-current="page"')}
@@ -2644,23 +2641,18 @@ def values_page(store: Store, request: Request) -> Response:
     folder, search, after, refresh, added, _ = (request.parameters.get(name, "") for name in LIST_FIELDS)
     table, url = make_values(store, request, request.user.id, "./", "value"), url_to("./", folder=folder)
     around = folder[: folder[:-1].rfind("/") + 1]
+    path, title = make_path(around) if folder else "", make_visible(folder[len(around) :]) or "Values"
+    live = make_live(request, url_to(url, search=search, after=after))
     forms = [fill('<span class="soft">This page reloads every {} s.</span>', REFRESH_SECONDS)]
     if not refresh:  # a reload would lose typed text
         key = request.parameters.get("key", folder)
         form = make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="")
         forms = [fold("Add", form), fill(SEARCH, folder=folder, search=search)]
-    page = fill(
-        VALUES_PAGE,
-        path=make_path(around) if folder else "",
-        title=make_visible(folder[len(around) :]) or "Values",
-        forms=forms,
-        live=make_live(request, url_to(url, search=search, after=after)),
-        found=fill(FOUND, make_visible(search), url) if search else "",
-        table=table,
-    )
+    found = fill(FOUND, make_visible(search), url) if search else ""
+    page = fill(VALUES_PAGE, path=path, title=title, forms=forms, live=live, found=found, table=table)
     link = fill(LINK, url_to("value", key=added), make_visible(added))
     note = fill(" The key {} is stored.", link) if 'class="mark"' in table else ""
-    return make_page(request, make_visible(folder) or "Values", page, "me/", note=note)
+    return make_page(request, title, page, "me/", note=note)
 
 
 def value_page(store: Store, request: Request) -> Response:
