@@ -1314,14 +1314,15 @@ def unique_names(pairs: Iterable[tuple[str, Any]], in_value: bool = False) -> di
     return by_name
 
 
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON text; raise ValueError, or HTTPError for repeated names."""
+def parse_json(text: str, unique: bool = True) -> Any:
+    """Return the value of a JSON text; raise ValueError, or if names must be unique, HTTPError for repeated ones."""
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX:  # deep nesting ends the process on CPython 3.12 and 3.13
         brackets = re.sub(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', "", text)
         if max(itertools.accumulate(1 if each in "[{" else -1 for each in brackets), default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
+    make_object = functools.partial(unique_names, in_value=True) if unique else None
     # A byte order mark is not JSON, but may be ignored (RFC 8259 section 8.1). PowerShell sends one.
-    return json.loads(text.lstrip("\ufeff"), object_pairs_hook=functools.partial(unique_names, in_value=True))
+    return json.loads(text.lstrip("\ufeff"), object_pairs_hook=make_object)
 
 
 def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iterable[tuple[str, str]]:
@@ -2181,7 +2182,7 @@ def toggle(store: Store, request: Request) -> Response:
         raise HTTPError(400, "the parameter values is two different words with a comma between, such as on,off")
     pair = store.pair(request.user.id, request.parameters["key"])
     if pair and pair.value not in [word.encode("utf-8") for word in words]:
-        raise HTTPError(409, "the stored value is neither word; set one first, or send other words as values=A,B")
+        raise HTTPError(409, "the stored value is neither word; set one first, or use /toggle with values=A,B")
     word = check_value(words[1] if pair and pair.value == words[0].encode("utf-8") else words[0])
     store.set_value(request.user.id, request.parameters["key"], word, pair.expires if pair else None, ttl)
     return Response(word.encode("utf-8"))
@@ -2268,6 +2269,10 @@ PAGE_ROWS_MAX = 100
 REFRESH_SECONDS = 10
 DONE_SECONDS = 30  # that a page tells of a change
 FORM_BYTES_MAX = BODY_BYTES_MAX - 4096  # of an edited value, with room for the other fields
+VALUE_READ_CHARACTERS_MAX = 20_000  # on its page; a longer one is cut off, or not indented
+CHANGES_SHOWN_MAX = 50
+SWITCHES = (("on", "off"), ("open", "closed"), ("true", "false"))
+JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{},:]|[^][{},:"\s]+')
 USER_FIELDS = ("action", "username", "password", "isAdmin", "id")
 OWN_FIELDS = (
     *("action", "key", "value", "ttl", "never", "by", "etag", "page", "current", "password"),
@@ -2323,7 +2328,7 @@ summary::-webkit-details-marker{display:none}
 button:hover,.button:hover,summary:hover{filter:brightness(.93)}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 
-form,table,pre,.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem}
+form,table,pre,.card,.value{background:var(--card);border:1px solid var(--line);border-radius:.5rem}
 form,.card{max-width:30rem;padding:1rem}
 .bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:.5rem 0}
 .bar>*{margin:0}
@@ -2344,6 +2349,14 @@ pre{padding:.75rem 1rem;white-space:pre-wrap}
 [role=alert]{color:#fff;background:var(--bad)}
 [role=status]{background:var(--good)}
 [role=alert]::first-letter{text-transform:uppercase}
+.copy{user-select:all}
+.history,figure.card{max-width:28rem}
+figure.card{padding:.5rem}
+svg{display:block;fill:none;stroke:var(--edge)}
+text{fill:var(--soft);stroke:none;font-size:12px}
+.end{text-anchor:end}
+.last{fill:var(--ink);font-weight:600}
+.line{stroke:var(--link);stroke-width:2}
 
 table{width:100%;border-collapse:separate;border-spacing:0}
 th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
@@ -2356,7 +2369,8 @@ td{min-width:4.5rem}
 .values{table-layout:fixed}
 .values th:first-child{width:35%}
 .values th:nth-child(n+3){width:7rem}
-.path a{display:inline-block;min-width:1.5rem;padding:.25rem .25rem .25rem 0}
+.path a{display:inline-block;min-width:1.5rem;padding:.25rem 0}
+.path a+a::before{content:"›";display:inline-block;padding:0 .5rem 0 .25rem;color:var(--soft)}
 .path+h1{margin-top:.25rem}
 .folder::before{content:"";display:inline-block;width:1rem;height:.75rem;margin-right:.5rem;background:currentColor;
 clip-path:polygon(0 0,40% 0,50% 20%,100% 20%,100% 100%,0 100%)}
@@ -2378,6 +2392,8 @@ td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-
 .tokens td:nth-child(4)::before{content:"last used "}
 .hooks td:nth-child(4)::before{content:"pending: "}
 td:empty{display:none}
+.history tr{display:flex;justify-content:space-between;gap:1rem}
+.history td:first-child{color:var(--soft);font-weight:400}
 }
 """)
 DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
@@ -2412,9 +2428,29 @@ SEARCH = """<form role="search" autocapitalize="none" autocomplete="off" spellch
 <button>Search</button></form>"""
 FOUND = '<p>Keys that contain <strong>{}</strong>. <a href="{}">Show all</a></p>'
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
-EDIT_VALUE = """<input type="hidden" name="etag" value="{etag}"><label>Value<textarea name="value" rows="{rows}">
-{value}</textarea></label><button class="main">Save</button>"""
-ADD_VALUE = '<label>Key<input name="key" value="{key}" required></label>' + EDIT_VALUE
+VALUE_FIELDS = """<input type="hidden" name="etag" value="{etag}"><label>Value<textarea name="value" rows="{rows}">
+{value}</textarea></label>"""
+SAVE = '<button class="main">Save</button>'
+ADD_VALUE = '<label>Key<input name="key" value="{key}" required></label>' + VALUE_FIELDS + SAVE
+EDIT_VALUE = f"""{VALUE_FIELDS}
+<label>Expires after<small> seconds; empty leaves it as it is</small><input name="ttl" value="{{ttl}}"></label>
+<label><input type="checkbox" name="never" value="1" {{never}}> It never expires</label>{SAVE}"""
+VALUE_PAGE = """{path}<h1>{key}</h1>{value}{times}<div class="bar">{buttons}</div>{history}{access}"""
+SWITCH = '<input type="hidden" name="etag" value="{}"><button class="main">Switch to {}</button>'
+STEPS = """<button class="main" name="by" value="-1">−1</button>
+<button class="main" name="by" value="1">+1</button>"""
+CHART = """<figure class="card">
+<svg viewBox="0 0 320 150" role="img" aria-label="A chart of all numbers since {first}. {summary}">
+<path d="M{left} {top}H{right}M{left} 120H{right}"/><path class="line" d="{line}"/>
+<circle class="line" cx="{end}" cy="{y}" r="3"/><text class="last" x="{right}" y="{y}" dx="8" dy="4">{last}</text>
+<text class="end" x="{left}" y="{top}" dx="-6" dy="4">{high}</text><text x="{left}" y="145">{first}</text>
+<text class="end" x="{left}" y="120" dx="-6" dy="4">{low}</text><text class="end" x="{right}" y="145">now</text></svg>
+<figcaption class="soft">{summary}</figcaption></figure>"""
+ACCESS = """<h2>How to reach it</h2>
+<p>Read it; curl asks for the password:</p><pre class="copy">curl -u {user} {get}</pre>
+<p>Change it:</p><pre class="copy">curl -u {user} --data-urlencode {value} {set}</pre>
+<p>Wait a minute for another value:</p><pre class="copy">curl -u {user} {wait}</pre>
+<p>Its URL:</p><pre class="copy">{url}</pre>"""
 TOKENS_PAGE = """<h1>Tokens</h1><p>A device that logs in with a token does not need your password.
 If it gets lost, delete its token here.</p>{add}{tokens}"""
 ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>
@@ -2534,6 +2570,11 @@ def make_time(seconds: float | None, ago: str = "") -> str:
     return fill('<time datetime="{0}" title="{0}">{1}</time>', utc_second(seconds), words)
 
 
+def make_short(value: str) -> str:
+    start = make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1])
+    return cut_off(start, VALUE_SHOWN_CHARACTERS_MAX) or fill('<span class="soft">empty</span>')
+
+
 def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object]], marked: int = -1) -> Markup:
     """Return a table, with roles that remain when the style makes cards of its rows on a narrow screen."""
     if not rows:
@@ -2624,9 +2665,7 @@ def make_values(store: Store, request: Request, user_id: int, url: str, value_ur
             rows.append((fill('<a class="folder" href="{}">{}</a>', url_to(url, folder=name), shown), "", "", ""))
             continue
         key = fill(LINK, url_to(value_url, key=name), shown) if value_url else shown
-        text = cut_off(make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1]), VALUE_SHOWN_CHARACTERS_MAX)
-        times = make_time(updated), make_time(expires) if expires else ""
-        rows.append((key, text or fill('<span class="soft">empty</span>'), *times))
+        rows.append((key, make_short(value), make_time(updated), make_time(expires) if expires else ""))
     path = make_path(folder, url) if folder and not value_url else ""
     marked = names.index(added) if added in names else -1
     table = make_table("values", ("Name", "Value", "Changed", "Expires"), rows, marked)
@@ -2655,26 +2694,139 @@ def values_page(store: Store, request: Request) -> Response:
     return make_page(request, title, page, "me/", note=note)
 
 
+def indent_json(text: str) -> str:
+    """Return JSON with a line for each item, its digits and repeated names kept; return other text as it is."""
+    try:
+        parse_json(text, unique=False)
+    except ValueError:
+        return text
+    parts, indent, last = list[str](), "\n", ","
+    for token in JSON_TOKEN.findall(text):
+        is_end = token in "]}"
+        indent = indent[:-2] if is_end else indent
+        parts.append(indent if last == "," or is_end != (last in "[{") else "")
+        parts.append(token + " " * (token == ":"))
+        indent, last = indent + "  " * (token in "[{"), token
+    return "".join(parts).strip()
+
+
+def make_reading(value: str) -> Markup:
+    """Return a value to read: large if it is short, and indented if it is JSON."""
+    is_json, size = value.lstrip().startswith(("{", "[")), len(value)
+    if size <= 24 and not is_json and "\n" not in value:
+        return fill('<p class="value big">{}</p>', make_visible(value) or fill('<span class="soft">empty</span>'))
+    shown = indent_json(value) if is_json and size <= VALUE_READ_CHARACTERS_MAX else value
+    shown = shown[:VALUE_READ_CHARACTERS_MAX].translate({**VISIBLE, 10: "\n", 9: "\t"})
+    note = f"It has {size} characters; this is the beginning." if size > VALUE_READ_CHARACTERS_MAX else ""
+    return fill('<pre class="value">\n{}</pre><p class="soft">{}</p>', shown, note)
+
+
+def make_moment(seconds: float) -> Markup:
+    local = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+    return fill("{} ({})", make_time(seconds, " ago"), local)
+
+
+def make_buttons(request: Request, key: str, value: str, pair: Pair | None) -> list[Markup]:
+    """Return the buttons that fit a value, and those that edit and delete it."""
+    etag, url, buttons = pair.etag if pair else "", url_to("./", key=key, page="value"), list[Markup]()
+    for words in SWITCHES:
+        if value in words:  # the etag makes sure that the button does what it says
+            fields = fill(SWITCH, etag, words[1 - words.index(value)])
+            buttons.append(fill(FORM_HTML, url=url, alert="", action="toggle", fields=fields))
+    if NUMBER.fullmatch(value):
+        buttons.append(fill(FORM_HTML, url=url, alert="", action="incr", fields=fill(STEPS)))
+    if "refresh" not in request.parameters:  # a reload would lose the typed text
+        encoded = urllib.parse.quote(value.replace("\n", "\r\n").replace("~", "!"), safe=" *")  # as browsers do
+        edit = fill('<p class="soft">Edit this value with /set: a form cannot send it unchanged.</p>')
+        if len(encoded) <= FORM_BYTES_MAX and "\0" not in value and "\r" not in value:
+            text, rows = request.parameters.get("value", value), min(20, value.count("\n") + len(value) // 50 + 2)
+            form = make_form(request, "set", EDIT_VALUE, url, value=text, rows=rows, etag=etag)
+            edit = fold("Edit" if pair else "Add", form, "" if buttons else "main")
+        buttons += [edit, make_question("Delete", "this value", "del", url)] if pair else [edit]
+    return [*buttons, make_live(request, url_to("value", key=key))] if pair else buttons
+
+
+def make_chart(changes: Sequence[tuple[float, str | None, bool]]) -> Markup:
+    """Return a chart of the numbers among changes (oldest first), or nothing if there are fewer than two."""
+    numbers = [float(value) if value and NUMBER.fullmatch(value) else None for _, value, _ in changes]
+    known, times = [number for number in numbers if number is not None], [moment for moment, *_ in changes]
+    if len(known) < 2:
+        return fill("")
+    least, most, begin, now = min(known), max(known), min(times), max(time.time(), *times)
+    low, high, last = (f"{number:.10g}" for number in (least, most, known[-1]))
+    left, right = 12 + 7 * max(len(low), len(high)), 304 - 7 * len(last)  # a digit takes about 7
+
+    def x(moment: float) -> float:
+        return round(left + (moment - begin) / (now - begin or 1) * (right - left), 1)
+
+    def y(number: float) -> float:
+        return round(120 - (number - least) / (most - least or 1) * 110, 1)
+
+    line, end, before = "", 0.0, None
+    for moment, number in [*zip(times, numbers), (now, None)]:  # a value holds until the next change
+        if before is not None:
+            line, end = f"{line}H{x(moment)}", x(moment)
+        if number is not None:
+            line += f"M{x(moment)} {y(number)}" if before is None else f"V{y(number)}"
+        before = number
+    first = time.strftime("%Y-%m-%d %H:%M", time.localtime(begin))
+    summary = f"Minimum {low}, maximum {high}, last {last}."
+    place = {"left": left, "right": right, "top": y(most), "end": end, "y": y(known[-1]), "line": line}
+    return fill(CHART, first=first, summary=summary, low=low, high=high, last=last, **place)
+
+
+def make_history(store: Store, user_id: int, key: str) -> Markup:
+    changes = list(store.history(user_id, key, 0, CHANGES_SHOWN_MAX)) if store.history_rows_max() else []
+    rows = [
+        (make_time(moment), fill('<span class="soft">deleted</span>') if value is None else make_short(value))
+        for moment, value, _ in changes
+    ]
+    table = make_table("history", ("Time", "Value"), rows)
+    if len(rows) > 10:
+        table = fold(f"The last {len(rows)} changes", table, "")
+    return fill("<h2>History</h2>{}{}", make_chart(changes[::-1]), table) if changes else fill("")
+
+
+def make_access(request: Request, key: str, value: str, etag: str) -> Markup:
+    """Return commands for a shell, and the URL. A short value is part of them, so that a paste changes nothing."""
+    url, name = server_url(request), urllib.parse.quote(key, safe="")
+    get, text = f"{url}/get?key={name}", "VALUE"
+    wait = ["-H", f"If-None-Match: {etag}", f"{get}&wait=60"]
+    if len(value) <= VALUE_SHOWN_CHARACTERS_MAX and value.isprintable():
+        text, wait = value, [f"{get}&wait=60&unless={urllib.parse.quote(value, safe='')}"]
+    words = {"user": request.user.name, "get": get, "value": f"value={text}", "set": f"{url}/set?key={name}"}
+    return fill(ACCESS, url=get, wait=shlex.join(wait), **{name: shlex.quote(word) for name, word in words.items()})
+
+
 def value_page(store: Store, request: Request) -> Response:
-    """Show one pair, with forms to edit and delete it; the typed text stays even if the pair is gone."""
-    key = request.parameters.get("key", "")
+    """Show one pair, with forms to change it; the typed text stays even if the pair is gone."""
+    key, refusal = request.parameters.get("key", ""), request.refusal
     pair = store.pair(request.user.id, key)
-    if pair is None and not request.refusal:
-        raise HTTPError(404, UNKNOWN_KEY)
-    if pair is None and request.parameters.get("page") != "value":
+    if pair is None and refusal and request.parameters.get("page") != "value":
         return values_page(store, request)
-    stored, etag, url = pair.value if pair else b"", pair.etag if pair else "", url_to("./", key=key, page="value")
-    changed = fill("<p>Changed {}, expires {}.</p>", make_time(pair.updated), make_time(pair.expires)) if pair else ""
-    value, form = stored.decode("utf-8"), fill("<p>Edit this value with /set: a form cannot send it unchanged.</p>")
-    encoded = urllib.parse.quote(stored.replace(b"\n", b"\r\n").replace(b"~", b"!"), safe=" *")  # as browsers do
-    is_editable = len(encoded) <= FORM_BYTES_MAX and b"\0" not in stored and b"\r" not in stored
-    if is_editable:
-        text, rows = request.parameters.get("value", value), min(20, value.count("\n") + 2)
-        form = make_form(request, "set", EDIT_VALUE, url, value=text, rows=rows, etag=etag)
-    is_shown = pair and (request.refusal or not is_editable)
-    now = fill("<p>Stored now:</p><pre>\n{}</pre>", value.translate({**VISIBLE, 10: "\n", 9: "\t"})) if is_shown else ""
-    delete = make_question("Delete", "this value", "del", url) if pair else ""
-    page = fill("<h1>{}</h1>{}{}{}{}", make_visible(key), changed, form, now, delete)
+    if pair is None and not refusal:
+        request.refusal = HTTPError(404, "there is no such key; add it here, or go back to its folder")
+        if not request.wants_html():
+            raise HTTPError(404, UNKNOWN_KEY)
+    value, etag = (pair.value.decode("utf-8"), pair.etag) if pair else ("", "")
+    if refusal and refusal.status == 409 and request.parameters.get("etag", etag) != etag:
+        now = (
+            fill("changed to <em>{}</em> {}", make_short(value), make_time(pair.updated, " ago")) if pair else "deleted"
+        )
+        again = "save again to overwrite it" if is_refused(request, "set") else "switch it again if you still want to"
+        request.refusal = HTTPError(409, fill("The value was {}; {}", now, again))
+    changed = fill("Changed {}. ", make_moment(pair.updated)) if pair else ""
+    expires = fill("Expires {}.", make_moment(pair.expires)) if pair and pair.expires is not None else ""
+    page = fill(
+        VALUE_PAGE,
+        path=make_path(key[: key.rfind("/") + 1]),
+        key=make_visible(key),
+        value=make_reading(value) if pair else "",
+        times=fill('<p class="soft">{}{}</p>', changed, expires),
+        buttons=make_buttons(request, key, value, pair),
+        history=make_history(store, request.user.id, key),
+        access=make_access(request, key, value, etag) if pair else "",
+    )
     return make_page(request, make_visible(key), page, "me/")
 
 
@@ -2827,22 +2979,42 @@ def change_user(store: Store, request: Request) -> Response:
     return redirect(303, "admin/") if request.path.endswith("/admin") else redirect_done(url)
 
 
-def change_own(store: Store, request: Request) -> Response:
-    user, parameters, page = request.user, request.parameters, request.parameters.get("page", "")
-    pages = {"set": value_page, "addtoken": tokens_page, "deltoken": tokens_page, "passwd": password_page}
-    form_page = pages.get(parameters.get("action", ""), values_page)
-    action = take_action(store, request, form_page, "set", "del", "passwd", "addtoken", "deltoken")
-    if action == "set":
-        key = require_key(required(parameters, "key"))
-        pair = store.pair(user.id, key)
-        etag = pair.etag if pair else ""  # an empty one means that the form has seen no value
+def change_value(store: Store, request: Request, action: str) -> Response:
+    """Set, increment or toggle a value, unless the form shows another one."""
+    user, parameters = request.user, request.parameters
+    key = require_key(required(parameters, "key"))
+    pair, on_value_page = store.pair(user.id, key), parameters.get("page") in ("value", "state")
+    etag = pair.etag if pair else ""  # an empty one means that the form has seen no value
+    if parameters.get("etag", etag) != etag:
+        raise HTTPError(409, "the key has another value now, or none; save again to store this one all the same")
+    if not parameters.get("ttl"):
+        parameters.pop("ttl", None)  # an empty field of a form
+    if action == "incr":
+        increment(store, request)
+    elif action == "toggle":
+        stored = pair.value.decode("utf-8") if pair else ""
+        words = next((words for words in SWITCHES if stored in words), SWITCHES[0])
+        request.parameters = {**parameters, "values": ",".join(words)}
+        toggle(store, request)
+    else:
         value = required(parameters, "value").replace("\r\n", "\n").replace("\r", "\n")  # browsers send CR LF
-        if parameters.get("etag", etag) != etag:
-            raise HTTPError(409, "the key has another value now, or none; save again to store this one all the same")
-        store.set_value(user.id, key, check_value(value), pair.expires if pair and page == "value" else None)
-        if page == "value":
-            return redirect_done("value", key=key)
-        return redirect_done("./", folder=key[: key.rfind("/") + 1], added=key)
+        ttl, is_endless = take_ttl(parameters), is_on(parameters, "never")
+        if ttl and is_endless:
+            raise HTTPError(400, "the parameters ttl and never exclude each other; leave one out")
+        expires = pair.expires if pair and on_value_page and not is_endless else None
+        store.set_value(user.id, key, check_value(value), expires, ttl)
+    if on_value_page or action != "set":
+        return redirect_done("value", key=key)
+    return redirect_done("./", folder=key[: key.rfind("/") + 1], added=key)
+
+
+def change_own(store: Store, request: Request) -> Response:
+    user, parameters = request.user, request.parameters
+    pages = {"addtoken": tokens_page, "deltoken": tokens_page, "passwd": password_page, "del": values_page}
+    form_page = pages.get(parameters.get("action", ""), value_page)
+    action = take_action(store, request, form_page, "set", "incr", "toggle", *pages)
+    if action in ("set", "incr", "toggle"):
+        return change_value(store, request, action)
     if action == "addtoken":
         label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
         check_label_and_prefix(label, prefix)
@@ -2852,7 +3024,7 @@ def change_own(store: Store, request: Request) -> Response:
     if action == "del":
         if not store.delete_pair(user.id, require_key(required(parameters, "key"))):
             raise HTTPError(404, UNKNOWN_KEY)
-        return redirect_done("./")
+        return redirect_done("./", folder=parameters["key"][: parameters["key"].rfind("/") + 1])
     if action == "passwd":
         _, password = decode_credentials(request.fields.headers["authorization"])  # this one has been checked
         if required(parameters, "current") != password:

@@ -4255,7 +4255,7 @@ class Clocks(HookCase):
             (409, "GET", "/set?key=a&value=2&nx=1&ttl=600", b"Key exists"),
             (409, "GET", "/set?key=a&value=2&old=3", b"Value differs"),
             (200, "GET", "/list", b'{"a":"1"}'),
-            (200, "GET", "/me/state?key=a", b"in 9 minutes"),
+            (200, "GET", "/me/value?key=a", b"in 10 min"),
             (200, "GET", "/get?key=a&wait=0.001&unless=1", b"1"),
             (200, "GET", "/incr?key=a&by=0", b"1"),
             (200, "DELETE", "/kv/a", b"removed"),
@@ -4998,12 +4998,12 @@ GET /get?key=a&wait=0&unless=hello&default=x | If-None-Match: *
 GET /get?key=a&format=json
 GET /list?prefix=a&limit=2&after=a&format=json
 GET /set?key=a&value=1&old=2
-GET /me/state?key=a | Accept: text/html
+GET /me/value?key=a | Accept: text/html
 GET /admin/user?username=bob&after=a | Accept: text/html
 POST /set?key=a | Expect: 100-continue | Origin: null | hello
 POST /set | Content-Type: application/json | {"key":"a","value":[1]}
 PUT /kv/a%20b?ttl=5 | If-Match: "a", W/"b" | If-None-Match: * | abc
-POST /me/ | Content-Type: application/x-www-form-urlencoded | action=set&key=a&value=1%0d%0a&page=state
+POST /me/ | Content-Type: application/x-www-form-urlencoded | action=set&key=a&value=1%0d%0a&page=value&ttl=5
 POST /me/?key=a | Content-Type: application/x-www-form-urlencoded | action=del
 POST /me/ | Content-Type: application/x-www-form-urlencoded | action=addtoken&label=x&readonly=1&prefix=a
 POST /admin/ | Content-Type: application/x-www-form-urlencoded | action=adduser&username=x&password=a+password
@@ -5401,24 +5401,29 @@ class Visits(PageCase):
 
     def test_stored_markup_stays_text(self) -> None:
         hostile = ["<script>1</script>", '"><img src=x onerror=1>', "'><svg onload=1>", "&lt;b&gt;"]
-        known = "html head meta title style body nav a main h1 h2 p table thead tbody tr th td time form input label"
-        known += " button textarea span div code small details summary pre"
-        paths = ["/admin/", "/me/", "/admin/user?username=alice", "/me/?prefix=%22%3E%3Cimg"]
+        known = (
+            "html head meta title link style body header nav a img main h1 h2 p table thead tbody tr th td time form"
+        )
+        known += " input label button textarea span strong em div code small details summary pre"
+        paths = ["/admin/", "/me/", "/admin/user?username=alice", "/me/?search=%22%3E%3Cimg", "/me/tokens"]
+        self.store.transact(lambda store: store.keep_history(10))
         answers = []
         for text in hostile:
             self.store.add_user(text, kvserver.hash_password("a password"), False)
             self.store.set_value(1, text, text)
             self.store.add_token("alice", text.encode(), text, False, text)
-            paths += [url("/admin/user", username=text), url("/me/state", key=text), url("/me/", prefix=text)]
+            paths += [url("/admin/user", username=text), url("/me/value", key=text), url("/me/", search=text)]
             answers.append(self.send(409, "/admin/", action="adduser", username=text, password="a password"))
             answers.append(self.send(400, "/me/", action="set", key="", value=text))
             answers.append(self.send(400, "/me/", action="addtoken", label=text + "x" * 64, prefix=text))
             answers.append(self.send(400, "/me/", action=text, key=text, value=text))
+            answers.append(self.send(409, "/me/", action="set", key=text, value=text, etag=text, page="value"))
         for answer in (*answers, *(self.see(200, path) for path in paths)):
             page = Page(answer)
             for tag, attributes in page.elements:
                 self.assertIn(tag, known.split())
-                self.assertFalse([name for name in attributes if name.startswith("on") or name == "src"])
+                self.assertFalse([name for name in attributes if name.startswith("on")])
+                self.assertEqual("../icon.svg", attributes.get("src", "../icon.svg"))
             shown = page.text + str(page.values())
             self.assertTrue(any(text in shown for text in hostile), shown)
 
@@ -5710,10 +5715,10 @@ class HookPages(HookCase, PageCase):
 class OwnPages(PageCase):
     def edit(self, key: str) -> None:
         """Save a value's form as a browser does, unchanged."""
-        target = url("/me/state", key=key)
+        target = url("/me/value", key=key)
         text = self.see(200, target).body.decode("utf-8")
         (area,) = re.findall(r"<textarea[^>]*>\n(.*?)</textarea>", text, re.DOTALL)
-        action = re.findall(r'<form[^>]*action="([^"]*)"', text)[0]
+        (action,) = re.findall(r'<form[^>]*action="([^"]*)"[^>]*>\s*<input[^>]*value="set">', text)
         value = html.unescape(area).replace("\n", "\r\n")
         self.send(303, urllib.parse.urljoin(target, html.unescape(action)), action="set", value=value)
 
@@ -5913,29 +5918,32 @@ class OwnPages(PageCase):
         self.assertEqual({}, self.pairs())
 
     def test_adding_and_editing_overwrite_only_what_was_shown(self) -> None:
-        def set_shown(*etags: str | None) -> None:
-            for etag in etags:
-                self.send(303, "/me/?key=a", action="set", value="typed", page="state", etag=etag)
+        def refuse(shown: str, target: str = "/me/?key=a", **fields: str) -> None:
+            """Be refused because of another value, which the page shows; save the form again, and take it back."""
+            answer = self.send(409, target, action="set", value="typed", **fields)
+            page, html_text = Page(answer), answer.body.decode()
+            self.assertRegex(html_text, f'(?s)<details open>.*role="alert"[^>]*>The value was {shown}\\.</p>.*typed')
+            self.assertTrue(page.has_alert() and self.pairs().get("a") != "typed")
+            self.assertNotIn("refresh", answer.headers)
+            (etag,) = page.values(name="etag")
+            self.send(303, "/me/?key=a", action="set", value="typed", page="value", etag=etag)
             self.assertEqual("typed", self.pairs()["a"])
 
+        def changed(value: str) -> str:
+            return rf"changed to <em>{value}</em> <time [^>]*>(now|1 s ago)</time>; save again to overwrite it"
+
         self.assertEqual([""], self.page("/me/").values(name="etag"))
-        form = "action=set&key=b/%C3%A9&value=2&page=add&etag="
-        self.send(303, "/me/", form=form, location="./?prefix=b/%C3%A9#done")
+        answer = self.send(303, "/me/", form="action=set&key=b/%C3%A9&value=2&page=add&etag=")
+        self.assertRegex(answer.headers["location"], r"\A\./\?folder=b/&added=b/%C3%A9&done=\d+\Z")
         self.store.set_value(1, "a", "shown", time.time() + 100)
-        answer = self.send(409, "/me/", action="set", key="a", value="typed", page="add", etag="")
-        self.assertRegex(Page(answer).text, r"(?s)typed.*Stored now:\s*shown")
-        set_shown(*Page(answer).values(name="etag"))
-        (etag,) = self.page("/me/state?key=a").values(name="etag")
-        self.store.set_value(1, "a", "new")
-        answer = self.send(409, "/me/?key=a", action="set", value="typed", page="state", etag=etag)
-        self.assertRegex(Page(answer).text, r"(?s)typed.*Stored now:\s*new")
-        self.assertEqual({"a": "new", "b/é": "2"}, self.pairs())
-        set_shown(*Page(answer).values(name="etag"))
-        (etag,) = self.page("/me/state?key=a").values(name="etag")
+        refuse(changed("shown"), "/me/", key="a", page="add", etag="")
+        (etag,) = self.page("/me/value?key=a").values(name="etag")
+        self.store.set_value(1, "a", "\u202e<" + "x" * 40)
+        refuse(changed("\ufffd&lt;x{38}…"), page="value", etag=str(etag))
         self.store.delete_pair(1, "a")
-        page = Page(self.send(409, "/me/?key=a", action="set", value="typed", page="state", etag=etag))
-        self.assertEqual((True, [""], {"b/é": "2"}), ("typed" in page.text, page.values(name="etag"), self.pairs()))
-        set_shown("")
+        refuse("deleted; save again to overwrite it", page="value", etag=kvserver.entity_tag(b"typed"))
+        self.assertEqual({"a": "typed", "b/é": "2"}, self.pairs())
+        self.assertNotIn("xxx", self.log.text())
 
     def test_tokens_of_a_user_are_bounded(self) -> None:
         for number in range(kvserver.TOKENS_MAX):
@@ -5959,8 +5967,25 @@ class OwnPages(PageCase):
         self.store.set_value(1, "a", "1", expires)
         self.edit("a")
         self.assertEqual(expires, getattr(self.store.pair(1, "a"), "expires", ""))
-        self.send(303, "/me/", action="set", key="a", value="1")
-        self.assertIsNone(getattr(self.store.pair(1, "a"), "expires", ""))
+        for page, fields, seconds in (
+            *(("value", {"ttl": ""}, 100), ("value", {"ttl": "", "never": "0"}, 100), ("value", {"ttl": "600"}, 600)),
+            *(("value", {"never": "1"}, None), ("value", {"ttl": "0.5e1"}, 400), ("value", {"ttl": "0"}, 400)),
+            *(("value", {"never": "1", "ttl": "5"}, 400), ("", {}, None), ("add", {"ttl": ""}, None)),
+            *(("", {"ttl": "600"}, 600), ("state", {}, 100)),
+        ):
+            self.store.set_value(1, "a", "1", time.time() + 100)
+            status = 400 if seconds == 400 else 303
+            answer = self.send(status, "/me/", action="set", key="a", value="2", page=page, **fields)
+            pair = self.store.pair(1, "a")
+            left = pair and pair.expires and pair.expires - time.time()
+            expected = 100 if status == 400 else seconds
+            self.assertEqual(expected, left and round(left, -1), (page, fields))
+            self.assertEqual(b"1" if status == 400 else b"2", pair and pair.value)
+            if status == 400:  # everything typed comes back
+                shown = Page(answer)
+                self.assertEqual([fields["ttl"]], shown.values(name="ttl"))
+                checked = [each for _, each in shown.elements if each.get("name") == "never" and "checked" in each]
+                self.assertEqual("never" in fields, bool(checked))
 
     def test_a_value_that_a_form_cannot_carry_is_shown_and_not_editable(self) -> None:
         room = kvserver.FORM_BYTES_MAX
@@ -5970,8 +5995,9 @@ class OwnPages(PageCase):
         ):
             for value in values:
                 self.store.set_value(1, "a", value)
-                page = self.see(200, "/me/state?key=a").body
-                self.assertEqual((is_editable, not is_editable), (b"<textarea" in page, b"<pre>" in page))
+                page = self.see(200, "/me/value?key=a").body
+                self.assertEqual((is_editable, not is_editable), (b"<textarea" in page, b"with /set: a form" in page))
+                self.assertRegex(page, b'<(p|pre) class="value')
                 if is_editable:
                     self.edit("a")
                     self.assertEqual(value.encode(), self.get("a"))
@@ -6060,6 +6086,244 @@ class OwnPages(PageCase):
                 self.assertLess(len(answer.body), 60_000, target)
             if sys.gettrace() is None:  # measuring coverage takes several times as long
                 self.assertLess(statistics.median(seconds), 0.020, target)
+
+
+class ValuePages(PageCase):
+    """The page of one value."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.store.transact(lambda store: store.keep_history(60))
+
+    def value_page(self, key: str, **parameters: str) -> str:
+        return self.see(200, url("/me/value", key=key, **parameters)).body.decode()
+
+    def test_a_value_is_there_to_be_read(self) -> None:
+        most = kvserver.VALUE_READ_CHARACTERS_MAX
+        for value, shown in (
+            *(("21.5", '<p class="value big">21.5</p>'), ("x" * 24, f'<p class="value big">{"x" * 24}</p>')),
+            *(("x" * 25, f'<pre class="value">\n{"x" * 25}</pre>'), ("a\nb\t", '<pre class="value">\na\nb\t</pre>')),
+            *(("", "empty</span></p>"), (" a ", ">␣a␣<"), ("\u202e" + "a" * 24, "\n\ufffd" + "a" * 24)),
+            (
+                '{"a":[1.10,2e3,{}],"a":"\\u00e9 ,:{"}',
+                '\n{\n  "a": [\n    1.10,\n    2e3,\n    {}\n  ],\n  "a": "\\u00e9 ,:{"\n}<',
+            ),
+            *(("[12345678901234567890]", "\n[\n  12345678901234567890\n]<"), (" [ ]\n", "\n[]<"), ("[1,]", "\n[1,]<")),
+            *(
+                ("[" * 100 + "]" * 100, "\n" + " " * 198 + "[]\n"),
+                ("[" * 101 + "]" * 101, "\n" + "[" * 101 + "]" * 101),
+            ),
+            *(("[" + "1," * 50 + "1]", "  1,\n  1\n]<"), ("x" * most, "x" * most + "</pre>")),
+            (
+                "é" * (most + 1),
+                f'\n{"é" * most}</pre><p class="soft">It has {most + 1} characters; this is the beginning.',
+            ),
+            ("[" + "1," * 9999 + "1]", "\n[1,1,1"),
+            ("[" + "1," * 9998 + "1]", "\n[\n  1,\n  1,\n"),
+        ):
+            self.store.set_value(1, "a", value)
+            self.assertIn(
+                shown.replace('"', "&quot;") if value[:1] in "{[" else shown, self.value_page("a"), value[:50]
+            )
+
+    def test_a_page_tells_when_a_value_changed_and_expires(self) -> None:
+        self.addCleanup(time.tzset)
+        self.enterContext(mock.patch.dict(os.environ, TZ="XYZ-2"))
+        time.tzset()
+        self.store.set_value(1, "a", "1")
+        self.store.set_value(1, "b", "1", ttl=600)
+        changed = 1_800_000_000.5
+        self.store._execute("UPDATE pair SET updated = ?", changed)
+        with mock.patch.object(time, "time", return_value=changed + 185):
+            page = self.value_page("a")
+        times = '<time datetime="2027-01-15 08:00:00Z" title="2027-01-15 08:00:00Z">3 min ago</time>'
+        self.assertIn(f"Changed {times} (2027-01-15 10:00:00 XYZ).", page)
+        self.assertNotIn("Expires <", page)
+        self.assertRegex(self.value_page("b"), r"Expires <time [^>]*>in 10 min</time> \(20[-0-9]+ [0-9:]+ XYZ\)\.")
+
+    def press(self, key: str, label: str, status: int = 303) -> Answer:
+        """Press a button of a value's page as a browser does."""
+        target = url("/me/value", key=key)
+        for action, fields in re.findall(
+            r'<form method="post" action="([^"]*)"[^>]*>(.*?)</form>', self.value_page(key), re.DOTALL
+        ):
+            buttons = re.findall(r"<button([^>]*)>([^<]*)</button>", fields)
+            names = "".join([*re.findall("<input[^>]*>", fields), *(each for each, text in buttons if text == label)])
+            if label in [text for _, text in buttons]:
+                sent = dict(
+                    re.findall(r'name="([^"]*)" value="([^"]*)"', html.unescape(names.replace("&quot;", "%22")))
+                )
+                sent = {name: text.replace("%22", '"') for name, text in sent.items()}
+                return self.send(status, urllib.parse.urljoin(target, html.unescape(action)), **sent)
+        raise AssertionError(f"there is no button {label}")
+
+    def test_buttons_fit_the_value(self) -> None:
+        words = {"on": "off", "open": "closed", "true": "false"}
+        cases = {(a, f"Switch to {b}", b) for a, b in [*words.items(), *((b, a) for a, b in words.items())]}
+        steps = {("9", "−1", "8"), ("9", "+1", "10"), ("-0.5", "+1", "0.5"), ("9" * 99, "+1", "1" + "0" * 99)}
+        for value, label, then in cases | steps:
+            key = "a b/é&"
+            self.store.set_value(1, key, value, time.time() + 100)
+            location = self.press(key, label).headers["location"]
+            self.assertRegex(location, r"\Avalue\?key=a%20b/%C3%A9%26&done=\d+\Z")
+            self.assertEqual(then.encode(), self.get(key))
+            self.assertIsNotNone(getattr(self.store.pair(1, key), "expires", None), "a button keeps the expiry")
+        for value in ("On", "on ", "+1", "1e3", "9" * 101, "", "ajar"):
+            self.store.set_value(1, "b", value)
+            self.assertNotRegex(self.value_page("b"), r"<button[^>]*>(Switch|[−+])", value)
+
+    def test_a_button_does_what_it_says_or_nothing(self) -> None:
+        self.store.set_value(1, "door", "open")
+        with mock.patch.object(self, "value_page", return_value=self.value_page("door")):
+            self.store.set_value(1, "door", "closed")
+            answer = self.press("door", "Switch to closed", 409)
+        text = Page(answer).text
+        self.assertRegex(text, "The value was changed to closed (now|1 s ago); switch it again if you still want to.")
+        self.assertEqual(b"closed", self.get("door"))
+        self.assertIn("Switch to open", text)
+
+    def test_programs_increment_and_toggle_too(self) -> None:
+        for status, fields, then in (
+            *((303, {"action": "incr"}, "1"), (303, {"action": "incr", "by": "-0.5"}, "0.5")),
+            *((400, {"action": "incr", "by": "+1"}, "0.5"), (409, {"action": "toggle"}, "0.5")),
+            *((303, {"action": "incr", "ttl": "600", "by": "0"}, "0.5"), (400, {"action": "incr", "ttl": "x"}, "0.5")),
+        ):
+            self.send(status, "/me/", key="a", **fields)
+            self.assertEqual(then, self.pairs().get("a"), fields)
+        for old, new in ((None, "on"), ("off", "on"), ("closed", "open"), ("true", "false")):
+            self.store.set_value(1, "b", old) if old else None
+            self.send(303, "/me/", action="toggle", key="b", ttl="")
+            self.assertEqual(new, self.pairs()["b"])
+        self.send(409, "/me/", action="incr", key="b")
+        for action, key in itertools.product(("incr", "toggle"), ("", "k" * 513, "\0")):
+            self.send(400, "/me/", action=action, key=key)
+        self.assertEqual({"a": "0.5", "b": "false"}, self.pairs())
+
+    def test_the_last_50_changes_are_listed(self) -> None:
+        self.store.set_value(1, "a", "é" * 41)
+        self.store.delete_pair(1, "a")
+        self.store.set_value(1, "a", "")
+        self.assertIn("<h2>History</h2><table", self.value_page("a"))
+        rows = Page(self.see(200, "/me/value?key=a")).rows
+        self.assertEqual(["Value", "empty", "deleted", "é" * 40 + "…"], [row[1] for row in rows])
+        for number in range(7):
+            self.store.set_value(1, "a", f"<{number}>")
+        self.assertNotIn("The last 10 changes", self.value_page("a"))
+        for number in range(7, 60):
+            self.store.set_value(1, "a", f"<{number}>")
+        page = Page(self.see(200, "/me/value?key=a"))
+        self.assertEqual([f"<{number}>" for number in range(59, 9, -1)], [row[1] for row in page.rows[1:]])
+        self.assertIn("The last 50 changes", page.text)
+        self.assertNotIn("<svg", self.value_page("a"))
+        self.store.transact(lambda store: store.keep_history(0))
+        self.assertNotIn("History", self.value_page("a"))
+
+    def chart(self, *changes: tuple[float, str | None]) -> str:
+        """Return the chart of a value with changes at some seconds, one second after the last one."""
+        self.store._execute("DELETE FROM history")
+        self.store.set_value(1, "a", "text")
+        self.store._execute("DELETE FROM history")
+        for number, (moment, value) in enumerate(changes):
+            row = (1, "a", number, 1e9 + moment, None if value is None else value.encode())
+            self.store._execute("INSERT INTO history VALUES (?, ?, ?, ?, ?)", *row)
+        with mock.patch.object(time, "time", return_value=1e9 + changes[-1][0] + 1):
+            page = self.value_page("a")
+        return re.sub(r"(?s).*<figure[^>]*>|</figure>.*", "", page) if "<figure" in page else ""
+
+    def test_numbers_have_a_chart(self) -> None:
+        chart = self.chart((0, "10"), (1, "-2.50"), (2, None), (2.5, "ajar"), (3, "20"))
+        # From 40 to 290 in 4 seconds, and from 120 for the minimum up to 10 for the maximum.
+        self.assertIn('<path class="line" d="M40.0 58.9H102.5V120.0H165.0M227.5 10.0H290.0"', chart)
+        first = time.strftime("%Y-%m-%d %H:%M", time.localtime(1e9))
+        summary = "Minimum -2.5, maximum 20, last 20."
+        self.assertIn(f'role="img" aria-label="A chart of all numbers since {first}. {summary}"', chart)
+        self.assertIn(f'<figcaption class="soft">{summary}</figcaption>', chart)
+        texts = re.findall("<text[^>]*>([^<]*)</text>", chart)
+        self.assertEqual(sorted(["20", "20", "-2.5", first, "now"]), sorted(texts))
+        self.assertNotIn("style=", chart)
+        self.assertIn("Minimum 7, maximum 7, last 7.", self.chart((0, "7"), (0, "7"), (0, "7")))
+        self.assertIn("last -3.", self.chart((5, "1e3"), (4, "5"), (3, "-3"), (9, None)))
+        huge = "9" * 100
+        for numbers in ((huge, "-" + huge), ("0." + "0" * 98 + "1", "0")):
+            self.assertNotRegex(self.chart(*enumerate(numbers)), r"nan|inf\b|[\" ]-\d{3}")
+        for changes in ([(0, "1")], [(0, "1"), (1, "open")], [(0, "1"), (1, None), (2, "9" * 101)]):
+            self.assertEqual("", self.chart(*changes))
+
+    def commands(self, key: str) -> dict[str, list[str]]:
+        """Return the words of each command on a value's page as a shell splits them, and the URL."""
+        page = self.value_page(key)
+        texts = [html.unescape(each) for each in re.findall(r'(?s)<pre class="copy">(.*?)</pre>', page)]
+        self.assertEqual(4, len(texts))
+        code, output, _ = run("curl() { printf '%s\\0' \"$@\"; echo; }\n" + "\n".join(texts[:3]))
+        lines = [line.rstrip("\0").split("\0") for line in output.split("\0\n")[:-1]]
+        self.assertEqual((0, 3), (code, len(lines)))
+        return dict(zip(("get", "set", "wait"), lines)) | {"url": [texts[3]]}
+
+    def test_commands_to_copy_reach_the_value(self) -> None:
+        base = f"http://127.0.0.1:{self.port}"
+        long, odd = "x" * 41, 'it\'s "$HOME" `a` @b'
+        for key, value in (("'; rm x #", odd), ("a b/é&?#%+{}[]*", "é"), ("-x\ny", long), ("e", ""), ("c", "\x1b[31m")):
+            self.store.set_value(1, key, value)
+            commands = self.commands(key)
+            get_url = f"{base}/get?key={urllib.parse.quote(key, safe='')}"
+            self.assertEqual((["-u", "alice", get_url], [get_url]), (commands["get"], commands["url"]))
+            *options, set_url = commands["set"]
+            is_short = value in (odd, "é", "")
+            self.assertEqual(["-u", "alice", "--data-urlencode", f"value={value if is_short else 'VALUE'}"], options)
+            self.assertEqual(get_url.replace("/get?", "/set?"), set_url)
+            *options, wait_url = commands["wait"]
+            header = [] if is_short else ["-H", f"If-None-Match: {kvserver.entity_tag(value.encode())}"]
+            self.assertEqual(["-u", "alice", *header], options)
+            headers = dict([header[1].split(": ")] if header else [])
+            self.check(200, "GET", get_url.removeprefix(base))
+            self.store.set_value(1, key, "changed")
+            self.assertEqual(b"changed", self.check(200, "GET", wait_url.removeprefix(base), headers=headers).body)
+            self.assertIn("&wait=60", wait_url)
+            self.send(200, set_url.removeprefix(base), value=value)
+            self.assertEqual(value.encode(), self.get(key))
+        self.store.add_user("o'neil x", kvserver.hash_password("a password"), False)
+        self.store.set_value(3, "a", "1")
+        page = Page(self.see(200, "/iotpersistenceapi/me/value?key=a", basic("o'neil x", "a password")))
+        self.assertIn(f"curl -u 'o'\"'\"'neil x' '{base}/iotpersistenceapi/get?key=a'", page.text)
+
+    def test_a_page_that_reloads_itself_has_no_form_to_type_in(self) -> None:
+        self.store.set_value(1, "a", "on")
+        live = self.page("/me/value?key=a").links["Live"]
+        self.assertEqual("value?key=a&refresh=10", live)
+        answer = self.see(200, "/me/" + live)
+        page = Page(answer)
+        self.assertEqual(("10", "value?key=a"), (answer.headers["refresh"], page.links["Stop"]))
+        actions = page.values(name="action")
+        self.assertEqual((["toggle"], False), (actions, "<textarea" in answer.body.decode()))
+        for target in ("/me/value?key=a&refresh=9", "/me/value?key=a&refresh="):
+            self.assertNotIn("refresh", self.see(400, target).headers)
+
+    def test_a_missing_value_leads_back_or_is_added(self) -> None:
+        self.store.set_value(1, "hall/lamp", "on")
+        self.store.delete_pair(1, "hall/lamp")
+        for target in ("/me/value?key=hall/lamp", "/me/value?key=hall/lamp&refresh=10"):
+            answer = self.see(404, target)
+            page = Page(answer)
+            self.assertNotIn("refresh", answer.headers)
+            self.assertEqual(("./", "./?folder=hall/"), (page.links["All values"], page.links["hall/"]))
+            self.assertTrue(page.has_alert() and "Live" not in page.links)
+        self.assertEqual(b"there is no such key;", self.check(404, "GET", target).body[:21])
+        self.send(303, "/me/?key=hall/lamp&page=value", action="set", value="off", etag="", ttl="")
+        self.assertEqual({"hall/lamp": "off"}, self.pairs())
+
+    def test_a_value_is_deleted_after_a_confirmation(self) -> None:
+        self.store.set_value(1, "hall//lamp", "on")
+        self.assertRegex(self.value_page("hall//lamp"), '<summary class="bad"[^>]*>Delete…</summary>')
+        answer = self.press("hall//lamp", "Delete this value")
+        self.assertRegex(answer.headers["location"], r"\A\./\?folder=hall//&done=\d+\Z")
+        self.assertEqual({}, self.pairs())
+        self.send(404, "/me/", action="del", key="hall//lamp", page="value")
+
+    def test_the_path_of_earlier_versions_leads_to_the_page(self) -> None:
+        for prefix, user in itertools.product(("", "/iotpersistenceapi"), (None, "alice")):
+            answer = self.see(301, prefix + "/me/state?key=a%20b/%C3%A9%26", user)
+            self.assertEqual("value?key=a%20b/%C3%A9%26", answer.headers["location"])
+        self.see(400, "/me/state")
 
 
 def find_driver() -> tuple[str, str] | None:
@@ -6242,9 +6506,10 @@ class Browser(PageCase):
             ("\r\n", "\n\na</textarea>&lt;\x01\x0b\x0c\x1b\x7f\x85\u2028\ufeff😀é+%41&a=b \t\n"),
         ):
             self.store.set_value(1, key, value)
-            self.open(url("/me/state", key=key), "alice")
-            self.browser.follow("form button")
-            self.assertTrue(self.browser.get("/url").endswith("#done"))
+            self.open(url("/me/value", key=key), "alice")
+            self.browser.click("summary")
+            self.browser.follow("label ~ button")
+            self.assertIn("The change is made.", self.browser.text("[role=status]"))
             self.assertEqual(value, self.pairs()[key])
         self.assertEqual({"plain", "a\n+&é<", "\r\n"}, set(self.pairs()))
 
@@ -6361,8 +6626,11 @@ class Browser(PageCase):
     def test_pages_fit_narrow_screens_name_all_fields_and_have_contrast_in_light_and_dark(self) -> None:
         for name in ("a-user-with-a-name-that-is-as-long-as-it-can-be-which-is-64-chars", "w" * 64):
             self.store.add_user(name, "", True)
+        self.store.transact(lambda store: store.keep_history(10))
         for text in ("k" * 500, "a key with many words " * 10, "ü"):
             self.store.set_value(1, text, text * 3, time.time() + 100)
+        for number in ("-1.5", "12345678901234567890", "0.1"):
+            self.store.set_value(1, "number", number)
         self.store.add_token("alice", b"1", "l" * 64, True, "p" * 100)
         origin = "http://" + "h" * 60 + "." + "h" * 60
         hook = ("w" * 64, "k" * 500, "v" * 500, "l" * 64, origin, "http://h/", "POST", "", None)
@@ -6374,18 +6642,20 @@ class Browser(PageCase):
                 return 0.2126 * c[0] + 0.7152 * c[1] + 0.0722 * c[2]; };
             const back = e => { const c = getComputedStyle(e).backgroundColor;
                 return c != "rgba(0, 0, 0, 0)" ? c : e.parentElement ? back(e.parentElement) : "rgb(255, 255, 255)"; };
-            return [...document.querySelectorAll("body *")].filter(e => e.innerText).map(e => {
-                const [a, b] = [light(getComputedStyle(e).color), light(back(e))];
+            return [...document.querySelectorAll("body *")].filter(e => e.innerText || e.localName == "text").map(e => {
+                const style = getComputedStyle(e);
+                const [a, b] = [light(e.localName == "text" ? style.fill : style.color), light(back(e))];
                 return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.outerHTML]; })"""
         unnamed = """return [...document.querySelectorAll("input, textarea")].filter(
-            field => field.type != "hidden" && !field.hidden && !field.labels.length).length"""
+            field => field.type != "hidden" && !field.hidden && !field.labels.length && !field.ariaLabel).length"""
         command = self.browser.command
         self.addCleanup(command, "Emulation.clearDeviceMetricsOverride")
         self.addCleanup(command, "Emulation.setEmulatedMedia", features=[])
         backgrounds = set()
         for target in (
             *("/", "/me/", "/admin/", "/admin/user?username=alice", "/admin/user?username=" + "w" * 64),
-            *("/me/state?key=%C3%BC", "/me/state?key=" + "k" * 500, "/me/state?key=unknown"),
+            *("/me/value?key=%C3%BC", "/me/value?key=" + "k" * 500, "/me/value?key=number", "/me/value?key=unknown"),
+            *("/me/tokens", "/me/password", "/admin/hooks", "/admin/delete?username=" + "w" * 64),
         ):
             self.open(target, "alice" if target == "/me/" else "")
             self.assertEqual(0, self.browser.run(unnamed), target)
