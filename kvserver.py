@@ -2305,7 +2305,7 @@ p,form,table,pre,details,figure{margin:.5rem 0}
 a{color:var(--link)}
 small,.soft{color:var(--soft);font-size:.875rem;font-weight:400}
 h1,p,td,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
-button,summary,label{overflow-wrap:break-word}
+button,.button,summary,label{max-width:100%;overflow-wrap:break-word}
 [hidden]{display:none!important}
 
 header{display:flex;flex-wrap:wrap;align-items:center;gap:0 1rem;padding:0 1rem;background:var(--card);
