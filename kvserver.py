@@ -3346,10 +3346,8 @@ class RequestHandler:
         if route.who in (BROWSER, *PAGE_VISITORS):
             request.origin = self._origin(request.fields.headers)
         await self._authorize(route, request)  # 401, 403, 429, 503
-        if self.body_pending and not request.fields.body_length:
-            self._look_for_body(route)  # 411
-        if request.fields.body_length and route.who not in NO_LOGIN:
-            await self._receive_parameters(route, request)  # 400, 408, 413, 415
+        if self.body_pending and route.who not in NO_LOGIN:
+            await self._receive_parameters(route, request)  # 400, 408, 411, 413, 415
         elif request.parameters is UNPARSED:
             request.parameters = parse_parameters(request, route)  # 400
         if route.where != HERE:
@@ -3358,13 +3356,6 @@ class RequestHandler:
         if response.wait_until or response.stream_prefix is not None:
             return await self._wait_for_change(route, request, response)  # 401, 503
         return response
-
-    def _look_for_body(self, route: Route) -> None:
-        with contextlib.suppress(BlockingIOError):  # cheap clients send the body in a second write
-            self.received = self.received or bytearray(self.connection.recv(RECEIVE_BYTES))
-        # Without a length, the body is empty (RFC 9112 section 6.3), but a late one would be lost: never store that.
-        if route.body == VALUE or self.received.strip(b"\r\n"):
-            raise HTTPError(411, "send the header Content-Length with the number of bytes in the body, 0 for none")
 
     def _address(self, request: Request) -> Address | None:
         return client_address(self.peer, request.fields.headers.get("x-forwarded-for", ""), self.server.trusted_proxy)
@@ -3404,6 +3395,11 @@ class RequestHandler:
         length, body = request.fields.body_length, bytearray()
         if length > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE.format(length))
+        if length == 0:  # it is unknown: the body is empty (RFC 9112 section 6.3), unless it comes in a second write
+            with contextlib.suppress(BlockingIOError):
+                self.received = self.received or bytearray(self.connection.recv(RECEIVE_BYTES))
+            if route.body == VALUE or self.received.strip(b"\r\n"):  # never store an empty value instead
+                raise HTTPError(411, "send the header Content-Length with the number of bytes in the body, 0 for none")
         if request.fields.headers.get("expect", "").lower() == "100-continue" and not request.fields.is_http_1_0:
             await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.state, self.deadline = RECEIVING, time.monotonic() + REQUEST_SECONDS
@@ -3411,7 +3407,7 @@ class RequestHandler:
             await self._receive_more()
         if length != CHUNKED:
             body, self.received = self.received[:length], self.received[length:]
-        self.state, self.body_pending, request.body = WORKING, False, bytes(body)
+        self.state, self.body_pending, request.body = WORKING, length == 0, bytes(body)
         parse = functools.partial(parse_parameters, request, route)
         is_long = len(body) > QUICK_BODY_BYTES_MAX
         request.parameters = await self.server.threads.run(parse, request.user.id) if is_long else parse()
