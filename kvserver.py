@@ -3400,7 +3400,7 @@ class RequestHandler:
                 self.received = self.received or bytearray(self.connection.recv(RECEIVE_BYTES))
             if route.body == VALUE or self.received.strip(b"\r\n"):  # never store an empty value instead
                 raise HTTPError(411, "send the header Content-Length with the number of bytes in the body, 0 for none")
-        if request.fields.headers.get("expect", "").lower() == "100-continue" and not request.fields.is_http_1_0:
+        elif request.fields.headers.get("expect", "").lower() == "100-continue" and not request.fields.is_http_1_0:
             await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.state, self.deadline = RECEIVING, time.monotonic() + REQUEST_SECONDS
         while not (take_chunks(self.received, body) if length == CHUNKED else len(self.received) >= length):
