@@ -2363,8 +2363,6 @@ th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;v
 tr:last-child,tr:last-child td{border-bottom:0}
 th{color:var(--soft);font-size:.875rem;font-weight:500}
 time{white-space:nowrap}
-td{min-width:4.5rem}
-.hooks td:last-child{min-width:14.5rem}
 .mark{background:var(--mark)}
 .values{table-layout:fixed}
 .values th:first-child{width:35%}
@@ -2374,6 +2372,11 @@ td{min-width:4.5rem}
 .path+h1{margin-top:.25rem}
 .folder::before{content:"";display:inline-block;width:1rem;height:.75rem;margin-right:.5rem;background:currentColor;
 clip-path:polygon(0 0,40% 0,50% 20%,100% 20%,100% 100%,0 100%)}
+@media(min-width:48rem){
+td{min-width:4.5rem}
+.hooks td:first-child{min-width:12rem}
+.hooks td:last-child{min-width:13rem}
+}
 @media(max-width:30rem){
 header nav{order:1;width:100%;margin:0 -.5rem;font-size:.875rem}
 header nav a{padding:.375rem .5rem}
@@ -2390,6 +2393,7 @@ td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-
 .users td:nth-child(4)::before{content:"newest change: "}
 .tokens td:nth-child(3)::before{content:"created "}
 .tokens td:nth-child(4)::before{content:"last used "}
+.hooks td:nth-child(3)::before{content:"user: "}
 .hooks td:nth-child(4)::before{content:"pending: "}
 td:empty{display:none}
 .history tr{display:flex;justify-content:space-between;gap:1rem}
@@ -2471,9 +2475,8 @@ USERS_PAGE = """<h1>Users</h1>{add}{table}"""
 ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
 <label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label>
 <button class="main">Add</button>"""
-USER_PAGE = """<h1>{name}</h1><p>Role: {role}. Values: {pairs}. Newest change: {newest}.</p>
-<div class="bar">{password}{change}<a class="button bad" href="{delete}">Delete…</a></div>
-<h2>Tokens</h2>{tokens}<h2>Values</h2>{values}"""
+USER_PAGE = """<h1>{}</h1><p>Role: {}. Values: {}. Newest change: {}.</p>
+<div class="bar">{}<a class="button bad" href="{}">Delete…</a></div><h2>Tokens</h2>{}<h2>Values</h2>{}"""
 DELETE_USER = """<p>This also deletes, for good:</p><ul><li>values: {pairs}<li>tokens: {tokens}<li>hooks: {hooks}
 <li>changes in the history: {history}</ul><div class="bar"><button class="bad">Delete {name}</button>
 <a class="button" href="{back}">Keep {name}</a></div>"""
@@ -2835,8 +2838,8 @@ def make_tokens(store: Store, user_name: str, url: str) -> Markup:
     for token in store.tokens(user_name):
         label, day = token.label or f"token {token.id}", token.last_used_day
         used = "today" if day == today else make_time(None if day is None else day * DAY_SECONDS)
-        url = url_to(url, id=str(token.id))
-        question = make_question("Delete", label, "deltoken", url, "Its device cannot log in any more.")
+        warning, one = "Its device cannot log in any more.", url_to(url, id=str(token.id))
+        question = make_question("Delete", label, "deltoken", one, warning)
         rows.append((label, token.rights(), make_time(token.created), used, question))
     return make_table("tokens", ("Label", "Rights", "Created", "Last used", "Delete"), rows)
 
@@ -2862,14 +2865,12 @@ def password_page(store: Store, request: Request) -> Response:
 
 
 def users_page(store: Store, request: Request) -> Response:
-    after, rows, last = request.parameters.get("after", ""), list[Sequence[object]](), ""
-    for user, pairs, newest in store.users(after=after, limit=PAGE_ROWS_MAX + 1):
-        if len(rows) == PAGE_ROWS_MAX:
-            break
-        link, last = fill(LINK, url_to("user", username=user.name), make_visible(user.name)), user.name
+    after, rows = request.parameters.get("after", ""), list[Sequence[object]]()
+    users = store.users(after=after, limit=PAGE_ROWS_MAX + 1)
+    for user, pairs, newest in users[:PAGE_ROWS_MAX]:
+        link = fill(LINK, url_to("user", username=user.name), make_visible(user.name))
         rows.append((link, "admin" if user.is_admin else "user", pairs, make_time(newest)))
-    else:
-        last = ""
+    last = users[PAGE_ROWS_MAX - 1][0].name if users[PAGE_ROWS_MAX:] else ""
     table = make_table("users", ("Name", "Role", "Values", "Newest change"), rows)
     add = fold("Add", make_form(request, "adduser", ADD_USER))
     page = fill(USERS_PAGE, add=add, table=[table, make_turns("./", after, last)])
@@ -2884,23 +2885,16 @@ def find_user(store: Store, request: Request) -> UserSummary:
 
 def user_page(store: Store, request: Request) -> Response:
     user, pairs, newest = find_user(store, request)
-    name, url = user.name, url_to("./", username=user.name)
+    name, url = make_visible(user.name), url_to("./", username=user.name)
     role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
     warning = "Admins manage all users and hooks. Users manage only their own values and tokens."
-    change = make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin), warning)
-    page = fill(
-        USER_PAGE,
-        name=make_visible(name),
-        role=role,
-        pairs=pairs,
-        newest=make_time(newest),
-        change=change,
-        delete=url_to("delete", username=name),
-        password=fold("Set a password", make_form(request, "setpassword", SET_PASSWORD, url, user=name), ""),
-        tokens=make_tokens(store, name, url),
-        values=make_values(store, request, user.id, url_to("user", username=name)),
-    )
-    return make_page(request, make_visible(name), page, "admin/")
+    set_password = fold("Set a password", make_form(request, "setpassword", SET_PASSWORD, url, user=user.name), "")
+    set_role = make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin), warning)
+    buttons, delete = [set_password, set_role], url_to("delete", username=user.name)
+    tokens = make_tokens(store, user.name, url)
+    values = make_values(store, request, user.id, url_to("user", username=user.name))
+    page = fill(USER_PAGE, name, role, pairs, make_time(newest), buttons, delete, tokens, values)
+    return make_page(request, name, page, "admin/")
 
 
 def delete_page(store: Store, request: Request) -> Response:
@@ -2924,12 +2918,12 @@ def hooks_page(store: Store, request: Request, message: str = "") -> Response:
         url, warning = url_to("./", id=str(hook.id)), "Its pending deliveries are deleted, too."
         delete = make_question("Delete", f"hook {hook.id}", "delhook", url, warning)
         buttons = fill(HOOK_BUTTONS, id=hook.id, delete=delete)
-        rows.append((name, make_visible(hook.user_name), key, hook.pending, result, buttons))
+        rows.append((name, key, make_visible(hook.user_name), hook.pending, result, buttons))
     program = os.path.abspath(__file__)
     is_default = store.path == os.path.realpath(os.path.join(os.path.dirname(program), "kvserver.db"))
     command = shlex.join([sys.executable, program, *([] if is_default else ["--db", store.path])])
     more = fill("<p>More hooks exist. List all with:</p><pre>{} hooks</pre>", command) if hooks[PAGE_ROWS_MAX:] else ""
-    table = make_table("hooks", ("Hook", "User", "Key", "Pending", "Last result", "Actions"), rows)
+    table = make_table("hooks", ("Hook", "Key", "User", "Pending", "Last result", "Actions"), rows)
     message = fill('<p role="status">{}</p>', message) if message else ""
     page = fill(HOOKS_PAGE, message=message, table=table, more=more, command=command)
     return make_page(request, "Hooks", page, "admin/hooks")
@@ -3427,11 +3421,11 @@ class RequestHandler:
                 if not request.test:
                     return response
                 endpoint = functools.partial(hooks_page, message=await self.server.outbox.test(request.test))
-                await self._authorize(route, request)
             except (HTTPError, Conflict, NotFound) as error:
                 if not request.form_page:
                     raise
                 endpoint, request.refusal = request.form_page, as_http_error(error, self.server.errors)
+            await self._authorize(route, request)
 
         def run() -> Response:
             self.server.writer.check_file()
