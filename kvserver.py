@@ -2270,9 +2270,8 @@ REFRESH_SECONDS = 10
 DONE_SECONDS = 30  # that a page tells of a change
 FORM_BYTES_MAX = BODY_BYTES_MAX - 4096  # of an edited value, with room for the other fields
 VALUE_READ_CHARACTERS_MAX = 20_000  # on its page; a longer one is cut off, or not indented
-CHANGES_SHOWN_MAX = 50
-SWITCHES = (("on", "off"), ("open", "closed"), ("true", "false"))
-JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{},:]|[^][{},:"\s]+')
+OPPOSITES = {"on": "off", "off": "on", "open": "closed", "closed": "open", "true": "false", "false": "true"}
+JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|\[\s*]|{\s*}|[][{},:]|[^][{},:"\s]+')
 USER_FIELDS = ("action", "username", "password", "isAdmin", "id")
 OWN_FIELDS = (
     *("action", "key", "value", "ttl", "never", "by", "etag", "page", "current", "password"),
@@ -2350,11 +2349,9 @@ pre{padding:.75rem 1rem;white-space:pre-wrap}
 [role=status]{background:var(--good)}
 [role=alert]::first-letter{text-transform:uppercase}
 .copy{user-select:all}
-.history,figure.card{max-width:28rem}
-figure.card{padding:.5rem}
+.history{max-width:30rem}
 svg{display:block;fill:none;stroke:var(--edge)}
-text{fill:var(--soft);stroke:none;font-size:12px}
-.end{text-anchor:end}
+text{fill:var(--soft);stroke:none;font-size:13px}
 .last{fill:var(--ink);font-weight:600}
 .line{stroke:var(--link);stroke-width:2}
 
@@ -2414,6 +2411,7 @@ PAGE_HTML = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title
 <main>{message}{content}</main></body></html>"""
 FORM_HTML = """<form method="post" action="{url}" autocapitalize="none" autocomplete="off" spellcheck="false">
 {alert}<input type="hidden" name="action" value="{action}">{fields}</form>"""
+SOFT = '<span class="soft">{}</span>'
 LINK = '<a href="{}">{}</a>'
 ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, browsers scroll to it and read it out
 NEW_PASSWORD = Markup(f"""<label>New password<small> at least {PASSWORD_CHARACTERS_MIN} characters</small>
@@ -2446,10 +2444,10 @@ STEPS = """<button class="main" name="by" value="-1">−1</button>
 CHART = """<figure class="card">
 <svg viewBox="0 0 320 150" role="img" aria-label="A chart of all numbers since {first}. {summary}">
 <path d="M{left} {top}H{right}M{left} 120H{right}"/><path class="line" d="{line}"/>
-<circle class="line" cx="{end}" cy="{y}" r="3"/><text class="last" x="{right}" y="{y}" dx="8" dy="4">{last}</text>
-<text class="end" x="{left}" y="{top}" dx="-6" dy="4">{high}</text><text x="{left}" y="145">{first}</text>
-<text class="end" x="{left}" y="120" dx="-6" dy="4">{low}</text><text class="end" x="{right}" y="145">now</text></svg>
-<figcaption class="soft">{summary}</figcaption></figure>"""
+<circle class="line" cx="{x}" cy="{y}" r="3"/><text class="last" x="{right}" y="{y}" dx="8" dy="4">{last}</text>
+<text x="{left}" y="{top}" dx="-6" dy="4" text-anchor="end">{high}</text><text x="{left}" y="145">{first}</text>
+<text x="{left}" y="120" dx="-6" dy="4" text-anchor="end">{low}</text>
+<text x="{right}" y="145" text-anchor="end">now</text></svg><figcaption class="soft">{summary}</figcaption></figure>"""
 ACCESS = """<h2>How to reach it</h2>
 <p>Read it; curl asks for the password:</p><pre class="copy">curl -u {user} {get}</pre>
 <p>Change it:</p><pre class="copy">curl -u {user} --data-urlencode {value} {set}</pre>
@@ -2573,9 +2571,9 @@ def make_time(seconds: float | None, ago: str = "") -> str:
     return fill('<time datetime="{0}" title="{0}">{1}</time>', utc_second(seconds), words)
 
 
-def make_short(value: str) -> str:
-    start = make_visible(value[: VALUE_SHOWN_CHARACTERS_MAX + 1])
-    return cut_off(start, VALUE_SHOWN_CHARACTERS_MAX) or fill('<span class="soft">empty</span>')
+def make_short(value: str | None) -> str:
+    start = make_visible((value or "")[: VALUE_SHOWN_CHARACTERS_MAX + 1])
+    return cut_off(start, VALUE_SHOWN_CHARACTERS_MAX) or fill(SOFT, "deleted" if value is None else "empty")
 
 
 def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object]], marked: int = -1) -> Markup:
@@ -2663,7 +2661,7 @@ def make_values(store: Store, request: Request, user_id: int, url: str, value_ur
         if added in names:
             break
     for name, value, updated, expires in entries[:PAGE_ROWS_MAX]:
-        shown: str = make_visible(name if search else name[len(folder) :]) or fill('<span class="soft">no name</span>')
+        shown: str = make_visible(name if search else name[len(folder) :]) or fill(SOFT, "no name")
         if updated is None:
             rows.append((fill('<a class="folder" href="{}">{}</a>', url_to(url, folder=name), shown), "", "", ""))
             continue
@@ -2703,25 +2701,21 @@ def indent_json(text: str) -> str:
         parse_json(text, unique=False)
     except ValueError:
         return text
-    parts, indent, last = list[str](), "\n", ","
+    parts, indent = list[str](), "\n"
     for token in JSON_TOKEN.findall(text):
-        is_end = token in "]}"
-        indent = indent[:-2] if is_end else indent
-        parts.append(indent if last == "," or is_end != (last in "[{") else "")
-        parts.append(token + " " * (token == ":"))
-        indent, last = indent + "  " * (token in "[{"), token
-    return "".join(parts).strip()
+        indent = indent[:-2] if token in "]}" else indent + "  " * (token in "[{")
+        parts += [indent * (token in "]}"), token, indent * (token in "[{,"), " " * (token == ":")]
+    return "".join(parts)
 
 
 def make_reading(value: str) -> Markup:
     """Return a value to read: large if it is short, and indented if it is JSON."""
-    is_json, size = value.lstrip().startswith(("{", "[")), len(value)
-    if size <= 24 and not is_json and "\n" not in value:
-        return fill('<p class="value big">{}</p>', make_visible(value) or fill('<span class="soft">empty</span>'))
-    shown = indent_json(value) if is_json and size <= VALUE_READ_CHARACTERS_MAX else value
-    shown = shown[:VALUE_READ_CHARACTERS_MAX].translate({**VISIBLE, 10: "\n", 9: "\t"})
-    note = f"It has {size} characters; this is the beginning." if size > VALUE_READ_CHARACTERS_MAX else ""
-    return fill('<pre class="value">\n{}</pre><p class="soft">{}</p>', shown, note)
+    is_long, most = len(value) > VALUE_READ_CHARACTERS_MAX, VALUE_READ_CHARACTERS_MAX
+    text = indent_json(value) if value.lstrip().startswith(("{", "[")) and not is_long else value
+    if len(text) <= 24 and "\n" not in text:
+        return fill('<p class="value big">{}</p>', make_visible(text) or fill(SOFT, "empty"))
+    note = fill('<p class="soft">It has {} characters; this is the beginning.</p>', len(value)) if is_long else ""
+    return fill('<pre class="value">\n{}</pre>{}', text[:most].translate({**VISIBLE, 10: "\n", 9: "\t"}), note)
 
 
 def make_moment(seconds: float) -> Markup:
@@ -2732,11 +2726,10 @@ def make_moment(seconds: float) -> Markup:
 def make_buttons(request: Request, key: str, value: str, pair: Pair | None) -> list[Markup]:
     """Return the buttons that fit a value, and those that edit and delete it."""
     etag, url, buttons = pair.etag if pair else "", url_to("./", key=key, page="value"), list[Markup]()
-    for words in SWITCHES:
-        if value in words:  # the etag makes sure that the button does what it says
-            fields = fill(SWITCH, etag, words[1 - words.index(value)])
-            buttons.append(fill(FORM_HTML, url=url, alert="", action="toggle", fields=fields))
-    if NUMBER.fullmatch(value):
+    if value in OPPOSITES:  # the etag makes sure that the button does what it says
+        fields = fill(SWITCH, etag, OPPOSITES[value])
+        buttons.append(fill(FORM_HTML, url=url, alert="", action="toggle", fields=fields))
+    elif NUMBER.fullmatch(value):
         buttons.append(fill(FORM_HTML, url=url, alert="", action="incr", fields=fill(STEPS)))
     if "refresh" not in request.parameters:  # a reload would lose the typed text
         encoded = urllib.parse.quote(value.replace("\n", "\r\n").replace("~", "!"), safe=" *")  # as browsers do
@@ -2757,36 +2750,27 @@ def make_chart(changes: Sequence[tuple[float, str | None, bool]]) -> Markup:
         return fill("")
     least, most, begin, now = min(known), max(known), min(times), max(time.time(), *times)
     low, high, last = (f"{number:.10g}" for number in (least, most, known[-1]))
-    left, right = 12 + 7 * max(len(low), len(high)), 304 - 7 * len(last)  # a digit takes about 7
-
-    def x(moment: float) -> float:
-        return round(left + (moment - begin) / (now - begin or 1) * (right - left), 1)
-
-    def y(number: float) -> float:
-        return round(120 - (number - least) / (most - least or 1) * 110, 1)
-
-    line, end, before = "", 0.0, None
+    left, right = 10 + 8 * max(len(low), len(high)), 308 - 8 * len(last)  # a digit takes about 8
+    heights = {number: round(120 - (number - least) / (most - least or 1) * 110, 1) for number in known}
+    line, x, before = "", 0.0, None
     for moment, number in [*zip(times, numbers), (now, None)]:  # a value holds until the next change
+        here = round(left + (moment - begin) / (now - begin or 1) * (right - left), 1)
         if before is not None:
-            line, end = f"{line}H{x(moment)}", x(moment)
+            line, x = f"{line}H{here}", here
         if number is not None:
-            line += f"M{x(moment)} {y(number)}" if before is None else f"V{y(number)}"
+            line += f"M{here} {heights[number]}" if before is None else f"V{heights[number]}"
         before = number
+    place = {"left": left, "right": right, "top": heights[most], "x": x, "y": heights[known[-1]], "line": line}
     first = time.strftime("%Y-%m-%d %H:%M", time.localtime(begin))
     summary = f"Minimum {low}, maximum {high}, last {last}."
-    place = {"left": left, "right": right, "top": y(most), "end": end, "y": y(known[-1]), "line": line}
     return fill(CHART, first=first, summary=summary, low=low, high=high, last=last, **place)
 
 
 def make_history(store: Store, user_id: int, key: str) -> Markup:
-    changes = list(store.history(user_id, key, 0, CHANGES_SHOWN_MAX)) if store.history_rows_max() else []
-    rows = [
-        (make_time(moment), fill('<span class="soft">deleted</span>') if value is None else make_short(value))
-        for moment, value, _ in changes
-    ]
-    table = make_table("history", ("Time", "Value"), rows)
-    if len(rows) > 10:
-        table = fold(f"The last {len(rows)} changes", table, "")
+    changes = list(store.history(user_id, key, 0, 50)) if store.history_rows_max() else []
+    table = make_table("history", ("Time", "Value"), [(make_time(each[0]), make_short(each[1])) for each in changes])
+    if len(changes) > 10:
+        table = fold(f"The last {len(changes)} changes", table, "")
     return fill("<h2>History</h2>{}{}", make_chart(changes[::-1]), table) if changes else fill("")
 
 
@@ -2987,8 +2971,8 @@ def change_value(store: Store, request: Request, action: str) -> Response:
         increment(store, request)
     elif action == "toggle":
         stored = pair.value.decode("utf-8") if pair else ""
-        words = next((words for words in SWITCHES if stored in words), SWITCHES[0])
-        request.parameters = {**parameters, "values": ",".join(words)}
+        if stored in OPPOSITES:
+            request.parameters = {**parameters, "values": f"{stored},{OPPOSITES[stored]}"}
         toggle(store, request)
     else:
         value = required(parameters, "value").replace("\r\n", "\n").replace("\r", "\n")  # browsers send CR LF

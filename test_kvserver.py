@@ -6109,7 +6109,7 @@ class ValuePages(PageCase):
                 '{"a":[1.10,2e3,{}],"a":"\\u00e9 ,:{"}',
                 '\n{\n  "a": [\n    1.10,\n    2e3,\n    {}\n  ],\n  "a": "\\u00e9 ,:{"\n}<',
             ),
-            *(("[12345678901234567890]", "\n[\n  12345678901234567890\n]<"), (" [ ]\n", "\n[]<"), ("[1,]", "\n[1,]<")),
+            *(("[12345678901234567890]", "\n[\n  12345678901234567890\n]<"), (" [ ]\n", ">[ ]<"), ("[1,]", "\n[1,]<")),
             *(
                 ("[" * 100 + "]" * 100, "\n" + " " * 198 + "[]\n"),
                 ("[" * 101 + "]" * 101, "\n" + "[" * 101 + "]" * 101),
@@ -6233,8 +6233,8 @@ class ValuePages(PageCase):
 
     def test_numbers_have_a_chart(self) -> None:
         chart = self.chart((0, "10"), (1, "-2.50"), (2, None), (2.5, "ajar"), (3, "20"))
-        # From 40 to 290 in 4 seconds, and from 120 for the minimum up to 10 for the maximum.
-        self.assertIn('<path class="line" d="M40.0 58.9H102.5V120.0H165.0M227.5 10.0H290.0"', chart)
+        # From 42 to 292 in 4 seconds, and from 120 for the minimum up to 10 for the maximum.
+        self.assertIn('<path class="line" d="M42.0 58.9H104.5V120.0H167.0M229.5 10.0H292.0"', chart)
         first = time.strftime("%Y-%m-%d %H:%M", time.localtime(1e9))
         summary = "Minimum -2.5, maximum 20, last 20."
         self.assertIn(f'role="img" aria-label="A chart of all numbers since {first}. {summary}"', chart)
