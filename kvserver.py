@@ -2593,8 +2593,8 @@ def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object
 
 def make_turns(url: str, after: str, last: str) -> Markup:
     """Return the links to the first page of a table, if this begins after some row, and to the next page, if any."""
-    links = [fill(LINK, url, "First page")] if after else []
-    links += [fill(LINK, url_to(url, after=last), "Next page")] if last else []
+    links = [fill('<a class="button" href="{}">First page</a>', url)] if after else []
+    links += [fill('<a class="button" href="{}">Next page</a>', url_to(url, after=last))] if last else []
     return fill('<p class="bar">{}</p>', links) if links else fill("")
 
 
