@@ -41,7 +41,6 @@ import bisect
 import collections
 import contextlib
 import datetime
-import email.utils
 import errno
 import functools
 import gc
@@ -1018,7 +1017,7 @@ CHUNKED = -1  # the length of a body in chunks
 PARAMETERS, VALUE, EITHER = "parameters", "value", "either"  # EITHER: the value, if the query has a key and no value
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
-format_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
+format_date = functools.lru_cache(1)(lambda second: time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)))
 
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~-]+)?\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
@@ -1207,7 +1206,7 @@ def encode_response(response: Response, connection: str, with_body: bool) -> byt
     body, status, content_type, headers, _, stream_prefix = response
     has_length = status not in (204, 304) and stream_prefix is None
     entity = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n" if has_length else ""
-    head = f"{STATUS_LINES[status]}Date: {format_date(int(time.time()), usegmt=True)}\r\n{entity}"
+    head = f"{STATUS_LINES[status]}Date: {format_date(int(time.time()))}\r\n{entity}"
     head += "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
     for name, value in headers:
         head += f"{name}: {value}\r\n"
@@ -1365,8 +1364,9 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
 
 def required(parameters: Mapping[str, str], name: str) -> str:
     if name not in parameters:
-        hint = f"send {name}=TEXT in the URL (in a shell, in quotes), or in a body with Content-Length"
-        raise HTTPError(400, f"the parameter {name} is missing; {hint}")
+        raise HTTPError(
+            400, f"the parameter {name} is missing; send {name}=TEXT in the URL (in a shell, in quotes) or body"
+        )
     return parameters[name]
 
 
@@ -1415,8 +1415,9 @@ def check_user_name(name: str) -> None:
 def check_password(password: str) -> None:
     least, most = PASSWORD_CHARACTERS_MIN, PASSWORD_BYTES_MAX
     if len(password) < least or len(password.encode("utf-8")) > most or PASSWORD_CONTROL.search(password):
-        limits = f"at least {least} characters, at most {most} bytes in UTF-8, and no control characters"
-        raise HTTPError(400, f"a password has {limits}")
+        raise HTTPError(
+            400, f"a password has {least} characters or more, at most {most} bytes, and no control characters"
+        )
 
 
 def check_label_and_prefix(label: str, prefix: str) -> None:
@@ -1791,11 +1792,6 @@ class SecureSocket:
                 self._tls.unwrap()
             self._flush()
         self._connection.shutdown(how)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.shutdown(socket.SHUT_WR)
-        self._connection.close()
 
 
 class Certificate:
@@ -3233,7 +3229,9 @@ class RequestHandler:
         finally:
             self.server.loop.use(None)
             del self.server.connections[self.socket]
-            self.connection.close()
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+            self.socket.close()
 
     async def handle_one_request(self) -> bool:
         """Receive a request and answer it; return whether another one may follow."""
