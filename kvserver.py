@@ -2666,11 +2666,9 @@ def make_values(store: Store, request: Request, user_id: int, url: str, value_ur
     path = make_path(folder, url) if folder and not value_url else ""
     marked = names.index(added) if added in names else -1
     table = make_table("values", ("Name", "Value", "Changed", "Expires"), rows, marked)
-    url, last = (
-        url_to(url, folder=folder, search=search, refresh=refresh),
-        names[-1] if len(entries) > len(names) else "",
-    )
-    return fill("{}{}{}", path, table, make_turns(url, first.strip(NEXT_KEY), last))
+    url = url_to(url, folder=folder, search=search, refresh=refresh)
+    turns = make_turns(url, first.strip(NEXT_KEY), names[-1] if len(entries) > len(names) else "")
+    return fill("{}{}{}", path, table, turns)
 
 
 def values_page(store: Store, request: Request) -> Response:

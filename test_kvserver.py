@@ -6035,7 +6035,7 @@ class OwnPages(PageCase):
 
     def test_a_form_for_a_token_adds_only_one(self) -> None:
         (once,) = self.page("/me/tokens").values(name="once")
-        form = {"action": "addtoken", "label": "typed", "prefix": "hall/", "once": once}
+        form: dict[str, Any] = {"action": "addtoken", "label": "typed", "prefix": "hall/", "once": once}
         self.send(400, "/me/", **{**form, "label": "x" * 65})
         self.send(200, "/me/", **form)
         for _ in range(2):
