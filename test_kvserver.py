@@ -5404,14 +5404,17 @@ class Visits(PageCase):
         known = (
             "html head meta title link style body header nav a img main h1 h2 p table thead tbody tr th td time form"
         )
-        known += " input label button textarea span strong em div code small details summary pre"
+        known += " input label button textarea span strong em div code small details summary pre br ul li"
         paths = ["/admin/", "/me/", "/admin/user?username=alice", "/me/?search=%22%3E%3Cimg", "/me/tokens"]
+        paths += ["/admin/hooks"]
         self.store.transact(lambda store: store.keep_history(10))
         answers = []
         for text in hostile:
             self.store.add_user(text, kvserver.hash_password("a password"), False)
             self.store.set_value(1, text, text)
             self.store.add_token("alice", text.encode(), text, False, text)
+            self.store.add_hook("alice", text, text, text, "http://h", "http://h/", "POST", "", None)
+            paths.append(url("/admin/delete", username=text))
             paths += [url("/admin/user", username=text), url("/me/value", key=text), url("/me/", search=text)]
             answers.append(self.send(409, "/admin/", action="adduser", username=text, password="a password"))
             answers.append(self.send(400, "/me/", action="set", key="", value=text))
