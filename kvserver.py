@@ -20,7 +20,7 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /events                  a stream (text/event-stream) of all pairs, then of their changes; prefix=P
     GET /health                  200 ok, without a login; 503 if the database cannot be read
     GET /metrics                 counters for admins, in Prometheus' text format
-    GET /me/, /admin/            pages for browsers: a user's values, tokens and password; users, for admins
+    GET /me/, /admin/            pages for browsers: a user's values, tokens and password; users and hooks, for admins
 
 ROUTES has all methods and parameters. Parameters may be in the query, a form or a JSON object; the body of /set?key=K
 may be the value. All paths also exist below /iotpersistenceapi, or below --base-path.
@@ -2921,11 +2921,11 @@ def take_action(store: Store, request: Request, form_page: Callable[..., Respons
 
 
 def change_user(store: Store, request: Request) -> Response:
-    parameters, hook_actions = request.parameters, ("testhook", "delhook")
-    pages = {**dict.fromkeys(hook_actions, hooks_page), "deluser": delete_page}
-    pages |= dict.fromkeys(("setpassword", "setadmin", "deltoken"), user_page)
+    parameters, pages = request.parameters, {"adduser": users_page, "deluser": delete_page}
+    pages |= {"setpassword": user_page, "setadmin": user_page, "deltoken": user_page}
+    pages |= {"testhook": hooks_page, "delhook": hooks_page}
     form_page = pages.get(parameters.get("action", ""), users_page)
-    action = take_action(store, request, form_page, "adduser", *pages)
+    action = take_action(store, request, form_page, *pages)
     if action == "testhook":
         request.test = store.test_delivery(required(parameters, "id"))
         return Response()
