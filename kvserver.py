@@ -2345,11 +2345,12 @@ pre{padding:.75rem 1rem;white-space:pre-wrap}
 [role=status]{background:var(--good)}
 [role=alert]::first-letter{text-transform:uppercase}
 .copy{user-select:all}
-.history{max-width:30rem}
+figure.card,.history{max-width:27rem}
 svg{display:block;fill:none;stroke:var(--edge)}
 text{fill:var(--soft);stroke:none;font-size:13px}
 .last{fill:var(--ink);font-weight:600}
 .line{stroke:var(--link);stroke-width:2}
+circle{fill:var(--link)}
 
 table{width:100%;border-collapse:separate;border-spacing:0}
 th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
@@ -2725,7 +2726,7 @@ def make_buttons(request: Request, key: str, value: str, pair: Pair | None) -> l
         buttons.append(fill(FORM_HTML, url=url, alert="", action="toggle", fields=fields))
     elif NUMBER.fullmatch(value):
         buttons.append(fill(FORM_HTML, url=url, alert="", action="incr", fields=fill(STEPS)))
-    if "refresh" not in request.parameters:  # a reload would lose the typed text
+    if pair is None or "refresh" not in request.parameters:  # a reload would lose the typed text
         encoded = urllib.parse.quote(value.replace("\n", "\r\n").replace("~", "!"), safe=" *")  # as browsers do
         edit = fill('<p class="soft">Edit this value with /set: a form cannot send it unchanged.</p>')
         if len(encoded) <= FORM_BYTES_MAX and "\0" not in value and "\r" not in value:
