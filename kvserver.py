@@ -2301,6 +2301,7 @@ a{color:var(--link)}
 small,.soft{color:var(--soft);font-size:.875rem;font-weight:400}
 h1,p,td,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
 button,.button,summary,label{max-width:100%;overflow-wrap:break-word}
+td button.bad{overflow-wrap:anywhere}
 [hidden]{display:none!important}
 
 header{display:flex;flex-wrap:wrap;align-items:center;gap:0 1rem;padding:0 1rem;background:var(--card);
@@ -2369,7 +2370,7 @@ clip-path:polygon(0 0,40% 0,50% 20%,100% 20%,100% 100%,0 100%)}
 @media(min-width:48rem){
 td{min-width:4.5rem}
 .hooks td:first-child{min-width:12rem}
-.hooks td:last-child{min-width:13rem}
+.hooks td:last-child{min-width:14rem}
 }
 @media(max-width:30rem){
 header nav{order:1;width:100%;margin:0 -.5rem;font-size:.875rem}
