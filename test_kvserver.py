@@ -5696,12 +5696,12 @@ class HookPages(HookCase, PageCase):
             self.assertTrue(delivering.acquire(timeout=WAIT_SECONDS))
             self.set("a", "1")
             self.store.set_admin("alice", False)
-            self.patch("HOOK_SECONDS", 0.01)
-            self.patch("LINGER_SECONDS", 0)
-            page = Page(self.send(502, "/admin/", "bob", action="testhook", id="1"))
-            self.assertIn("hook 1: no answer within", page.text)
             release.set()
             join(calls)
+        self.target.behave = hang
+        self.patch("HOOK_SECONDS", 0.05)
+        page = Page(self.send(502, "/admin/", "bob", action="testhook", id="1"))
+        self.assertIn("hook 1: no answer within 0.05 seconds; check the URL", page.text)
         self.server.outbox.is_stopping = True
         self.send(503, "/admin/", "bob", action="testhook", id="1")
 
