@@ -2409,6 +2409,7 @@ PAGE_HTML = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title
 <main>{message}{content}</main></body></html>"""
 FORM_HTML = """<form method="post" action="{url}" autocapitalize="none" autocomplete="off" spellcheck="false">
 {alert}<input type="hidden" name="action" value="{action}">{fields}</form>"""
+STOP = '<span class="soft">This page reloads every {} s.</span><a class="button" href="{}">Stop</a>'
 SOFT = '<span class="soft">{}</span>'
 LINK = '<a href="{}">{}</a>'
 ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, browsers scroll to it and read it out
@@ -2606,9 +2607,9 @@ def make_path(folder: str, url: str = "./") -> Markup:
 
 def make_live(request: Request, url: str) -> Markup:
     """Return the link to a page that reloads itself, or the link back from there."""
-    is_live = "refresh" in request.parameters
-    live_url = url if is_live else url_to(url, refresh=str(REFRESH_SECONDS))
-    return fill('<a class="button" href="{}">{}</a>', live_url, "Stop" if is_live else "Live")
+    if "refresh" in request.parameters:
+        return fill(STOP, REFRESH_SECONDS, url)
+    return fill('<a class="button" href="{}">Live</a>', url_to(url, refresh=str(REFRESH_SECONDS)))
 
 
 def redirect(status: int, url: str) -> Response:
@@ -2679,7 +2680,7 @@ def values_page(store: Store, request: Request) -> Response:
     around = folder[: folder[:-1].rfind("/") + 1]
     path, title = make_path(around) if folder else "", make_visible(folder[len(around) :]) or "Values"
     live = make_live(request, url_to(url, search=search, after=after))
-    forms = [fill('<span class="soft">This page reloads every {} s.</span>', REFRESH_SECONDS)]
+    forms = list[Markup]()
     if not refresh:  # a reload would lose typed text
         key = request.parameters.get("key", folder)
         form = make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="")

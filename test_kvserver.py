@@ -6300,6 +6300,7 @@ class ValuePages(PageCase):
         answer = self.see(200, "/me/" + live)
         page = Page(answer)
         self.assertEqual(("10", "value?key=a"), (answer.headers["refresh"], page.links["Stop"]))
+        self.assertIn("This page reloads every 10 s.", page.text)
         actions = page.values(name="action")
         self.assertEqual((["toggle"], False), (actions, "<textarea" in answer.body.decode()))
         for target in ("/me/value?key=a&refresh=9", "/me/value?key=a&refresh="):
