@@ -1364,9 +1364,7 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
 
 def required(parameters: Mapping[str, str], name: str) -> str:
     if name not in parameters:
-        raise HTTPError(
-            400, f"the parameter {name} is missing; send {name}=TEXT in the URL (in a shell, in quotes) or body"
-        )
+        raise HTTPError(400, f"the parameter {name} is missing; send {name}=TEXT in the URL (in quotes) or the body")
     return parameters[name]
 
 
@@ -1415,9 +1413,7 @@ def check_user_name(name: str) -> None:
 def check_password(password: str) -> None:
     least, most = PASSWORD_CHARACTERS_MIN, PASSWORD_BYTES_MAX
     if len(password) < least or len(password.encode("utf-8")) > most or PASSWORD_CONTROL.search(password):
-        raise HTTPError(
-            400, f"a password has {least} characters or more, at most {most} bytes, and no control characters"
-        )
+        raise HTTPError(400, f"a password has at least {least} characters, at most {most} bytes, no control characters")
 
 
 def check_label_and_prefix(label: str, prefix: str) -> None:
@@ -2090,10 +2086,8 @@ def end_of_wait(request: Request, pair: Pair | None) -> float:
         raise HTTPError(400, "to wait for a change, send wait=SECONDS with unless=VALUE or the header If-None-Match")
     is_news = request.was_there
     if pair:
-        is_same = (
-            pair.value == unless.encode() if unless is not None else request.names_etag("if-none-match", pair.etag)
-        )
-        is_news = not is_same
+        same = pair.value == unless.encode() if unless is not None else request.names_etag("if-none-match", pair.etag)
+        is_news = not same
     request.was_there = pair is not None
     now, deadline = time.monotonic(), request.begun + wait_seconds
     if is_news or not request.may_wait or deadline <= now:
@@ -2211,9 +2205,7 @@ def show_history(store: Store, request: Request) -> Response:
         # A plus in a query means a space. Responses round to milliseconds, and such a time must include its change.
         begin = parse_time(re.sub(r" (\d\d:\d\d)\Z", r"+\1", since)) - 0.0005
     else:  # at most 10**9 seconds, so unix seconds are refused
-        begin = time.time() - (
-            take_seconds(request.parameters, "since", 0, 10**9, "3600, or 2030-01-31T23:59:59Z") or 0
-        )
+        begin = time.time() - (take_seconds(request.parameters, "since", 0, 10**9, "3600 or 2030-01-31T23:59:59Z") or 0)
     is_csv = take_choice(request.parameters, "format", ("csv",)) is not None
     body = bytearray(b"time,value,state\r\n" if is_csv else b"")
     for moment, value, is_cut in store.history(request.user.id, request.parameters["key"], begin, limit):
@@ -4040,7 +4032,7 @@ SETTINGS = {
     "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "extra prefix of paths; / for none (default: {})"),
     "log_requests": Setting(parse_switch, False, "", "log requests, without values", argparse.BooleanOptionalAction),
     "max_connections": Setting(parse_positive, 256, "N", "largest number of open connections (default: {})"),
-    "history": Setting(parse_history, 0, "N", "changes of a value to keep; a start deletes others (default: {})"),
+    "history": Setting(parse_history, 0, "N", "changes to keep of each value; a start deletes older (default: {})"),
     "max_db_mb": Setting(parse_positive, 1024, "N", "largest size of the database in megabytes (default: {})"),
     "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this network; repeatable", "extend"),
     "cors_origin": Setting(parse_origins, (), "O", "let pages of O use the API (* for all); repeatable", "extend"),
@@ -4604,7 +4596,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--header": {"metavar": "'NAME: TEXT'", "action": "append", "default": [], "help": "a header; repeat for others"},
     "--label": {"metavar": "TEXT", "default": "", "help": "a note that the list shows"},
     "--merge": {"action": "store_true", "help": "add values to users that exist here; they keep password and role"},
-    "--method": {"choices": (*HOOK_BODY_METHODS, "GET", "DELETE"), "default": "POST", "help": "(default: POST)"},
+    "--method": {"choices": (*HOOK_BODY_METHODS, "GET", "DELETE"), "default": "POST", "help": "default: POST"},
     "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
     "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
     "--read-only": {"action": "store_true", "help": "the token cannot change anything"},

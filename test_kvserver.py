@@ -389,7 +389,7 @@ class Api(ServerCase):
     def test_missing_parameters_are_400_and_only_an_explicit_empty_value_is_empty(self) -> None:
         for target in ("/set", "/set?key=a", "/set?value=a", "/set?key=a&value", "/get", "/get?key", "/del?key="):
             self.check(400, "GET", target)
-        self.assertIn(b"(in a shell, in quotes) or body", self.check(400, "POST", "/set?key=a").body)
+        self.assertIn(b"in the URL (in quotes) or the body", self.check(400, "POST", "/set?key=a").body)
         self.check(400, "POST", "/set?key=a", "")
         self.assertNotIn("\n", self.fetch("/incr", "POST", "key=a&a\nb", Content_Type=kvserver.FORM)[1])
         self.assertEqual({}, self.pairs())
@@ -537,7 +537,7 @@ class Methods(ServerCase):
         self.check(404, "OPTIONS", "/nowhere", user=None)
 
     def test_errors_are_problems_for_clients_that_take_json(self) -> None:
-        hint = "send key=TEXT in the URL (in a shell, in quotes) or body"
+        hint = "send key=TEXT in the URL (in quotes) or the body"
         detail = f"the parameter key is missing; {hint}"
         problem = {"title": "Bad Request", "status": 400, "detail": detail}
         for accept in ("text/html, application/json;q=0.5", "application/ld+json", "APPLICATION/JSON"):
@@ -2452,7 +2452,7 @@ class History(ServerCase):
             status, text = self.fetch("/history?key=a&" + wrong)
             hint = "a time is like 2030" if "-01-" in wrong else f"the parameter {wrong.partition('=')[0]} "
             self.assertEqual((400, True), (status, hint in text), text)
-        wrong = "the parameter since is '1h'; send 0 to 1000000000 seconds, such as 3600, or 2030"
+        wrong = "the parameter since is '1h'; send 0 to 1000000000 seconds, such as 3600 or 2030"
         self.assertTrue(self.fetch("/history?key=a&since=1h")[1].startswith(wrong))
 
     def test_only_the_last_ones_are_kept_and_fewer_after_a_start_with_less(self) -> None:
