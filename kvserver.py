@@ -2337,7 +2337,7 @@ pre{padding:.75rem 1rem;white-space:pre-wrap}
 [role=alert]{color:#fff;background:var(--bad)}
 [role=status]{background:var(--good)}
 [role=alert]::first-letter{text-transform:uppercase}
-.copy{user-select:all}
+pre:not(.value){user-select:all}
 figure.card,.history{max-width:27rem}
 svg{display:block;fill:none;stroke:var(--edge)}
 text{fill:var(--soft);stroke:none;font-size:13px}
@@ -2440,10 +2440,10 @@ CHART = """<figure class="card">
 <text x="{left}" y="120" dx="-6" dy="4" text-anchor="end">{low}</text>
 <text x="{right}" y="145" text-anchor="end">now</text></svg><figcaption class="soft">{summary}</figcaption></figure>"""
 ACCESS = """<h2>How to reach it</h2>
-<p>Read it; curl asks for the password:</p><pre class="copy">curl -u {user} {get}</pre>
-<p>Change it:</p><pre class="copy">curl -u {user} --data-urlencode {value} {set}</pre>
-<p>Wait a minute for another value:</p><pre class="copy">curl -u {user} {wait}</pre>
-<p>Its URL:</p><pre class="copy">{url}</pre>"""
+<p>Read it; curl asks for the password:</p><pre>curl -u {user} {get}</pre>
+<p>Change it:</p><pre>curl -u {user} --data-urlencode {value} {set}</pre>
+<p>Wait a minute for another value:</p><pre>curl -u {user} {wait}</pre>
+<p>Its URL:</p><pre>{url}</pre>"""
 TOKENS_PAGE = """<h1>Tokens</h1><p>A device that logs in with a token does not need your password.
 If it gets lost, delete its token here.</p>{add}{tokens}"""
 ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>

@@ -6259,7 +6259,7 @@ class ValuePages(PageCase):
     def commands(self, key: str) -> dict[str, list[str]]:
         """Return the words of each command on a value's page as a shell splits them, and the URL."""
         page = self.value_page(key)
-        texts = [html.unescape(each) for each in re.findall(r'(?s)<pre class="copy">(.*?)</pre>', page)]
+        texts = [html.unescape(each) for each in re.findall(r"(?s)<pre>(.*?)</pre>", page)]
         self.assertEqual(4, len(texts))
         code, output, _ = run("curl() { printf '%s\\0' \"$@\"; echo; }\n" + "\n".join(texts[:3]))
         lines = [line.rstrip("\0").split("\0") for line in output.split("\0\n")[:-1]]
