@@ -2359,10 +2359,9 @@ time{white-space:nowrap}
 .path+h1{margin-top:.25rem}
 .folder::before{content:"";display:inline-block;width:1rem;height:.75rem;margin-right:.5rem;background:currentColor;
 clip-path:polygon(0 0,40% 0,50% 20%,100% 20%,100% 100%,0 100%)}
-@media(min-width:48rem){
 td{min-width:4.5rem}
-.hooks td:first-child{min-width:12rem}
-.hooks td:last-child{min-width:14rem}
+@media(min-width:64rem){
+.hooks td:first-child,.hooks td:last-child{min-width:15.5rem}
 }
 @media(max-width:30rem){
 header nav{order:1;width:100%;margin:0 -.5rem;font-size:.875rem}
@@ -2380,8 +2379,7 @@ td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-
 .users td:nth-child(4)::before{content:"newest change: "}
 .tokens td:nth-child(3)::before{content:"created "}
 .tokens td:nth-child(4)::before{content:"last used "}
-.hooks td:nth-child(3)::before{content:"user: "}
-.hooks td:nth-child(4)::before{content:"pending: "}
+.hooks td:nth-child(2)::before{content:"user: "}
 td:empty{display:none}
 .history tr{display:flex;justify-content:space-between;gap:1rem}
 .history td:first-child{color:var(--soft);font-weight:400}
@@ -2887,16 +2885,17 @@ def hooks_page(store: Store, request: Request, message: str = "") -> Response:
         name = fill("{} {}<br><small>{}</small>", hook.id, hook.label, hook.origin)
         only = f"only when it becomes {make_visible(hook.value)}" if hook.value is not None else ""
         key = fill("{}<br><small>{}</small>", make_visible(hook.pattern), only)
-        result = fill("{}<br><small>{}</small>", hook.result or "not tried", make_time(hook.result_time))
+        tried = [make_time(hook.result_time), ", "] if hook.result else ""
+        result = fill("{}<br><small>{}pending: {}</small>", hook.result or "not tried", tried, hook.pending)
         url, warning = url_to("./", id=str(hook.id)), "Its pending deliveries are deleted, too."
         delete = make_question("Delete", f"hook {hook.id}", "delhook", url, warning)
         buttons = fill(HOOK_BUTTONS, id=hook.id, delete=delete)
-        rows.append((name, key, make_visible(hook.user_name), hook.pending, result, buttons))
+        rows.append((name, make_visible(hook.user_name), key, result, buttons))
     program = os.path.abspath(__file__)
     is_default = store.path == os.path.realpath(os.path.join(os.path.dirname(program), "kvserver.db"))
     command = shlex.join([sys.executable, program, *([] if is_default else ["--db", store.path])])
     more = fill("<p>More hooks exist. List all with:</p><pre>{} hooks</pre>", command) if hooks[PAGE_ROWS_MAX:] else ""
-    table = make_table("hooks", ("Hook", "Key", "User", "Pending", "Last result", "Actions"), rows)
+    table = make_table("hooks", ("Hook", "User", "Key", "Last result", "Actions"), rows)
     message = fill('<p role="status">{}</p>', message) if message else ""
     page = fill(HOOKS_PAGE, message=message, table=table, more=more, command=command)
     return make_page(request, "Hooks", page, "admin/hooks")
