@@ -3289,10 +3289,9 @@ class RequestHandler:
         else:
             request = parse_head(head, self.fields)
         # A body without a length may come late. No other request follows it: that might be the body.
-        lengths = ("content-length", "transfer-encoding")
-        lacks_length = request.method in ("POST", "PUT") and not request.fields.headers.keys() & lengths
+        may_come = request.method in ("POST", "PUT") and "content-length" not in request.fields.headers
         self.state, self.fields = WORKING, request.fields
-        self.body_pending = lacks_length or request.fields.body_length != 0
+        self.body_pending = may_come or request.fields.body_length != 0
         self.last = (b"", None) if self.body_pending else (head, request)
         return request
 
