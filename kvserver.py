@@ -3504,13 +3504,6 @@ DROPPED_SECONDS = 10  # until we log again that deliveries were dropped
 client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # making one takes long
 
 
-def seconds_until(deadline: float) -> float:
-    seconds = deadline - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError
-    return seconds
-
-
 def deliver(delivery: Delivery) -> Answer:
     """Send a delivery; return the answer within HOOK_SECONDS, or later if the name look-up is slow."""
     deadline, received, answer = time.monotonic() + HOOK_SECONDS, b"", None
@@ -3519,15 +3512,15 @@ def deliver(delivery: Delivery) -> Answer:
         parts: Any = urllib.parse.urlsplit(delivery.url)
         address, request = (parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme]), encode_delivery(parts, delivery)
         count = len(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))  # all of them are tried in time
-        connection = socket.create_connection(address, seconds_until(deadline) / (count + 1))
+        connection = socket.create_connection(address, max(deadline - time.monotonic(), 0.001) / (count + 1))
         if parts.scheme == "https":
             connection = client_context().wrap_socket(connection, server_hostname=parts.hostname)
         with connection:
-            connection.settimeout(seconds_until(deadline) / 2)  # the other half is for the answer
+            connection.settimeout(max(deadline - time.monotonic(), 0.001) / 2)  # the other half is for the answer
             with contextlib.suppress(OSError):  # the answer may come before the request has been sent in full
                 connection.sendall(request)
             while len(received) < HOOK_ANSWER_BYTES_MAX:
-                connection.settimeout(seconds_until(deadline))
+                connection.settimeout(max(deadline - time.monotonic(), 0.001))
                 data = connection.recv(HOOK_ANSWER_BYTES_MAX)
                 if not data:
                     break
