@@ -1585,11 +1585,6 @@ class Loop:
             self._selector.unregister(self.current.connection)
         self.current.connection, self.current.watched = cast(socket.socket, connection), 0
 
-    def turn(self) -> Awaitable[None]:
-        """Let every other task that can go on have its turn."""
-        Wakeup(self)()
-        return ready(0)
-
     def post(self, wakeup: Wakeup, result: Any = None) -> None:
         wakeup(result)
         with contextlib.suppress(OSError):  # the loop is closed
@@ -3209,7 +3204,8 @@ class RequestHandler:
         try:
             while await self.handle_one_request():
                 if self.received:  # pipelined: others first
-                    await self.server.loop.turn()
+                    Wakeup(self.server.loop)()
+                    await ready(0)
             if self.body_pending:
                 # Closing with unread bytes resets the connection and loses the response (RFC 9112 section 9.6).
                 self.state, deadline = RECEIVING, time.monotonic() + LINGER_SECONDS
@@ -3922,7 +3918,8 @@ class Server(http.server.ThreadingHTTPServer):
             results = commit() if is_quick else await self.disk.run(commit)
             for number, ((_, wakeup, _), result) in enumerate(zip(changes, results), 1):
                 if not is_quick and number % 4 == 0:  # reads do not wait for many responses
-                    await self.loop.turn()
+                    Wakeup(self.loop)()
+                    await ready(0)
                 if isinstance(result, (HTTPError, StoreError)):  # its traceback leads to all results
                     result.__traceback__ = result.__cause__ = result.__context__ = None
                 wakeup(result)
