@@ -2278,120 +2278,74 @@ STYLE = Markup("""
 --link:#0b57b0;--main:#0b57b0;--bad:#b3261e;--danger:#b3261e;--mark:#fff3c4;--good:#dff3e4}
 @media(prefers-color-scheme:dark){:root{--page:#12161c;--card:#1b212a;--ink:#e8ecf1;--soft:#a5b0bd;--line:#333c48;
 --edge:#75808d;--link:#86bcff;--main:#1d65b8;--danger:#ff9a90;--mark:#463a10;--good:#173a25}}
-*{box-sizing:border-box}
+*{box-sizing:border-box} [hidden]{display:none!important} a{color:var(--link)}
 body{margin:0;font:1rem/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page)}
-main{max-width:60rem;margin:0 auto;padding:.5rem 1rem 4rem}
-h1{margin:1rem 0;font-size:1.5rem;line-height:1.25}
-h2{margin:2rem 0 .5rem;font-size:1.125rem}
-p,form,table,pre,details,figure{margin:.5rem 0}
-a{color:var(--link)}
-small,.soft{color:var(--soft);font-size:.875rem;font-weight:400}
-h1,p,td,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
-button,.button,summary,label{max-width:100%;overflow-wrap:break-word}
-td button.bad{overflow-wrap:anywhere}
-[hidden]{display:none!important}
-
+main{max-width:60rem;margin:0 auto;padding:.5rem 1rem 4rem} p,form,table,pre,details,figure,dl{margin:.5rem 0}
+h1{margin:1rem 0;font-size:1.5rem;line-height:1.25} h2{margin:2rem 0 .5rem;font-size:1.125rem}
+h1,p,td,dd,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
+small,.soft,dt{color:var(--soft);font-size:.875rem;font-weight:400}
 header{display:flex;flex-wrap:wrap;align-items:center;gap:0 1rem;padding:0 1rem;background:var(--card);
-border-bottom:1px solid var(--line)}
-header nav{display:flex;flex-wrap:wrap}
-header a{padding:.75rem .5rem;color:var(--soft);text-decoration:none}
+border-bottom:1px solid var(--line)} header nav{display:flex;flex-wrap:wrap}
+header a{padding:.75rem .5rem;color:var(--soft);text-decoration:none;border-bottom:2px solid transparent}
 header .home{display:flex;gap:.5rem;padding-left:0;color:var(--ink);font-weight:600}
-header nav a{border-bottom:2px solid transparent}
-header a:hover,header [aria-current]{color:var(--ink);border-color:var(--link)}
-header span{max-width:12rem;margin-left:auto;color:var(--soft);overflow:hidden;
-text-overflow:ellipsis;white-space:nowrap}
-
-button,.button,summary{display:inline-block;padding:.375rem .75rem;color:var(--ink);background:var(--card);
-border:1px solid var(--edge);border-radius:.375rem;font:inherit;text-decoration:none;cursor:pointer;list-style:none}
-.main{color:#fff;background:var(--main);border-color:var(--main)}
-.bad{color:var(--danger)}
+header nav a:hover,header [aria-current]{color:var(--ink);border-color:var(--link)}
+header span{max-width:12rem;margin-left:auto;overflow:hidden;color:var(--soft);white-space:nowrap;
+text-overflow:ellipsis}
+button,.button,summary{display:inline-block;max-width:100%;padding:.375rem .75rem;color:var(--ink);
+background:var(--card);border:1px solid var(--edge);border-radius:.375rem;font:inherit;text-decoration:none;
+overflow-wrap:break-word;list-style:none;cursor:pointer}
+.main{color:#fff;background:var(--main);border-color:var(--main)} .bad{color:var(--danger)}
 button.bad{color:#fff;background:var(--bad);border-color:var(--bad)}
-summary::-webkit-details-marker{display:none}
-[open]>summary{margin-bottom:.5rem}
+summary::-webkit-details-marker{display:none} [open]>summary{margin-bottom:.5rem;color:var(--ink);background:none}
 button:hover,.button:hover,summary:hover{filter:brightness(.93)}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
-
-form,table,pre,.card,.value{background:var(--card);border:1px solid var(--line);border-radius:.5rem}
-form,.card{max-width:30rem;padding:1rem}
-.bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:.5rem 0}
-.bar>*{margin:0}
-.bar>form,td form,td details{margin:0;padding:0;border:0;background:none}
-.bar [open]{flex-basis:100%}
-.bar [role=search]{display:flex;gap:.5rem;flex:1;min-width:12rem;margin-right:auto}
-label{display:block;margin-bottom:1rem}
+form,table,pre,.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem}
+form,figure,.history{max-width:30rem} form,.card{padding:1rem} label{display:block;margin-bottom:1rem}
 input,textarea{padding:.375rem .75rem;color:inherit;background:var(--page);border:1px solid var(--edge);
-border-radius:.375rem;font:inherit}
-input:not([type=checkbox]),textarea{display:block;width:100%}
+border-radius:.375rem;font:inherit} input:not([type=checkbox]),textarea{display:block;width:100%}
 ::placeholder{color:var(--soft);opacity:1}
 input[type=checkbox]{width:1.25rem;height:1.25rem;margin:0 .25rem 0 0;vertical-align:-.25rem}
-textarea,pre,code{font-family:ui-monospace,monospace;font-size:.9375rem}
-pre{padding:.75rem 1rem;white-space:pre-wrap}
-.value{padding:1rem;font-size:1rem}
-.big{font-size:2rem;line-height:1.25}
-[role=alert],[role=status]{padding:.5rem 1rem;border-radius:.375rem;font-weight:600}
-[role=alert]{color:#fff;background:var(--bad)}
-[role=status]{background:var(--good)}
-[role=alert]::first-letter{text-transform:uppercase}
-pre:not(.value){user-select:all}
-figure.card,.history{max-width:27rem}
-svg{display:block;fill:none;stroke:var(--edge)}
-text{fill:var(--soft);stroke:none;font-size:13px}
-.last{fill:var(--ink);font-weight:600}
-.line{stroke:var(--link);stroke-width:2}
-circle{fill:var(--link)}
-
-table{width:100%;border-collapse:separate;border-spacing:0}
+textarea,pre,code{font:.9375rem/1.5 ui-monospace,monospace} pre{padding:.75rem 1rem;white-space:pre-wrap}
+.bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:.5rem 0} .bar>*{margin:0}
+.bar>form,td form,td details{margin:0;padding:0;border:0;background:none} .bar>[open]{order:1;width:100%}
+.bar [role=search]{display:flex;gap:.5rem;flex:1;min-width:12rem;margin-right:auto}
+[role=alert],[role=status]{padding:.5rem 1rem;background:var(--good);border-radius:.375rem;font-weight:600}
+[role=alert]{color:#fff;background:var(--bad)} [role=alert]::first-letter{text-transform:uppercase}
+.big{font-size:2rem;line-height:1.25} dd{margin:0} dd+dt{margin-top:.75rem} pre:not(.card),dd code{user-select:all}
+svg{display:block;fill:none;stroke:var(--edge)} text{fill:var(--soft);stroke:none;font-size:13px}
+.last{fill:var(--ink);font-weight:600} .line{stroke:var(--link);stroke-width:2}
+table{width:100%;border-collapse:separate;border-spacing:0} .mark{background:var(--mark)} time{white-space:nowrap}
 th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-tr:last-child,tr:last-child td{border-bottom:0}
-th{color:var(--soft);font-size:.875rem;font-weight:500}
-time{white-space:nowrap}
-.mark{background:var(--mark)}
-.values{table-layout:fixed}
-.values th:first-child{width:35%}
-.values th:nth-child(n+3){width:7rem}
-.path a{display:inline-block;min-width:1.5rem;padding:.25rem 0}
+tr:last-child,tr:last-child td{border-bottom:0} th{color:var(--soft);font-size:.875rem;font-weight:500}
+.values{table-layout:fixed} .values th:first-child{width:35%} .values th:nth-child(n+3){width:7rem}
+.path a{display:inline-block;min-width:1.5rem;padding:.25rem 0} .path+h1{margin-top:.25rem}
 .path a+a::before{content:"›";display:inline-block;padding:0 .5rem 0 .25rem;color:var(--soft)}
-.path+h1{margin-top:.25rem}
 .folder::before{content:"";display:inline-block;width:1rem;height:.75rem;margin-right:.5rem;background:currentColor;
 clip-path:polygon(0 0,40% 0,50% 20%,100% 20%,100% 100%,0 100%)}
-td{min-width:4.5rem}
-@media(min-width:64rem){
-.hooks td:first-child,.hooks td:last-child{min-width:15.5rem}
-}
-@media(max-width:30rem){
-header nav{order:1;width:100%;margin:0 -.5rem;font-size:.875rem}
+@media(min-width:48rem){td{min-width:4.5rem}
+.hooks td:first-child{min-width:12rem} .hooks td:last-child{min-width:15rem}}
+@media(max-width:30rem){header nav{order:1;width:100%;margin:0 -.5rem;font-size:.875rem}
 header nav a{padding:.375rem .5rem}
-thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-tr,td{display:block}
-tr{padding:.5rem 1rem;border-bottom:1px solid var(--line)}
-td{padding:.125rem 0;border:0}
-td:first-child{font-weight:600}
+thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)} tr,td{display:block}
+tr{padding:.5rem 1rem;border-bottom:1px solid var(--line)} td{padding:.125rem 0;border:0} td:empty{display:none}
+td:first-child{font-weight:600} .history tr{display:flex;justify-content:space-between;gap:1rem}
 td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-size:.875rem}
 .tokens td:last-child,.hooks td:last-child{display:block;margin-top:.25rem}
-.values td:nth-child(3)::before{content:"changed "}
-.values td:nth-child(4)::before{content:"expires "}
-.users td:nth-child(3)::before{content:"values: "}
-.users td:nth-child(4)::before{content:"newest change: "}
-.tokens td:nth-child(3)::before{content:"created "}
-.tokens td:nth-child(4)::before{content:"last used "}
-.hooks td:nth-child(2)::before{content:"user: "}
-td:empty{display:none}
-.history tr{display:flex;justify-content:space-between;gap:1rem}
 .history td:first-child{color:var(--soft);font-weight:400}
-}
+.values td:nth-child(3)::before{content:"changed "} .values td:nth-child(4)::before{content:"expires "}
+.users td:nth-child(3)::before{content:"values: "} .users td:nth-child(4)::before{content:"newest change: "}
+.tokens td:nth-child(3)::before{content:"created "} .tokens td:nth-child(4)::before{content:"last used "}
+.hooks td:nth-child(3)::before{content:"user: "} .hooks td:nth-child(4)::before{content:"pending: "}}
 """)
 DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-POLICY = (
-    f"default-src 'none'; style-src 'sha256-{DIGEST}'; img-src 'self'; form-action 'self'; frame-ancestors 'none'; "
-)
-POLICY += "base-uri 'none'"
-PAGE_HEADERS = (("Content-Security-Policy", POLICY), ("Referrer-Policy", "same-origin"))
+POLICY = f"default-src 'none'; style-src 'sha256-{DIGEST}'; img-src 'self'; form-action 'self'; frame-ancestors 'none'"
+PAGE_HEADERS = (("Content-Security-Policy", POLICY + "; base-uri 'none'"), ("Referrer-Policy", "same-origin"))
 TABS = {"me/": "Values", "me/tokens": "Tokens", "me/password": "Password", "admin/": "Users", "admin/hooks": "Hooks"}
 PAGE_HTML = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title} - kvserver</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="{up}icon.svg">
 <style>{style}</style></head><body>
 <header><a class="home" href="{up}"><img src="{up}icon.svg" alt="" width="24" height="24">kvserver</a>{nav}</header>
-<main>{message}{content}</main></body></html>"""
+<main>{message}{path}<h1>{title}</h1>{content}</main></body></html>"""
 FORM_HTML = """<form method="post" action="{url}" autocapitalize="none" autocomplete="off" spellcheck="false">
 {alert}<input type="hidden" name="action" value="{action}">{fields}</form>"""
 STOP = '<span class="soft">This page reloads every {} s.</span><a class="button" href="{}">Stop</a>'
@@ -2401,13 +2355,13 @@ ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, bro
 NEW_PASSWORD = Markup(f"""<label>New password<small> at least {PASSWORD_CHARACTERS_MIN} characters</small>
 <input type="password" name="password" required minlength="{PASSWORD_CHARACTERS_MIN}"
 autocomplete="new-password"></label>""")
-WELCOME_PAGE = """<h1>kvserver</h1>
+WELCOME_PAGE = """
 <p>This server keeps values for devices, applets and scripts: they store a value under a key, and read it back.</p>
 <p class="bar"><a class="button main" href="me/">Your values</a><a class="button" href="admin/">Users</a></p>
 <h2>Address</h2><pre>{url}</pre>
 <h2>Try it</h2><p>Write your user name instead of NAME. curl asks for your password.</p><pre>{curl}</pre>
 <p class="soft">kvserver {version}</p>"""
-VALUES_PAGE = """{path}<h1>{title}</h1><div class="bar">{forms}{live}</div>{found}{table}"""
+VALUES_PAGE = """<div class="bar">{forms}{live}</div>{found}{table}"""
 SEARCH = """<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <input type="hidden" name="folder" value="{folder}">
 <input type="search" name="search" value="{search}" aria-label="Part of a key" placeholder="Find a key">
@@ -2421,10 +2375,8 @@ ADD_VALUE = '<label>Key<input name="key" value="{key}" required></label>' + VALU
 EDIT_VALUE = f"""{VALUE_FIELDS}
 <label>Expires after<small> seconds; empty leaves it as it is</small><input name="ttl" value="{{ttl}}"></label>
 <label><input type="checkbox" name="never" value="1" {{never}}> It never expires</label>{SAVE}"""
-VALUE_PAGE = """{path}<h1>{key}</h1>{value}{times}<div class="bar">{buttons}</div>{history}{access}"""
 SWITCH = '<input type="hidden" name="etag" value="{}"><button class="main">Switch to {}</button>'
-STEPS = """<button class="main" name="by" value="-1">−1</button>
-<button class="main" name="by" value="1">+1</button>"""
+STEPS = '<button name="by" value="-1">−1</button> <button name="by" value="1">+1</button>'
 CHART = """<figure class="card">
 <svg viewBox="0 0 320 150" role="img" aria-label="A chart of all numbers since {first}. {summary}">
 <path d="M{left} {top}H{right}M{left} 120H{right}"/><path class="line" d="{line}"/>
@@ -2432,37 +2384,35 @@ CHART = """<figure class="card">
 <text x="{left}" y="{top}" dx="-6" dy="4" text-anchor="end">{high}</text><text x="{left}" y="145">{first}</text>
 <text x="{left}" y="120" dx="-6" dy="4" text-anchor="end">{low}</text>
 <text x="{right}" y="145" text-anchor="end">now</text></svg><figcaption class="soft">{summary}</figcaption></figure>"""
-ACCESS = """<h2>How to reach it</h2>
-<p>Read it; curl asks for the password:</p><pre>curl -u {user} {get}</pre>
-<p>Change it:</p><pre>curl -u {user} --data-urlencode {value} {set}</pre>
-<p>Wait a minute for another value:</p><pre>curl -u {user} {wait}</pre>
-<p>Its URL:</p><pre>{url}</pre>"""
-TOKENS_PAGE = """<h1>Tokens</h1><p>A device that logs in with a token does not need your password.
+ACCESS = """<h2>How to reach it</h2><dl class="card"><dt>URL<dd><code>{url}</code>
+<dt>Get it; curl asks for your password<dd><code>curl -u {user} {get}</code>
+<dt>Set it<dd><code>curl -u {user} --data-urlencode {value} {set}</code>
+<dt>Wait up to a minute until it changes<dd><code>curl -u {user} {wait}</code></dl>"""
+TOKENS_PAGE = """<p>A device that logs in with a token does not need your password.
 If it gets lost, delete its token here.</p>{add}{tokens}"""
 ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>
 <label>Only keys that begin with<small> empty for all</small><input name="prefix" value="{prefix}"></label>
 <label><input type="checkbox" name="readonly" value="1" {readonly}> It may only read</label>
 <input type="hidden" name="once" value="{once}"><button class="main">Add a token</button>"""
-TOKEN_PAGE = """<h1>New token</h1><p>Copy it to the device now. This page shows it only once.</p><pre>{token}</pre>
+TOKEN_PAGE = """<p>Copy it to the device now. This page shows it only once.</p><pre>{token}</pre>
 <h2>As a header</h2><pre>Authorization: Bearer {token}</pre><h2>Try it</h2><pre>{curl}</pre>
 <p><a class="button" href="tokens">All tokens</a></p>"""
-PASSWORD_PAGE = """<h1>Password</h1>{form}<p>The browser will ask for the new password.</p>
+PASSWORD_PAGE = """{form}<p>The browser will ask for the new password.</p>
 <h2>Sign out</h2><p>A browser keeps your password until you close all its windows.
 On somebody else's computer, use a private window, and close it afterwards.</p>"""
 SET_PASSWORD = """<input value="{user}" autocomplete="username" hidden>{new_password}
 <p>The tokens stay as they are.</p><button class="main">Set the password</button>"""
 SET_OWN_PASSWORD = f"""<label>Current password<input type="password" name="current" required
 autocomplete="current-password"></label>{SET_PASSWORD}"""
-USERS_PAGE = """<h1>Users</h1>{add}{table}"""
 ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
 <label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label>
 <button class="main">Add</button>"""
-USER_PAGE = """<h1>{}</h1><p>Role: {}. Values: {}. Newest change: {}.</p>
+USER_PAGE = """<p>Role: {}. Values: {}. Newest change: {}.</p>
 <div class="bar">{}<a class="button bad" href="{}">Delete…</a></div><h2>Tokens</h2>{}<h2>Values</h2>{}"""
 DELETE_USER = """<p>This also deletes, for good:</p><ul><li>values: {pairs}<li>tokens: {tokens}<li>hooks: {hooks}
 <li>changes in the history: {history}</ul><div class="bar"><button class="bad">Delete {name}</button>
 <a class="button" href="{back}">Keep {name}</a></div>"""
-HOOKS_PAGE = """<h1>Hooks</h1>{message}<p>A hook calls a URL when a value changes.</p>{table}{more}
+HOOKS_PAGE = """{message}<p>A hook calls a URL when a value changes.</p>{table}{more}
 <h2>Add a hook</h2><p>Type this in a shell on the server. <code>--help</code> shows everything that a hook can do.</p>
 <pre>{command} addhook USER KEY URL</pre>"""
 HOOK_BUTTONS = """<div class="bar"><form method="post" action="./"><input type="hidden" name="action" value="testhook">
@@ -2484,9 +2434,10 @@ def make_visible(text: str) -> str:
     return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), text.translate(VISIBLE))
 
 
-def make_page(request: Request, title: str, content: str, tab: str = "", up: str = "../", note: str = "") -> Response:
-    """Return a page, with a refusal's reason if the content lacks it. up leads to the root; the note names a change."""
+def make_page(request: Request, title: str, content: str, tab: str = "", path: str = "", note: str = "") -> Response:
+    """Return a page, with a refusal's reason if the content lacks it. The path stands on top; a note names a change."""
     user, refusal, nav, message = request.user, request.refusal, "", ""
+    up = "../" if tab or refusal else "./"  # the path to the root
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
         here = {tab: Markup(' aria-current="page"')}
         tabs = [fill('<a href="../{}"{}>{}</a>', path, here.get(path, ""), name) for path, name in TABS.items()]
@@ -2495,11 +2446,11 @@ def make_page(request: Request, title: str, content: str, tab: str = "", up: str
         message = fill(ALERT, refusal.message)
     elif not refusal and 0 <= time.time() - (take_seconds(request.parameters, "done", 0, 1e10) or 0) <= DONE_SECONDS:
         message = fill('<p role="status">The change is made.{}</p>', note)
-    page = fill(PAGE_HTML, style=STYLE, up=up, nav=nav, title=title, message=message, content=content).encode("utf-8")
+    texts = {"style": STYLE, "up": up, "nav": nav, "title": title, "message": message, "path": path, "content": content}
     headers = PAGE_HEADERS + (refusal.headers if refusal else ())
     if not refusal and take_choice(request.parameters, "refresh", (str(REFRESH_SECONDS),)):
         headers += (("Refresh", str(REFRESH_SECONDS)),)
-    return Response(page, refusal.status if refusal else 200, HTML, headers)
+    return Response(fill(PAGE_HTML, **texts).encode(), refusal.status if refusal else 200, HTML, headers)
 
 
 def url_to(path: str, **parameters: str) -> str:
@@ -2513,10 +2464,6 @@ def url_to(path: str, **parameters: str) -> str:
 
 def is_on(parameters: Mapping[str, str], name: str) -> bool:
     return parameters.get(name, "").lower() not in ("", "0", "false", "off")  # browsers leave out a box that is off
-
-
-def is_refused(request: Request, action: str) -> bool:
-    return request.refusal is not None and request.parameters.get("action") == action
 
 
 def make_form(request: Request, action: str, fields: str, url: str = "./", **values: object) -> Markup:
@@ -2536,7 +2483,7 @@ def fold(word: str, form: str, kind: str = "main") -> Markup:
 
 def make_question(word: str, what: str, action: str, url: str, warning: str = "") -> Markup:
     """Return the button of a dangerous action, folded up so that nobody presses it by mistake."""
-    button = fill('<p>{}</p><button class="bad">{} {}</button>', warning, word, what)
+    button = fill('{}<button class="bad">{} {}</button>', fill("<p>{}</p>", warning) if warning else "", word, what)
     form = fill(FORM_HTML, url=url, alert="", action=action, fields=button)
     return fill('<details><summary class="bad" aria-label="{0} {1}">{0}…</summary>{2}</details>', word, what, form)
 
@@ -2606,13 +2553,11 @@ def redirect_done(url: str, **parameters: str) -> Response:
     return redirect(303, url_to(url, **parameters, done=str(int(time.time()))))
 
 
-def add_slash(store: Store, request: Request) -> Response:
+def lead_on(store: Store, request: Request) -> Response:
     """Redirect to a folder before a login: browsers send its password unasked to the folder (RFC 7617 section 2.2)."""
-    return redirect(301, request.path.rpartition("/")[2] + "/" + (f"?{request.query}" if request.query else ""))
-
-
-def moved_page(store: Store, request: Request) -> Response:
-    return redirect(301, "value" + (f"?{request.query}" if request.query else ""))
+    page = request.path.rpartition("/")[2]
+    path = "value" if page == "state" else f"{page}/"  # /me/value had that name
+    return redirect(301, path + (f"?{request.query}" if request.query else ""))
 
 
 def show_icon(store: Store, request: Request) -> Response:
@@ -2628,7 +2573,7 @@ def welcome_page(store: Store, request: Request) -> Response:
     url = server_url(request)
     curl = f"curl -u NAME {shlex.quote(url + '/set?key=door&value=open')}"
     page = fill(WELCOME_PAGE, url=url + "/", curl=curl, version=__version__)
-    return make_page(request, "Welcome", page, up="./")
+    return make_page(request, "kvserver", page)
 
 
 def make_values(store: Store, request: Request, user_id: int, url: str, value_url: str = "") -> Markup:
@@ -2671,10 +2616,10 @@ def values_page(store: Store, request: Request) -> Response:
         form = make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="")
         forms = [fold("Add", form), fill(SEARCH, folder=folder, search=search)]
     found = fill(FOUND, make_visible(search), url) if search else ""
-    page = fill(VALUES_PAGE, path=path, title=title, forms=forms, live=live, found=found, table=table)
+    page = fill(VALUES_PAGE, forms=forms, live=live, found=found, table=table)
     link = fill(LINK, url_to("value", key=added), make_visible(added))
     note = fill(" The key {} is stored.", link) if 'class="mark"' in table else ""
-    return make_page(request, title, page, "me/", note=note)
+    return make_page(request, title, page, "me/", path, note)
 
 
 def indent_json(text: str) -> str:
@@ -2695,14 +2640,9 @@ def make_reading(value: str) -> Markup:
     is_long, most = len(value) > VALUE_READ_CHARACTERS_MAX, VALUE_READ_CHARACTERS_MAX
     text = indent_json(value) if value.lstrip().startswith(("{", "[")) and not is_long else value
     if len(text) <= 24 and "\n" not in text:
-        return fill('<p class="value big">{}</p>', make_visible(text) or fill(SOFT, "empty"))
+        return fill('<p class="card big">{}</p>', make_visible(text) or fill(SOFT, "empty"))
     note = fill('<p class="soft">It has {} characters; this is the beginning.</p>', len(value)) if is_long else ""
-    return fill('<pre class="value">\n{}</pre>{}', text[:most].translate({**VISIBLE, 10: "\n", 9: "\t"}), note)
-
-
-def make_moment(seconds: float) -> Markup:
-    local = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
-    return fill("{} ({})", make_time(seconds, " ago"), local)
+    return fill('<pre class="card">\n{}</pre>{}', text[:most].translate({**VISIBLE, 10: "\n", 9: "\t"}), note)
 
 
 def make_buttons(request: Request, key: str, value: str, pair: Pair | None) -> list[Markup]:
@@ -2713,15 +2653,16 @@ def make_buttons(request: Request, key: str, value: str, pair: Pair | None) -> l
         buttons.append(fill(FORM_HTML, url=url, alert="", action="toggle", fields=fields))
     elif NUMBER.fullmatch(value):
         buttons.append(fill(FORM_HTML, url=url, alert="", action="incr", fields=fill(STEPS)))
-    if pair is None or "refresh" not in request.parameters:  # a reload would lose the typed text
-        encoded = urllib.parse.quote(value.replace("\n", "\r\n").replace("~", "!"), safe=" *")  # as browsers do
-        edit = fill('<p class="soft">Edit this value with /set: a form cannot send it unchanged.</p>')
-        if len(encoded) <= FORM_BYTES_MAX and "\0" not in value and "\r" not in value:
-            text, rows = request.parameters.get("value", value), min(20, value.count("\n") + len(value) // 50 + 2)
-            form = make_form(request, "set", EDIT_VALUE, url, value=text, rows=rows, etag=etag)
-            edit = fold("Edit" if pair else "Add", form, "" if buttons else "main")
-        buttons += [edit, make_question("Delete", "this value", "del", url)] if pair else [edit]
-    return [*buttons, make_live(request, url_to("value", key=key))] if pair else buttons
+    live = make_live(request, url_to("value", key=key))
+    if pair and "refresh" in request.parameters:  # a reload would lose the typed text
+        return [*buttons, live]
+    encoded = urllib.parse.quote(value.replace("\n", "\r\n").replace("~", "!"), safe=" *")  # as browsers do
+    edit = fill('<p class="soft">Edit this value with /set: a form cannot send it unchanged.</p>')
+    if len(encoded) <= FORM_BYTES_MAX and "\0" not in value and "\r" not in value:
+        text, rows = request.parameters.get("value", value), min(20, value.count("\n") + len(value) // 50 + 2)
+        form = make_form(request, "set", EDIT_VALUE, url, value=text, rows=rows, etag=etag)
+        edit = fold("Edit" if pair else "Add", form, "" if value in OPPOSITES else "main")
+    return [*buttons, edit, live, make_question("Delete", make_visible(key), "del", url)] if pair else [edit]
 
 
 def make_chart(changes: Sequence[tuple[float, str | None, bool]]) -> Markup:
@@ -2776,27 +2717,28 @@ def value_page(store: Store, request: Request) -> Response:
     if pair is None and not refusal:
         request.refusal = HTTPError(404, "there is no such key; add it here, or go back to its folder")
         if not request.wants_html():
-            raise HTTPError(404, UNKNOWN_KEY)
+            raise request.refusal
     value, etag = (pair.value.decode("utf-8"), pair.etag) if pair else ("", "")
     if refusal and refusal.status == 409 and request.parameters.get("etag", etag) != etag:
-        now = (
-            fill("changed to <em>{}</em> {}", make_short(value), make_time(pair.updated, " ago")) if pair else "deleted"
+        changed = "changed to <em>{}</em> {}" if pair else "deleted"
+        now = fill(changed, make_short(value), make_time(pair and pair.updated, " ago"))
+        again = "save" if request.parameters["action"] == "set" else "switch"
+        request.refusal = HTTPError(409, fill("The value was {}; {} again to overwrite it", now, again))
+    times = {"Changed": pair.updated, "Expires": pair.expires} if pair else {}
+    facts = [
+        fill(
+            "{} {} ({}). ",
+            word,
+            make_time(moment, " ago"),
+            time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(moment)),
         )
-        again = "save again to overwrite it" if is_refused(request, "set") else "switch it again if you still want to"
-        request.refusal = HTTPError(409, fill("The value was {}; {}", now, again))
-    changed = fill("Changed {}. ", make_moment(pair.updated)) if pair else ""
-    expires = fill("Expires {}.", make_moment(pair.expires)) if pair and pair.expires is not None else ""
-    page = fill(
-        VALUE_PAGE,
-        path=make_path(key[: key.rfind("/") + 1]),
-        key=make_visible(key),
-        value=make_reading(value) if pair else "",
-        times=fill('<p class="soft">{}{}</p>', changed, expires),
-        buttons=make_buttons(request, key, value, pair),
-        history=make_history(store, request.user.id, key),
-        access=make_access(request, key, value, etag) if pair else "",
-    )
-    return make_page(request, make_visible(key), page, "me/")
+        for word, moment in times.items()
+        if moment is not None
+    ]
+    parts = [make_reading(value) if pair else "", fill('<p class="soft">{}</p>', facts)]
+    parts.append(fill('<div class="bar">{}</div>', make_buttons(request, key, value, pair)))
+    parts += [make_history(store, request.user.id, key), make_access(request, key, value, etag) if pair else ""]
+    return make_page(request, make_visible(key), fill("{}", parts), "me/", make_path(key[: key.rfind("/") + 1]))
 
 
 def make_tokens(store: Store, user_name: str, url: str) -> Markup:
@@ -2839,8 +2781,7 @@ def users_page(store: Store, request: Request) -> Response:
     last = users[PAGE_ROWS_MAX - 1][0].name if users[PAGE_ROWS_MAX:] else ""
     table = make_table("users", ("Name", "Role", "Values", "Newest change"), rows)
     add = fold("Add", make_form(request, "adduser", ADD_USER))
-    page = fill(USERS_PAGE, add=add, table=[table, make_turns("./", after, last)])
-    return make_page(request, "Users", page, "admin/")
+    return make_page(request, "Users", fill("{}{}{}", add, table, make_turns("./", after, last)), "admin/")
 
 
 def find_user(store: Store, request: Request) -> UserSummary:
@@ -2859,7 +2800,7 @@ def user_page(store: Store, request: Request) -> Response:
     buttons, delete = [set_password, set_role], url_to("delete", username=user.name)
     tokens = make_tokens(store, user.name, url)
     values = make_values(store, request, user.id, url_to("user", username=user.name))
-    page = fill(USER_PAGE, name, role, pairs, make_time(newest), buttons, delete, tokens, values)
+    page = fill(USER_PAGE, role, pairs, make_time(newest), buttons, delete, tokens, values)
     return make_page(request, name, page, "admin/")
 
 
@@ -2871,7 +2812,7 @@ def delete_page(store: Store, request: Request) -> Response:
         lost = {"pairs": pairs, "tokens": len(tokens), "hooks": len(hooks), "history": history}
         back, url = url_to("user", username=user.name), url_to("./", username=user.name)
         page = make_form(request, "deluser", DELETE_USER, url, name=name, back=back, **lost)
-    return make_page(request, f"Delete {name}?", fill("<h1>Delete {}?</h1>{}", name, page), "admin/")
+    return make_page(request, f"Delete {name}?", page, "admin/")
 
 
 def hooks_page(store: Store, request: Request, message: str = "") -> Response:
@@ -3018,17 +2959,17 @@ ROUTES = (
     Route("/events", ("GET",), stream_events, USER, HERE, ("prefix",)),
     Route("/health", READ, check_health, ANYONE, THREAD),
     Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
-    Route("", READ, add_slash, ANYONE, HERE),
+    Route("", READ, lead_on, ANYONE, HERE),
     Route("/", READ, welcome_page, BROWSER, HERE),
     Route("/icon.svg", READ, show_icon, ANYONE, HERE),
-    Route("/me", READ, add_slash, ANYONE, HERE, LIST_FIELDS),
+    Route("/me", READ, lead_on, ANYONE, HERE, LIST_FIELDS),
     Route("/me/", READ, values_page, PERSON, THREAD, LIST_FIELDS),
     Route("/me/", ("POST",), change_own, PERSON, COMMIT, OWN_FIELDS, 1),
     Route("/me/value", READ, value_page, PERSON, THREAD, ("key", "refresh", "done"), 1),
-    Route("/me/state", READ, moved_page, ANYONE, HERE, ("key",), 1),
+    Route("/me/state", READ, lead_on, ANYONE, HERE, ("key",), 1),
     Route("/me/tokens", READ, tokens_page, PERSON, THREAD, ("done",)),
     Route("/me/password", READ, password_page, PERSON, THREAD, ("done",)),
-    Route("/admin", READ, add_slash, ANYONE, HERE, ("after",)),
+    Route("/admin", READ, lead_on, ANYONE, HERE, ("after",)),
     Route("/admin", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 2),
     Route("/admin/", READ, users_page, ADMIN, THREAD, ("after", "done")),
     Route("/admin/", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 1),
@@ -3103,7 +3044,7 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> 
         error.headers += (("WWW-Authenticate", f'Basic realm="{REALMS[route.who]}", charset="UTF-8"'),)
     if route and route.who in PAGE_VISITORS and request.wants_html():
         request.refusal = error
-        return make_page(request, title, fill("<h1>{}</h1>", title))
+        return make_page(request, title, "")
     if JSON in accept or "+json" in accept:
         problem = json.dumps({"title": title, "status": error.status, "detail": error.message})
         return Response(problem.encode(), error.status, "application/problem+json", error.headers)

@@ -5404,7 +5404,7 @@ class Visits(PageCase):
         known = (
             "html head meta title link style body header nav a img main h1 h2 p table thead tbody tr th td time form"
         )
-        known += " input label button textarea span strong em div code small details summary pre br ul li"
+        known += " input label button textarea span strong em div code small details summary pre dl dt dd br ul li"
         paths = ["/admin/", "/me/", "/admin/user?username=alice", "/me/?search=%22%3E%3Cimg", "/me/tokens"]
         paths += ["/admin/hooks"]
         self.store.transact(lambda store: store.keep_history(10))
@@ -6000,7 +6000,7 @@ class OwnPages(PageCase):
                 self.store.set_value(1, "a", value)
                 page = self.see(200, "/me/value?key=a").body
                 self.assertEqual((is_editable, not is_editable), (b"<textarea" in page, b"with /set: a form" in page))
-                self.assertRegex(page, b'<(p|pre) class="value')
+                self.assertRegex(page, b'<(p|pre) class="card')
                 if is_editable:
                     self.edit("a")
                     self.assertEqual(value.encode(), self.get("a"))
@@ -6105,8 +6105,8 @@ class ValuePages(PageCase):
     def test_a_value_is_there_to_be_read(self) -> None:
         most = kvserver.VALUE_READ_CHARACTERS_MAX
         for value, shown in (
-            *(("21.5", '<p class="value big">21.5</p>'), ("x" * 24, f'<p class="value big">{"x" * 24}</p>')),
-            *(("x" * 25, f'<pre class="value">\n{"x" * 25}</pre>'), ("a\nb\t", '<pre class="value">\na\nb\t</pre>')),
+            *(("21.5", '<p class="card big">21.5</p>'), ("x" * 24, f'<p class="card big">{"x" * 24}</p>')),
+            *(("x" * 25, f'<pre class="card">\n{"x" * 25}</pre>'), ("a\nb\t", '<pre class="card">\na\nb\t</pre>')),
             *(("", "empty</span></p>"), (" a ", ">␣a␣<"), ("\u202e" + "a" * 24, "\n\ufffd" + "a" * 24)),
             (
                 '{"a":[1.10,2e3,{}],"a":"\\u00e9 ,:{"}',
@@ -6181,7 +6181,7 @@ class ValuePages(PageCase):
             self.store.set_value(1, "door", "closed")
             answer = self.press("door", "Switch to closed", 409)
         text = Page(answer).text
-        self.assertRegex(text, "The value was changed to closed (now|1 s ago); switch it again if you still want to.")
+        self.assertRegex(text, "The value was changed to closed (now|1 s ago); switch again to overwrite it.")
         self.assertEqual(b"closed", self.get("door"))
         self.assertIn("Switch to open", text)
 
@@ -6259,12 +6259,12 @@ class ValuePages(PageCase):
     def commands(self, key: str) -> dict[str, list[str]]:
         """Return the words of each command on a value's page as a shell splits them, and the URL."""
         page = self.value_page(key)
-        texts = [html.unescape(each) for each in re.findall(r"(?s)<pre>(.*?)</pre>", page)]
+        texts = [html.unescape(each) for each in re.findall(r"(?s)<code>(.*?)</code>", page)]
         self.assertEqual(4, len(texts))
-        code, output, _ = run("curl() { printf '%s\\0' \"$@\"; echo; }\n" + "\n".join(texts[:3]))
+        code, output, _ = run("curl() { printf '%s\\0' \"$@\"; echo; }\n" + "\n".join(texts[1:]))
         lines = [line.rstrip("\0").split("\0") for line in output.split("\0\n")[:-1]]
         self.assertEqual((0, 3), (code, len(lines)))
-        return dict(zip(("get", "set", "wait"), lines)) | {"url": [texts[3]]}
+        return dict(zip(("get", "set", "wait"), lines)) | {"url": [texts[0]]}
 
     def test_commands_to_copy_reach_the_value(self) -> None:
         base = f"http://127.0.0.1:{self.port}"
@@ -6323,7 +6323,7 @@ class ValuePages(PageCase):
     def test_a_value_is_deleted_after_a_confirmation(self) -> None:
         self.store.set_value(1, "hall//lamp", "on")
         self.assertRegex(self.value_page("hall//lamp"), '<summary class="bad"[^>]*>Delete…</summary>')
-        answer = self.press("hall//lamp", "Delete this value")
+        answer = self.press("hall//lamp", "Delete hall//lamp")
         self.assertRegex(answer.headers["location"], r"\A\./\?folder=hall//&done=\d+\Z")
         self.assertEqual({}, self.pairs())
         self.send(404, "/me/", action="del", key="hall//lamp", page="value")
