@@ -1214,7 +1214,7 @@ def encode_response(response: Response, connection: str, with_body: bool) -> byt
     return head.encode("iso-8859-1") + body if with_body else head.encode("iso-8859-1")
 
 
-def encode_event(kind: str, members: Mapping[str, object]) -> bytes:
+def encode_event(kind: str, **members: object) -> bytes:
     """Return an event with a JSON object, all ASCII (WHATWG HTML, server-sent events), as a chunk."""
     event = f"event: {kind}\ndata: {json.dumps(members)}\n\n".encode()
     return b"%x\r\n%b\r\n" % (len(event), event)
@@ -3088,9 +3088,8 @@ VANISHED_SECONDS = 60  # without an acknowledgement
 
 
 def encode_change(key: str, value: str | None, updated: float) -> bytes:
-    if value is None:
-        return encode_event("del", {"key": key})
-    return encode_event("set", {"key": key, "value": value, "updated": rfc3339(updated)})
+    content = {} if value is None else {"value": value, "updated": rfc3339(updated)}
+    return encode_event("del" if value is None else "set", key=key, **content)
 
 
 class Stream:
@@ -3785,7 +3784,7 @@ class Server(http.server.ThreadingHTTPServer):
         is_following = stream.after == stream.end
         if is_following and time.monotonic() >= stream.restart_time:
             stream.start()
-            return [encode_event("reset", {})]
+            return [encode_event("reset")]
         if is_following or stream.pending:  # pending ones go first, so at ready the client has the pairs of one moment
             return stream.take()
         self._look_for_others()
@@ -3802,7 +3801,7 @@ class Server(http.server.ThreadingHTTPServer):
                     after = key
                 else:
                     if size <= EVENTS_BYTES_MAX:  # a longer event goes alone
-                        events.append(encode_event("ready", {}))
+                        events.append(encode_event("ready"))
                         after = stream.end
             if self._in_transaction and self.reader.state() != self._state:
                 return []  # these pairs may be newer than the changes that have been handed out
