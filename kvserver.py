@@ -1078,7 +1078,7 @@ class Request:
     form_page: Callable[[Any, Request], Response] | None = None  # that shows a refused form again
     test: Delivery | None = None  # of a hook, to send before the response
     refusal: HTTPError | None = None  # of the request, for the page that shows it
-    origin = ""  # scheme, host and port of this server, as a browser sees them
+    server_url = ""  # as the browser of a page sees it
 
     def __init__(self, method: str, path: str, query: str, fields: Fields) -> None:
         self.method, self.path, self.query, self.fields = method, path, query, fields
@@ -1281,6 +1281,7 @@ def parse_answer(received: bytes) -> Answer | None:
 # All are text. Other bytes than UTF-8 and repeated names are refused: a guess could store the wrong value.
 
 JSON_DEPTH_MAX = 100
+JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|\[\s*]|{\s*}|[][{},:]|[^][{},:"\s]+')
 OUR_HEADERS = ("Host", "Content-Length", "Connection", "Transfer-Encoding", "Idempotency-Key")  # of deliveries
 PASSWORD_BYTES_MAX = 4096  # with a user name, in base64, this fits in one header line
 PASSWORD_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -1322,6 +1323,19 @@ def parse_json(text: str, unique: bool = True) -> Any:
     make_object = functools.partial(unique_names, in_value=True) if unique else None
     # A byte order mark is not JSON, but may be ignored (RFC 8259 section 8.1). PowerShell sends one.
     return json.loads(text.lstrip("\ufeff"), object_pairs_hook=make_object)
+
+
+def indent_json(text: str) -> str:
+    """Return JSON with a line for each item, its digits and repeated names kept; return other text as it is."""
+    try:
+        parse_json(text, unique=False)
+    except ValueError:
+        return text
+    parts, indent = list[str](), "\n"
+    for token in JSON_TOKEN.findall(text):
+        indent = indent[:-2] if token in "]}" else indent + "  " * (token in "[{")
+        parts += [indent * (token in "]}"), token, indent * (token in "[{,"), " " * (token == ":")]
+    return "".join(parts)
 
 
 def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iterable[tuple[str, str]]:
@@ -1462,6 +1476,10 @@ def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]
     if text is not None and text not in choices:
         raise HTTPError(400, f"the parameter {name} can be: {', '.join(choices)}")
     return text
+
+
+def is_on(parameters: Mapping[str, str], name: str) -> bool:
+    return parameters.get(name, "").lower() not in ("", "0", "false", "off")  # browsers leave out a box that is off
 
 
 def take_seconds(given: Mapping[str, str], name: str, least: float, most: float, such: str = "1.5") -> float | None:
@@ -2254,12 +2272,9 @@ DONE_SECONDS = 30  # that a page tells of a change
 FORM_BYTES_MAX = BODY_BYTES_MAX - 4096  # of an edited value, with room for the other fields
 VALUE_READ_CHARACTERS_MAX = 20_000  # on its page; a longer one is cut off, or not indented
 OPPOSITES = {"on": "off", "off": "on", "open": "closed", "closed": "open", "true": "false", "false": "true"}
-JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|\[\s*]|{\s*}|[][{},:]|[^][{},:"\s]+')
 USER_FIELDS = ("action", "username", "password", "isAdmin", "id")
-OWN_FIELDS = (
-    *("action", "key", "value", "ttl", "never", "by", "etag", "page", "current", "password"),
-    *("label", "readonly", "prefix", "id", "once"),
-)
+OWN_FIELDS: tuple[str, ...] = ("action", "key", "value", "ttl", "never", "by", "etag", "page", "id", "once")
+OWN_FIELDS += ("label", "readonly", "prefix", "current", "password")
 LIST_FIELDS = ("folder", "search", "after", "refresh", "added", "done")
 # Signs replace characters that are invisible or reverse the text around them (Unicode standard annex 9).
 UNSEEN = (*range(32), 127, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
@@ -2361,7 +2376,6 @@ WELCOME_PAGE = """
 <h2>Address</h2><pre>{url}</pre>
 <h2>Try it</h2><p>Write your user name instead of NAME. curl asks for your password.</p><pre>{curl}</pre>
 <p class="soft">kvserver {version}</p>"""
-VALUES_PAGE = """<div class="bar">{forms}{live}</div>{found}{table}"""
 SEARCH = """<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <input type="hidden" name="folder" value="{folder}">
 <input type="search" name="search" value="{search}" aria-label="Part of a key" placeholder="Find a key">
@@ -2409,9 +2423,8 @@ ADD_USER = """<label>Name<input name="username" value="{username}" required></la
 <button class="main">Add</button>"""
 USER_PAGE = """<p>Role: {}. Values: {}. Newest change: {}.</p>
 <div class="bar">{}<a class="button bad" href="{}">Delete…</a></div><h2>Tokens</h2>{}<h2>Values</h2>{}"""
-DELETE_USER = """<p>This also deletes, for good:</p><ul><li>values: {pairs}<li>tokens: {tokens}<li>hooks: {hooks}
-<li>changes in the history: {history}</ul><div class="bar"><button class="bad">Delete {name}</button>
-<a class="button" href="{back}">Keep {name}</a></div>"""
+DELETE_USER = """<p>This also deletes, for good:</p><ul>{lost}</ul><div class="bar">
+<button class="bad">Delete {name}</button><a class="button" href="{back}">Keep {name}</a></div>"""
 HOOKS_PAGE = """{message}<p>A hook calls a URL when a value changes.</p>{table}{more}
 <h2>Add a hook</h2><p>Type this in a shell on the server. <code>--help</code> shows everything that a hook can do.</p>
 <pre>{command} addhook USER KEY URL</pre>"""
@@ -2462,10 +2475,6 @@ def url_to(path: str, **parameters: str) -> str:
     return path
 
 
-def is_on(parameters: Mapping[str, str], name: str) -> bool:
-    return parameters.get(name, "").lower() not in ("", "0", "false", "off")  # browsers leave out a box that is off
-
-
 def make_form(request: Request, action: str, fields: str, url: str = "./", **values: object) -> Markup:
     """Return a form, after a refusal with an alert and the typed text."""
     refusal = request.refusal if request.parameters.get("action") == action else None
@@ -2510,7 +2519,7 @@ def make_short(value: str | None) -> str:
 def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object]], marked: int = -1) -> Markup:
     """Return a table, with roles that remain when the style makes cards of its rows on a narrow screen."""
     if not rows:
-        return fill('<p class="soft">There are none.</p>')
+        return fill('<p class="soft">No {} here.</p>', kind)
     head = [fill('<th scope="col" role="columnheader">{}', name) for name in columns]
     marks = {marked: Markup(' class="mark"')}
     body = [
@@ -2564,13 +2573,8 @@ def show_icon(store: Store, request: Request) -> Response:
     return Response(ICON, content_type="image/svg+xml")
 
 
-def server_url(request: Request) -> str:
-    """Return the address of this server as the browser sees it, without a slash at the end."""
-    return request.origin + re.sub("/((me|admin)(/[^/]*)?)?$", "", request.path)
-
-
 def welcome_page(store: Store, request: Request) -> Response:
-    url = server_url(request)
+    url = request.server_url
     curl = f"curl -u NAME {shlex.quote(url + '/set?key=door&value=open')}"
     page = fill(WELCOME_PAGE, url=url + "/", curl=curl, version=__version__)
     return make_page(request, "kvserver", page)
@@ -2616,23 +2620,10 @@ def values_page(store: Store, request: Request) -> Response:
         form = make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="")
         forms = [fold("Add", form), fill(SEARCH, folder=folder, search=search)]
     found = fill(FOUND, make_visible(search), url) if search else ""
-    page = fill(VALUES_PAGE, forms=forms, live=live, found=found, table=table)
+    page = fill('<div class="bar">{}{}</div>{}{}', forms, live, found, table)
     link = fill(LINK, url_to("value", key=added), make_visible(added))
     note = fill(" The key {} is stored.", link) if 'class="mark"' in table else ""
     return make_page(request, title, page, "me/", path, note)
-
-
-def indent_json(text: str) -> str:
-    """Return JSON with a line for each item, its digits and repeated names kept; return other text as it is."""
-    try:
-        parse_json(text, unique=False)
-    except ValueError:
-        return text
-    parts, indent = list[str](), "\n"
-    for token in JSON_TOKEN.findall(text):
-        indent = indent[:-2] if token in "]}" else indent + "  " * (token in "[{")
-        parts += [indent * (token in "]}"), token, indent * (token in "[{,"), " " * (token == ":")]
-    return "".join(parts)
 
 
 def make_reading(value: str) -> Markup:
@@ -2689,17 +2680,9 @@ def make_chart(changes: Sequence[tuple[float, str | None, bool]]) -> Markup:
     return fill(CHART, first=first, summary=summary, low=low, high=high, last=last, **place)
 
 
-def make_history(store: Store, user_id: int, key: str) -> Markup:
-    changes = list(store.history(user_id, key, 0, 50)) if store.history_rows_max() else []
-    table = make_table("history", ("Time", "Value"), [(make_time(each[0]), make_short(each[1])) for each in changes])
-    if len(changes) > 10:
-        table = fold(f"The last {len(changes)} changes", table, "")
-    return fill("<h2>History</h2>{}{}", make_chart(changes[::-1]), table) if changes else fill("")
-
-
 def make_access(request: Request, key: str, value: str, etag: str) -> Markup:
     """Return commands for a shell, and the URL. A short value is part of them, so that a paste changes nothing."""
-    url, name = server_url(request), urllib.parse.quote(key, safe="")
+    url, name = request.server_url, urllib.parse.quote(key, safe="")
     get, text = f"{url}/get?key={name}", "VALUE"
     wait = ["-H", f"If-None-Match: {etag}", f"{get}&wait=60"]
     if len(value) <= VALUE_SHOWN_CHARACTERS_MAX and value.isprintable():
@@ -2737,7 +2720,14 @@ def value_page(store: Store, request: Request) -> Response:
     ]
     parts = [make_reading(value) if pair else "", fill('<p class="soft">{}</p>', facts)]
     parts.append(fill('<div class="bar">{}</div>', make_buttons(request, key, value, pair)))
-    parts += [make_history(store, request.user.id, key), make_access(request, key, value, etag) if pair else ""]
+    changes = list(store.history(request.user.id, key, 0, 50)) if store.history_rows_max() else []
+    if changes:
+        rows = [(make_time(moment), make_short(old)) for moment, old, _ in changes]
+        table = make_table("history", ("Time", "Value"), rows)
+        table = fold(f"The last {len(rows)} changes", table, "") if len(rows) > 10 else table
+        parts.append(fill("<h2>History</h2>{}{}", make_chart(changes[::-1]), table))
+    if pair:
+        parts.append(make_access(request, key, value, etag))
     return make_page(request, make_visible(key), fill("{}", parts), "me/", make_path(key[: key.rfind("/") + 1]))
 
 
@@ -2757,14 +2747,6 @@ def tokens_page(store: Store, request: Request) -> Response:
     form = make_form(request, "addtoken", ADD_TOKEN, label_max=LABEL_CHARACTERS_MAX, once=store.tokens_added(name))
     page = fill(TOKENS_PAGE, add=fold("Add", form), tokens=make_tokens(store, name, "./"))
     return make_page(request, "Tokens", page, "me/tokens")
-
-
-def new_token_page(store: Store, request: Request, token: str) -> Response:
-    prefix = request.parameters.get("prefix", "")
-    key = next((key for _, key, *_ in store.pairs(request.user.id, prefix)), prefix or "door")
-    address = server_url(request) + "/get?key=" + urllib.parse.quote(key, safe="")
-    curl = shlex.join(["curl", "-H", f"Authorization: Bearer {token}", address])
-    return make_page(request, "New token", fill(TOKEN_PAGE, token=token, curl=curl), "me/tokens")
 
 
 def password_page(store: Store, request: Request) -> Response:
@@ -2808,10 +2790,11 @@ def delete_page(store: Store, request: Request) -> Response:
     user, pairs, _ = find_user(store, request)
     name, page = make_visible(user.name), fill("<p>Only another admin can delete you.</p>")
     if user.id != request.user.id:
-        tokens, hooks, history = store.tokens(user.name), store.hooks(user.name), store.history_size(user.id)
-        lost = {"pairs": pairs, "tokens": len(tokens), "hooks": len(hooks), "history": history}
+        counts = {"values": pairs, "tokens": len(store.tokens(user.name)), "hooks": len(store.hooks(user.name))}
+        counts["changes in the history"] = store.history_size(user.id)
+        lost = [fill("<li>{}: {}", what, count) for what, count in counts.items()]
         back, url = url_to("user", username=user.name), url_to("./", username=user.name)
-        page = make_form(request, "deluser", DELETE_USER, url, name=name, back=back, **lost)
+        page = make_form(request, "deluser", DELETE_USER, url, name=name, back=back, lost=lost)
     return make_page(request, f"Delete {name}?", page, "admin/")
 
 
@@ -2827,9 +2810,7 @@ def hooks_page(store: Store, request: Request, message: str = "") -> Response:
         delete = make_question("Delete", f"hook {hook.id}", "delhook", url, warning)
         buttons = fill(HOOK_BUTTONS, id=hook.id, delete=delete)
         rows.append((name, make_visible(hook.user_name), key, result, buttons))
-    program = os.path.abspath(__file__)
-    is_default = store.path == os.path.realpath(os.path.join(os.path.dirname(program), "kvserver.db"))
-    command = shlex.join([sys.executable, program, *([] if is_default else ["--db", store.path])])
+    command = shlex.join([sys.executable, os.path.abspath(__file__), "--db", store.path])
     more = fill("<p>More hooks exist. List all with:</p><pre>{} hooks</pre>", command) if hooks[PAGE_ROWS_MAX:] else ""
     table = make_table("hooks", ("Hook", "User", "Key", "Last result", "Actions"), rows)
     message = fill('<p role="status">{}</p>', message) if message else ""
@@ -2837,14 +2818,15 @@ def hooks_page(store: Store, request: Request, message: str = "") -> Response:
     return make_page(request, "Hooks", page, "admin/hooks")
 
 
-def take_action(store: Store, request: Request, form_page: Callable[..., Response], *actions: str) -> str:
-    """Return the action of a form; if it is refused, form_page shows the form again."""
+def take_action(store: Store, request: Request, pages: Mapping[str, Callable[..., Response]]) -> str:
+    """Return the action of a form, one of these. If it is refused, the page of the action shows the form again."""
     user = store.user(request.user.name) or NOBODY
     if (user.id, user.is_admin) != (request.user.id, request.user.is_admin):
         raise StoreBusy("your user has just been changed; try again")
     action = required(request.parameters, "action")
-    request.form_page = None if request.path.endswith("/admin") else form_page  # programs send forms there
-    take_choice(request.parameters, "action", actions)
+    if not request.path.endswith("/admin"):  # programs send forms there
+        request.form_page = pages.get(action, next(iter(pages.values())))
+    take_choice(request.parameters, "action", list(pages))
     if action in ("adduser", "setpassword", "passwd"):
         check_password(request.parameters.get("password", ""))
     return action
@@ -2854,15 +2836,15 @@ def change_user(store: Store, request: Request) -> Response:
     parameters, pages = request.parameters, {"adduser": users_page, "deluser": delete_page}
     pages |= {"setpassword": user_page, "setadmin": user_page, "deltoken": user_page}
     pages |= {"testhook": hooks_page, "delhook": hooks_page}
-    form_page = pages.get(parameters.get("action", ""), users_page)
-    action = take_action(store, request, form_page, *pages)
+    action = take_action(store, request, pages)
     if action == "testhook":
         request.test = store.test_delivery(required(parameters, "id"))
         return Response()
     name, is_admin = "" if action == "delhook" else required(parameters, "username"), is_on(parameters, "isAdmin")
-    url = "hooks" if form_page is hooks_page else url_to("user", username=name) if form_page is user_page else "./"
+    url = url_to("user", username=name) if pages[action] is user_page else "./"
     if action == "delhook":
         store.delete_hook(required(parameters, "id"))
+        url = "hooks"
     elif action == "adduser":
         check_user_name(name)
         store.add_user(name, request.password_hash, is_admin)
@@ -2912,17 +2894,20 @@ def change_value(store: Store, request: Request, action: str) -> Response:
 
 def change_own(store: Store, request: Request) -> Response:
     user, parameters = request.user, request.parameters
-    pages = {"addtoken": tokens_page, "deltoken": tokens_page, "passwd": password_page, "del": values_page}
-    form_page = pages.get(parameters.get("action", ""), value_page)
-    action = take_action(store, request, form_page, "set", "incr", "toggle", *pages)
-    if action in ("set", "incr", "toggle"):
+    pages = {"set": value_page, "incr": value_page, "toggle": value_page, "del": values_page}
+    pages |= {"addtoken": tokens_page, "deltoken": tokens_page, "passwd": password_page}
+    action = take_action(store, request, pages)
+    if pages[action] is value_page:
         return change_value(store, request, action)
     if action == "addtoken":
         label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
         check_label_and_prefix(label, prefix)
         once = parameters.get("once")
         store.add_token(user.name, hash_token(token), label, is_on(parameters, "readonly"), prefix, once)
-        return new_token_page(store, request, token)
+        key = next((key for _, key, *_ in store.pairs(user.id, prefix)), prefix or "door")
+        address = f"{request.server_url}/get?key={urllib.parse.quote(key, safe='')}"
+        curl = shlex.join(["curl", "-H", f"Authorization: Bearer {token}", address])
+        return make_page(request, "New token", fill(TOKEN_PAGE, token=token, curl=curl), "me/tokens")
     if action == "del":
         if not store.delete_pair(user.id, require_key(required(parameters, "key"))):
             raise HTTPError(404, UNKNOWN_KEY)
@@ -3247,7 +3232,7 @@ class RequestHandler:
         if route.where == COMMIT:
             check_no_prefetch(request.fields.headers)  # 503
         if route.who in (BROWSER, *PAGE_VISITORS):
-            request.origin = self._origin(request.fields.headers)
+            request.server_url = self._url(request)
         await self._authorize(route, request)  # 401, 403, 429, 503
         if self.body_pending and route.who not in NO_LOGIN:
             await self._receive_parameters(route, request)  # 400, 408, 411, 413, 415
@@ -3263,12 +3248,15 @@ class RequestHandler:
     def _address(self, request: Request) -> Address | None:
         return client_address(self.peer, request.fields.headers.get("x-forwarded-for", ""), self.server.trusted_proxy)
 
-    def _origin(self, headers: Mapping[str, str]) -> str:
-        scheme, forwarded = "https" if self.server.certificate else "http", headers.get("x-forwarded-proto", "").lower()
+    def _url(self, request: Request) -> str:
+        """Return the server's address as the browser of a page sees it, without a slash at the end."""
+        headers, scheme = request.fields.headers, "https" if self.server.certificate else "http"
+        forwarded = headers.get("x-forwarded-proto", "").lower()
         peer = parse_address(self.peer)
         if forwarded in DEFAULT_PORTS and peer and any(peer in network for network in self.server.trusted_proxy):
             scheme = forwarded
-        return f"{scheme}://{headers.get('host') or f'HOST:{self.server.server_port}'}"
+        host = headers.get("host") or f"HOST:{self.server.server_port}"
+        return f"{scheme}://{host}" + re.sub("/((me|admin)(/[^/]*)?)?$", "", request.path)
 
     async def _authorize(self, route: Route, request: Request) -> None:
         if route.who in NO_LOGIN:
