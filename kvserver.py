@@ -2461,7 +2461,8 @@ def make_page(request: Request, title: str, content: str, tab: str = "", path: s
         message = fill('<p role="status">The change is made.{}</p>', note)
     texts = {"style": STYLE, "up": up, "nav": nav, "title": title, "message": message, "path": path, "content": content}
     headers = PAGE_HEADERS + (refusal.headers if refusal else ())
-    if not refusal and take_choice(request.parameters, "refresh", (str(REFRESH_SECONDS),)):
+    may_reload = refusal is None or refusal.status == 404  # a missing value may come
+    if may_reload and take_choice(request.parameters, "refresh", (str(REFRESH_SECONDS),)):
         headers += (("Refresh", str(REFRESH_SECONDS)),)
     return Response(fill(PAGE_HTML, **texts).encode(), refusal.status if refusal else 200, HTML, headers)
 
@@ -2628,12 +2629,13 @@ def values_page(store: Store, request: Request) -> Response:
 
 def make_reading(value: str) -> Markup:
     """Return a value to read: large if it is short, and indented if it is JSON."""
-    is_long, most = len(value) > VALUE_READ_CHARACTERS_MAX, VALUE_READ_CHARACTERS_MAX
-    text = indent_json(value) if value.lstrip().startswith(("{", "[")) and not is_long else value
+    most = VALUE_READ_CHARACTERS_MAX
+    text = indent_json(value) if value.lstrip().startswith(("{", "[")) and len(value) <= most else value
     if len(text) <= 24 and "\n" not in text:
         return fill('<p class="card big">{}</p>', make_visible(text) or fill(SOFT, "empty"))
-    note = fill('<p class="soft">It has {} characters; this is the beginning.</p>', len(value)) if is_long else ""
-    return fill('<pre class="card">\n{}</pre>{}', text[:most].translate({**VISIBLE, 10: "\n", 9: "\t"}), note)
+    note = fill('<p class="soft">This is only the beginning: it has {} characters.</p>', len(value))
+    shown = text[:most].translate({**VISIBLE, 10: "\n", 9: "\t"})
+    return fill('<pre class="card">\n{}</pre>{}', shown, note if len(text) > most else "")
 
 
 def make_buttons(request: Request, key: str, value: str, pair: Pair | None) -> list[Markup]:
@@ -2645,7 +2647,7 @@ def make_buttons(request: Request, key: str, value: str, pair: Pair | None) -> l
     elif NUMBER.fullmatch(value):
         buttons.append(fill(FORM_HTML, url=url, alert="", action="incr", fields=fill(STEPS)))
     live = make_live(request, url_to("value", key=key))
-    if pair and "refresh" in request.parameters:  # a reload would lose the typed text
+    if "refresh" in request.parameters:  # a reload would lose the typed text
         return [*buttons, live]
     encoded = urllib.parse.quote(value.replace("\n", "\r\n").replace("~", "!"), safe=" *")  # as browsers do
     edit = fill('<p class="soft">Edit this value with /set: a form cannot send it unchanged.</p>')
@@ -2698,7 +2700,7 @@ def value_page(store: Store, request: Request) -> Response:
     if pair is None and refusal and request.parameters.get("page") != "value":
         return values_page(store, request)
     if pair is None and not refusal:
-        request.refusal = HTTPError(404, "there is no such key; add it here, or go back to its folder")
+        request.refusal = HTTPError(404, "there is no such key now; add it, or go back to its folder")
         if not request.wants_html():
             raise request.refusal
     value, etag = (pair.value.decode("utf-8"), pair.etag) if pair else ("", "")
@@ -2707,17 +2709,11 @@ def value_page(store: Store, request: Request) -> Response:
         now = fill(changed, make_short(value), make_time(pair and pair.updated, " ago"))
         again = "save" if request.parameters["action"] == "set" else "switch"
         request.refusal = HTTPError(409, fill("The value was {}; {} again to overwrite it", now, again))
-    times = {"Changed": pair.updated, "Expires": pair.expires} if pair else {}
-    facts = [
-        fill(
-            "{} {} ({}). ",
-            word,
-            make_time(moment, " ago"),
-            time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(moment)),
-        )
-        for word, moment in times.items()
-        if moment is not None
-    ]
+    facts = list[Markup]()
+    for word, moment in (("Changed", pair.updated), ("Expires", pair.expires)) if pair else ():
+        if moment is not None:
+            local = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(moment))
+            facts.append(fill("{} {} ({}). ", word, make_time(moment, " ago"), local))
     parts = [make_reading(value) if pair else "", fill('<p class="soft">{}</p>', facts)]
     parts.append(fill('<div class="bar">{}</div>', make_buttons(request, key, value, pair)))
     changes = list(store.history(request.user.id, key, 0, 50)) if store.history_rows_max() else []
