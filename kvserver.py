@@ -712,7 +712,9 @@ class Store:
         return [Token(*row) for row in self._execute(select, name)]
 
     def tokens_added(self, name: str) -> int:
-        return cast(int, self._execute("SELECT tokens_added FROM user WHERE name = ?", name).fetchone()[0])
+        for (count,) in self._execute("SELECT tokens_added FROM user WHERE name = ?", name):
+            return cast(int, count)
+        raise NoSuchUser(name)
 
     def add_token(
         self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str, once: str | None = None

@@ -5947,6 +5947,18 @@ class OwnPages(PageCase):
         self.assertEqual({"a": "typed", "b/é": "2"}, self.pairs())
         self.assertNotIn("xxx", self.log.text())
 
+    def test_a_user_who_is_deleted_while_a_page_waits_for_a_thread_sees_nothing(self) -> None:
+        self.see(200, "/me/tokens", "bob")
+        begin = kvserver.Store.begin
+
+        def begin_late(store: kvserver.Store, is_reading: bool = False) -> sqlite3.Connection:
+            if is_reading:
+                execute(self.database, "DELETE FROM user WHERE name = 'bob'")
+            return begin(store, is_reading)
+
+        with mock.patch.object(kvserver.Store, "begin", begin_late):
+            self.see(401, "/me/tokens", "bob")
+
     def test_tokens_of_a_user_are_bounded(self) -> None:
         for number in range(kvserver.TOKENS_MAX):
             self.send(200, "/me/", action="addtoken", label=str(number))
