@@ -1260,10 +1260,8 @@ def encode_delivery(url: urllib.parse.SplitResult, delivery: Delivery) -> bytes:
 
 
 class Answer(NamedTuple):
-    """The response to a delivery, or the failure; the text does not quote the URL."""
-
-    status: int  # 0 without a whole status line
-    text: str  # the status, or the failure
+    status: int  # of the response to a delivery, 0 without a whole status line
+    text: str  # the status, or the failure; never the URL
     retry_after: float | None = None  # seconds
 
 
@@ -1295,11 +1293,10 @@ def parse_form(text: str) -> list[tuple[str, str]]:
         raise HTTPError(400, f"there are more than {PARAMETERS_MAX} parameters; send fewer")
     pairs = []
     for field in text.split("&"):
-        name, equals, value = field.partition("=")
+        name, equals, value = field.replace("+", " ").partition("=")
         if equals:
-            if "%" in field or "+" in field:
-                name = decode_utf8(urllib.parse.unquote_to_bytes(name.replace("+", " ")), "a parameter")
-                value = decode_utf8(urllib.parse.unquote_to_bytes(value.replace("+", " ")), "a parameter")
+            if "%" in field:
+                name, value = (decode_utf8(urllib.parse.unquote_to_bytes(raw), "a parameter") for raw in (name, value))
             pairs.append((name, value))
         elif field:  # a typing error must not store an empty value
             raise HTTPError(400, "a parameter has no value; write NAME=VALUE, and & in a value as %26")
@@ -1323,8 +1320,7 @@ def parse_json(text: str, unique: bool = True) -> Any:
         if max(itertools.accumulate(1 if each in "[{" else -1 for each in brackets), default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
     make_object = functools.partial(unique_names, in_value=True) if unique else None
-    # A byte order mark is not JSON, but may be ignored (RFC 8259 section 8.1). PowerShell sends one.
-    return json.loads(text.lstrip("\ufeff"), object_pairs_hook=make_object)
+    return json.loads(text.lstrip("\ufeff"), object_pairs_hook=make_object)  # PowerShell sends a byte order mark
 
 
 def indent_json(text: str) -> str:
@@ -1344,7 +1340,6 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
     """Return the parameters in a body, members of JSON as strings, or the value that it is; raise HTTPError."""
     header = request.fields.headers.get("content-type", "").lower()
     content_type = header.partition(";")[0].strip()
-    is_form = content_type == FORM
     other = "" if body == VALUE else f"{FORM}, or "
     if content_type == "multipart/form-data":
         raise HTTPError(415, f"a body of the type {content_type} is not supported; send {other}the value alone")
@@ -1352,11 +1347,11 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
         raise HTTPError(415, "this charset is not supported; send UTF-8, with charset=utf-8 or without a charset")
     text = decode_utf8(request.body, "the body")
     may_be_value = body == EITHER and "key" in in_query and "value" not in in_query  # programs label it carelessly
-    if body == VALUE or (may_be_value and not (is_form and re.search("(?:^|&)value=", text))):
+    if body == VALUE or (may_be_value and not (content_type == FORM and re.search("(?:^|&)value=", text))):
         return [("value", text)]
     if content_type != JSON and re.match(r"\ufeff?\s*\{", text):  # curl -d calls everything a form
         raise HTTPError(400, f"this looks like JSON; add the header Content-Type: {JSON}")
-    if is_form:
+    if content_type == FORM:
         return parse_form(text)
     if content_type != JSON:
         raise HTTPError(400, f"send parameters in the query, or in a body of the type {FORM} or {JSON}")
@@ -1486,11 +1481,9 @@ def is_on(parameters: Mapping[str, str], name: str) -> bool:
 
 def take_seconds(given: Mapping[str, str], name: str, least: float, most: float, such: str = "1.5") -> float | None:
     text = given.get(name)
-    if text and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) and least <= float(text) <= most:
-        return float(text)
-    if text is not None:
+    if text is not None and not (re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) and least <= float(text) <= most):
         raise HTTPError(400, f"the parameter {name} is {text[:40]!r}; send {least} to {most} seconds, such as {such}")
-    return None
+    return None if text is None else float(text)
 
 
 def take_ttl(parameters: Mapping[str, str]) -> float:
@@ -1514,8 +1507,7 @@ def parse_time(text: object) -> float:
 
 
 # ---- Loop ------------------------------------------------------------------------------------------------------------
-# Runs coroutines in one thread. A coroutine reads like a blocking program: where it would block, it awaits, and the
-# loop runs the others. Nothing else runs between two awaits, so we need no locks. Nothing here knows of HTTP or SQL.
+# Runs coroutines in one thread. Nothing else runs between two awaits, so they need no locks. Knows no HTTP and no SQL.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER = math.inf  # as a deadline
@@ -1689,9 +1681,8 @@ class Threads:
     """Daemon threads that run functions for tasks. One more starts when all are busy, up to a limit."""
 
     def __init__(self, loop: Loop, most: int) -> None:
-        self._loop, self._most, self._gate = loop, most, Gate(loop)
+        self._loop, self._gate, self._most, self._started = loop, Gate(loop), most, 0
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Wakeup, Wakeup]] = queue.SimpleQueue()
-        self._started = 0
 
     async def run(self, function: Callable[[], Any], owner: Hashable = None, deadline: float = NEVER) -> Any:
         """Run a function in a thread, and return or raise its result; raise TimeoutError at the deadline."""
@@ -1736,8 +1727,7 @@ class SecureSocket:
     """A connection with TLS, used like the socket below it. It works in memory, so a thread can shake hands."""
 
     def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
-        self._connection = connection
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._connection, self._incoming, self._outgoing = connection, ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._fruitless_bytes = 0  # after the handshake
         self._encrypted, self._in_flight = b"", 0  # bytes to send, and the length of the data in them
@@ -1889,8 +1879,7 @@ class Metrics:
 
 
 # ---- Authentication --------------------------------------------------------------------------------------------------
-# Credentials in, a User or an HTTPError out. scrypt makes guessing slow, but would slow every request too. So we
-# remember right and wrong credentials, under a keyed hash, never as they came.
+# Credentials in, a User or an HTTPError out. scrypt is slow, so we remember credentials, but only under a keyed hash.
 
 CREDENTIALS_MAX = 1024  # right ones that are remembered, and as many wrong ones
 REFUSED_SECONDS = 600  # that wrong ones are remembered
@@ -1920,8 +1909,7 @@ def check_same_site(headers: Mapping[str, str]) -> None:
     """Raise HTTPError when a browser sends this for a page of another site. Programs send none of these headers."""
     site, url = headers.get("sec-fetch-site"), headers.get("origin", headers.get("referer"))
     if site is None and url is not None:
-        # A proxy that does TLS hides the scheme from us, so either one is right.
-        origin = re.match("https?://([^/?#]*)", url.lower())  # None for "null", for example
+        origin = re.match("https?://([^/?#]*)", url.lower())  # None for "null"; a TLS proxy hides the scheme from us
         site = "same-origin" if origin and origin[1] == headers.get("host", "").lower() else "cross-site"
     # Browsers never add a token by themselves: the page knows it.
     if site not in (None, "same-origin", "none") and headers.get("authorization", "")[:7].lower() != "bearer ":
@@ -1941,11 +1929,10 @@ def check_visitor(user: User, who: str) -> None:
 def parse_address(text: str) -> Address | None:
     """Return an IP address, an IPv4 address for one that is mapped to IPv6; None for any other text."""
     text = re.sub(r"^\[(.*)\](:\d+)?$|^([\d.]+):\d+$", r"\1\3", text.strip())  # without the port that some proxies add
-    try:
+    with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(text.partition("%")[0])  # a zone may be any text
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
+        return getattr(address, "ipv4_mapped", None) or address
+    return None
 
 
 def client_address(peer: str, forwarded_for: str, proxies: Networks) -> Address | None:
@@ -1973,13 +1960,12 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
         raise HTTPError(401, "the word Bearer is missing before the token; send Authorization: Bearer TOKEN")
     if scheme.lower() != "basic":
         raise HTTPError(401, "log in with name and password (curl -u NAME:PASSWORD), or Authorization: Bearer TOKEN")
-    try:
-        text = base64.b64decode(credentials.strip(" "), validate=True).decode("utf-8")
-    except ValueError:
-        return "", ""
-    name, colon, password = text.partition(":")
-    # To scrypt, "password" and "password\0" are the same. A lone password must not come into the log as a name.
-    return ("", "") if PASSWORD_CONTROL.search(text) or not colon else (name, password)
+    with contextlib.suppress(ValueError):
+        name, colon, password = base64.b64decode(credentials.strip(" "), validate=True).decode("utf-8").partition(":")
+        # To scrypt, "password" and "password\0" are the same. A lone password must not come into the log as a name.
+        if colon and not PASSWORD_CONTROL.search(name + password):
+            return name, password
+    return "", ""
 
 
 class Authenticator:
@@ -1987,10 +1973,8 @@ class Authenticator:
 
     def __init__(self, store: Store, loop: Loop, threads: Threads, commit: Commit, metrics: Metrics) -> None:
         self._store, self._loop, self._commit, self._metrics = store, loop, commit, metrics
-        # One thread, since glibc keeps 16 MiB for each that ever ran scrypt. Other programs' hashes may take longer.
-        self.scrypt, self._threads = Threads(loop, 1), threads
-        # For unknown names, so that times do not tell which names exist (except, at first, other programs' hashes).
-        self._unknown_user_hash = hash_password(None)
+        self.scrypt, self._threads = Threads(loop, 1), threads  # glibc keeps 16 MiB per thread that ran scrypt
+        self._unknown_user_hash = hash_password(None)  # times tell no names (but at first, other programs' hashes do)
         self._verified: dict[Check, None] = {}  # a check contains the stored hash: a new password counts at once
         self._refused: dict[Check, float] = {}  # failed checks, until when: one device must not throttle its neighbours
         self._secret = secrets.token_bytes(32)
@@ -2015,8 +1999,7 @@ class Authenticator:
                 self._metrics.failed_logins += 1
                 raise HTTPError(401, "the token is unknown" if name is None else "the user name or password is wrong")
 
-    def _charge(self, address: Address | None, failures: int) -> None:
-        # Of a client, not of a user: otherwise anybody could lock a user out.
+    def _charge(self, address: Address | None, failures: int) -> None:  # by client: else anybody could lock a user out
         now, client = time.monotonic(), client_of(address)
         paid_off = max(self._paid_off.get(client, now), now) + failures * FAILURE_SECONDS
         wait = math.ceil(round(paid_off - now - FAILURES_MAX * FAILURE_SECONDS, 3))  # seconds
@@ -2041,7 +2024,7 @@ class Authenticator:
 
     async def _verify(self, check: Check, name: str, password: str, address: Address | None) -> None:
         (digest, stored), waiting = check, self._waiting[check]
-        threads = self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads
+        threads = self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads  # other programs' may take longer
         try:
             result = bool(name and password) and await threads.run(
                 lambda: verify_password(password, stored) if any(map(Wakeup.is_wanted, waiting)) else None, "checks"
