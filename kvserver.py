@@ -90,8 +90,7 @@ PASSWORD_CHARACTERS_MIN = 8
 SCRYPT_COST_LOG2, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM = 14, 8, 5  # one of OWASP's equal settings; takes 16 MiB
 TOKENS_MAX = 100  # per user
 LABEL_CHARACTERS_MAX = 64
-FAILURES_MAX = 10  # failed logins before a client address must wait
-FAILURE_SECONDS = 30  # until one of them is forgotten
+FAILURES_MAX, FAILURE_SECONDS = 10, 30  # failed logins before an address must wait; until one of them is forgotten
 
 WORKERS_MAX = 4  # threads for slow requests
 FIRST_BYTE_SECONDS = 10  # and as long again for a TLS handshake before it
@@ -101,10 +100,8 @@ SEND_SECONDS = 10  # without any progress
 
 HOOK_SECONDS = 10  # for a delivery and its answer
 HOOK_GIVE_UP_SECONDS = 24 * 3600  # after the change, at the earliest
-HOOK_PENDING_MAX = 10_000  # deliveries per hook
-HOOK_PENDING_BYTES_MAX = 16 * 1024 * 1024
-EXCHANGES_MAX = 64  # deliveries at once
-ORIGIN_EXCHANGES_MAX = 8  # of these, to one host and port
+HOOK_PENDING_MAX, HOOK_PENDING_BYTES_MAX = 10_000, 16 * 1024 * 1024  # deliveries per hook
+EXCHANGES_MAX, ORIGIN_EXCHANGES_MAX = 64, 8  # deliveries at once; of these, to one host and port
 
 STATE_FOLDER = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or os.path.dirname(os.path.abspath(__file__))
 DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")  # systemd may pass several folders, with colons
@@ -212,19 +209,16 @@ def make_token() -> str:
 
 
 def hash_token(token: str) -> bytes:
-    """Return the SHA-256 digest to store for a token. A slow hash isn't needed: nobody can guess 256 random bits."""
-    return hashlib.sha256(token.encode("utf-8")).digest()
+    return hashlib.sha256(token.encode("utf-8")).digest()  # no slow hash is needed: nobody can guess 256 random bits
 
 
 # ---- Storage ---------------------------------------------------------------------------------------------------------
 # A change is on the disk when its method returns; within a transaction, when commit returns. Other connections see it
 # only then: no read returns a value that a power cut takes back. Nothing here knows of HTTP.
 
-DATABASE_LOCK_SECONDS = 5  # that a change waits for other processes
+DATABASE_LOCK_SECONDS, CHECKPOINT_SECONDS = 5, 2  # that a change waits for other processes, a checkpoint for readers
 SHORT_POLL_SECONDS = 0.02  # between two looks for something that comes soon
-CHECKPOINT_SECONDS = 2  # that a checkpoint waits for readers
-CACHED_ROWS_MAX = 256
-CACHED_BYTES_MAX = 4 * 1024 * 1024  # plus the value that passes it
+CACHED_ROWS_MAX, CACHED_BYTES_MAX = 256, 4 * 1024 * 1024  # plus the value that passes it
 TIMED_PAIRS_MAX = 10_000  # that the server remembers, in case the clock jumps
 BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))  # counts sleep; 0 on Windows
 running_time: Callable[[], float] = functools.partial(time.clock_gettime, BOOT_CLOCK) if BOOT_CLOCK else time.monotonic
@@ -292,10 +286,9 @@ TRIGGERS = {
     "delivery_added": f"""AFTER INSERT ON delivery BEGIN
         UPDATE hook SET queued = NEW.number, queued_bytes = NEW.bytes_before
             + length(CAST(NEW.key || ifnull(NEW.value, '') || ifnull(NEW.old, '') AS BLOB)) WHERE id = NEW.hook_id;
-        DELETE FROM delivery WHERE hook_id = NEW.hook_id AND number < (
-            SELECT min(number) FROM delivery WHERE hook_id = NEW.hook_id AND number > NEW.number - {HOOK_PENDING_MAX}
-            AND (number = NEW.number OR bytes_before >=
-                (SELECT queued_bytes FROM hook WHERE id = NEW.hook_id) - {HOOK_PENDING_BYTES_MAX})); END""",
+        DELETE FROM delivery WHERE hook_id = NEW.hook_id AND number < (SELECT min(number) FROM delivery
+            WHERE hook_id = NEW.hook_id AND number > NEW.number - {HOOK_PENDING_MAX} AND (number = NEW.number OR
+            bytes_before >= (SELECT queued_bytes FROM hook WHERE id = NEW.hook_id) - {HOOK_PENDING_BYTES_MAX})); END""",
 }
 RECORD = """BEGIN INSERT INTO history VALUES ({row}.user_id, {row}.key, 1 + ifnull((SELECT max(number) FROM history
     WHERE user_id = {row}.user_id AND key = {row}.key), 0), {time}, {value}); END"""
@@ -317,9 +310,8 @@ NOT_EXPIRED = "(expires IS NULL OR expires > ?)"
 SELECT_PAIR = f"SELECT CAST(value AS BLOB), updated, expires FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
 PAGE = f"""(SELECT key, value, updated, expires FROM pair WHERE user_id = ? AND key BETWEEN ? AND ? AND {NOT_EXPIRED}
     ORDER BY key LIMIT ?)"""  # a user's pairs from key to key; a negative limit means all
-PAIR_AS_JSON = """json_object('key', key, 'value', value,
-    'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'), 'age', max(0, CAST(? - updated AS INTEGER)),
-    'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"""
+PAIR_JSON = """json_object('key', key, 'value', value, 'updated', strftime('%Y-%m-%dT%H:%M:%fZ', updated, 'unixepoch'),
+    'age', max(0, CAST(? - updated AS INTEGER)), 'expires', strftime('%Y-%m-%dT%H:%M:%fZ', expires, 'unixepoch'))"""
 # Not OR REPLACE: it would run the insert trigger, without the old value. SQLite before 3.35 needs the columns here.
 REPLACE = """ON CONFLICT (user_id, key)
     DO UPDATE SET value = excluded.value, updated = excluded.updated, expires = excluded.expires"""
@@ -382,13 +374,11 @@ class Pair(NamedTuple):
     etag: str  # strong entity tag: a hash of the value, so that equal values have equal tags (RFC 9110 section 8.8.3)
 
 
-class Entry(NamedTuple):
-    """A row of a folder: a pair, or a sub-folder, which has no times."""
-
+class Entry(NamedTuple):  # a row of a folder: a pair, or a sub-folder, which has only a name
     name: str  # the whole key, or the beginning of keys up to and including the sub-folder's slash
-    value: str  # its beginning
-    updated: float | None  # unix seconds
-    expires: float | None
+    value: str = ""  # its beginning
+    updated: float | None = None  # unix seconds
+    expires: float | None = None
 
 
 class Hook(NamedTuple):
@@ -420,8 +410,7 @@ class Delivery(NamedTuple):
     idempotency_key: str
 
 
-class StoreError(Exception):
-    """The database refuses or fails; the message is for people."""
+class StoreError(Exception): ...  # the database refuses or fails; the message is for people
 
 
 class StoreBusy(StoreError): ...
@@ -623,8 +612,7 @@ class Store:
     def pairs(self, user_id: int | None = None, prefix: str = "", after: str = "") -> sqlite3.Cursor:
         """Return a cursor over one user's or all pairs, each a UserPair, sorted by user and key."""
         select = f"""SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id
-            WHERE {"? IS NULL" if user_id is None else "user.id = ?"} AND key BETWEEN ? AND ? AND {NOT_EXPIRED}
-            ORDER BY name, key"""
+            WHERE user.id = ifnull(?, user.id) AND key BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key"""
         return self._execute(select, user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time())
 
     def entries(self, user_id: int, folder: str, search: str = "", first: str = "") -> Iterator[Entry]:
@@ -637,10 +625,7 @@ class Store:
                 return
             key, value, updated, expires = row
             sub_folder = "" if search else key[: key.find("/", len(folder)) + 1]
-            if sub_folder:
-                yield Entry(sub_folder, "", None, None)
-            else:
-                yield Entry(key, value.decode("utf-8", "ignore"), updated, expires)
+            yield Entry(sub_folder) if sub_folder else Entry(key, value.decode("utf-8", "ignore"), updated, expires)
             first = key + NEXT_KEY
 
     def import_all(self, users: Iterable[User], pairs: Iterable[UserPair]) -> tuple[int, int]:
@@ -716,20 +701,16 @@ class Store:
             return cast(int, count)
         raise NoSuchUser(name)
 
-    def add_token(
-        self, name: str, digest: bytes, label: str, is_read_only: bool, prefix: str, once: str | None = None
-    ) -> None:
-        """Add a token; raise Conflict if once, the tokens_added that a form has seen, is no longer true."""
+    def add_token(self, name: str, *row: bytes | str | bool, once: str | None = None) -> None:
+        """Add a token. The row: digest, label, is_read_only, prefix. A form's once is the tokens_added that it saw."""
         refusal = "a token was added since this form was opened, and is in the list below; press again to add one more"
-        count = (
-            "UPDATE user SET tokens_added = tokens_added + 1 WHERE name = ? AND tokens_added = ifnull(?, tokens_added)"
-        )
+        count = "UPDATE user SET tokens_added = tokens_added + 1 WHERE name = ? AND ifnull(tokens_added = ?, TRUE)"
         self._change_users(NoSuchUser(name) if once is None else Conflict(refusal), count, name, once)
         if len(self.tokens(name)) >= TOKENS_MAX:
             raise Conflict(f"a user has at most {TOKENS_MAX} tokens; delete one that is no longer used")
         insert = """INSERT INTO token (user_id, digest, label, is_read_only, prefix, created)
             SELECT id, ?, ?, ?, ?, ? FROM user WHERE name = ?"""
-        self._change_users(NoSuchUser(name), insert, digest, label, is_read_only, prefix, time.time(), name)
+        self._change_users(NoSuchUser(name), insert, *row, time.time(), name)
 
     def note_token_uses(self, days: Mapping[int, int]) -> None:
         self.changed_others = True
@@ -746,14 +727,13 @@ class Store:
         return Pair(row[0], row[1], row[2], entity_tag(row[0])) if row else None
 
     def as_json(self, key: str, pair: Pair) -> bytes:
-        select = f"""SELECT CAST({PAIR_AS_JSON} AS BLOB)
-            FROM (SELECT ? AS key, CAST(? AS TEXT) AS value, ? AS updated, ? AS expires)"""
-        return cast(bytes, self._execute(select, time.time(), key, *pair[:3]).fetchone()[0])
+        select = f"SELECT CAST({PAIR_JSON} AS BLOB) FROM (SELECT ? AS key, ? AS value, ? AS updated, ? AS expires)"
+        return cast(bytes, self._execute(select, time.time(), key, pair.value.decode(), *pair[1:3]).fetchone()[0])
 
     def page_as_json(self, user_id: int, prefix: str, after: str, limit: int, times: bool) -> tuple[bytes, str | None]:
         """Return a page as a JSON object of values, or of objects with times; and its last key if more pairs follow."""
         page = (user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time())
-        value, now = (PAIR_AS_JSON, page[-1:]) if times else ("value", ())
+        value, now = (PAIR_JSON, page[-1:]) if times else ("value", ())
         # Not json_group_object: it would ignore the limit until the end. JSON escapes newlines, so one can separate.
         select = f"SELECT CAST(group_concat(json_object(key, {value}), '\n') AS BLOB) FROM {PAGE}"
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LIST_BYTES_MAX)  # or it is SQLITE_TOOBIG
@@ -789,10 +769,9 @@ class Store:
 
     def delete_expired(self) -> None:
         select = "SELECT user_id, key FROM pair WHERE expires <= ? ORDER BY expires LIMIT ?"
-        expired = self._execute(select, time.time(), EXPIRED_PAIRS_MAX).fetchall()
-        for pair in expired:
+        for pair in self._execute(select, time.time(), EXPIRED_PAIRS_MAX).fetchall():
             self._exceed_limit("DELETE FROM pair WHERE user_id = ? AND key = ?", *pair)
-        self.changed_pairs += [(pair, None, 0) for pair in expired]
+            self.changed_pairs.append((pair, None, 0))
 
     def history_rows_max(self) -> int:
         return cast(int, self._execute("SELECT history_rows_max FROM setting").fetchone()[0])
@@ -882,8 +861,7 @@ class CachingStore(Store):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        # The cached rows, the state in which they were read, and the bytes of their values.
-        self._rows, self._rows_state, self._rows_bytes = dict[Any, Any](), b"", 0
+        self._rows, self._rows_state, self._rows_bytes = dict[Any, Any](), b"", 0  # cached, as they were in that state
         # The -shm file begins with two copies of a header (SQLite's "WAL-mode File Format"). A first read creates it.
         self.has_hooks()
         self._shared_file = open(self.path + "-shm", "rb")  # noqa: SIM115 - closing it drops our locks (POSIX)
@@ -901,17 +879,15 @@ class CachingStore(Store):
     def wal_pages(self) -> int:
         return int.from_bytes(self._shared[16:20], sys.byteorder)  # mxFrame
 
-    def keep_rows(self, state_before: bytes, state: bytes, commits: int, changed_pairs: set[PairId] | None) -> bool:
-        """Return whether only our commits lie between the states. If so, keep all rows but the changed pairs."""
-        # iChange, which each transaction increments
-        before, after = (int.from_bytes(header[8:12], sys.byteorder) for header in (state_before, state))
-        if after != before + commits:
-            return False
-        if changed_pairs is not None and self._rows_state == state_before:
+    def keep_rows(self, old: bytes, new: bytes, commits: int, changed_pairs: set[PairId] | None) -> bool:
+        """Return whether only our commits lie between two states. If so, keep all rows but the changed pairs."""
+        before, after = (int.from_bytes(state[8:12], sys.byteorder) for state in (old, new))  # iChange counts commits
+        are_all_ours = after == before + commits
+        if are_all_ours and changed_pairs is not None and self._rows_state == old:
             for pair in changed_pairs:
                 self._rows.pop(pair, None)
-            self._rows_state = state
-        return True
+            self._rows_state = new
+        return are_all_ours
 
     def _current_rows(self) -> dict[Any, Any]:
         state = self.state()
@@ -2883,8 +2859,8 @@ def change_own(store: Store, request: Request) -> Response:
     if action == "addtoken":
         label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
         check_label_and_prefix(label, prefix)
-        once = parameters.get("once")
-        store.add_token(user.name, hash_token(token), label, is_on(parameters, "readonly"), prefix, once)
+        row = (hash_token(token), label, is_on(parameters, "readonly"), prefix)
+        store.add_token(user.name, *row, once=parameters.get("once"))
         key = next((key for _, key, *_ in store.pairs(user.id, prefix)), prefix or "door")
         address = f"{request.server_url}/get?key={urllib.parse.quote(key, safe='')}"
         curl = shlex.join(["curl", "-H", f"Authorization: Bearer {token}", address])
