@@ -3378,10 +3378,8 @@ HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that its sender sees 
 HOOK_ANSWER_BYTES_MAX = 4 * 1024
 HOOK_RETRY_SECONDS_MAX = 3600
 HOOK_GRACE_SECONDS = 300  # for so long after a start, nothing is too old: the network may come up late
-LONG_EXCHANGES_MAX = 2  # with long values, beyond EXCHANGES_MAX: JSON takes six times as much memory
-LONG_DELIVERY_BYTES = 64 * 1024
+LONG_EXCHANGES_MAX, LONG_DELIVERY_BYTES = 2, 64 * 1024  # beyond EXCHANGES_MAX: JSON takes six times as much memory
 DROPPED_SECONDS = 10  # until we log again that deliveries were dropped
-
 client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # making one takes long
 
 
