@@ -3019,14 +3019,11 @@ def share_response(response: Response, request: Request, route: Route | None, or
 LINGER_SECONDS = 2
 QUICK_BODY_BYTES_MAX = 16 * 1024  # parsing a longer body may take a second, so a thread does it
 NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # for one that cannot be parsed
-# What a connection does while its task waits. Of too many connections, this decides which ones give way.
-IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"
-
+IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"  # while its task waits; see rank
 EVENTS_BYTES_MAX = 16 * 1024  # that a stream sends at once; a longer event goes alone, and streams share its bytes
 PENDING_BYTES_MAX = 1024 * 1024  # of events that a stream has not begun to send, plus those of one transaction
 RESTART_SECONDS = 1  # from one start of a stream to the next
 SILENT_SECONDS = 15  # until a stream sends a comment
-VANISHED_SECONDS = 60  # without an acknowledgement
 
 
 def encode_change(key: str, value: str | None, updated: float) -> bytes:
@@ -3046,15 +3043,6 @@ class Stream:
         self.after = ""  # key of the last pair that was sent; the changes of later ones come with the pairs
         self.pending, self.pending_bytes = collections.deque[bytes](), 0
 
-    def take(self) -> list[bytes]:
-        """Return the next pending events."""
-        events, size = list[bytes](), 0
-        while self.pending and (not events or size + len(self.pending[0]) <= EVENTS_BYTES_MAX):
-            events.append(self.pending.popleft())
-            size += len(events[-1])
-        self.pending_bytes -= size
-        return events
-
 
 class RequestHandler:
     """Serves one connection: request after request, until one side closes it."""
@@ -3062,13 +3050,12 @@ class RequestHandler:
     def __init__(self, connection: socket.socket, address: tuple[Any, ...], server: Server) -> None:
         self.socket, self.peer, self.server = connection, str(address[0]), server
         self.connection: socket.socket | SecureSocket = connection
-        self.received = bytearray()
+        self.received, self.unsent = bytearray(), b""  # unsent: a response or events that the client is slow to take
         self.state, self.started = IDLE, time.monotonic()  # the connection, and later the request
         self.deadline = self.started + FIRST_BYTE_SECONDS  # for the next bytes
-        self.unsent = b""  # a response, or events, that the client is slow to take
         self.route: Route | None = None  # of the request
         self.fields: Fields | None = None  # of the last request
-        self.last: tuple[bytes, Request | None] = (b"", None)  # the last request, if it had no body, and its head
+        self.last: tuple[bytes | bytearray, Request | None] = (b"", None)  # head and request, if the last had no body
         self.login: tuple[Fields | None, User] = (None, NOBODY)  # the last user, and the fields that they sent
 
     def rank(self) -> tuple[float, float]:
@@ -3088,8 +3075,7 @@ class RequestHandler:
                 if self.received:  # pipelined: others first
                     Wakeup(self.server.loop)()
                     await ready(0)
-            if self.body_pending:
-                # Closing with unread bytes resets the connection and loses the response (RFC 9112 section 9.6).
+            if self.body_pending:  # closing with unread bytes would lose the response (RFC 9112 section 9.6)
                 self.state, deadline = RECEIVING, time.monotonic() + LINGER_SECONDS
                 self.connection.shutdown(socket.SHUT_WR)
                 while await receive(self.socket, RECEIVE_BYTES, deadline):
@@ -3153,19 +3139,16 @@ class RequestHandler:
             await self._receive_more()
         self.state, self.started = RECEIVING, time.monotonic()
         self.deadline, begin = self.started + REQUEST_SECONDS, 0
-        end = self.received.find(b"\r\n\r\n")
-        while end < 0:
+        while self.received.find(b"\r\n\r\n", begin) < 0:
             begin = check_incomplete_head(self.received, begin)
             await self._receive_more()
-            end = self.received.find(b"\r\n\r\n", begin)
-        head = bytes(self.received[:end])
-        del self.received[: end + 4]
+        head, _, self.received = self.received.partition(b"\r\n\r\n")
         known_head, known = self.last
         if known and head == known_head:  # many clients send the same request again and again
             request = Request(known.method, known.path, known.query, known.fields)
             request.parameters = known.parameters
         else:
-            request = parse_head(head, self.fields)
+            request = parse_head(bytes(head), self.fields)
         # A body without a length may come late. No other request follows it: that might be the body.
         may_come = request.method in ("POST", "PUT") and "content-length" not in request.fields.headers
         self.state, self.fields = WORKING, request.fields
@@ -3230,10 +3213,9 @@ class RequestHandler:
         request.user = user
         if route.who != USER:
             check_visitor(user, route.who)
-        if user.token:
-            today = int(time.time() // DAY_SECONDS)
-            if user.token.last_used_day != today:
-                self.server.token_uses[user.token.id] = today
+        today = int(time.time() // DAY_SECONDS)
+        if user.token and user.token.last_used_day != today:
+            self.server.token_uses[user.token.id] = today
         if route.where == COMMIT:
             check_same_site(headers)
             if user.token and user.token.is_read_only:
@@ -3307,9 +3289,10 @@ class RequestHandler:
 
     async def _wait_for_news(self, deadline: float) -> None:
         with contextlib.suppress(BlockingIOError, TimeoutError):
-            is_news = await ready(0 if self.received else READABLE, deadline)
-            if not is_news:  # the next request has come, or the client has gone
-                self.received += self.connection.recv(RECEIVE_BYTES)
+            if not await ready(0 if self.received else READABLE, deadline):
+                self.received += self.connection.recv(
+                    RECEIVE_BYTES
+                )  # the next request, or nothing: the client has gone
                 if not self.received:
                     raise ConnectionResetError
 
@@ -3317,12 +3300,11 @@ class RequestHandler:
         """Send a head, and then events until the client goes, its login ends or the server stops."""
         server, route, is_chunked = self.server, cast(Route, self.route), not request.fields.is_http_1_0
         stream, unsent = Stream(Wakeup(server.loop), request.user.id, prefix), memoryview(head)
-        active = stream.started  # when it last sent something, or had to
-        resume = 0.0  # when it may send more first pairs
+        active, resume = stream.started, 0.0  # when it last sent, or had to; when it may send more first pairs
         # The kernel buffers little, so that SEND_SECONDS counts, and closes a client that has vanished.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, EVENTS_BYTES_MAX)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, VANISHED_SECONDS * 1000)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)  # without an acknowledgement
         server.streams.add(stream)
         try:
             while not server.stopping and request.user.id == stream.user_id:
@@ -3330,8 +3312,7 @@ class RequestHandler:
                 if not unsent and (is_following or now >= resume):
                     events = server.next_events(stream)
                     if not is_following:  # streams that begin take turns, and leave half of the time to others
-                        server.pages_until = max(server.pages_until, now) + 2 * (time.monotonic() - now)
-                        resume = server.pages_until
+                        resume = server.pages_until = max(server.pages_until, now) + 2 * (time.monotonic() - now)
                     if not events and now >= active + SILENT_SECONDS:
                         events = [b"3\r\n:\n\n\r\n"]  # a comment
                     parts = [memoryview(e) if is_chunked else memoryview(e)[e.index(b"\n") + 1 : -2] for e in events]
@@ -3536,8 +3517,7 @@ class Outbox:
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
-# Accepts connections, and makes the changes that come in together in one transaction. One thread runs the loop, which
-# reads from the database; other threads compute scrypt, and do whatever takes long.
+# Accepts connections, and commits changes that come in together. One thread runs the loop; others do slow work.
 
 GATHER_SECONDS_MAX = 0.001  # that a change waits for others to share its commit
 QUICK_COMMIT_SECONDS = 0.002  # if the last commit took no longer, the loop itself waits for the disk
@@ -3545,8 +3525,7 @@ TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, except the las
 WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log begins again, even if it has to wait for readers
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
 POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
-# After the stop: late requests get 408 or 503, then all connections are closed, then the process ends in any case.
-STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5
+STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5  # for late requests, all connections, the process
 
 Change = tuple[Callable[[Store], Any], Wakeup, float]  # an operation, its task's Wakeup, bytes of its request or so
 
@@ -3555,13 +3534,11 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves each connection with a coroutine, where ThreadingHTTPServer starts a thread."""
 
     request_queue_size = 128
-    # A second server on the port must fail, not take half of the connections.
-    allow_reuse_port, allow_reuse_address = False, os.name != "nt"
+    allow_reuse_port, allow_reuse_address = False, os.name != "nt"  # a second server on the port must fail
 
     def __init__(self, path: str, settings: Mapping[str, Any], certificate: Certificate | None = None) -> None:
         """Use the database at path, and listen, by TLS with a certificate; raise OSError. SETTINGS has the settings."""
-        # An empty host is all interfaces: the IPv6 wildcard serves IPv4 as well, where the machine can do that.
-        host = settings["host"] or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+        host = settings["host"] or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # :: serves IPv4 as well
         self.address_family, _, _, _, address = socket.getaddrinfo(host, settings["port"], type=socket.SOCK_STREAM)[0]
         self.base_path, self.trusted_proxy = settings["base_path"], settings["trusted_proxy"]
         self.log_requests, self.max_connections = settings["log_requests"], settings["max_connections"]
@@ -3569,11 +3546,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.certificate, self.errors = certificate, ErrorLog()
         self.reader, self.writer = CachingStore(path), Store(path, wait=0, mb_max=settings["max_db_mb"])
         self.loop = Loop(lambda error: as_http_error(error, self.errors))
-        # A slow commit must not wait for long lists, nor they for it.
-        self.threads, self.disk = Threads(self.loop, WORKERS_MAX), Threads(self.loop, 1)
+        self.threads, self.disk = Threads(self.loop, WORKERS_MAX), Threads(self.loop, 1)  # no commit waits for lists
         self.connections: dict[socket.socket, RequestHandler] = {}
-        self.polls: dict[Request, Wakeup] = {}  # requests that wait for a change
-        self.streams = set[Stream]()
+        self.polls, self.streams = dict[Request, Wakeup](), set[Stream]()  # polls: requests that wait for a change
         self.metrics = Metrics(self.connections, self.polls, self.streams)
         self.authenticator = Authenticator(self.reader, self.loop, self.threads, self.commit, self.metrics)
         self.outbox = Outbox(self.reader, self.loop, self.commit, self.metrics, self.errors)
@@ -3582,9 +3557,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._in_transaction = False  # of changes that are not handed out yet
         self.token_uses: dict[int, int] = {}  # days not yet stored, by the token's id
         self._state = b""  # of the database; streams and requests that wait know of all commits up to it
-        self.pages_until = 0.0  # monotonic seconds; streams read no more pairs before
+        self.pages_until = self._next_checkpoint = 0.0  # monotonic seconds: before, streams read no further pairs
         self._page = (b"", 0, "", ""), list[bytes](), ""  # the last page of pairs that a stream read, and its last key
-        self._next_checkpoint = 0.0  # monotonic seconds
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
 
@@ -3592,8 +3566,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind the socket. HTTPServer's own method would ask the DNS for our name, which can take seconds."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
-        # Every connection inherits this: a response must not wait until the client has acknowledged the one before.
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # so no connection delays a response
         super(http.server.HTTPServer, self).server_bind()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
@@ -3623,8 +3596,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
         """Run the loop until the server has stopped, and commit the changes that come in."""
-        accepting = self.loop.start(self._accept())
-        self.loop.start(self._keep_house(accepting))
+        self.loop.start(self._keep_house(accepting=self.loop.start(self._accept())))
         self.loop.start(self._make_own_changes())
         while not self._is_finished:
             is_busy = self.loop.run_once(may_wait=self._is_committing or not self.changes)
@@ -3724,16 +3696,20 @@ class Server(http.server.ThreadingHTTPServer):
 
     def next_events(self, stream: Stream) -> list[bytes]:
         """Return the next events of a stream, none if it must wait."""
-        is_following = stream.after == stream.end
+        is_following, events, size = stream.after == stream.end, list[bytes](), 0
         if is_following and time.monotonic() >= stream.restart_time:
             stream.start()
             return [encode_event("reset")]
         if is_following or stream.pending:  # pending ones go first, so at ready the client has the pairs of one moment
-            return stream.take()
+            while stream.pending and (not events or size + len(stream.pending[0]) <= EVENTS_BYTES_MAX):
+                events.append(stream.pending.popleft())
+                size += len(events[-1])
+            stream.pending_bytes -= size
+            return events
         self._look_for_others()
         page = (self._state, stream.user_id, stream.prefix, stream.after)
         if page != self._page[0]:
-            events, size, after = list[bytes](), 0, stream.after
+            after = stream.after
             with contextlib.closing(self.reader.pairs(*page[1:])) as rows:
                 for _, key, value, updated, _ in rows:
                     event = encode_change(key, value, updated)
@@ -3783,15 +3759,13 @@ class Server(http.server.ThreadingHTTPServer):
             raise StoreBusy("the server is too busy; try again") from None
 
     async def _commit(self) -> None:
-        # A thread waits for a slow disk, and runs transactions with long values or after the clock jumped. Meanwhile
-        # reads go on, and changes gather for the next transaction.
+        # A thread runs transactions on a slow disk, with long values, or after the clock jumped. Reads go on meanwhile.
         self._is_committing, changes, size, writer = True, list[Change](), 0.0, self.writer
         try:
             writer.begin()
             self._look_for_others()  # we have the lock now: until the commit, the state changes only through us
             self._in_transaction = True
-            # A transaction enters the write-ahead log as a whole, so its bound also bounds the log.
-            while self.changes and size < TRANSACTION_BYTES_MAX:
+            while self.changes and size < TRANSACTION_BYTES_MAX:  # the write-ahead log takes it as a whole
                 _, wakeup, change_size = change = self.changes.popleft()
                 wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
                 changes.append(change)
