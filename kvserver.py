@@ -3213,9 +3213,8 @@ class RequestHandler:
         request.user = user
         if route.who != USER:
             check_visitor(user, route.who)
-        today = int(time.time() // DAY_SECONDS)
-        if user.token and user.token.last_used_day != today:
-            self.server.token_uses[user.token.id] = today
+        if user.token and user.token.last_used_day != time.time() // DAY_SECONDS:
+            self.server.token_uses[user.token.id] = int(time.time() // DAY_SECONDS)
         if route.where == COMMIT:
             check_same_site(headers)
             if user.token and user.token.is_read_only:
