@@ -2251,9 +2251,9 @@ ICON = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">
 <path d="M5 7h5m4 0h5M5 12h5m4 0h5M5 17h5m4 0h5" stroke="#fff" stroke-width="2.5" stroke-linecap="round"/></svg>"""
 STYLE = Markup("""
 :root{color-scheme:light dark;--page:#f3f5f8;--card:#fff;--ink:#1b2230;--soft:#566070;--line:#dbe0e7;--edge:#7c8794;
---link:#0b57b0;--main:#0b57b0;--bad:#b3261e;--danger:#b3261e;--mark:#fff3c4;--good:#dff3e4}
+--link:#0b57b0;--main:#0b57b0;--bad:#b3261e;--danger:#b3261e;--mark:#fff3c4;--good:#dff3e4;--wrong:#fbe9e7}
 @media(prefers-color-scheme:dark){:root{--page:#12161c;--card:#1b212a;--ink:#e8ecf1;--soft:#a5b0bd;--line:#333c48;
---edge:#75808d;--link:#86bcff;--main:#1d65b8;--danger:#ff9a90;--mark:#463a10;--good:#173a25}}
+--edge:#75808d;--link:#86bcff;--main:#1d65b8;--danger:#ff9a90;--mark:#463a10;--good:#173a25;--wrong:#3d1f1d}}
 *{box-sizing:border-box} [hidden]{display:none!important} a{color:var(--link)}
 body{margin:0;font:1rem/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page)}
 main{max-width:60rem;margin:0 auto;padding:.5rem 1rem 4rem} p,form,table,pre,details,figure,dl{margin:.5rem 0}
@@ -2265,7 +2265,7 @@ border-bottom:1px solid var(--line)} header nav{display:flex;flex-wrap:wrap}
 header a{padding:.75rem .5rem;color:var(--soft);text-decoration:none;border-bottom:2px solid transparent}
 header .home{display:flex;gap:.5rem;padding-left:0;color:var(--ink);font-weight:600}
 header nav a:hover,header [aria-current]{color:var(--ink);border-color:var(--link)}
-header span{max-width:12rem;margin-left:auto;overflow:hidden;color:var(--soft);white-space:nowrap;
+header span{max-width:12rem;font-size:.875rem;margin-left:auto;overflow:hidden;color:var(--soft);white-space:nowrap;
 text-overflow:ellipsis}
 button,.button,summary{display:inline-block;max-width:100%;padding:.375rem .75rem;color:var(--ink);
 background:var(--card);border:1px solid var(--edge);border-radius:.375rem;font:inherit;text-decoration:none;
@@ -2284,9 +2284,12 @@ input[type=checkbox]{width:1.25rem;height:1.25rem;margin:0 .25rem 0 0;vertical-a
 textarea,pre,code{font:.9375rem/1.5 ui-monospace,monospace} pre{padding:.75rem 1rem;white-space:pre-wrap}
 .bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:.5rem 0} .bar>*{margin:0}
 .bar>form,td form,td details{margin:0;padding:0;border:0;background:none} .bar>[open]{order:1;width:100%}
+@supports selector(::details-content){.bar>details,.bar>[open]{display:contents} .bar [open]>summary{margin:0}
+.bar>::details-content{order:1;width:100%}}
 .bar [role=search]{display:flex;gap:.5rem;flex:1;min-width:12rem;margin-right:auto}
 [role=alert],[role=status]{padding:.5rem 1rem;background:var(--good);border-radius:.375rem;font-weight:600}
-[role=alert]{color:#fff;background:var(--bad)} [role=alert]::first-letter{text-transform:uppercase}
+[role=alert]{background:var(--wrong);border-left:.25rem solid var(--danger);outline:0}
+[role=alert]::first-letter{text-transform:uppercase}
 .big{font-size:2rem;line-height:1.25} dd{margin:0} dd+dt{margin-top:.75rem} pre:not(.card),dd code{user-select:all}
 svg{display:block;fill:none;stroke:var(--edge)} text{fill:var(--soft);stroke:none;font-size:13px}
 .last{fill:var(--ink);font-weight:600} .line{stroke:var(--link);stroke-width:2}
@@ -2294,16 +2297,19 @@ table{width:100%;border-collapse:separate;border-spacing:0} .mark{background:var
 th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 tr:last-child,tr:last-child td{border-bottom:0} th{color:var(--soft);font-size:.875rem;font-weight:500}
 .values{table-layout:fixed} .values th:first-child{width:35%} .values th:nth-child(n+3){width:7rem}
+.values td:first-child a{display:block} .values td:nth-child(n+3){color:var(--soft)} th{white-space:nowrap}
+.tokens td,.hooks td{vertical-align:middle} td .bar{margin:0}
 .path a{display:inline-block;min-width:1.5rem;padding:.25rem 0} .path+h1{margin-top:.25rem}
 .path a+a::before{content:"›";display:inline-block;padding:0 .5rem 0 .25rem;color:var(--soft)}
 .folder::before{content:"";display:inline-block;width:1rem;height:.75rem;margin-right:.5rem;background:currentColor;
 clip-path:polygon(0 0,40% 0,50% 20%,100% 20%,100% 100%,0 100%)}
 @media(min-width:48rem){td{min-width:4.5rem}
 .hooks td:first-child{min-width:12rem} .hooks td:last-child{min-width:15rem}}
-@media(max-width:30rem){header nav{order:1;width:100%;margin:0 -.5rem;font-size:.875rem}
-header nav a{padding:.375rem .5rem}
+@media(max-width:30rem){header nav{order:1;width:100%;margin:0 -.375rem;font-size:.875rem}
+header nav a{padding:.375rem}
 thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)} tr,td{display:block}
-tr{padding:.5rem 1rem;border-bottom:1px solid var(--line)} td{padding:.125rem 0;border:0} td:empty{display:none}
+tr{padding:.5rem 1rem;border-bottom:1px solid var(--line)} td{padding:.125rem 0;border:0}
+td:empty{display:none!important}
 td:first-child{font-weight:600} .history tr{display:flex;justify-content:space-between;gap:1rem}
 td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-size:.875rem}
 .tokens td:last-child,.hooks td:last-child{display:block;margin-top:.25rem}
@@ -2311,7 +2317,9 @@ td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-
 .values td:nth-child(3)::before{content:"changed "} .values td:nth-child(4)::before{content:"expires "}
 .users td:nth-child(3)::before{content:"values: "} .users td:nth-child(4)::before{content:"newest change: "}
 .tokens td:nth-child(3)::before{content:"created "} .tokens td:nth-child(4)::before{content:"last used "}
-.hooks td:nth-child(3)::before{content:"user: "} .hooks td:nth-child(4)::before{content:"pending: "}}
+.hooks td:nth-child(2)::before{content:"user: "} .hooks td:nth-child(3)::before{content:"key: "}
+.values tr{display:grid;grid-template-columns:minmax(8rem,1fr) auto;gap:0 1rem}
+.values td{margin:0} .values td:nth-child(2),.values td:nth-child(4){text-align:right}}
 """)
 DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = f"default-src 'none'; style-src 'sha256-{DIGEST}'; img-src 'self'; form-action 'self'; frame-ancestors 'none'"
@@ -2321,7 +2329,7 @@ PAGE_HTML = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="{up}icon.svg">
 <style>{style}</style></head><body>
 <header><a class="home" href="{up}"><img src="{up}icon.svg" alt="" width="24" height="24">kvserver</a>{nav}</header>
-<main>{message}{path}<h1>{title}</h1>{content}</main></body></html>"""
+<main>{path}<h1>{title}</h1>{message}{content}</main></body></html>"""
 FORM_HTML = """<form method="post" action="{url}" autocapitalize="none" autocomplete="off" spellcheck="false">
 {alert}<input type="hidden" name="action" value="{action}">{fields}</form>"""
 STOP = '<span class="soft">This page reloads every {} s.</span><a class="button" href="{}">Stop</a>'
@@ -2348,12 +2356,13 @@ VALUE_FIELDS = """<input type="hidden" name="etag" value="{etag}"><label>Value<t
 SAVE = '<button class="main">Save</button>'
 ADD_VALUE = '<label>Key<input name="key" value="{key}" required></label>' + VALUE_FIELDS + SAVE
 EDIT_VALUE = f"""{VALUE_FIELDS}
-<label>Expires after<small> seconds; empty leaves it as it is</small><input name="ttl" value="{{ttl}}"></label>
-<label><input type="checkbox" name="never" value="1" {{never}}> It never expires</label>{SAVE}"""
+<label>Expires in<small> seconds, such as 600; empty keeps its expiry</small>
+<input name="ttl" value="{{ttl}}" inputmode="decimal"></label>
+<label><input type="checkbox" name="never" value="1" {{never}}> Never expires</label>{SAVE}"""
 SWITCH = '<input type="hidden" name="etag" value="{}"><button class="main">Switch to {}</button>'
 STEPS = '<button name="by" value="-1">−1</button> <button name="by" value="1">+1</button>'
 CHART = """<figure class="card">
-<svg viewBox="0 0 320 150" role="img" aria-label="A chart of all numbers since {first}. {summary}">
+<svg viewBox="0 0 320 155" role="img" aria-label="A chart of all numbers since {first}. {summary}">
 <path d="M{left} {top}H{right}M{left} 120H{right}"/><path class="line" d="{line}"/>
 <circle class="line" cx="{x}" cy="{y}" r="3"/><text class="last" x="{right}" y="{y}" dx="8" dy="4">{last}</text>
 <text x="{left}" y="{top}" dx="-6" dy="4" text-anchor="end">{high}</text><text x="{left}" y="145">{first}</text>
@@ -2367,20 +2376,20 @@ TOKENS_PAGE = """<p>A device that logs in with a token does not need your passwo
 If it gets lost, delete its token here.</p>{add}{tokens}"""
 ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>
 <label>Only keys that begin with<small> empty for all</small><input name="prefix" value="{prefix}"></label>
-<label><input type="checkbox" name="readonly" value="1" {readonly}> It may only read</label>
+<label><input type="checkbox" name="readonly" value="1" {readonly}> Read only</label>
 <input type="hidden" name="once" value="{once}"><button class="main">Add a token</button>"""
 TOKEN_PAGE = """<p>Copy it to the device now. This page shows it only once.</p><pre>{token}</pre>
 <h2>As a header</h2><pre>Authorization: Bearer {token}</pre><h2>Try it</h2><pre>{curl}</pre>
 <p><a class="button" href="tokens">All tokens</a></p>"""
-PASSWORD_PAGE = """{form}<p>The browser will ask for the new password.</p>
+PASSWORD_PAGE = """{form}<p>Your browser will then ask for the new password.</p>
 <h2>Sign out</h2><p>A browser keeps your password until you close all its windows.
 On somebody else's computer, use a private window, and close it afterwards.</p>"""
 SET_PASSWORD = """<input value="{user}" autocomplete="username" hidden>{new_password}
-<p>The tokens stay as they are.</p><button class="main">Set the password</button>"""
+<p>Tokens keep working.</p><button class="main">Change the password</button>"""
 SET_OWN_PASSWORD = f"""<label>Current password<input type="password" name="current" required
 autocomplete="current-password"></label>{SET_PASSWORD}"""
 ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
-<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Manages users (admin)</label>
+<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Admin: manages all users and hooks</label>
 <button class="main">Add</button>"""
 USER_PAGE = """<p>Role: {}. Values: {}. Newest change: {}.</p>
 <div class="bar">{}<a class="button bad" href="{}">Delete…</a></div><h2>Tokens</h2>{}<h2>Values</h2>{}"""
@@ -2468,8 +2477,8 @@ def make_time(seconds: float | None, ago: str = "") -> str:
         count = math.ceil(left / length) if left > 0 else int(-left // length)
         if count < most:
             break
-    words = "now" if count == 0 else f"{count} {unit}" if (count, unit) != (1, "days") else "1 day"
-    words = "in " + words if left > 0 else words if count == 0 else words + ago
+    words = f"{count} {unit}" if (count, unit) != (1, "days") else "1 day"
+    words = "in " + words if left > 0 else words + ago if count else "just now" if ago else "now"
     return fill('<time datetime="{0}" title="{0}">{1}</time>', utc_second(seconds), words)
 
 
@@ -2616,7 +2625,8 @@ def make_buttons(request: Request, key: str, value: str, pair: Pair | None) -> l
         text, rows = request.parameters.get("value", value), min(20, value.count("\n") + len(value) // 50 + 2)
         form = make_form(request, "set", EDIT_VALUE, url, value=text, rows=rows, etag=etag)
         edit = fold("Edit" if pair else "Add", form, "" if value in OPPOSITES else "main")
-    return [*buttons, edit, live, make_question("Delete", make_visible(key), "del", url)] if pair else [edit]
+    question = make_question("Delete", make_visible(key), "del", url, "This cannot be undone.")
+    return [*buttons, edit, live, question] if pair else [edit]
 
 
 def make_chart(changes: Sequence[tuple[float, str | None, bool]]) -> Markup:
@@ -2666,10 +2676,12 @@ def value_page(store: Store, request: Request) -> Response:
             raise request.refusal
     value, etag = (pair.value.decode("utf-8"), pair.etag) if pair else ("", "")
     if refusal and refusal.status == 409 and request.parameters.get("etag", etag) != etag:
-        changed = "changed to <em>{}</em> {}" if pair else "deleted"
-        now = fill(changed, make_short(value), make_time(pair and pair.updated, " ago"))
+        was = (
+            "The value was changed to <em>{}</em> {}" if request.parameters["etag"] else "It was set to <em>{}</em> {}"
+        )
+        news = was + "; {} again to overwrite it" if pair else "The value was deleted; {2} again to store it"
         again = "save" if request.parameters["action"] == "set" else "switch"
-        request.refusal = HTTPError(409, fill("The value was {}; {} again to overwrite it", now, again))
+        request.refusal = HTTPError(409, fill(news, make_short(value), make_time(pair and pair.updated, " ago"), again))
     facts = list[Markup]()
     for word, moment in (("Changed", pair.updated), ("Expires", pair.expires)) if pair else ():
         if moment is not None:
@@ -2685,7 +2697,8 @@ def value_page(store: Store, request: Request) -> Response:
         parts.append(fill("<h2>History</h2>{}{}", make_chart(changes[::-1]), table))
     if pair:
         parts.append(make_access(request, key, value, etag))
-    return make_page(request, make_visible(key), fill("{}", parts), "me/", make_path(key[: key.rfind("/") + 1]))
+    folder, title = key[: key.rfind("/") + 1], make_visible(key[key.rfind("/") + 1 :] or key)
+    return make_page(request, title, fill("{}", parts), "me/", make_path(folder))
 
 
 def make_tokens(store: Store, user_name: str, url: str) -> Markup:
@@ -2693,7 +2706,7 @@ def make_tokens(store: Store, user_name: str, url: str) -> Markup:
     for token in store.tokens(user_name):
         label, day = token.label or f"token {token.id}", token.last_used_day
         used = "today" if day == today else make_time(None if day is None else day * DAY_SECONDS)
-        warning, one = "Its device cannot log in any more.", url_to(url, id=str(token.id))
+        warning, one = "The device that uses it can no longer log in.", url_to(url, id=str(token.id))
         question = make_question("Delete", label, "deltoken", one, warning)
         rows.append((label, token.rights(), make_time(token.created), used, question))
     return make_table("tokens", ("Label", "Rights", "Created", "Last used", "Delete"), rows)
@@ -2734,12 +2747,12 @@ def user_page(store: Store, request: Request) -> Response:
     name, url = make_visible(user.name), url_to("./", username=user.name)
     role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
     warning = "Admins manage all users and hooks. Users manage only their own values and tokens."
-    set_password = fold("Set a password", make_form(request, "setpassword", SET_PASSWORD, url, user=user.name), "")
+    set_password = fold("Change the password", make_form(request, "setpassword", SET_PASSWORD, url, user=user.name), "")
     set_role = make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin), warning)
     buttons, delete = [set_password, set_role], url_to("delete", username=user.name)
     tokens = make_tokens(store, user.name, url)
     values = make_values(store, request, user.id, url_to("user", username=user.name))
-    page = fill(USER_PAGE, role, pairs, make_time(newest), buttons, delete, tokens, values)
+    page = fill(USER_PAGE, role, pairs, make_time(newest, " ago"), buttons, delete, tokens, values)
     return make_page(request, name, page, "admin/")
 
 
@@ -2749,7 +2762,8 @@ def delete_page(store: Store, request: Request) -> Response:
     if user.id != request.user.id:
         counts = {"values": pairs, "tokens": len(store.tokens(user.name)), "hooks": len(store.hooks(user.name))}
         counts["changes in the history"] = store.history_size(user.id)
-        lost = [fill("<li>{}: {}", what, count) for what, count in counts.items()]
+        lost = [fill("<li>{}: {}", what, count) for what, count in counts.items() if count]
+        lost = lost or [fill("<li>nothing: there are no values, tokens, hooks or changes in the history")]
         back, url = url_to("user", username=user.name), url_to("./", username=user.name)
         page = make_form(request, "deluser", DELETE_USER, url, name=name, back=back, lost=lost)
     return make_page(request, f"Delete {name}?", page, "admin/")
@@ -2760,9 +2774,11 @@ def hooks_page(store: Store, request: Request, message: str = "") -> Response:
     for hook in hooks[:PAGE_ROWS_MAX]:
         name = fill("{} {}<br><small>{}</small>", hook.id, hook.label, hook.origin)
         only = f"only when it becomes {make_visible(hook.value)}" if hook.value is not None else ""
-        key = fill("{}<br><small>{}</small>", make_visible(hook.pattern), only)
-        tried = [make_time(hook.result_time), ", "] if hook.result else ""
-        result = fill("{}<br><small>{}pending: {}</small>", hook.result or "not tried", tried, hook.pending)
+        key = [make_visible(hook.pattern), fill("<br><small>{}</small>", only) if only else ""]
+        kind = "bad" if hook.result and hook.result[0] != "2" else ""
+        tried = [make_time(hook.result_time, " ago"), ", "] if hook.result else ""
+        row = '<span class="{}">{}</span><br><small>{}pending: {}</small>'
+        result = fill(row, kind, hook.result or "not tried", tried, hook.pending)
         url, warning = url_to("./", id=str(hook.id)), "Its pending deliveries are deleted, too."
         delete = make_question("Delete", f"hook {hook.id}", "delhook", url, warning)
         buttons = fill(HOOK_BUTTONS, id=hook.id, delete=delete)
@@ -2986,7 +3002,7 @@ def answer_to_error(error: HTTPError, route: Route | None, request: Request) -> 
         error.headers += (("WWW-Authenticate", f'Basic realm="{REALMS[route.who]}", charset="UTF-8"'),)
     if route and route.who in PAGE_VISITORS and request.wants_html():
         request.refusal = error
-        return make_page(request, title, "")
+        return make_page(request, title, fill('<p><a class="button" href="../me/">Your values</a></p>'))
     if JSON in accept or "+json" in accept:
         problem = json.dumps({"title": title, "status": error.status, "detail": error.message})
         return Response(problem.encode(), error.status, "application/problem+json", error.headers)

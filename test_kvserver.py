@@ -5552,7 +5552,7 @@ class UserPages(PageCase):
         self.send(303, "/admin/", form=form + "another+one", location="user?username=bob&done=NOW")
         for status, user in ((401, "bob"), (200, basic("bob", "another one")), (200, "Bearer " + token)):
             self.check(status, "GET", "/list", user=user)
-        self.assertIn("tokens stay", self.page("/admin/user?username=bob").text)
+        self.assertIn("Tokens keep working", self.page("/admin/user?username=bob").text)
         self.assertIn(b"<h1>bob</h1>", self.send(400, "/admin/", form=form + "short").body)
 
     def test_the_page_of_a_user_shows_values_and_tokens(self) -> None:
@@ -5641,11 +5641,11 @@ class HookPages(HookCase, PageCase):
         answer = self.see(200, "/admin/hooks")
         words = 'only when it becomes "on"'
         rows = [["1 phone", "https://maker.example", "bob", "hall/*", words, "not tried", "pending: 0"]]
-        rows += [["2", self.target.origin, "alice", "door", "", "200 OK", "now, pending: 0"]]
+        rows += [["2", self.target.origin, "alice", "door", "200 OK", "just now, pending: 0"]]
         texts = re.findall(r"<tr role=\"row\">(.*?)(?=<tr|</table)", answer.body.decode(), re.DOTALL)[1:]
         cells = [re.split("<td[^>]*>|<br>", text)[1:] for text in texts]
         shown = [[html.unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in row] for row in cells]
-        self.assertEqual(rows, [row[:7] for row in shown])
+        self.assertEqual(rows, [row[: len(wanted)] for row, wanted in zip(shown, rows)])
         self.assertNotIn(b"SECRET", answer.body)
         self.assertNotIn("More hooks", Page(answer).text)
         for number in range(kvserver.PAGE_ROWS_MAX - 2):
@@ -5924,26 +5924,26 @@ class OwnPages(PageCase):
             """Be refused because of another value, which the page shows; save the form again, and take it back."""
             answer = self.send(409, target, action="set", value="typed", **fields)
             page, html_text = Page(answer), answer.body.decode()
-            self.assertRegex(html_text, f'(?s)<details open>.*role="alert"[^>]*>The value was {shown}\\.</p>.*typed')
+            self.assertRegex(html_text, f'(?s)<details open>.*role="alert"[^>]*>{shown}\\.</p>.*typed')
             self.assertTrue(page.has_alert() and self.pairs().get("a") != "typed")
             self.assertNotIn("refresh", answer.headers)
             (etag,) = page.values(name="etag")
             self.send(303, "/me/?key=a", action="set", value="typed", page="value", etag=etag)
             self.assertEqual("typed", self.pairs()["a"])
 
-        def changed(value: str) -> str:
-            return rf"changed to <em>{value}</em> <time [^>]*>(now|1 s ago)</time>; save again to overwrite it"
+        def now(value: str) -> str:
+            return rf"to <em>{value}</em> <time [^>]*>(just now|1 s ago)</time>; save again to overwrite it"
 
         self.assertEqual([""], self.page("/me/").values(name="etag"))
         answer = self.send(303, "/me/", form="action=set&key=b/%C3%A9&value=2&page=add&etag=")
         self.assertRegex(answer.headers["location"], r"\A\./\?folder=b/&added=b/%C3%A9&done=\d+\Z")
         self.store.set_value(1, "a", "shown", time.time() + 100)
-        refuse(changed("shown"), "/me/", key="a", page="add", etag="")
+        refuse("It was set " + now("shown"), "/me/", key="a", page="add", etag="")
         (etag,) = self.page("/me/value?key=a").values(name="etag")
         self.store.set_value(1, "a", "\u202e<" + "x" * 40)
-        refuse(changed("\ufffd&lt;x{38}…"), page="value", etag=str(etag))
+        refuse("The value was changed " + now("\ufffd&lt;x{38}…"), page="value", etag=str(etag))
         self.store.delete_pair(1, "a")
-        refuse("deleted; save again to overwrite it", page="value", etag=kvserver.entity_tag(b"typed"))
+        refuse("The value was deleted; save again to store it", page="value", etag=kvserver.entity_tag(b"typed"))
         self.assertEqual({"a": "typed", "b/é": "2"}, self.pairs())
         self.assertNotIn("xxx", self.log.text())
 
@@ -6193,7 +6193,7 @@ class ValuePages(PageCase):
             self.store.set_value(1, "door", "closed")
             answer = self.press("door", "Switch to closed", 409)
         text = Page(answer).text
-        self.assertRegex(text, "The value was changed to closed (now|1 s ago); switch again to overwrite it.")
+        self.assertRegex(text, "The value was changed to closed (just now|1 s ago); switch again to overwrite it.")
         self.assertEqual(b"closed", self.get("door"))
         self.assertIn("Switch to open", text)
 
