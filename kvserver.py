@@ -3901,7 +3901,7 @@ SETTINGS = {
 }
 
 
-def read_config(path: str) -> dict[str, str]:
+def read_config(path: str) -> Iterator[tuple[str, str, str]]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             members = parse_json(file.read())
@@ -3913,17 +3913,15 @@ def read_config(path: str) -> dict[str, str]:
         setting = SETTINGS.get(name, SETTINGS["port"])  # an unknown name is refused later
         if isinstance(setting.default, str) and not isinstance(member, str):
             raise UsageError(f"{name} in {path} must be a JSON string, not {json.dumps(member)}")
-        is_list = isinstance(setting.default, tuple) and isinstance(member, list)
-        text = ",".join(map(str, member)) if is_list else str(member)
+        text = ",".join(map(str, member)) if setting.default == () and isinstance(member, list) else str(member)
         is_path = setting.metavar == "FILE" and text
-        members[name] = os.path.join(os.path.dirname(path), text) if is_path else text
-    return members
+        yield f"{name} in {path}", name, os.path.join(os.path.dirname(path), text) if is_path else text
 
 
 def read_settings(path: str | None, environment: Mapping[str, str]) -> dict[str, Any]:
     """Return all settings by name, without those from flags. An empty environment variable counts as unset."""
     path = path or environment.get("KVSERVER_CONFIG")
-    texts = [(f"{name} in {path}", name, text) for name, text in (read_config(path) if path else {}).items()]
+    texts = list(read_config(path)) if path else []
     for variable, text in environment.items():
         if variable.startswith("KVSERVER_") and variable != "KVSERVER_CONFIG" and text:
             texts.append((variable, variable[len("KVSERVER_") :].lower(), text))
@@ -4027,10 +4025,9 @@ def restore(arguments: argparse.Namespace) -> None:
 
 def export_pairs(arguments: argparse.Namespace, store: Store) -> None:
     """Print values as lines of JSON, which import stores elsewhere. They have no passwords and no tokens."""
-    for *texts, updated, expires in store.pairs(arguments.user.id if arguments.user else None):
-        moments = [datetime.datetime.fromtimestamp(seconds or 0, datetime.UTC) for seconds in (updated, expires)]
-        times = [f"{moment:%Y-%m-%dT%H:%M:%S.%fZ}" for moment in moments]
-        members = dict(zip(PAIR_FIELDS, (*texts, times[0], None if expires is None else times[1])))
+    for name, key, value, *times in store.pairs(arguments.user.id if arguments.user else None):
+        times = [t if t is None else f"{datetime.datetime.fromtimestamp(t, datetime.UTC):%FT%T.%fZ}" for t in times]
+        members = dict(zip(PAIR_FIELDS, (name, key, value, *times)))
         sys.stdout.buffer.write(json.dumps(members, ensure_ascii=False).encode("utf-8") + b"\n")
 
 
@@ -4048,28 +4045,26 @@ def read_export(file: BinaryIO) -> Iterator[UserPair]:
             if not all(isinstance(text, str) for text in (name, key, value)):
                 raise ValueError("user, key and value are strings")
             check_user_name(name)
-            check_value(value)
             updated = time.time() if updated is None else parse_time(updated)
-            yield name, require_key(key), value, updated, None if expires is None else parse_time(expires)
+            yield name, require_key(key), check_value(value), updated, None if expires is None else parse_time(expires)
         except (ValueError, HTTPError) as error:  # the messages of decoders may quote a value
             reason = "this is not JSON in UTF-8" if isinstance(error, (json.JSONDecodeError, UnicodeError)) else error
             raise CommandError(f"line {number}: {reason}; nothing was imported") from None
 
 
-def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, str], str], list[str]]:
-    """Return the users by name and the values by user and key of an IoT Persistence Api, and the rows left out."""
+def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, str], UserPair], list[str]]:
+    """Return the users by name and pairs by user and key of an IoT Persistence Api, and lines about rows left out."""
     uri = f"file:{urllib.parse.quote(os.fsencode(os.path.abspath(path)), safe='')}?mode=ro"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
             source.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
             if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
                 raise CommandError(f"{path} is a database of kvserver; see: python kvserver.py restore --help")
-            # SQLite would read a missing column "isAdmin" as a text, if the table's name did not precede it.
-            user_rows = source.execute('SELECT user.name, user."passwordHash", user."isAdmin" FROM user').fetchall()
+            user_rows = source.execute("SELECT name, passwordHash, isAdmin FROM user").fetchall()
             pair_rows = source.execute("SELECT user, key, value FROM state ORDER BY rowid DESC").fetchall()
     except sqlite3.Error as error:
         raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
-    users, values, left_out, unknown = dict[str, User](), dict[tuple[str, str], str](), list[str](), list[str]()
+    users, values, left_out, unknown = dict[str, User](), dict[tuple[str, str], UserPair](), list[str](), list[str]()
     for name, stored, is_admin in user_rows:
         try:
             check_user_name(name if isinstance(name, str) else "")
@@ -4077,7 +4072,7 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
             if SCRYPT_HASH.match(str(stored)) or not str(stored).isascii() or not parse_hash(str(stored)):
                 unknown.append(name)
         except HTTPError as error:
-            left_out.append(f"user {name!r:.80}: {error}; all their values are left out too")
+            left_out.append(f"left out: user {name!r:.80}: {error}; all their values are left out too")
     if unknown:
         problem = f"nothing was imported: the password hash of {', '.join(unknown)} is of an unknown kind"
         raise CommandError(f"{problem}. In IoT Persistence Api, delete these users and add them again, with passwords")
@@ -4087,28 +4082,25 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
                 raise ValueError("this user is not imported")
             if not isinstance(key, str) or not isinstance(value, str):
                 raise UnicodeError
-            check_value(value)
             if (name, require_key(key)) in values:
                 raise ValueError("another row has the same key, and is newer")
-            values[name, key] = value
+            values[name, key] = name, key, check_value(value), time.time(), None
         except (ValueError, HTTPError) as error:
             reason = "the key or the value is not UTF-8 text" if isinstance(error, UnicodeError) else error
-            left_out.append(f"user {name!r:.80}, key {key!r:.80}: {reason}")
+            left_out.append(f"left out: user {name!r:.80}, key {key!r:.80}: {reason}")
     return users, values, left_out
 
 
 def import_database(arguments: argparse.Namespace) -> None:
     users, values, left_out = read_foreign_database(arguments.file)
-    pairs = ((name, key, value, time.time(), None) for (name, key), value in values.items())
     with contextlib.closing(open_store(arguments.db)) as store:
         merged = [name for name in sorted(users) if store.user(name)]
         if merged and not arguments.merge:
             what = "nothing was imported. With --merge they get the values, and keep their password and role"
             raise CommandError(f"these users exist already: {', '.join(merged)}; {what}")
-        stored, _ = store.import_all((user for user in users.values() if user.name not in merged), pairs)
-        print("".join(f"left out: {line}\n" for line in left_out), end="")
-        new = len(users) - len(merged)
-        print(f"imported users, with their passwords: {new}, values: {stored}; left out: {len(left_out)}")
+        stored, _ = store.import_all((user for user in users.values() if user.name not in merged), values.values())
+        counts = f"{len(users) - len(merged)}, values: {stored}; left out: {len(left_out)}"
+        print(*left_out, f"imported users, with their passwords: {counts}", sep="\n")
         if not any(user.is_admin for user, *_ in store.users()):
             print(f"nobody is an admin; add one with: {arguments.program} adduser USER --admin")
 
@@ -4142,11 +4134,11 @@ def read_password(arguments: argparse.Namespace) -> str:
     return password
 
 
-def print_table(head: Sequence[str], rows: Iterable[Iterable[object]], if_empty: str) -> None:
-    """Print a table that fits 80 columns. An empty cell is "-"; a column of these is left out."""
+def print_rows(arguments: argparse.Namespace, kind: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table of a kind that fits 80 columns. An empty cell is "-"; a column of these is left out."""
     texts = [["-" if cell in (None, "") else escape_unprintable(str(cell)) for cell in row] for row in rows]
     if not texts:
-        print(if_empty)
+        print(f"there are no {kind}s; to add one, see: {arguments.program} add{kind} --help")
         return
     columns = [column for column in zip(head, *texts) if set(column[1:]) != {"-"}]
     widths = [max(map(len, column)) for column in columns]
@@ -4193,7 +4185,7 @@ def delete_user(arguments: argparse.Namespace, store: Store) -> None:
 def list_users(arguments: argparse.Namespace, store: Store) -> None:
     """List the users, with their roles and numbers of values."""
     rows = ((user.name, "admin" if user.is_admin else "user", pairs) for user, pairs, _ in store.users())
-    print_table(("NAME", "ROLE", "VALUES"), rows, f"there are no users; add one with: {arguments.program} adduser USER")
+    print_rows(arguments, "user", ("NAME", "ROLE", "VALUES"), rows)
 
 
 def add_token(arguments: argparse.Namespace, store: Store) -> None:
@@ -4207,10 +4199,8 @@ def add_token(arguments: argparse.Namespace, store: Store) -> None:
 
 def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
-    tokens = store.tokens(arguments.name)
-    rows = ((t.id, t.label, t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
-    if_empty = f"there are no tokens; add one with: {arguments.program} addtoken {shlex.quote(arguments.name)}"
-    print_table(("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), rows, if_empty)
+    rows = ((t.id, t.label, t.rights(), utc_second(t.created)[:10], t.last_used()) for t in store.tokens(arguments.name))
+    print_rows(arguments, "token", ("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), rows)
 
 
 def delete_token(arguments: argparse.Namespace, store: Store) -> None:
@@ -4230,8 +4220,7 @@ def read_text(what: str, path: str) -> str:
 def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Call a URL when a value changes. The command prints the hook's ID. The next change is the first one sent.
     URL, headers and body may contain {key}, {value}, {old} (the value before) and {time}, which the change fills in."""
-    if arguments.key != "*":
-        require_key(arguments.key.removesuffix("*"))
+    require_key(arguments.key.removesuffix("*") or arguments.key)
     check_value(arguments.value or "")
     check_label_and_prefix(arguments.label, "")
     url, method, body = arguments.url, arguments.method, arguments.body
@@ -4249,8 +4238,7 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
 def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
     rows = ((*h[:6], h.pending or None, utc_second(h.result_time), h.result) for h in store.hooks(arguments.name))
-    head = ("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST TRY", "RESULT")
-    print_table(head, rows, f"there are no hooks; add one with: {arguments.program} addhook USER KEY URL")
+    print_rows(arguments, "hook", ("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST TRY", "RESULT"), rows)
 
 
 def delete_hook(arguments: argparse.Namespace, store: Store) -> None:
@@ -4327,11 +4315,10 @@ def announce(server: Server, store: Store, program: str) -> None:
             print(f"user: admin, password: {password} (shown only now)")
             print(f'{curl} -u admin:{password} "{here}/set?key=door&value=open"', flush=True)
     print(f"listening on {listening}", flush=True)
-    systemd = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))  # sd_notify(3)
     try:
-        if systemd:
+        if os.environ.get("NOTIFY_SOCKET"):  # sd_notify(3)
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
-                notify_socket.sendto(b"READY=1", systemd)
+                notify_socket.sendto(b"READY=1", re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]))
     except OSError as error:
         log("ERROR", f"cannot tell systemd that the server is ready: {error.strerror}")
 
@@ -4534,11 +4521,10 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    flags, config = vars(arguments), vars(arguments).get("config")
-    is_named = "db" in flags or config or os.environ.get("STATE_DIRECTORY")
-    flags.update({**read_settings(config, {} if arguments.run is print_unit else os.environ), **flags})
-    if is_named:  # a shell may not find this database by itself
-        arguments.program += f" --db {shlex.quote(arguments.db)}"
+    flags = vars(arguments)
+    flags.update({**read_settings(flags.get("config"), {} if arguments.run is print_unit else os.environ), **flags})
+    if os.environ.get("STATE_DIRECTORY") or arguments.db != os.environ.get("KVSERVER_DB", DEFAULT_DATABASE):
+        arguments.program += f" --db {shlex.quote(arguments.db)}"  # a shell may not find this database by itself
     if arguments.run in (serve, print_unit, add_user, back_up, restore, import_pairs):
         arguments.run(arguments)
         return

@@ -6708,7 +6708,7 @@ def program(code: str = "", **constants: float) -> list[str]:
 
 
 CHEAP_PROGRAM = program()
-NO_USERS = "there are no users; add one with: python kvserver.py adduser USER\n"
+NO_USERS = "there are no users; to add one, see: python kvserver.py adduser --help\n"
 INSERT_PAIR = "INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?)"
 
 
@@ -6967,7 +6967,7 @@ class UserCommands(CommandCase):
 
     def test_tokens_are_added_listed_and_deleted(self) -> None:
         self.add_user("alice")
-        no_tokens = "there are no tokens; add one with: python kvserver.py addtoken alice\n"
+        no_tokens = "there are no tokens; to add one, see: python kvserver.py addtoken --help\n"
         self.assertEqual(no_tokens, self.succeed("tokens", "alice"))
         token = self.succeed("addtoken", "alice", "--label", "Küche", "--read-only", "--prefix", "a/")
         self.assertRegex(token, r"\Akv_[A-Za-z0-9_-]{43}\n\Z")
@@ -7791,7 +7791,7 @@ class MovingIn(CommandCase):
         for name, message in (
             ("ours.db", "is a database of kvserver"),
             ("other.db", f"cannot read other.db {begin}no such table: user"),
-            ("old.db", f"cannot read old.db {begin}no such column: user.isAdmin"),
+            ("old.db", f"cannot read old.db {begin}no such column: isAdmin"),
             ("damaged.db", f"cannot read damaged.db {begin}"),
         ):
             self.assert_fails(message, "import", name)
@@ -7861,7 +7861,7 @@ class HookCommands(CommandCase):
         self.succeed("deluser", "alice", "--yes")
         self.assertEqual(["ID USER KEY URL LAST TRY", "4 bob a http://h never"], self.hooks())
         self.succeed("deluser", "bob", "--yes")
-        no_hooks = "there are no hooks; add one with: python kvserver.py addhook USER KEY URL"
+        no_hooks = "there are no hooks; to add one, see: python kvserver.py addhook --help"
         self.assertEqual([no_hooks], self.hooks())
         self.assertEqual([], self.sql("SELECT * FROM sqlite_master WHERE type = 'trigger'"))
 
