@@ -4199,7 +4199,8 @@ def add_token(arguments: argparse.Namespace, store: Store) -> None:
 
 def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
-    rows = ((t.id, t.label, t.rights(), utc_second(t.created)[:10], t.last_used()) for t in store.tokens(arguments.name))
+    tokens = store.tokens(arguments.name)
+    rows = ((t.id, t.label, t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
     print_rows(arguments, "token", ("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), rows)
 
 
