@@ -23,9 +23,8 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /me/, /admin/            pages for browsers: a user's values, tokens and password; users and hooks, for admins
 
 ROUTES has all methods and parameters. Parameters may be in the query, a form or a JSON object; the body of /set?key=K
-may be the value. All paths also exist below /iotpersistenceapi, or below --base-path.
-
-Lines like "# ---- Storage ----" divide the file into rooms. Each uses only the rooms above it.
+may be the value. All paths also exist below /iotpersistenceapi, or below --base-path. Lines like "# ---- Storage ----"
+divide the file into rooms. Each uses only the rooms above it.
 """
 
 from __future__ import annotations
@@ -76,14 +75,12 @@ __version__ = "0.1.0"
 # ---- Limits and defaults ---------------------------------------------------------------------------------------------
 # The numbers that you may want to change, with their units. They keep clients from filling the memory or stalling us.
 
-KEY_BYTES_MAX = 512
-VALUE_BYTES_MAX = 1024 * 1024
+KEY_BYTES_MAX, VALUE_BYTES_MAX = 512, 1024 * 1024
 BODY_BYTES_MAX = VALUE_BYTES_MAX + 64 * 1024  # the longest value, with room for the form or the JSON around it
 PARAMETERS_MAX = 100
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 WAIT_SECONDS_MAX = 60
-LIST_LIMIT_MAX = 10_000  # pairs, or changes of one
-LIST_BYTES_MAX = 32 * 1024 * 1024
+LIST_LIMIT_MAX, LIST_BYTES_MAX = 10_000, 32 * 1024 * 1024  # of pairs, or of the changes of one
 HISTORY_VALUE_BYTES_MAX = 1024  # longer values are cut off in the history
 
 PASSWORD_CHARACTERS_MIN = 8
@@ -123,17 +120,15 @@ def cut_off(text: str, characters: int) -> str:
 
 
 def log(level: str, message: str) -> None:
-    """Write the time, the level and the message to standard error, as one line. Tokens are masked."""
     line = escape_unprintable(re.sub(TOKEN_PREFIX + "[A-Za-z0-9_-]{8,}", TOKEN_PREFIX + "...", message))
     with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # closed, or busy in a signal handler
         sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {line}\n")  # flushed at the end of the line
 
 
 def remember(memory: dict[Any, Any], key: Hashable, value: object, most: int) -> None:
-    """Set memory[key]. Of more entries than most, the oldest goes."""
     memory.pop(key, None)
     memory[key] = value
-    if len(memory) > most:
+    if len(memory) > most:  # the oldest goes
         del memory[next(iter(memory))]
 
 
@@ -320,7 +315,7 @@ SET_VALUE = f"INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?
 SELECT_ENTRY = f"""SELECT key, ifnull(substr(CAST(value AS BLOB), 1, ?), x''), updated, expires FROM pair
     WHERE user_id = ? AND key BETWEEN ? AND ? AND instr(lower(key), lower(?)) AND {NOT_EXPIRED} ORDER BY key LIMIT 1"""
 USER_ROW = "user.id, name, password_hash, is_admin"
-TOKEN_ROW = "token.id, digest, label, is_read_only, prefix, created, last_used_day"
+TOKEN_ROW = f"token.id, digest, label, is_read_only, prefix, created, last_used_day * {DAY_SECONDS}"
 HOOK_REQUEST = "hook.id, receiver, url, method, headers, body"
 
 
@@ -342,14 +337,11 @@ class Token(NamedTuple):
     is_read_only: bool
     prefix: str  # of the keys that it may see
     created: float  # unix seconds
-    last_used_day: int | None  # days since 1970, in UTC
+    last_used: int | None  # unix seconds of the beginning of the day, in UTC
 
     def rights(self) -> str:
         prefix = f" {escape_unprintable(self.prefix)}*" if self.prefix else ""
         return ("read" if self.is_read_only else "read and write") + prefix
-
-    def last_used(self) -> str:
-        return "never" if self.last_used_day is None else utc_second(self.last_used_day * DAY_SECONDS)[:10]
 
 
 class User(NamedTuple):
@@ -548,11 +540,10 @@ class Store:
             begun = time.monotonic()
             self._execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - its caller raises it
-            outcomes = [error]
             with contextlib.suppress(sqlite3.Error):  # begin tries again
                 self._connection.rollback()
-            if len(operations) > 1:  # one that fails, or a full disk, must not undo the others
-                outcomes = [self.commit([operation], begin=True)[0] for operation in operations]
+            # One that fails, or a full disk, must not undo the others.
+            outcomes = [error] if len(operations) < 2 else [self.commit([each], begin=True)[0] for each in operations]
             self.changed_others = True  # what is in changed_pairs may not have been committed
             return outcomes
         self.commit_seconds = time.monotonic() - begun
@@ -759,10 +750,10 @@ class Store:
 
     def delete_pair(self, user_id: int, key: str) -> bool:
         delete = f"DELETE FROM pair WHERE user_id = ? AND key = ? AND {NOT_EXPIRED}"
-        if not self._exceed_limit(delete, user_id, key, time.time()):
-            return False
-        self.changed_pairs.append(((user_id, key), None, 0))
-        return True
+        exists = self._exceed_limit(delete, user_id, key, time.time()) > 0
+        if exists:
+            self.changed_pairs.append(((user_id, key), None, 0))
+        return exists
 
     def has_expired(self) -> bool:
         return bool(self._execute("SELECT 1 FROM pair WHERE expires <= ? LIMIT 1", time.time()).fetchone())
@@ -862,8 +853,7 @@ class CachingStore(Store):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._rows, self._rows_state, self._rows_bytes = dict[Any, Any](), b"", 0  # cached, as they were in that state
-        # The -shm file begins with two copies of a header (SQLite's "WAL-mode File Format"). A first read creates it.
-        self.has_hooks()
+        self.has_hooks()  # creates the -shm file, which begins with a header, twice (SQLite's "WAL-mode File Format")
         self._shared_file = open(self.path + "-shm", "rb")  # noqa: SIM115 - closing it drops our locks (POSIX)
         self._shared = mmap.mmap(self._shared_file.fileno(), 96, access=mmap.ACCESS_READ)  # both copies
 
@@ -906,13 +896,12 @@ class CachingStore(Store):
     def pair(self, user_id: int, key: str) -> Pair | None:
         rows = self._current_rows()
         pair: Pair | None = rows.get((user_id, key))
-        if pair:
-            return pair if pair.expires is None or pair.expires > time.time() else None
-        pair = super().pair(user_id, key)
-        if pair:
-            rows[user_id, key] = pair
-            self._rows_bytes += len(pair.value)
-        return pair
+        if pair is None:
+            pair = super().pair(user_id, key)
+            if pair:
+                rows[user_id, key] = pair
+                self._rows_bytes += len(pair.value)
+        return pair if pair and (pair.expires is None or pair.expires > time.time()) else None
 
 
 def hand_over(descriptor: int, path: str) -> None:
@@ -2702,10 +2691,10 @@ def value_page(store: Store, request: Request) -> Response:
 
 
 def make_tokens(store: Store, user_name: str, url: str) -> Markup:
-    rows, today = list[Sequence[object]](), int(time.time() // DAY_SECONDS)
+    rows, today = list[Sequence[object]](), time.time() // DAY_SECONDS * DAY_SECONDS
     for token in store.tokens(user_name):
-        label, day = token.label or f"token {token.id}", token.last_used_day
-        used = "today" if day == today else make_time(None if day is None else day * DAY_SECONDS)
+        label = token.label or f"token {token.id}"
+        used = "today" if token.last_used == today else make_time(token.last_used)
         warning, one = "The device that uses it can no longer log in.", url_to(url, id=str(token.id))
         question = make_question("Delete", label, "deltoken", one, warning)
         rows.append((label, token.rights(), make_time(token.created), used, question))
@@ -3229,7 +3218,7 @@ class RequestHandler:
         request.user = user
         if route.who != USER:
             check_visitor(user, route.who)
-        if user.token and user.token.last_used_day != time.time() // DAY_SECONDS:
+        if user.token and user.token.last_used != time.time() // DAY_SECONDS * DAY_SECONDS:
             self.server.token_uses[user.token.id] = int(time.time() // DAY_SECONDS)
         if route.where == COMMIT:
             check_same_site(headers)
@@ -4200,7 +4189,7 @@ def add_token(arguments: argparse.Namespace, store: Store) -> None:
 def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
     tokens = store.tokens(arguments.name)
-    rows = ((t.id, t.label, t.rights(), utc_second(t.created)[:10], t.last_used()) for t in tokens)
+    rows = ((t.id, t.label, t.rights(), utc_second(t.created)[:10], utc_second(t.last_used)[:10]) for t in tokens)
     print_rows(arguments, "token", ("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), rows)
 
 

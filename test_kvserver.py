@@ -2855,7 +2855,7 @@ class Streams(ServerCase):
         events = self.stream()
         self.assertEqual([("set", "a", "1"), ("ready",)], events.take(2))
         self.check(200, "GET", "/get?key=a", user=f"Bearer {token}")
-        wait_until(lambda: self.store.tokens("alice")[0].last_used_day is not None)  # the server has stored that
+        wait_until(lambda: self.store.tokens("alice")[0].last_used is not None)  # the server has stored that
         for target in ("/set?key=a&value=2&old=x", "/incr?key=b&by=x", "/del?key=b"):
             self.fetch(target)
         self.fetch("/set?key=b&value=2")
@@ -3208,8 +3208,8 @@ class Tokens(ServerCase):
         token = "Bearer " + self.add_token()
         for _ in range(3):
             self.check(404, "GET", "/get?key=a", user=token)
-        today = int(time.time() // 86400)
-        wait_until(lambda: self.store.tokens("alice")[0].last_used_day in (today, today + 1))
+        today = int(time.time() // 86400) * 86400
+        wait_until(lambda: self.store.tokens("alice")[0].last_used in (today, today + 86400))
         self.fetch("/set?key=a&value=1")  # its commit comes after theirs
         self.assertEqual(2, self.server.metrics.writes)
 
@@ -6033,7 +6033,7 @@ class OwnPages(PageCase):
         (token,) = set(re.findall(r"kv_[A-Za-z0-9_-]{43}", answer.body.decode()))
         for target, status in (("/get?key=hall/a", 404), ("/set?key=hall/a&value=1", 403), ("/get?key=b", 403)):
             self.check(status, "GET", target, user="Bearer " + token)
-        wait_until(lambda: self.store.tokens("alice")[0].last_used_day is not None)
+        wait_until(lambda: self.store.tokens("alice")[0].last_used is not None)
         answer = self.see(200, "/me/tokens")
         self.assertNotIn(token, answer.body.decode())
         execute(self.database, f"UPDATE token SET created = {time.time() - 7201}")
