@@ -1008,6 +1008,10 @@ class Response(NamedTuple):
     stream_prefix: str | None = None  # of the keys whose events follow as the body
 
 
+def redirect(status: int, url: str) -> Response:
+    return Response(status=status, headers=(("Location", urllib.parse.quote(url, "%&=+?/:#")),))
+
+
 class HTTPError(Exception):
     """A request is refused. The message is one line that says what to do, and contains no value and no credential."""
 
@@ -2248,7 +2252,7 @@ body{margin:0;font:1rem/1.5 system-ui,sans-serif;color:var(--ink);background:var
 main{max-width:60rem;margin:0 auto;padding:.5rem 1rem 4rem} p,form,table,pre,details,figure,dl{margin:.5rem 0}
 h1{margin:1rem 0;font-size:1.5rem;line-height:1.25} h2{margin:2rem 0 .5rem;font-size:1.125rem}
 h1,p,td,dd,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
-small,.soft,dt{color:var(--soft);font-size:.875rem;font-weight:400}
+small,.soft,dt,th{color:var(--soft);font-size:.875rem;font-weight:400}
 header{display:flex;flex-wrap:wrap;align-items:center;gap:0 1rem;padding:0 1rem;background:var(--card);
 border-bottom:1px solid var(--line)} header nav{display:flex;flex-wrap:wrap}
 header a{padding:.75rem .5rem;color:var(--soft);text-decoration:none;border-bottom:2px solid transparent}
@@ -2284,25 +2288,22 @@ svg{display:block;fill:none;stroke:var(--edge)} text{fill:var(--soft);stroke:non
 .last{fill:var(--ink);font-weight:600} .line{stroke:var(--link);stroke-width:2}
 table{width:100%;border-collapse:separate;border-spacing:0} .mark{background:var(--mark)} time{white-space:nowrap}
 th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-tr:last-child,tr:last-child td{border-bottom:0} th{color:var(--soft);font-size:.875rem;font-weight:500}
+tr:last-child,tr:last-child td{border-bottom:0} th{font-weight:500;white-space:nowrap}
 .values{table-layout:fixed} .values th:first-child{width:35%} .values th:nth-child(n+3){width:7rem}
-.values td:first-child a{display:block} .values td:nth-child(n+3){color:var(--soft)} th{white-space:nowrap}
+.values td:first-child a{display:block} .values td:nth-child(n+3){color:var(--soft)}
 .tokens td,.hooks td{vertical-align:middle} td .bar{margin:0}
 .path a{display:inline-block;min-width:1.5rem;padding:.25rem 0} .path+h1{margin-top:.25rem}
 .path a+a::before{content:"›";display:inline-block;padding:0 .5rem 0 .25rem;color:var(--soft)}
 .folder::before{content:"";display:inline-block;width:1rem;height:.75rem;margin-right:.5rem;background:currentColor;
 clip-path:polygon(0 0,40% 0,50% 20%,100% 20%,100% 100%,0 100%)}
-@media(min-width:48rem){td{min-width:4.5rem}
-.hooks td:first-child{min-width:12rem} .hooks td:last-child{min-width:15rem}}
+@media(min-width:48rem){td{min-width:5rem} .hooks td:first-child{min-width:12rem} .hooks td:last-child{min-width:15rem}}
 @media(max-width:30rem){header nav{order:1;width:100%;margin:0 -.375rem;font-size:.875rem}
 header nav a{padding:.375rem}
 thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)} tr,td{display:block}
 tr{padding:.5rem 1rem;border-bottom:1px solid var(--line)} td{padding:.125rem 0;border:0}
-td:empty{display:none!important}
-td:first-child{font-weight:600} .history tr{display:flex;justify-content:space-between;gap:1rem}
+td:empty{display:none!important} td:first-child{font-weight:600} .history tr{display:flex;justify-content:space-between}
 td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-size:.875rem}
-.tokens td:last-child,.hooks td:last-child{display:block;margin-top:.25rem}
-.history td:first-child{color:var(--soft);font-weight:400}
+.tokens td:last-child,.hooks td{display:block!important} .history td:first-child{color:var(--soft);font-weight:400}
 .values td:nth-child(3)::before{content:"changed "} .values td:nth-child(4)::before{content:"expires "}
 .users td:nth-child(3)::before{content:"values: "} .users td:nth-child(4)::before{content:"newest change: "}
 .tokens td:nth-child(3)::before{content:"created "} .tokens td:nth-child(4)::before{content:"last used "}
@@ -2328,12 +2329,11 @@ ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, bro
 NEW_PASSWORD = Markup(f"""<label>New password<small> at least {PASSWORD_CHARACTERS_MIN} characters</small>
 <input type="password" name="password" required minlength="{PASSWORD_CHARACTERS_MIN}"
 autocomplete="new-password"></label>""")
-WELCOME_PAGE = """
-<p>This server keeps values for devices, applets and scripts: they store a value under a key, and read it back.</p>
+WELCOME_PAGE = """<p>This server keeps values for devices and scripts: they store one under a key, and read it back.</p>
 <p class="bar"><a class="button main" href="me/">Your values</a><a class="button" href="admin/">Users</a></p>
 <h2>Address</h2><pre>{url}</pre>
-<h2>Try it</h2><p>Write your user name instead of NAME. curl asks for your password.</p><pre>{curl}</pre>
-<p class="soft">kvserver {version}</p>"""
+<h2>Try it</h2><p>Write your user name instead of NAME. curl asks for your password.</p>
+<pre>curl -u NAME {address}</pre><p class="soft">kvserver {version}</p>"""
 SEARCH = """<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <input type="hidden" name="folder" value="{folder}">
 <input type="search" name="search" value="{search}" aria-label="Part of a key" placeholder="Find a key">
@@ -2342,12 +2342,14 @@ FOUND = '<p>Keys that contain <strong>{}</strong>. <a href="{}">Show all</a></p>
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
 VALUE_FIELDS = """<input type="hidden" name="etag" value="{etag}"><label>Value<textarea name="value" rows="{rows}">
 {value}</textarea></label>"""
-SAVE = '<button class="main">Save</button>'
-ADD_VALUE = '<label>Key<input name="key" value="{key}" required></label>' + VALUE_FIELDS + SAVE
+ADD_VALUE = (
+    '<label>Key<input name="key" value="{key}" required></label>' + VALUE_FIELDS + '<button class="main">Save</button>'
+)
 EDIT_VALUE = f"""{VALUE_FIELDS}
 <label>Expires in<small> seconds, such as 600; empty keeps its expiry</small>
 <input name="ttl" value="{{ttl}}" inputmode="decimal"></label>
-<label><input type="checkbox" name="never" value="1" {{never}}> Never expires</label>{SAVE}"""
+<label><input type="checkbox" name="never" value="1" {{never}}> Never expires</label>
+<button class="main">Save</button>"""
 SWITCH = '<input type="hidden" name="etag" value="{}"><button class="main">Switch to {}</button>'
 STEPS = '<button name="by" value="-1">−1</button> <button name="by" value="1">+1</button>'
 CHART = """<figure class="card">
@@ -2481,13 +2483,10 @@ def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object
     if not rows:
         return fill('<p class="soft">No {} here.</p>', kind)
     head = [fill('<th scope="col" role="columnheader">{}', name) for name in columns]
+    cells = [[fill('<td role="cell">{}', cell) for cell in row] for row in rows]
     marks = {marked: Markup(' class="mark"')}
-    body = [
-        fill('<tr role="row"{}>{}', marks.get(number, ""), [fill('<td role="cell">{}', cell) for cell in row])
-        for number, row in enumerate(rows)
-    ]
-    table = """<table role="table" class="{}"><thead role="rowgroup"><tr role="row">{}
-<tbody role="rowgroup">{}</table>"""
+    body = [fill('<tr role="row"{}>{}', marks.get(number, ""), row) for number, row in enumerate(cells)]
+    table = '<table role="table" class="{}"><thead role="rowgroup"><tr role="row">{}<tbody role="rowgroup">{}</table>'
     return fill(table, kind, head, body)
 
 
@@ -2513,30 +2512,14 @@ def make_live(request: Request, url: str) -> Markup:
     return fill('<a class="button" href="{}">Live</a>', url_to(url, refresh=str(REFRESH_SECONDS)))
 
 
-def redirect(status: int, url: str) -> Response:
-    return Response(status=status, headers=(("Location", urllib.parse.quote(url, "%&=+?/:#")),))
-
-
 def redirect_done(url: str, **parameters: str) -> Response:
     """Lead a form's browser to a page that tells of the change, for some seconds."""
     return redirect(303, url_to(url, **parameters, done=str(int(time.time()))))
 
 
-def lead_on(store: Store, request: Request) -> Response:
-    """Redirect to a folder before a login: browsers send its password unasked to the folder (RFC 7617 section 2.2)."""
-    page = request.path.rpartition("/")[2]
-    path = "value" if page == "state" else f"{page}/"  # /me/value had that name
-    return redirect(301, path + (f"?{request.query}" if request.query else ""))
-
-
-def show_icon(store: Store, request: Request) -> Response:
-    return Response(ICON, content_type="image/svg+xml")
-
-
 def welcome_page(store: Store, request: Request) -> Response:
-    url = request.server_url
-    curl = f"curl -u NAME {shlex.quote(url + '/set?key=door&value=open')}"
-    page = fill(WELCOME_PAGE, url=url + "/", curl=curl, version=__version__)
+    address = shlex.quote(f"{request.server_url}/set?key=door&value=open")
+    page = fill(WELCOME_PAGE, url=request.server_url + "/", address=address, version=__version__)
     return make_page(request, "kvserver", page)
 
 
@@ -2636,10 +2619,9 @@ def make_chart(changes: Sequence[tuple[float, str | None, bool]]) -> Markup:
         if number is not None:
             line += f"M{here} {heights[number]}" if before is None else f"V{heights[number]}"
         before = number
-    place = {"left": left, "right": right, "top": heights[most], "x": x, "y": heights[known[-1]], "line": line}
-    first = time.strftime("%Y-%m-%d %H:%M", time.localtime(begin))
-    summary = f"Minimum {low}, maximum {high}, last {last}."
-    return fill(CHART, first=first, summary=summary, low=low, high=high, last=last, **place)
+    texts = {"low": low, "high": high, "last": last, "summary": f"Minimum {low}, maximum {high}, last {last}."}
+    texts |= {"line": line, "first": time.strftime("%Y-%m-%d %H:%M", time.localtime(begin))}
+    return fill(CHART, left=left, right=right, top=heights[most], x=x, y=heights[known[-1]], **texts)
 
 
 def make_access(request: Request, key: str, value: str, etag: str) -> Markup:
@@ -2839,8 +2821,7 @@ def change_value(store: Store, request: Request, action: str) -> Response:
         increment(store, request)
     elif action == "toggle":
         stored = pair.value.decode("utf-8") if pair else ""
-        if stored in OPPOSITES:
-            request.parameters = {**parameters, "values": f"{stored},{OPPOSITES[stored]}"}
+        parameters |= {"values": f"{stored},{OPPOSITES[stored]}"} if stored in OPPOSITES else {}
         toggle(store, request)
     else:
         value = required(parameters, "value").replace("\r\n", "\n").replace("\r", "\n")  # browsers send CR LF
@@ -2891,6 +2872,19 @@ def change_own(store: Store, request: Request) -> Response:
 # waits for the disk; it stores hardly more than its request has. THREAD: in a thread with its own store, if slow.
 HERE, COMMIT, THREAD = "here", "commit", "thread"
 READ = ("GET", "HEAD")
+
+
+def lead_on(store: Store, request: Request) -> Response:
+    """Redirect to a folder before a login: browsers send its password unasked to the folder (RFC 7617 section 2.2)."""
+    page = request.path.rpartition("/")[2]
+    path = "value" if page == "state" else f"{page}/"  # /me/value had that name
+    return redirect(301, path + (f"?{request.query}" if request.query else ""))
+
+
+def show_icon(store: Store, request: Request) -> Response:
+    return Response(ICON, content_type="image/svg+xml")
+
+
 ROUTES = (
     Route("/set", ("GET", "POST", "PUT"), set_value, USER, COMMIT, ("key", "value", "ttl", "nx", "old"), 2, EITHER),
     Route("/get", READ, get_value, USER, HERE, ("key", "default", "format", "wait", "unless"), 1),
