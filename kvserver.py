@@ -1115,8 +1115,7 @@ def parse_fields(text: str, is_http_1_0: bool) -> Fields:
 
 def parse_head(head: bytes, known: Fields | None = None) -> Request:
     """Return the request with a head, given without its last line; raise HTTPError. Known fields stay as parsed."""
-    # ISO 8859-1 loses no byte. An empty line before a request is ignored (RFC 9112 section 2.2).
-    line, _, text = head.decode("iso-8859-1").removeprefix("\r\n").partition("\r\n")
+    line, _, text = head.decode("iso-8859-1").removeprefix("\r\n").partition("\r\n")  # ISO 8859-1 keeps every byte
     if len(line) > REQUEST_LINE_BYTES_MAX:
         raise HTTPError(414, f"the address is over {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body")
     match = REQUEST_LINE.fullmatch(line)
@@ -1155,15 +1154,14 @@ def take_chunks(received: bytearray, body: bytearray) -> bool:
         begin, size = (match.end(), int(match[1], 16)) if match else (0, 0)
         if size == 0:
             break
-        end = begin + size
         if len(body) + size > BODY_BYTES_MAX:
             raise HTTPError(413, BODY_TOO_LARGE.format(len(body) + size))
-        if len(received) < end + 2:
+        if len(received) < begin + size + 2:
             return False
-        if not received.startswith(b"\r\n", end):
+        if not received.startswith(b"\r\n", begin + size):
             raise HTTPError(400, "the chunked body is malformed")
-        body += received[begin:end]
-        del received[: end + 2]
+        body += received[begin : begin + size]
+        del received[: begin + size + 2]
     trailers = re.match(rf"(?:{FIELD.pattern}\r\n)*\r\n", received[begin:].decode("iso-8859-1")) if match else None
     if trailers:
         del received[: begin + trailers.end()]
@@ -1379,9 +1377,8 @@ def parse_parameters(request: Request, route: Route) -> dict[str, str]:
 
 
 def check_value(value: str) -> str:
-    size = len(value.encode("utf-8"))
-    if size > VALUE_BYTES_MAX:
-        raise HTTPError(413, f"the value is too large: {size} bytes; the limit is {VALUE_BYTES_MAX}")
+    if len(value.encode("utf-8")) > VALUE_BYTES_MAX:
+        raise HTTPError(413, f"the value is too large: {len(value.encode())} bytes; the limit is {VALUE_BYTES_MAX}")
     return value
 
 
@@ -1687,7 +1684,6 @@ class Threads:
 # ---- TLS -------------------------------------------------------------------------------------------------------------
 # A connection that encrypts, and the server's certificate, which can be replaced while it runs.
 
-TLS_SEND_BYTES = 64 * 1024  # at a time: within that, TLS reports no progress
 TLS_RECEIVE_BYTES = 4 * 1024  # at a time: records without data take a millisecond for each 1.4 KB
 TLS_FRUITLESS_BYTES_MAX = 64 * 1024  # received beyond 64 per byte of data, or of TLS's own replies
 
@@ -1749,7 +1745,7 @@ class SecureSocket:
 
     def send(self, data: bytes | memoryview) -> int:
         """Send the first bytes of data, and return how many; raise BlockingIOError to be called again with the same."""
-        self._in_flight = self._in_flight or self._tls.write(memoryview(data)[:TLS_SEND_BYTES])
+        self._in_flight = self._in_flight or self._tls.write(memoryview(data)[: 64 * 1024])  # the unit of progress
         if not self._flush():
             raise BlockingIOError
         sent, self._in_flight = self._in_flight, 0
@@ -1815,13 +1811,12 @@ class Metrics:
 
     def text(self, store: Store) -> str:
         users, pairs, pending, changes, database_bytes, log_bytes = store.sizes()
-        responses, durations = list(self._responses.items()), []  # a copy: the loop goes on counting
-        requests = [f'{{endpoint="{endpoint}",status="{status}"}} {total}' for (endpoint, status), total in responses]
-        for endpoint, (*counts, seconds) in list(self._durations.items()):
+        requests = [f'{{endpoint="{path}",status="{code}"}} {n}' for (path, code), n in list(self._responses.items())]
+        lines, durations = list[str](), list[str]()
+        for endpoint, (*counts, seconds) in list(self._durations.items()):  # a copy: the loop goes on counting
             for bound, count in zip((*DURATION_SECONDS, "+Inf"), itertools.accumulate(counts)):
                 durations.append(f'_bucket{{endpoint="{endpoint}",le="{bound}"}} {count}')
             durations += [f'_sum{{endpoint="{endpoint}"}} {seconds}', f'_count{{endpoint="{endpoint}"}} {sum(counts)}']
-        lines = []
         for name, kind, meaning, samples in (
             ("requests_total", "counter", "Responses by endpoint and status.", requests),
             ("request_seconds", "histogram", "Time from a request's first byte to its response.", durations),
@@ -2045,18 +2040,17 @@ def set_value(store: Store, request: Request) -> Response:
 
 def end_of_wait(request: Request, pair: Pair | None) -> float:
     """Return the monotonic time until which the request waits for a change, or 0 to respond now."""
-    wait_seconds = take_seconds(request.parameters, "wait", 0, WAIT_SECONDS_MAX)
-    unless = request.parameters.get("unless")
-    if wait_seconds is None and unless is None:
+    seconds, unless = take_seconds(request.parameters, "wait", 0, WAIT_SECONDS_MAX), request.parameters.get("unless")
+    if seconds is None and unless is None:
         return 0
-    if wait_seconds is None or (unless is None and "if-none-match" not in request.fields.headers):
+    if seconds is None or (unless is None and "if-none-match" not in request.fields.headers):
         raise HTTPError(400, "to wait for a change, send wait=SECONDS with unless=VALUE or the header If-None-Match")
     is_news = request.was_there
     if pair:
         same = pair.value == unless.encode() if unless is not None else request.names_etag("if-none-match", pair.etag)
         is_news = not same
     request.was_there = pair is not None
-    now, deadline = time.monotonic(), request.begun + wait_seconds
+    now, deadline = time.monotonic(), request.begun + seconds
     if is_news or not request.may_wait or deadline <= now:
         return 0
     return min(deadline, now + max(0, pair.expires - time.time())) if pair and pair.expires is not None else deadline
