@@ -602,8 +602,9 @@ class Store:
 
     def pairs(self, user_id: int | None = None, prefix: str = "", after: str = "") -> sqlite3.Cursor:
         """Return a cursor over one user's or all pairs, each a UserPair, sorted by user and key."""
+        whose = "? IS NULL" if user_id is None else "user.id = ?"  # one user is found by the primary key
         select = f"""SELECT name, key, value, updated, expires FROM user CROSS JOIN pair ON user_id = user.id
-            WHERE user.id = ifnull(?, user.id) AND key BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key"""
+            WHERE {whose} AND key BETWEEN ? AND ? AND {NOT_EXPIRED} ORDER BY name, key"""
         return self._execute(select, user_id, max(prefix, after + NEXT_KEY), prefix + LAST_KEY, time.time())
 
     def entries(self, user_id: int, folder: str, search: str = "", first: str = "") -> Iterator[Entry]:
@@ -2701,14 +2702,15 @@ def users_page(store: Store, request: Request) -> Response:
     return make_page(request, "Users", fill("{}{}{}", add, table, make_turns("./", after, last)), "admin/")
 
 
-def find_user(store: Store, request: Request) -> UserSummary:
-    for summary in store.users(required(request.parameters, "username")):
-        return summary
-    raise HTTPError(404, "this user does not exist; it may have been deleted")
+def find_user(store: Store, request: Request) -> User:
+    user = store.user(required(request.parameters, "username"))
+    if user is None:
+        raise HTTPError(404, "this user does not exist; it may have been deleted")
+    return user
 
 
 def user_page(store: Store, request: Request) -> Response:
-    user, pairs, newest = find_user(store, request)
+    user, pairs, newest = store.users(find_user(store, request).name)[0]
     name, url = make_visible(user.name), url_to("./", username=user.name)
     role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
     warning = "Admins manage all users and hooks. Users manage only their own values and tokens."
@@ -2722,7 +2724,7 @@ def user_page(store: Store, request: Request) -> Response:
 
 
 def delete_page(store: Store, request: Request) -> Response:
-    user, pairs, _ = find_user(store, request)
+    user, pairs, _ = store.users(find_user(store, request).name)[0]
     name, page = make_visible(user.name), fill("<p>Only another admin can delete you.</p>")
     if user.id != request.user.id:
         counts = {"values": pairs, "tokens": len(store.tokens(user.name)), "hooks": len(store.hooks(user.name))}
@@ -2811,19 +2813,18 @@ def change_value(store: Store, request: Request, action: str) -> Response:
         raise HTTPError(409, "the key has another value now, or none; save again to store this one all the same")
     if not parameters.get("ttl"):
         parameters.pop("ttl", None)  # an empty field of a form
+    stored = pair.value.decode("utf-8") if pair else ""
     if action == "incr":
         increment(store, request)
-    elif action == "toggle":
-        stored = pair.value.decode("utf-8") if pair else ""
-        parameters |= {"values": f"{stored},{OPPOSITES[stored]}"} if stored in OPPOSITES else {}
+    elif action == "toggle" and stored not in OPPOSITES:
         toggle(store, request)
-    else:
-        value = required(parameters, "value").replace("\r\n", "\n").replace("\r", "\n")  # browsers send CR LF
-        ttl, is_endless = take_ttl(parameters), is_on(parameters, "never")
-        if ttl and is_endless:
+    else:  # browsers send CR LF
+        typed = OPPOSITES[stored] if action == "toggle" else required(parameters, "value")
+        value, ttl = check_value(typed.replace("\r\n", "\n").replace("\r", "\n")), take_ttl(parameters)
+        if ttl and is_on(parameters, "never"):
             raise HTTPError(400, "the parameters ttl and never exclude each other; leave one out")
-        expires = pair.expires if pair and on_value_page and not is_endless else None
-        store.set_value(user.id, key, check_value(value), expires, ttl)
+        keeps_expiry = (on_value_page or action == "toggle") and not is_on(parameters, "never")
+        store.set_value(user.id, key, value, pair.expires if pair and keeps_expiry else None, ttl)
     if on_value_page or action != "set":
         return redirect_done("value", key=key)
     return redirect_done("./", folder=key[: key.rfind("/") + 1], added=key)
@@ -3353,6 +3354,7 @@ HOOK_RETRY_SECONDS_MAX = 3600
 HOOK_GRACE_SECONDS = 300  # for so long after a start, nothing is too old: the network may come up late
 LONG_EXCHANGES_MAX, LONG_DELIVERY_BYTES = 2, 64 * 1024  # beyond EXCHANGES_MAX: JSON takes six times as much memory
 DROPPED_SECONDS = 10  # until we log again that deliveries were dropped
+TESTS_MAX = 8  # at once: each holds a connection
 client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # making one takes long
 
 
@@ -3402,6 +3404,7 @@ class Outbox:
         self._threads = Threads(loop, EXCHANGES_MAX + LONG_EXCHANGES_MAX)
         self.gate = Gate(loop)  # held by exchanges under way, until their results are stored
         self.has_hooks = self.is_stopping = False  # when it stops, no further exchange begins
+        self._tests = 0  # that are running
         self._running, self._newest = set[int](), 0  # hooks with a task; id of the newest delivery that has been seen
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
         self._dropped_logged, self._started = -NEVER, time.monotonic()
@@ -3437,11 +3440,15 @@ class Outbox:
 
     async def test(self, delivery: Delivery) -> str:
         """Send a test and return a sentence about the answer; raise HTTPError if it fails. Nothing is stored."""
-        if self.is_stopping:
-            raise HTTPError(503, "the server stops; try again", RETRY_AFTER)
-        answer: Answer = await self._threads.run(lambda: deliver(delivery), "test")
-        if not 200 <= answer.status < 300:
-            raise HTTPError(502, f"hook {delivery.hook_id}: {answer.text}; check the URL and the program there")
+        if self.is_stopping or self._tests >= TESTS_MAX:
+            raise HTTPError(503, "other tests are running, or the server stops; try again", RETRY_AFTER)
+        self._tests += 1
+        try:
+            answer: Answer = await self._threads.run(lambda: deliver(delivery), "test")
+        finally:
+            self._tests -= 1
+        if not 200 <= answer.status < 300:  # not 502, which some proxies replace
+            raise HTTPError(424, f"hook {delivery.hook_id}: {answer.text}; check the URL and the program there")
         return f"Hook {delivery.hook_id} answered {answer.text}."
 
     async def _run_hook(self, hook_id: int, is_proven: bool) -> None:

@@ -5678,12 +5678,12 @@ class HookPages(HookCase, PageCase):
         self.assertEqual([("door", "test", None)] * 2, self.target.changes())
         self.assertEqual([(None, 0)], [(hook.result, hook.pending) for hook in self.store.hooks()])
         self.target.behave = lambda connection, number: connection.sendall(b"HTTP/1.1 404 Nothing\r\n\r\n")
-        page = Page(self.send(502, "/admin/", action="testhook", id="1"))
+        page = Page(self.send(424, "/admin/", action="testhook", id="1"))
         self.assertIn("hook 1: 404 Not Found; check the URL and the program there", page.text)
         self.assertTrue(page.text.startswith("Hooks - kvserver"))
         self.target.close()
         message = b"hook 1: Connection refused; check the URL and the program there"
-        answer = self.check(502, "POST", "/admin", "action=testhook&id=1", kvserver.FORM)
+        answer = self.check(424, "POST", "/admin", "action=testhook&id=1", kvserver.FORM)
         self.assertEqual(message, answer.body)
         self.check(403, "POST", "/admin", "action=testhook&id=1", kvserver.FORM, "bob")
 
@@ -5694,12 +5694,14 @@ class HookPages(HookCase, PageCase):
             calls = in_threads(lambda: self.send(403, "/admin/", action="testhook", id="1"), [()])
             self.assertTrue(delivering.acquire(timeout=WAIT_SECONDS))
             self.set("a", "1")
+            with mock.patch.object(kvserver, "TESTS_MAX", 1):
+                self.send(503, "/admin/", "bob", action="testhook", id="1")
             self.store.set_admin("alice", False)
             release.set()
             join(calls)
         self.target.behave = hang
         self.patch("HOOK_SECONDS", 0.05)
-        page = Page(self.send(502, "/admin/", "bob", action="testhook", id="1"))
+        page = Page(self.send(424, "/admin/", "bob", action="testhook", id="1"))
         self.assertIn("hook 1: no answer within 0.05 seconds; check the URL", page.text)
         self.server.outbox.is_stopping = True
         self.send(503, "/admin/", "bob", action="testhook", id="1")
@@ -6209,6 +6211,12 @@ class ValuePages(PageCase):
             self.store.set_value(1, "b", old) if old else None
             self.send(303, "/me/", action="toggle", key="b", ttl="")
             self.assertEqual(new, self.pairs()["b"])
+        connection = self.new_connection()
+        for old, new in (("open", "closed"), ("", "on")):  # equal requests
+            self.store.set_value(1, "c", old) if old else self.store.delete_pair(1, "c")
+            self.check(303, "POST", "/me/?action=toggle&key=c", connection=connection)
+            self.assertEqual(new, self.pairs()["c"])
+        self.store.delete_pair(1, "c")
         self.send(409, "/me/", action="incr", key="b")
         for action, key in itertools.product(("incr", "toggle"), ("", "k" * 513, "\0")):
             self.send(400, "/me/", action=action, key=key)
