@@ -968,9 +968,7 @@ def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
 # ---- HTTP messages ---------------------------------------------------------------------------------------------------
 # RFC 9110 and RFC 9112. Malformed requests are refused: a proxy that repairs them might see other requests than we do.
 
-REQUEST_LINE_BYTES_MAX = 16 * 1024
-HEADERS_BYTES_MAX = 32 * 1024
-HEADER_FIELDS_MAX = 100
+REQUEST_LINE_BYTES_MAX, HEADERS_BYTES_MAX, HEADER_FIELDS_MAX = 16 * 1024, 32 * 1024, 100
 HOOK_URL_BYTES_MAX = 4096
 DEFAULT_PORTS = {"http": 80, "https": 443}
 HOOK_BODY_METHODS = ("POST", "PUT", "PATCH")
@@ -979,8 +977,7 @@ PLACEHOLDER = re.compile(r"\{(key|value|old|time)\}")
 JSON_HEADER = re.compile(r"(?im)^content-type:[^;\n]*[/+]json[ ]*(;|$)")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # with C1, which some programs take for line ends
 
-JSON = "application/json"
-FORM = "application/x-www-form-urlencoded"
+JSON, FORM = "application/json", "application/x-www-form-urlencoded"
 CHUNKED = -1  # the length of a body in chunks
 PARAMETERS, VALUE, EITHER = "parameters", "value", "either"  # EITHER: the value, if the query has a key and no value
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
@@ -1072,9 +1069,7 @@ class Request:
 
 
 class Route(NamedTuple):
-    """A row of the table of routes. KEY at the end of a path matches any key."""
-
-    path: str
+    path: str  # KEY at its end matches any key
     methods: tuple[str, ...]
     endpoint: Callable[[Any, Request], Response]
     who: str
@@ -1732,10 +1727,9 @@ class SecureSocket:
             is_at_end = True
             with contextlib.suppress(OSError):  # so that the selector reports this end like any other
                 self._connection.shutdown(socket.SHUT_RD)
-        except ssl.SSLWantReadError:
-            pass
         except ssl.SSLError as error:
-            raise ConnectionAbortedError from error
+            if not isinstance(error, ssl.SSLWantReadError):
+                raise ConnectionAbortedError from error
         decrypted = b"".join(parts)
         self._fruitless_bytes = max(0, self._fruitless_bytes + len(data) - 64 * len(decrypted))
         if max(self._fruitless_bytes, self._outgoing.pending) > TLS_FRUITLESS_BYTES_MAX:
@@ -1778,7 +1772,6 @@ class Certificate:
             raise ssl.SSLError(1, f"{problem} that belong together, and have no password", path) from None
 
     def renew(self) -> None:
-        """Load the files again; if that fails, the old certificate stays in use."""
         try:
             self.context = Certificate(*self._paths).context
             log("INFO", f"loaded the certificate {self._paths[0]}")
@@ -1848,8 +1841,7 @@ class Metrics:
 
 CREDENTIALS_MAX = 1024  # right ones that are remembered, and as many wrong ones
 REFUSED_SECONDS = 600  # that wrong ones are remembered
-CHECKS_MAX = 64  # passwords that wait to be checked
-CHECK_SECONDS = 10  # that a request waits for that
+CHECKS_MAX, CHECK_SECONDS = 64, 10  # passwords that wait to be checked, and how long a request waits for that
 THROTTLED_ADDRESSES_MAX = 10_000
 # Visitors of a route. ANYONE and BROWSER need no login; for a BROWSER, the path exists only in HTML. A PERSON needs a
 # password, a USER may have a token. An ADMIN is a PERSON; an OPERATOR is an admin, who may have an unrestricted token.
@@ -1948,7 +1940,6 @@ class Authenticator:
         self._errors = ErrorLog()
 
     async def authenticate(self, authorization: str, find_address: Callable[[], Address | None]) -> User:
-        """Return the user whose credentials an Authorization header holds; raise HTTPError or StoreBusy."""
         name, password = decode_credentials(authorization)
         digest = hashlib.blake2b(f"{name}:{password}".encode(), key=self._secret).digest()
         while True:  # every round reads the rows: during a check, everything may change, in another process too
@@ -1999,8 +1990,7 @@ class Authenticator:
         if result is False:
             if name or password:  # else the header is malformed
                 remember(self._refused, check, time.monotonic() + REFUSED_SECONDS, CREDENTIALS_MAX)
-            # repr escapes characters that could forge another line or field. The address is last for this reason.
-            log("WARNING", f"login failed: user={name[:64]!r} address={address}")
+            log("WARNING", f"login failed: user={name[:64]!r} address={address}")  # repr: no name forges an address
         else:
             self._charge(address, -1)
         if result is True:
@@ -2081,8 +2071,7 @@ def get_value(store: Store, request: Request) -> Response:
 
 
 def check_preconditions(request: Request, pair: Pair | None) -> None:
-    """Raise HTTPError unless the pair matches If-Match and If-None-Match (RFC 9110 section 13.2.2)."""
-    etag = pair.etag if pair else ""
+    etag = pair.etag if pair else ""  # If-Match comes first (RFC 9110 section 13.2.2)
     is_wanted = "if-match" not in request.fields.headers or request.names_etag("if-match", etag)
     if not is_wanted or request.names_etag("if-none-match", etag):
         raise HTTPError(412, "the value does not match If-Match or If-None-Match; get it, and try again")
@@ -2180,9 +2169,8 @@ def show_history(store: Store, request: Request) -> Response:
             body += b"," + json.dumps(change, ensure_ascii=False).encode()
         if len(body) > LIST_BYTES_MAX:
             raise Conflict(ERRORS_BY_CODE[sqlite3.SQLITE_TOOBIG][1])
-    if is_csv:
-        return Response(bytes(body), content_type="text/csv; charset=utf-8")
-    return Response(b"[" + body[1:] + b"]", content_type=JSON)
+    content, kind = (bytes(body), "text/csv; charset=utf-8") if is_csv else (b"[" + body[1:] + b"]", JSON)
+    return Response(content, content_type=kind)
 
 
 def delete_history(store: Store, request: Request) -> Response:
