@@ -1477,9 +1477,7 @@ RECEIVE_BYTES = 64 * 1024  # at a time
 Cancelled = GeneratorExit  # ends the task that it is thrown into
 
 
-class Task:
-    """A running coroutine: the events that it waits for on its connection, and until when."""
-
+class Task:  # a running coroutine, the events that it waits for on its connection, and until when
     def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self.coroutine, self.connection = coroutine, cast(socket.socket, None)
         self.events = self.watched = 0  # READABLE, WRITABLE or both: those it waits for, those the selector reports
@@ -1755,9 +1753,7 @@ class SecureSocket:
         self._connection.shutdown(how)
 
 
-class Certificate:
-    """The server's TLS certificate and key, from PEM files. The context is for new connections."""
-
+class Certificate:  # the server's, from PEM files; the context is for new connections
     def __init__(self, path: str, key_path: str) -> None:
         self._paths, self.context = (path, key_path), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
