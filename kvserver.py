@@ -4021,7 +4021,6 @@ def read_export(file: BinaryIO) -> Iterator[UserPair]:
 
 
 def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, str], UserPair], list[str]]:
-    """Return the users by name and pairs by user and key of an IoT Persistence Api, and lines about rows left out."""
     uri = f"file:{urllib.parse.quote(os.fsencode(os.path.abspath(path)), safe='')}?mode=ro"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
@@ -4064,8 +4063,7 @@ def import_database(arguments: argparse.Namespace) -> None:
     with contextlib.closing(open_store(arguments.db)) as store:
         merged = [name for name in sorted(users) if store.user(name)]
         if merged and not arguments.merge:
-            what = "nothing was imported. With --merge they get the values, and keep their password and role"
-            raise CommandError(f"these users exist already: {', '.join(merged)}; {what}")
+            raise CommandError(f"nothing was imported; --merge adds values to users that exist: {', '.join(merged)}")
         stored, _ = store.import_all((user for user in users.values() if user.name not in merged), values.values())
         counts = f"{len(users) - len(merged)}, values: {stored}; left out: {len(left_out)}"
         print(*left_out, f"imported users, with their passwords: {counts}", sep="\n")
@@ -4077,8 +4075,7 @@ def import_pairs(arguments: argparse.Namespace) -> None:
     """Store an export, or move in from IoT Persistence Api: all or nothing. Values with the same key are replaced."""
     with contextlib.nullcontext(sys.stdin.buffer) if arguments.file == "-" else open(arguments.file, "rb") as file:
         if not file.isatty() and isinstance(file, io.BufferedReader) and file.peek(16).startswith(b"SQLite format 3\0"):
-            import_database(arguments)
-            return
+            return import_database(arguments)
         with contextlib.closing(open_store(arguments.db, create=False)) as store:
             stored, expired = store.import_all((), read_export(file))
     print(f"imported values: {stored}, left out because they have expired: {expired}")
@@ -4179,7 +4176,6 @@ def delete_token(arguments: argparse.Namespace, store: Store) -> None:
 
 
 def read_text(what: str, path: str) -> str:
-    """Return the text of a file, or of standard input for "-", without the line end at its end."""
     if path == "-" and sys.stdin.isatty():
         print(f"Type the {what}, and press Enter and Ctrl-D:", file=sys.stderr)
     with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
@@ -4192,11 +4188,10 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     require_key(arguments.key.removesuffix("*") or arguments.key)
     check_value(arguments.value or "")
     check_label_and_prefix(arguments.label, "")
-    url, method, body = arguments.url, arguments.method, arguments.body
-    if url == body == "-":
+    method, body = arguments.method, arguments.body
+    if arguments.url == body == "-":
         raise UsageError("the URL and the body cannot both be -; read the body from a file with --body @FILE")
-    if url == "-":
-        url = read_text("URL", url).strip()
+    url = read_text("URL", "-").strip() if arguments.url == "-" else arguments.url
     if body == "-" or (body or "").startswith("@"):
         body = read_text("body", body.removeprefix("@"))
     origin, lines = check_hook(url, method, arguments.header, body)
@@ -4294,10 +4289,9 @@ def announce(server: Server, store: Store, program: str) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until Ctrl-C or SIGTERM. The first start adds the user admin, and prints the password once."""
-    tls_paths = arguments.tls_cert, arguments.tls_key
-    if any(tls_paths) and not all(tls_paths):
+    if bool(arguments.tls_cert) != bool(arguments.tls_key):
         raise UsageError("--tls-cert and --tls-key go together: the certificate and its private key")
-    certificate = Certificate(*tls_paths) if any(tls_paths) else None
+    certificate = Certificate(arguments.tls_cert, arguments.tls_key) if arguments.tls_cert else None
     threading.stack_size(512 * 1024)  # the usual 8 MiB per thread are a lot for a small machine
     with contextlib.closing(open_store(arguments.db)) as store:
         try:
@@ -4318,7 +4312,6 @@ def serve(arguments: argparse.Namespace) -> None:
         if rows_max < before:
             log("WARNING", f"the history keeps {rows_max} changes of a value now, not {before}; see --history")
         announce(server, store, arguments.program)
-        gc.collect()
         gc.freeze()  # modules and classes stay: looking at them again and again would take a quarter of the time
         gc.set_threshold(20_000, 20, 100)
         finished = server.run()
@@ -4485,8 +4478,7 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
     if parser.parse_known_args(argv, arguments)[1]:
         level.error("too many arguments; one that contains spaces or * needs quotes")
     if level is parser:
-        parser.print_help(sys.stderr)
-        parser.exit(2, f"\nTo begin: {parser.prog} serve\n")
+        parser.exit(2, f"{parser.format_help()}\nTo begin: {parser.prog} serve\n")
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -4506,11 +4498,10 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    arguments, code, line_end = argparse.Namespace(program="python kvserver.py"), 1, ""
+    program, code, line_end = "python kvserver.py", 1, ""
     if argv is None:
-        argv = sys.argv[1:]
-        arguments.program = shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(argv)])
-    arguments.words = list(argv)
+        argv, program = sys.argv[1:], shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
+    arguments = argparse.Namespace(program=program, words=list(argv))
     try:
         if not sys.stdin or not isinstance(sys.stdout, io.TextIOWrapper):
             raise CommandError("standard input or output is closed; use /dev/null instead")
