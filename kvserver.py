@@ -287,8 +287,7 @@ TRIGGERS = {
 }
 RECORD = """BEGIN INSERT INTO history VALUES ({row}.user_id, {row}.key, 1 + ifnull((SELECT max(number) FROM history
     WHERE user_id = {row}.user_id AND key = {row}.key), 0), {time}, {value}); END"""
-# One byte more tells that a value is longer. SQLite's substr makes NULL of an empty value.
-BEGINNING = f"ifnull(substr(CAST(NEW.value AS BLOB), 1, {HISTORY_VALUE_BYTES_MAX + 1}), x'')"
+BEGINNING = f"ifnull(substr(CAST(NEW.value AS BLOB), 1, {HISTORY_VALUE_BYTES_MAX + 1}), x'')"  # substr of x'' is NULL
 RECORD_NEW = RECORD.format(row="NEW", time="NEW.updated", value=BEGINNING)
 RECORD_END = RECORD.format(row="OLD", time=f"iif({HAD_EXPIRED}, OLD.expires, {NOW})", value="NULL")
 HISTORY_TRIGGERS = {
@@ -781,7 +780,7 @@ class Store:
             LIMIT (SELECT history_rows_max FROM setting)) WHERE time >= ? ORDER BY number DESC LIMIT ?"""
         for moment, value in self._execute(select, user_id, key, since, limit):
             text = None if value is None else value[:HISTORY_VALUE_BYTES_MAX].decode("utf-8", "ignore")
-            yield moment, text, len(value or b"") > HISTORY_VALUE_BYTES_MAX
+            yield moment, text, len(value or b"") > HISTORY_VALUE_BYTES_MAX  # a longer value has one byte more
 
     def history_size(self, user_id: int) -> int:
         return cast(int, self._execute("SELECT count(*) FROM history WHERE user_id = ?", user_id).fetchone()[0])
