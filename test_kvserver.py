@@ -2749,7 +2749,8 @@ class Streams(ServerCase):
     def test_the_bytes_of_a_stream(self) -> None:
         self.patch("SILENT_SECONDS", 0.05)
         streams = [self.begin(f"GET /events HTTP/1.{minor}") for minor in (0, 1)]
-        wait_until(lambda: len(self.server.streams) == 2)
+        for stream in streams:
+            wait_until(lambda stream=stream: b"ready" in stream.recv(9999, socket.MSG_PEEK))  # type: ignore[misc]
         self.fetch("/set?key=a&value=%C3%BC")
         for stream, comment in zip(streams, (b":\n\n", b"3\r\n:\n\n\r\n")):
             wait_until(lambda stream=stream, end=comment: stream.recv(9999, socket.MSG_PEEK).endswith(end))  # type: ignore[misc]
