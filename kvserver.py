@@ -78,8 +78,7 @@ __version__ = "0.1.0"
 KEY_BYTES_MAX, VALUE_BYTES_MAX = 512, 1024 * 1024
 BODY_BYTES_MAX = VALUE_BYTES_MAX + 64 * 1024  # the longest value, with room for the form or the JSON around it
 PARAMETERS_MAX = 100
-TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
-WAIT_SECONDS_MAX = 60
+TTL_SECONDS_MAX, WAIT_SECONDS_MAX = 10 * 365 * 24 * 3600, 60
 LIST_LIMIT_MAX, LIST_BYTES_MAX = 10_000, 32 * 1024 * 1024  # of pairs, or of the changes of one
 HISTORY_VALUE_BYTES_MAX = 1024  # longer values are cut off in the history
 
@@ -92,8 +91,7 @@ FAILURES_MAX, FAILURE_SECONDS = 10, 30  # failed logins before an address must w
 WORKERS_MAX = 4  # threads for slow requests
 FIRST_BYTE_SECONDS = 10  # and as long again for a TLS handshake before it
 REQUEST_SECONDS = 10  # for the head of a request, and again for its body
-IDLE_SECONDS = 30
-SEND_SECONDS = 10  # without any progress
+IDLE_SECONDS, SEND_SECONDS = 30, 10  # without a request; without any progress while sending
 
 HOOK_SECONDS = 10  # for a delivery and its answer
 HOOK_GIVE_UP_SECONDS = 24 * 3600  # after the change, at the earliest
