@@ -4017,7 +4017,7 @@ def read_export(file: BinaryIO) -> Iterator[UserPair]:
             raise CommandError(f"line {number}: {reason}; nothing was imported") from None
 
 
-def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, str], UserPair], list[str]]:
+def read_foreign_database(path: str) -> tuple[dict[str, User], Iterable[UserPair], list[str]]:
     uri = f"file:{urllib.parse.quote(os.fsencode(os.path.abspath(path)), safe='')}?mode=ro"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
@@ -4028,7 +4028,7 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
             pair_rows = source.execute("SELECT user, key, value FROM state ORDER BY rowid DESC").fetchall()
     except sqlite3.Error as error:
         raise CommandError(f"cannot read {path} as a database of IoT Persistence Api: {error}") from None
-    users, values, left_out, unknown = dict[str, User](), dict[tuple[str, str], UserPair](), list[str](), list[str]()
+    users, pairs, left_out, unknown = dict[str, User](), dict[tuple[str, str], UserPair](), list[str](), list[str]()
     for name, stored, is_admin in user_rows:
         try:
             check_user_name(name if isinstance(name, str) else "")
@@ -4046,36 +4046,30 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], dict[tuple[str, s
                 raise ValueError("this user is not imported")
             if not isinstance(key, str) or not isinstance(value, str):
                 raise UnicodeError
-            if (name, require_key(key)) in values:
+            if (name, require_key(key)) in pairs:
                 raise ValueError("another row has the same key, and is newer")
-            values[name, key] = name, key, check_value(value), time.time(), None
+            pairs[name, key] = name, key, check_value(value), time.time(), None
         except (ValueError, HTTPError) as error:
             reason = "the key or the value is not UTF-8 text" if isinstance(error, UnicodeError) else error
             left_out.append(f"left out: user {name!r:.80}, key {key!r:.80}: {reason}")
-    return users, values, left_out
-
-
-def import_database(arguments: argparse.Namespace) -> None:
-    users, values, left_out = read_foreign_database(arguments.file)
-    with contextlib.closing(open_store(arguments.db)) as store:
-        merged = [name for name in sorted(users) if store.user(name)]
-        if merged and not arguments.merge:
-            raise CommandError(f"nothing was imported; --merge adds values to users that exist: {', '.join(merged)}")
-        stored, _ = store.import_all((user for user in users.values() if user.name not in merged), values.values())
-        counts = f"{len(users) - len(merged)}, values: {stored}; left out: {len(left_out)}"
-        print(*left_out, f"imported users, with their passwords: {counts}", sep="\n")
-        if not any(user.is_admin for user, *_ in store.users()):
-            print(f"nobody is an admin; add one with: {arguments.program} adduser USER --admin")
+    return users, pairs.values(), left_out
 
 
 def import_pairs(arguments: argparse.Namespace) -> None:
     """Store an export, or move in from IoT Persistence Api: all or nothing. Values with the same key are replaced."""
     with contextlib.nullcontext(sys.stdin.buffer) if arguments.file == "-" else open(arguments.file, "rb") as file:
-        if not file.isatty() and isinstance(file, io.BufferedReader) and file.peek(16).startswith(b"SQLite format 3\0"):
-            return import_database(arguments)
-        with contextlib.closing(open_store(arguments.db, create=False)) as store:
-            stored, expired = store.import_all((), read_export(file))
-    print(f"imported values: {stored}, left out because they have expired: {expired}")
+        is_database = not file.isatty() and isinstance(file, io.BufferedReader) and file.peek(6)[:6] == b"SQLite"
+        users, pairs, left_out = read_foreign_database(arguments.file) if is_database else ({}, read_export(file), [])
+        with contextlib.closing(open_store(arguments.db, create=is_database)) as store:
+            known = [name for name in sorted(users) if store.user(name)]
+            if known and not arguments.merge:
+                raise CommandError(f"nothing was imported; --merge adds values to users that exist: {', '.join(known)}")
+            new = [user for name, user in users.items() if name not in known]
+            stored, expired = store.import_all(new, pairs)
+            counts = f"users: {len(new)}, values: {stored}; left out: {len(left_out)}, expired: {expired}"
+            print(*left_out, f"imported {counts}", sep="\n")
+            if users and not any(user.is_admin for user, *_ in store.users()):
+                print(f"nobody is an admin; add one with: {arguments.program} adduser USER --admin")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

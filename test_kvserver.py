@@ -7559,7 +7559,7 @@ class Exports(CommandCase):
         for name in ("alice", "bob"):
             self.add_user(name, KVSERVER_DB="other.db")
         printed = self.succeed("import", "lines", KVSERVER_DB="other.db")
-        self.assertEqual("imported values: 18, left out because they have expired: 0\n", printed)
+        self.assertEqual("imported users: 0, values: 18; left out: 0, expired: 0\n", printed)
         self.assertEqual(output, self.succeed("export", KVSERVER_DB="other.db"))
 
     def test_an_export_has_one_users_values_and_no_secrets(self) -> None:
@@ -7592,7 +7592,7 @@ class Exports(CommandCase):
             '{"user": "bob", "key": "twice", "value": "5", "updated": "2021-01-01T00:00:00-00:00"}',
             '{"user": "alice", "key": "expired", "value": "6", "expires": "2020-01-01T00:00:00Z"}\r\n',
         )
-        printed = "imported values: 4, left out because they have expired: 1\n"
+        printed = "imported users: 0, values: 4; left out: 0, expired: 1\n"
         self.assertEqual((0, printed, ""), self.run_process("import", "-", stdin="\n".join(lines)))
         here = ("here", before, before + 9)
         rows = {"both": ("1", 1577934245.5, None), "twice": ("5", 1609459200.0, None), "here": here, "expired": here}
@@ -7748,7 +7748,7 @@ class MovingIn(CommandCase):
 
     def test_users_keep_their_passwords_and_get_our_hash_with_the_first_login(self) -> None:
         self.make([("admin", self.scrypt, 1), ("old", self.pbkdf2, 0)], [("a", "1", "admin"), ("a", "2", "old")])
-        output = "imported users, with their passwords: 2, values: 2; left out: 0\n"
+        output = "imported users: 2, values: 2; left out: 0, expired: 0\n"
         self.assertEqual(output, self.succeed("import", "database.db"))
         self.assertEqual(0o600, stat.S_IMODE(os.stat(self.database).st_mode))
         rows = [line.split() for line in self.succeed("users").splitlines()[1:]]
@@ -7786,7 +7786,7 @@ class MovingIn(CommandCase):
         for line, begin in zip(lines, (*users.values(), *(row[3] for row in reversed(states))), strict=True):
             self.assertTrue(line.startswith("left out: " + begin), line)
             self.assertNotIn("SECRET", line)
-        self.assertEqual("imported users, with their passwords: 1, values: 2; left out: 11", imported)
+        self.assertEqual("imported users: 1, values: 2; left out: 11, expired: 0", imported)
         self.assertEqual("nobody is an admin; add one with: python kvserver.py adduser USER --admin", hint)
         self.assertEqual({("bob", "twice"): "kept", ("bob", "number"): "5"}, self.pairs())
 
@@ -7824,7 +7824,7 @@ class MovingIn(CommandCase):
         self.assert_fails(message, "import", "database.db")
         self.assertNotIn("bob", self.succeed("users"))
         lines = self.succeed("import", "database.db", "--merge").splitlines()
-        self.assertEqual("imported users, with their passwords: 1, values: 2; left out: 0", lines[0])
+        self.assertEqual("imported users: 1, values: 2; left out: 0, expired: 0", lines[0])
         self.assertIn("nobody is an admin", lines[-1])
         self.assertEqual(before, self.password_hash())
         merged = {("alice", "door"): "there", ("alice", "only"): "here", ("bob", "b"): "2"}
@@ -8064,7 +8064,7 @@ class Terminal(CommandCase):
             *((answer, ("deluser", "bob"), 1, asks) for answer in (b"\n", b"n\n", b"\x04")),
             (b"Y\n", ("deluser", "bob"), 0, asks),
             (b"http://h/SECRET\n\x04", ("addhook", "alice", "door", "-"), 0, "1\n"),
-            (b"\x04", ("import", "-"), 0, "imported values: 0"),  # one Ctrl-D is enough
+            (b"\x04", ("import", "-"), 0, "imported users: 0, values: 0"),  # one Ctrl-D is enough
         ):
             terminal, end = os.openpty()
             with open(terminal, "wb", buffering=0) as keyboard, os.fdopen(end) as stdin:
