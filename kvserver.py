@@ -992,14 +992,12 @@ UNPARSED: dict[str, str] = {}  # a request's parameters, until they are parsed
 RETRY_AFTER = (("Retry-After", "5"),)
 
 
-class Response(NamedTuple):
-    """A response, without the headers that all of them have. With wait_until, the request first waits for a change."""
-
+class Response(NamedTuple):  # without the headers that all responses have
     body: bytes = b""
     status: int = 200
     content_type: str = "text/plain; charset=utf-8"
     headers: tuple[tuple[str, str], ...] = ()
-    wait_until: float = 0.0  # monotonic seconds
+    wait_until: float = 0.0  # monotonic seconds: until then, the request first waits for a change
     stream_prefix: str | None = None  # of the keys whose events follow as the body
 
 
@@ -1007,9 +1005,7 @@ def redirect(status: int, url: str) -> Response:
     return Response(status=status, headers=(("Location", urllib.parse.quote(url, "%&=+?/:#")),))
 
 
-class HTTPError(Exception):
-    """A request is refused. The message is one line that says what to do, and contains no value and no credential."""
-
+class HTTPError(Exception):  # refuses a request in one line that says what to do, without values and credentials
     def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers
@@ -1608,9 +1604,7 @@ class Loop:
         self.current = previous
 
 
-class Gate:
-    """Bounds how many tasks hold a key at once. Further ones wait in line."""
-
+class Gate:  # bounds how many tasks hold a key at once; further ones wait in line
     def __init__(self, loop: Loop) -> None:
         self._loop, self.taken = loop, collections.Counter[Hashable]()
         self._line: list[tuple[Mapping[Hashable, int], Wakeup]] = []
