@@ -3793,9 +3793,6 @@ class Server(http.server.ThreadingHTTPServer):
 class CommandError(Exception): ...  # the message is one line for people; the program exits with 1
 
 
-class UsageError(CommandError): ...  # it exits with 2
-
-
 class Setting(NamedTuple):
     """A row of the table: log_requests is --log-requests, KVSERVER_LOG_REQUESTS, and log_requests in the file."""
 
@@ -3860,18 +3857,24 @@ SETTINGS = {
 }
 
 
+def read_text(what: str, path: str) -> str:
+    if path == "-" and sys.stdin.isatty():
+        print(f"Type the {what}, and press Enter and Ctrl-D:", file=sys.stderr)
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        return re.sub(r"\r?\n\Z", "", file.read().decode("utf-8-sig"))
+
+
 def read_config(path: str) -> Iterator[tuple[str, str, str]]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            members = parse_json(file.read())
+        members = parse_json(read_text("settings", path))
     except (ValueError, HTTPError) as error:
-        raise UsageError(f"cannot read the configuration file {path}: {error}") from None
+        raise argparse.ArgumentError(None, f"cannot read the configuration file {path}: {error}") from None
     if not isinstance(members, dict):
-        raise UsageError(f"the configuration file {path} is not a JSON object")
+        raise argparse.ArgumentError(None, f"the configuration file {path} is not a JSON object")
     for name, member in members.items():
         setting = SETTINGS.get(name, SETTINGS["port"])  # an unknown name is refused later
         if isinstance(setting.default, str) and not isinstance(member, str):
-            raise UsageError(f"{name} in {path} must be a JSON string, not {json.dumps(member)}")
+            raise argparse.ArgumentError(None, f"{name} in {path} must be a JSON string, not {json.dumps(member)}")
         text = ",".join(map(str, member)) if setting.default == () and isinstance(member, list) else str(member)
         is_path = setting.metavar == "FILE" and text
         yield f"{name} in {path}", name, os.path.join(os.path.dirname(path), text) if is_path else text
@@ -3887,11 +3890,11 @@ def read_settings(path: str | None, environment: Mapping[str, str]) -> dict[str,
     values = {name: setting.default for name, setting in SETTINGS.items()}
     for source, name, text in texts:
         if name not in SETTINGS:
-            raise UsageError(f"{source} is not a setting; the settings are: {', '.join(SETTINGS)}")
+            raise argparse.ArgumentError(None, f"{source} is not a setting; the settings are: {', '.join(SETTINGS)}")
         try:
             values[name] = SETTINGS[name].parse(text)
         except argparse.ArgumentTypeError as error:
-            raise UsageError(f"{source} is {text!r}; {error}") from None
+            raise argparse.ArgumentError(None, f"{source} is {text!r}; {error}") from None
     return values
 
 
@@ -4053,21 +4056,27 @@ def import_pairs(arguments: argparse.Namespace) -> None:
     """Store an export, or move in from IoT Persistence Api: all or nothing. Values with the same key are replaced."""
     with contextlib.nullcontext(sys.stdin.buffer) if arguments.file == "-" else open(arguments.file, "rb") as file:
         is_database = not file.isatty() and isinstance(file, io.BufferedReader) and file.peek(6)[:6] == b"SQLite"
-        users, pairs, left_out = read_foreign_database(arguments.file) if is_database else ({}, read_export(file), [])
+        users, pairs, bad = read_foreign_database(arguments.file) if is_database else ({}, read_export(file), [])
         with contextlib.closing(open_store(arguments.db, create=is_database)) as store:
             known = [name for name in sorted(users) if store.user(name)]
             if known and not arguments.merge:
                 raise CommandError(f"nothing was imported; --merge adds values to users that exist: {', '.join(known)}")
             new = [user for name, user in users.items() if name not in known]
-            stored, expired = store.import_all(new, pairs)
-            counts = f"users: {len(new)}, values: {stored}; left out: {len(left_out)}, expired: {expired}"
-            print(*left_out, f"imported {counts}", sep="\n")
+            stored, old = store.import_all(new, pairs)
+            print(*bad, f"imported users: {len(new)}, values: {stored}; left out: {len(bad)}, expired: {old}", sep="\n")
             if users and not any(user.is_admin for user, *_ in store.users()):
                 print(f"nobody is an admin; add one with: {arguments.program} adduser USER --admin")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 # Each command is a function whose docstring is its help. COMMANDS lists the commands and their arguments.
+
+SERVICE_LINES = """CapabilityBoundingSet= DevicePolicy=closed LockPersonality=yes MemoryDenyWriteExecute=yes
+    NoNewPrivileges=yes PrivateDevices=yes PrivateMounts=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid
+    ProtectClock=yes ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes
+    ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict RemoveIPC=yes
+    Restart=on-failure RestartSec=5 RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
+    StateDirectory=kvserver SystemCallArchitectures=native SystemCallErrorNumber=EPERM Type=notify UMask=0077"""
 
 
 def read_password(arguments: argparse.Namespace) -> str:
@@ -4160,13 +4169,6 @@ def delete_token(arguments: argparse.Namespace, store: Store) -> None:
     print(f"deleted the token {arguments.id} of {arguments.name}")
 
 
-def read_text(what: str, path: str) -> str:
-    if path == "-" and sys.stdin.isatty():
-        print(f"Type the {what}, and press Enter and Ctrl-D:", file=sys.stderr)
-    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-        return re.sub(r"\r?\n\Z", "", file.read().decode("utf-8-sig"))
-
-
 def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Call a URL when a value changes. The command prints the hook's ID. The next change is the first one sent.
     URL, headers and body may contain {key}, {value}, {old} (the value before) and {time}, which the change fills in."""
@@ -4175,7 +4177,7 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     check_label_and_prefix(arguments.label, "")
     method, body = arguments.method, arguments.body
     if arguments.url == body == "-":
-        raise UsageError("the URL and the body cannot both be -; read the body from a file with --body @FILE")
+        raise argparse.ArgumentError(None, "the URL and the body cannot both be -; read the body with --body @FILE")
     url = read_text("URL", "-").strip() if arguments.url == "-" else arguments.url
     if body == "-" or (body or "").startswith("@"):
         body = read_text("body", body.removeprefix("@"))
@@ -4275,7 +4277,7 @@ def announce(server: Server, store: Store, program: str) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until Ctrl-C or SIGTERM. The first start adds the user admin, and prints the password once."""
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
-        raise UsageError("--tls-cert and --tls-key go together: the certificate and its private key")
+        raise argparse.ArgumentError(None, "--tls-cert and --tls-key go together: the certificate and its private key")
     certificate = Certificate(arguments.tls_cert, arguments.tls_key) if arguments.tls_cert else None
     threading.stack_size(512 * 1024)  # the usual 8 MiB per thread are a lot for a small machine
     with contextlib.closing(open_store(arguments.db)) as store:
@@ -4305,14 +4307,6 @@ def serve(arguments: argparse.Namespace) -> None:
         log("INFO", "stopped")
         if not finished:
             os._exit(0)  # a commit hangs on its disk; it has no response yet, so no promise is broken
-
-
-SERVICE_LINES = """CapabilityBoundingSet= DevicePolicy=closed LockPersonality=yes MemoryDenyWriteExecute=yes
-    NoNewPrivileges=yes PrivateDevices=yes PrivateMounts=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid
-    ProtectClock=yes ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes
-    ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict RemoveIPC=yes
-    Restart=on-failure RestartSec=5 RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
-    StateDirectory=kvserver SystemCallArchitectures=native SystemCallErrorNumber=EPERM Type=notify UMask=0077"""
 
 
 def quote_for_systemd(text: str) -> str:
@@ -4459,7 +4453,7 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
 
         likely = [*(word for word in known if word.startswith(wrong)), *difflib.get_close_matches(wrong.lower(), known)]
         hint = f"did you mean {level.prog} {likely[0]}?" if likely else f"list all with: {level.prog} --help"
-        raise UsageError(f"there is no {kind} {cut_off(wrong, 40)}; {hint}")
+        raise argparse.ArgumentError(None, f"there is no {kind} {cut_off(wrong, 40)}; {hint}")
     if parser.parse_known_args(argv, arguments)[1]:
         level.error("too many arguments; one that contains spaces or * needs quotes")
     if level is parser:
@@ -4482,7 +4476,6 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     program, code, line_end = "python kvserver.py", 1, ""
     if argv is None:
         argv, program = sys.argv[1:], shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
@@ -4501,8 +4494,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
                 raise
         return 0
-    except (CommandError, StoreError, HTTPError) as error:
-        message, code = str(error), 2 if isinstance(error, UsageError) else 1
+    except (CommandError, argparse.ArgumentError, StoreError, HTTPError) as error:
+        message, code = str(error), 2 if isinstance(error, argparse.ArgumentError) else 1
     except UnicodeError:
         message = "an argument or the input is not UTF-8 text"
     except OSError as error:
