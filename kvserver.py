@@ -3953,9 +3953,8 @@ def set_aside(database: str, locks: contextlib.ExitStack) -> str:
                 old.lock_alone()
     except (BlockingIOError, StoreBusy):
         raise CommandError(f"another process uses the database {database}; stop the server, and try again") from None
-    kept = ""
-    while not kept or os.path.lexists(kept):
-        kept = f"{database}.before-restore-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (f"{database}.before-restore-{time.strftime('%Y%m%d-%H%M%S')}" for _ in itertools.count())
+    kept = next(itertools.filterfalse(os.path.lexists, names))
     if os.path.exists(database):
         try:
             os.link(database, kept)  # after a rename, a server that starts now would make a new database
