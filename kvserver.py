@@ -2201,8 +2201,8 @@ OWN_FIELDS: tuple[str, ...] = ("action", "key", "value", "ttl", "never", "by", "
 OWN_FIELDS += ("label", "readonly", "prefix", "current", "password")
 LIST_FIELDS = ("folder", "search", "after", "refresh", "added", "done")
 # Signs replace characters that are invisible or reverse the text around them (Unicode standard annex 9).
-UNSEEN = (*range(32), 127, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
-VISIBLE = {**dict.fromkeys(UNSEEN, "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
+UNSEEN = (*range(32), *range(127, 160), 0x61C, 0x200B, 0x200E, 0x200F, 0xFEFF, *range(0x202A, 0x202F))
+VISIBLE = {**dict.fromkeys((*UNSEEN, *range(0x2066, 0x206A)), "\ufffd"), ord("\n"): "↵", ord("\t"): " "}
 
 
 class Markup(str):
@@ -2222,6 +2222,7 @@ body{margin:0;font:1rem/1.5 system-ui,sans-serif;color:var(--ink);background:var
 main{max-width:60rem;margin:0 auto;padding:.5rem 1rem 4rem} p,form,table,pre,details,figure,dl{margin:.5rem 0}
 h1{margin:1rem 0;font-size:1.5rem;line-height:1.25} h2{margin:2rem 0 .5rem;font-size:1.125rem}
 h1,p,td,dd,code,pre{overflow-wrap:anywhere;unicode-bidi:isolate}
+h1,.big,dd code,.path a,.values td,.history td,.users td{white-space:pre-wrap}
 small,.soft,dt,th{color:var(--soft);font-size:.875rem;font-weight:400}
 header{display:flex;flex-wrap:wrap;align-items:center;gap:0 1rem;padding:0 1rem;background:var(--card);
 border-bottom:1px solid var(--line)} header nav{display:flex;flex-wrap:wrap}
@@ -2578,7 +2579,8 @@ def make_chart(changes: Sequence[tuple[float, str | None, bool]]) -> Markup:
     if len(known) < 2:
         return fill("")
     least, most, begin, now = min(known), max(known), min(times), max(time.time(), *times)
-    low, high, last = (f"{number:.10g}" for number in (least, most, known[-1]))
+    stored = dict(zip(numbers, [str(value) for _, value, _ in changes]))
+    low, high, last = (stored[n] if len(stored[n]) <= 14 else f"{n:.10g}" for n in (least, most, known[-1]))
     left, right = 10 + 8 * max(len(low), len(high)), 308 - 8 * len(last)  # a digit takes about 8
     heights = {number: round(120 - (number - least) / (most - least or 1) * 110, 1) for number in known}
     line, x, before = "", 0.0, None
@@ -2620,7 +2622,7 @@ def value_page(store: Store, request: Request) -> Response:
         was = (
             "The value was changed to <em>{}</em> {}" if request.parameters["etag"] else "It was set to <em>{}</em> {}"
         )
-        news = was + "; {} again to overwrite it" if pair else "The value was deleted; {2} again to store it"
+        news = was + "; {} again to overwrite it" if pair else "The value was deleted; save one to add it again"
         again = "save" if request.parameters["action"] == "set" else "switch"
         request.refusal = HTTPError(409, fill(news, make_short(value), make_time(pair and pair.updated, " ago"), again))
     facts = list[Markup]()
@@ -2874,7 +2876,7 @@ ROUTES = (
     Route("/", READ, welcome_page, BROWSER, HERE),
     Route("/icon.svg", READ, show_icon, ANYONE, HERE),
     Route("/me", READ, lead_on, ANYONE, HERE, LIST_FIELDS),
-    Route("/me/", READ, values_page, PERSON, THREAD, LIST_FIELDS),
+    Route("/me/", READ, values_page, PERSON, THREAD, (*LIST_FIELDS, "key", "page", "id")),
     Route("/me/", ("POST",), change_own, PERSON, COMMIT, OWN_FIELDS, 1),
     Route("/me/value", READ, value_page, PERSON, THREAD, ("key", "refresh", "done"), 1),
     Route("/me/state", READ, lead_on, ANYONE, HERE, ("key",), 1),
@@ -2882,7 +2884,7 @@ ROUTES = (
     Route("/me/password", READ, password_page, PERSON, THREAD, ("done",)),
     Route("/admin", READ, lead_on, ANYONE, HERE, ("after",)),
     Route("/admin", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 2),
-    Route("/admin/", READ, users_page, ADMIN, THREAD, ("after", "done")),
+    Route("/admin/", READ, users_page, ADMIN, THREAD, ("after", "done", "username", "id", "isAdmin")),
     Route("/admin/", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 1),
     Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "folder", "after", "done"), 1),
     Route("/admin/delete", READ, delete_page, ADMIN, THREAD, ("username",), 1),
@@ -3225,7 +3227,7 @@ class RequestHandler:
                 if not request.test:
                     return response
                 endpoint = functools.partial(hooks_page, message=await self.server.outbox.test(request.test))
-            except (HTTPError, Conflict, NotFound) as error:
+            except (HTTPError, StoreError) as error:
                 if not request.form_page:
                     raise
                 endpoint, request.refusal = request.form_page, as_http_error(error, self.server.errors)

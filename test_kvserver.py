@@ -5393,7 +5393,7 @@ class Visits(PageCase):
     def test_a_refusal_is_a_page_in_a_browser_and_otherwise_a_line(self) -> None:
         for status, path in (
             (404, "/admin/user?username=nobody"),
-            *((400, path) for path in ("/admin/user", "/me/value", "/me/?page=2")),
+            *((400, path) for path in ("/admin/user", "/me/value", "/me/?nothing=2")),
             (404, "/me/value?key=nothing"),
         ):
             self.assertEqual("../me/", Page(self.see(status, path)).links["Values"])
@@ -5946,9 +5946,14 @@ class OwnPages(PageCase):
         self.store.set_value(1, "a", "\u202e<" + "x" * 40)
         refuse("The value was changed " + now("\ufffd&lt;x{38}…"), page="value", etag=str(etag))
         self.store.delete_pair(1, "a")
-        refuse("The value was deleted; save again to store it", page="value", etag=kvserver.entity_tag(b"typed"))
+        refuse("The value was deleted; save one to add it again", page="value", etag=kvserver.entity_tag(b"typed"))
         self.assertEqual({"a": "typed", "b/é": "2"}, self.pairs())
         self.assertNotIn("xxx", self.log.text())
+
+    def test_a_full_database_gives_the_typed_text_back(self) -> None:
+        with mock.patch.object(kvserver.Store, "set_value", side_effect=kvserver.StoreFull("the disk is full")):
+            page = Page(self.send(507, "/me/?key=a", action="set", value="typed", page="add"))
+        self.assertTrue(page.has_alert() and "typed" in page.text)
 
     def test_a_user_who_is_deleted_while_a_page_waits_for_a_thread_sees_nothing(self) -> None:
         self.see(200, "/me/tokens", "bob")
@@ -6256,15 +6261,16 @@ class ValuePages(PageCase):
 
     def test_numbers_have_a_chart(self) -> None:
         chart = self.chart((0, "10"), (1, "-2.50"), (2, None), (2.5, "ajar"), (3, "20"))
-        # From 42 to 292 in 4 seconds, and from 120 for the minimum up to 10 for the maximum.
-        self.assertIn('<path class="line" d="M42.0 58.9H104.5V120.0H167.0M229.5 10.0H292.0"', chart)
+        # From 50 to 292 in 4 seconds, and from 120 for the minimum up to 10 for the maximum.
+        self.assertIn('<path class="line" d="M50.0 58.9H110.5V120.0H171.0M231.5 10.0H292.0"', chart)
         first = time.strftime("%Y-%m-%d %H:%M", time.localtime(1e9))
-        summary = "Minimum -2.5, maximum 20, last 20."
+        summary = "Minimum -2.50, maximum 20, last 20."
         self.assertIn(f'role="img" aria-label="A chart of all numbers since {first}. {summary}"', chart)
         self.assertIn(f'<figcaption class="soft">{summary}</figcaption>', chart)
         texts = re.findall("<text[^>]*>([^<]*)</text>", chart)
-        self.assertEqual(sorted(["20", "20", "-2.5", first, "now"]), sorted(texts))
+        self.assertEqual(sorted(["20", "20", "-2.50", first, "now"]), sorted(texts))
         self.assertNotIn("style=", chart)
+        self.assertIn("Minimum 1234567890.901,", self.chart((0, "1234567890.905"), (1, "1234567890.901")))
         self.assertIn("Minimum 7, maximum 7, last 7.", self.chart((0, "7"), (0, "7"), (0, "7"), later=0))
         for later in (1, -5):  # clocks may be set back
             chart = self.chart((5, "1e3"), (4, "5"), (3, "-3"), (9, None), later=later)
@@ -6542,6 +6548,9 @@ class Browser(PageCase):
             self.assertIn("The change is made.", self.browser.text("[role=status]"))
             self.assertEqual(value, self.pairs()[key])
         self.assertEqual({"plain", "a\n+&é<", "\r\n"}, set(self.pairs()))
+        self.store.set_value(1, "plain", "x  y")
+        self.open("/me/value?key=plain")
+        self.assertEqual(("x  y", True), (self.browser.text(".big"), "'value=x  y'" in self.browser.text("dl")))
 
     def test_another_site_cannot_change_anything(self) -> None:
         self.store.set_value(1, "a", "1")
