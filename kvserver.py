@@ -1426,7 +1426,7 @@ def check_hook(url: str, method: str, headers: Sequence[str], body: str | None) 
 def take_choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]) -> str | None:
     text = parameters.get(name)
     if text is not None and text not in choices:
-        raise HTTPError(400, f"the parameter {name} can be: {', '.join(choices)}")
+        raise HTTPError(400, f"the parameter {name} can only be: {', '.join(choices)}")
     return text
 
 
@@ -1465,6 +1465,7 @@ def parse_time(text: object) -> float:
 # Runs coroutines in one thread. Nothing else runs between two awaits, so they need no locks. Knows no HTTP and no SQL.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
+HINT = "empty for never"
 NEVER = math.inf  # as a deadline
 RECEIVE_BYTES = 64 * 1024  # at a time
 Cancelled = GeneratorExit  # ends the task that it is thrown into
@@ -2229,6 +2230,7 @@ border-bottom:1px solid var(--line)} header nav{display:flex;flex-wrap:wrap}
 header a{padding:.75rem .5rem;color:var(--soft);text-decoration:none;border-bottom:2px solid transparent}
 header .home{display:flex;gap:.5rem;padding-left:0;color:var(--ink);font-weight:600}
 header nav a:hover,header [aria-current]{color:var(--ink);border-color:var(--link)}
+@media(forced-colors:active){header a:not([aria-current]){border-color:Canvas}}
 header span{max-width:12rem;font-size:.875rem;margin-left:auto;overflow:hidden;color:var(--soft);white-space:nowrap;
 text-overflow:ellipsis}
 button,.button,summary{display:inline-block;max-width:100%;padding:.375rem .75rem;color:var(--ink);
@@ -2249,7 +2251,7 @@ textarea,pre,code{font:.9375rem/1.5 ui-monospace,monospace} pre{padding:.75rem 1
 .bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:.5rem 0} .bar>*{margin:0}
 .bar>form,td form,td details{margin:0;padding:0;border:0;background:none} .bar>[open]{order:1;width:100%}
 @supports selector(::details-content){.bar>details,.bar>[open]{display:contents} .bar [open]>summary{margin:0}
-.bar>::details-content{order:1;width:100%}}
+.bar>::details-content{order:1;width:100%} .bar>:not([open])::details-content{display:none}}
 .bar [role=search]{display:flex;gap:.5rem;flex:1;min-width:12rem;margin-right:auto}
 [role=alert],[role=status]{padding:.5rem 1rem;background:var(--good);border-radius:.375rem;font-weight:600}
 [role=alert]{background:var(--wrong);border-left:.25rem solid var(--danger);outline:0}
@@ -2267,20 +2269,23 @@ tr:last-child,tr:last-child td{border-bottom:0} th{font-weight:500;white-space:n
 .path a+a::before{content:"›";display:inline-block;padding:0 .5rem 0 .25rem;color:var(--soft)}
 .folder::before{content:"";display:inline-block;width:1rem;height:.75rem;margin-right:.5rem;background:currentColor;
 clip-path:polygon(0 0,40% 0,50% 20%,100% 20%,100% 100%,0 100%)}
-@media(min-width:48rem){td{min-width:5rem} .hooks td:first-child{min-width:12rem} .hooks td:last-child{min-width:15rem}}
-@media(max-width:30rem){header nav{order:1;width:100%;margin:0 -.375rem;font-size:.875rem}
-header nav a{padding:.375rem}
+@media(min-width:40.01rem){td{min-width:5rem} text{font-size:10px}}
+@media(min-width:48rem){ .hooks td:first-child{min-width:12rem} .hooks td:last-child{min-width:15rem}}
+@media(max-width:40rem){header nav{order:1;width:100%;margin:0 -.375rem;font-size:.875rem}
+header nav a{padding:.375rem} .bar [role=search]{order:1;min-width:100%}
 thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)} tr,td{display:block}
 tr{padding:.5rem 1rem;border-bottom:1px solid var(--line)} td{padding:.125rem 0;border:0}
-td:empty{display:none!important} td:first-child{font-weight:600} .history tr{display:flex;justify-content:space-between}
+td:empty{display:none!important} td:first-child{font-weight:600}
+.history tr{display:flex;justify-content:space-between;gap:1rem}
 td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-size:.875rem}
 .tokens td:last-child,.hooks td{display:block!important} .history td:first-child{color:var(--soft);font-weight:400}
-.values td:nth-child(3)::before{content:"changed "} .values td:nth-child(4)::before{content:"expires "}
-.users td:nth-child(3)::before{content:"values: "} .users td:nth-child(4)::before{content:"newest change: "}
-.tokens td:nth-child(3)::before{content:"created "} .tokens td:nth-child(4)::before{content:"last used "}
-.hooks td:nth-child(2)::before{content:"user: "} .hooks td:nth-child(3)::before{content:"key: "}
-.values tr{display:grid;grid-template-columns:minmax(8rem,1fr) auto;gap:0 1rem}
-.values td{margin:0} .values td:nth-child(2),.values td:nth-child(4){text-align:right}}
+.values td:nth-child(3)::before{content:"changed: "} .values td:nth-child(4)::before{content:"expires "}
+.users td:nth-child(3)::before{content:"values: "} .users td:nth-child(4)::before{content:"last change: "}
+.tokens td:nth-child(3)::before{content:"created: "} .tokens td:nth-child(4)::before{content:"last used: "}
+.hooks td:nth-child(2){color:var(--soft);font-size:.875rem} .hooks td:nth-child(2)::before{content:"user: "}
+.hooks td:nth-child(3)::before{content:"key: "}
+.values tr{display:flex;flex-wrap:wrap;gap:0 1rem} .values td:first-child{flex:1 0 50%}
+.values td{max-width:100%} .values td:nth-child(3){flex:1 0 55%;margin:0}}
 """)
 DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = f"default-src 'none'; style-src 'sha256-{DIGEST}'; img-src 'self'; form-action 'self'; frame-ancestors 'none'"
@@ -2289,38 +2294,35 @@ TABS = {"me/": "Values", "me/tokens": "Tokens", "me/password": "Password", "admi
 PAGE_HTML = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title} - kvserver</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="{up}icon.svg">
 <style>{style}</style></head><body>
-<header><a class="home" href="{up}"><img src="{up}icon.svg" alt="" width="24" height="24">kvserver</a>{nav}</header>
+<header><a class="home" href="{up}"><img src="{up}icon.svg" alt="" width="24" height="24">kvserver</a>
+{nav}</header>
 <main>{path}<h1>{title}</h1>{message}{content}</main></body></html>"""
 FORM_HTML = """<form method="post" action="{url}" autocapitalize="none" autocomplete="off" spellcheck="false">
 {alert}<input type="hidden" name="action" value="{action}">{fields}</form>"""
-STOP = '<span class="soft">This page reloads every {} s.</span><a class="button" href="{}">Stop</a>'
+STOP = '<span class="soft">This page reloads every {} s.</span><a class="button" href="{}">Stop</a>\n'
 SOFT = '<span class="soft">{}</span>'
 LINK = '<a href="{}">{}</a>'
 ALERT = '<p role="alert" tabindex="-1" autofocus>{}.</p>'  # with the focus, browsers scroll to it and read it out
 NEW_PASSWORD = Markup(f"""<label>New password<small> at least {PASSWORD_CHARACTERS_MIN} characters</small>
 <input type="password" name="password" required minlength="{PASSWORD_CHARACTERS_MIN}"
 autocomplete="new-password"></label>""")
-WELCOME_PAGE = """<p>This server keeps values for devices and scripts: they store one under a key, and read it back.</p>
-<p class="bar"><a class="button main" href="me/">Your values</a><a class="button" href="admin/">Users</a></p>
+WELCOME_PAGE = """<p>This server keeps values for devices and scripts: they set a value by its key, and get it back.</p>
+<p class="bar"><a class="button main" href="me/">Your values</a> <a class="button" href="admin/">Users</a></p>
 <h2>Address</h2><pre>{url}</pre>
-<h2>Try it</h2><p>Write your user name instead of NAME. curl asks for your password.</p>
+<h2>Try it</h2><p>Replace NAME with your user name; curl asks for your password.</p>
 <pre>curl -u NAME {address}</pre><p class="soft">kvserver {version}</p>"""
 SEARCH = """<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <input type="hidden" name="folder" value="{folder}">
 <input type="search" name="search" value="{search}" aria-label="Part of a key" placeholder="Find a key">
 <button>Search</button></form>"""
-FOUND = '<p>Keys that contain <strong>{}</strong>. <a href="{}">Show all</a></p>'
+FOUND = '<p>Keys{} that contain <strong>{}</strong>. <a href="{}">{}</a></p>'
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
 VALUE_FIELDS = """<input type="hidden" name="etag" value="{etag}"><label>Value<textarea name="value" rows="{rows}">
-{value}</textarea></label>"""
-ADD_VALUE = (
-    '<label>Key<input name="key" value="{key}" required></label>' + VALUE_FIELDS + '<button class="main">Save</button>'
-)
-EDIT_VALUE = f"""{VALUE_FIELDS}
-<label>Expires in<small> seconds, such as 600; empty keeps its expiry</small>
-<input name="ttl" value="{{ttl}}" inputmode="decimal"></label>
-<label><input type="checkbox" name="never" value="1" {{never}}> Never expires</label>
-<button class="main">Save</button>"""
+{value}</textarea></label><label>Expires in<small> seconds, such as 600; {hint}</small>
+<input name="ttl" value="{ttl}" inputmode="decimal"></label>"""
+HINT, SAVE = "empty for never", '<button class="main">Save</button>'
+ADD_VALUE = f'<label>Key<input name="key" value="{{key}}" required></label>{VALUE_FIELDS}{SAVE}'
+NEVER_BOX = '<label><input type="checkbox" name="never" value="1" {never}> Never expires</label>'
 SWITCH = '<input type="hidden" name="etag" value="{}"><button class="main">Switch to {}</button>'
 STEPS = '<button name="by" value="-1">−1</button> <button name="by" value="1">+1</button>'
 CHART = """<figure class="card">
@@ -2331,7 +2333,7 @@ CHART = """<figure class="card">
 <text x="{left}" y="120" dx="-6" dy="4" text-anchor="end">{low}</text>
 <text x="{right}" y="145" text-anchor="end">now</text></svg><figcaption class="soft">{summary}</figcaption></figure>"""
 ACCESS = """<h2>How to reach it</h2><dl class="card"><dt>URL<dd><code>{url}</code>
-<dt>Get it; curl asks for your password<dd><code>curl -u {user} {get}</code>
+<dt>Get it (curl asks for your password)<dd><code>curl -u {user} {get}</code>
 <dt>Set it<dd><code>curl -u {user} --data-urlencode {value} {set}</code>
 <dt>Wait up to a minute until it changes<dd><code>curl -u {user} {wait}</code></dl>"""
 TOKENS_PAGE = """<p>A device that logs in with a token does not need your password.
@@ -2350,10 +2352,10 @@ SET_PASSWORD = """<input value="{user}" autocomplete="username" hidden>{new_pass
 <p>Tokens keep working.</p><button class="main">Change the password</button>"""
 SET_OWN_PASSWORD = f"""<label>Current password<input type="password" name="current" required
 autocomplete="current-password"></label>{SET_PASSWORD}"""
-ADD_USER = """<label>Name<input name="username" value="{username}" required></label>{new_password}
-<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Admin: manages all users and hooks</label>
-<button class="main">Add</button>"""
-USER_PAGE = """<p>Role: {}. Values: {}. Newest change: {}.</p>
+ADD_USER = """<label>Name<small> ASCII, no colon</small><input name="username" value="{username}" required></label>
+{new_password}<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Admin: manages users and hooks</label>
+<button class="main">Add the user</button>"""
+USER_PAGE = """<p>Role: {}. Values: {}. Last change: {}.</p>
 <div class="bar">{}<a class="button bad" href="{}">Delete…</a></div><h2>Tokens</h2>{}<h2>Values</h2>{}"""
 DELETE_USER = """<p>This also deletes, for good:</p><ul>{lost}</ul><div class="bar">
 <button class="bad">Delete {name}</button><a class="button" href="{back}">Keep {name}</a></div>"""
@@ -2385,8 +2387,8 @@ def make_page(request: Request, title: str, content: str, tab: str = "", path: s
     up = "../" if tab or refusal else "./"  # the path to the root
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
         here = {tab: Markup(' aria-current="page"')}
-        tabs = [fill('<a href="../{}"{}>{}</a>', path, here.get(path, ""), name) for path, name in TABS.items()]
-        nav = fill("<nav>{}</nav><span>{}</span>", tabs[: 5 if user.is_admin else 3], user.name)
+        tabs = [fill('<a href="../{}"{}>{}</a>\n', path, here.get(path, ""), name) for path, name in TABS.items()]
+        nav = fill('<nav aria-label="Pages">{}</nav><span>{}</span>', tabs[: 5 if user.is_admin else 3], user.name)
     if refusal and 'role="alert"' not in content:
         message = fill(ALERT, refusal.message)
     elif not refusal and 0 <= time.time() - (take_seconds(request.parameters, "done", 0, 1e10) or 0) <= DONE_SECONDS:
@@ -2420,14 +2422,14 @@ def make_form(request: Request, action: str, fields: str, url: str = "./", **val
 def fold(word: str, form: str, kind: str = "main") -> Markup:
     """Return a button that unfolds a form. A form with an alert is open."""
     is_open = "open" if 'role="alert"' in form else ""
-    return fill('<details {}><summary class="{}">{}</summary>{}</details>', is_open, kind, word, form)
+    return fill('<details {}><summary class="{}">{}</summary>{}</details>\n', is_open, kind, word, form)
 
 
 def make_question(word: str, what: str, action: str, url: str, warning: str = "") -> Markup:
     """Return the button of a dangerous action, folded up so that nobody presses it by mistake."""
     button = fill('{}<button class="bad">{} {}</button>', fill("<p>{}</p>", warning) if warning else "", word, what)
     form = fill(FORM_HTML, url=url, alert="", action=action, fields=button)
-    return fill('<details><summary class="bad" aria-label="{0} {1}">{0}…</summary>{2}</details>', word, what, form)
+    return fill('<details><summary class="bad" aria-label="{0} {1}">{0}…</summary>{2}</details>\n', word, what, form)
 
 
 def make_time(seconds: float | None, ago: str = "") -> str:
@@ -2457,7 +2459,8 @@ def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object
     cells = [[fill('<td role="cell">{}', cell) for cell in row] for row in rows]
     marks = {marked: Markup(' class="mark"')}
     body = [fill('<tr role="row"{}>{}', marks.get(number, ""), row) for number, row in enumerate(cells)]
-    table = '<table role="table" class="{}"><thead role="rowgroup"><tr role="row">{}<tbody role="rowgroup">{}</table>'
+    table = """<table role="table" class="{0}" aria-label="{0}"><thead role="rowgroup"><tr role="row">{1}
+<tbody role="rowgroup">{2}</table>"""
     return fill(table, kind, head, body)
 
 
@@ -2480,7 +2483,7 @@ def make_live(request: Request, url: str) -> Markup:
     """Return the link to a page that reloads itself, or the link back from there."""
     if "refresh" in request.parameters:
         return fill(STOP, REFRESH_SECONDS, url)
-    return fill('<a class="button" href="{}">Live</a>', url_to(url, refresh=str(REFRESH_SECONDS)))
+    return fill('<a class="button" href="{}">Live</a>\n', url_to(url, refresh=str(REFRESH_SECONDS)))
 
 
 def redirect_done(url: str, **parameters: str) -> Response:
@@ -2531,9 +2534,11 @@ def values_page(store: Store, request: Request) -> Response:
     forms = list[Markup]()
     if not refresh:  # a reload would lose typed text
         key = request.parameters.get("key", folder)
-        form = make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="")
+        form = make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="", hint=HINT)
         forms = [fold("Add", form), fill(SEARCH, folder=folder, search=search)]
-    found = fill(FOUND, make_visible(search), url) if search else ""
+    where, wider = (f" in {title}", "Search all folders") if folder else ("", "Show all")
+    wide = url_to("./", search=search if folder else "")
+    found = fill(FOUND, where, make_visible(search), wide, wider) if search else ""
     page = fill('<div class="bar">{}{}</div>{}{}', forms, live, found, table)
     link = fill(LINK, url_to("value", key=added), make_visible(added))
     note = fill(" The key {} is stored.", link) if 'class="mark"' in table else ""
@@ -2566,7 +2571,9 @@ def make_buttons(request: Request, key: str, value: str, pair: Pair | None) -> l
     edit = fill('<p class="soft">Edit this value with /set: a form cannot send it unchanged.</p>')
     if len(encoded) <= FORM_BYTES_MAX and "\0" not in value and "\r" not in value:
         text, rows = request.parameters.get("value", value), min(20, value.count("\n") + len(value) // 50 + 2)
-        form = make_form(request, "set", EDIT_VALUE, url, value=text, rows=rows, etag=etag)
+        box, hint = (NEVER_BOX, "empty to keep its expiry") if pair else ("", HINT)
+        values = {"value": text, "rows": rows, "etag": etag, "hint": hint}
+        form = make_form(request, "set", VALUE_FIELDS + box + SAVE, url, **values)
         edit = fold("Edit" if pair else "Add", form, "" if value in OPPOSITES else "main")
     question = make_question("Delete", make_visible(key), "del", url, "This cannot be undone.")
     return [*buttons, edit, live, question] if pair else [edit]
@@ -2674,7 +2681,7 @@ def users_page(store: Store, request: Request) -> Response:
         link = fill(LINK, url_to("user", username=user.name), make_visible(user.name))
         rows.append((link, "admin" if user.is_admin else "user", pairs, make_time(newest)))
     last = users[PAGE_ROWS_MAX - 1][0].name if users[PAGE_ROWS_MAX:] else ""
-    table = make_table("users", ("Name", "Role", "Values", "Newest change"), rows)
+    table = make_table("users", ("Name", "Role", "Values", "Last change"), rows)
     add = fold("Add", make_form(request, "adduser", ADD_USER))
     return make_page(request, "Users", fill("{}{}{}", add, table, make_turns("./", after, last)), "admin/")
 
@@ -2723,7 +2730,7 @@ def hooks_page(store: Store, request: Request, message: str = "") -> Response:
         tried = [make_time(hook.result_time, " ago"), ", "] if hook.result else ""
         row = '<span class="{}">{}</span><br><small>{}pending: {}</small>'
         result = fill(row, kind, hook.result or "not tried", tried, hook.pending)
-        url, warning = url_to("./", id=str(hook.id)), "Its pending deliveries are deleted, too."
+        url, warning = url_to("./", id=str(hook.id)), "Its pending deliveries are deleted too."
         delete = make_question("Delete", f"hook {hook.id}", "delhook", url, warning)
         buttons = fill(HOOK_BUTTONS, id=hook.id, delete=delete)
         rows.append((name, make_visible(hook.user_name), key, result, buttons))

@@ -5438,7 +5438,7 @@ class UserPages(PageCase):
             self.store.set_value(2, key, value, expires)
         execute(self.database, "UPDATE pair SET updated = updated - iif(key = 'b', 7201, 3 * 86400)")
         rows = self.page("/admin/").rows
-        self.assertEqual(["Name", "Role", "Values", "Newest change"], rows[0])
+        self.assertEqual(["Name", "Role", "Values", "Last change"], rows[0])
         users = [["alice", "admin", "0", "never"], ["bob", "user", "2", "2 h"]]
         self.assertEqual(users, [row[:4] for row in rows[1:]])
         names = [f"user {number:03}" for number in range(203)]
@@ -5779,10 +5779,11 @@ class OwnPages(PageCase):
             self.assertEqual(expected, [row[0] for row in self.follow(target)], target)
         page = self.page("/me/?folder=hall/&search=1&after=hall/100")
         self.assertEqual((["1"], ["hall/"]), (page.values(name="search"), page.values(name="folder")))
-        self.assertEqual(
-            ("./?folder=hall/&search=1", "./?folder=hall/"), (page.links["First page"], page.links["Show all"])
-        )
-        self.assertIn("No values here.", self.page("/me/?search=x").text)
+        links = {"First page": "./?folder=hall/&search=1", "Search all folders": "./?search=1"}
+        self.assertLessEqual(links.items(), page.links.items())
+        self.assertIn("Keys in hall/ that contain 1.", page.text)
+        page = self.page("/me/?search=x")
+        self.assertTrue("No values here." in page.text and page.links["Show all"] == "./")
         for target in ("folder=hall", f"folder={'é' * 256}/", f"search={'é' * 256}a"):
             for start in ("/me/?", "/admin/user?username=alice&"):
                 if not (start.startswith("/admin") and "search" in target):
@@ -5875,7 +5876,7 @@ class OwnPages(PageCase):
             self.assertEqual(live.replace("&refresh=10", ""), Page(answer).links["Stop"])
             for text in ("9", "11", "010", "", "ten"):
                 answer = self.see(400, f"{path}&refresh={text}")
-                self.assertTrue("refresh" not in answer.headers and "refresh can be: 10" in Page(answer).text)
+                self.assertTrue("refresh" not in answer.headers and "refresh can only be: 10" in Page(answer).text)
         self.assertEqual("10", self.see(200, "/me/value?key=hall/1&refresh=10").headers["refresh"])
         self.see(400, "/me/value?key=hall/1&refresh=9")
         for form in ("action=set&key=hall/2&value=2", "action=set&key=&value=2"):
