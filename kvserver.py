@@ -3343,18 +3343,20 @@ client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # m
 
 
 def deliver(delivery: Delivery) -> Answer:
-    """Send a delivery; return the answer within HOOK_SECONDS, or later if the name look-up is slow."""
-    deadline, received, answer = time.monotonic() + HOOK_SECONDS, b"", None
+    """Send a delivery; return the answer within HOOK_SECONDS, without the time that looking up the name takes."""
+    received, answer = b"", None
     problem = "the connection was closed before a whole status line had come"
     try:
         parts: Any = urllib.parse.urlsplit(delivery.url)
         address, request = (parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme]), encode_delivery(parts, delivery)
         count = len(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))  # all of them are tried in time
-        connection = socket.create_connection(address, max(deadline - time.monotonic(), 0.001) / (count + 1))
+        deadline, share = time.monotonic() + HOOK_SECONDS, HOOK_SECONDS / (count + 1)
+        connection = socket.create_connection(address, share)
         if parts.scheme == "https":
             connection = client_context().wrap_socket(connection, server_hostname=parts.hostname)
         with connection:
-            connection.settimeout(max(deadline - time.monotonic(), 0.001) / 2)  # the other half is for the answer
+            deadline = max(deadline, time.monotonic() + share)  # create_connection has looked up the name again
+            connection.settimeout((deadline - time.monotonic()) / 2)  # the other half is for the answer
             with contextlib.suppress(OSError):  # the answer may come before the request has been sent in full
                 connection.sendall(request)
             while len(received) < HOOK_ANSWER_BYTES_MAX:
@@ -3428,7 +3430,10 @@ class Outbox:
             raise HTTPError(503, "other tests are running, or the server stops; try again", RETRY_AFTER)
         self._tests += 1
         try:
-            answer: Answer = await self._threads.run(lambda: deliver(delivery), "test")
+            deadline = time.monotonic() + 2 * HOOK_SECONDS  # looking up the name may hang
+            answer: Answer = await self._threads.run(lambda: deliver(delivery), "test", deadline)
+        except TimeoutError:
+            answer = Answer(0, f"no answer within {HOOK_SECONDS} seconds")
         finally:
             self._tests -= 1
         if not 200 <= answer.status < 300:  # not 502, which some proxies replace

@@ -46,6 +46,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import types
 import unittest
 import urllib.parse
 import urllib.request
@@ -3869,6 +3870,29 @@ class Deliveries(HookCase):
         go_on.set()
         self.stop()
 
+    def test_a_delivery_after_a_slow_name_look_up_is_sent_once(self) -> None:
+        ahead, look_up = [0.0], socket.getaddrinfo
+        clock = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() + ahead[0]})
+
+        def look_up_slowly(host: str, *arguments: Any, **options: Any) -> Any:
+            ahead[0] += 2 * kvserver.HOOK_SECONDS if host == "slow" else 0
+            return look_up("127.0.0.1" if host == "slow" else host, *arguments, **options)
+
+        def arrive_later(connection: socket.socket, number: int) -> None:
+            threading.Event().wait(0.02)
+            arrive(connection, number)
+
+        self.target.behave = arrive_later
+        slow_url = self.target.url.replace("127.0.0.1", "slow")
+        hook = ("alice", "a", None, "", "http://slow", slow_url, "POST", "", None)
+        self.store.transact(lambda store: store.add_hook(*hook))
+        self.enterContext(mock.patch.object(kvserver, "time", clock))
+        self.enterContext(mock.patch.object(socket, "getaddrinfo", look_up_slowly))
+        self.set("a", "1")
+        wait_until(lambda: self.store.sizes()[2] == 0)
+        self.assertEqual([("a", "1", None)], self.target.changes())
+        self.assertGreater(ahead[0], 0)
+
     def test_long_values_that_hang_leave_threads_to_short_ones(self) -> None:
         most, go_on = kvserver.LONG_EXCHANGES_MAX, threading.Event()
         self.addCleanup(go_on.set)
@@ -5738,6 +5762,9 @@ class HookPages(HookCase, PageCase):
         self.patch("HOOK_SECONDS", 0.05)
         page = Page(self.send(424, "/admin/", "bob", action="testhook", id="1"))
         self.assertIn("hook 1: no answer within 0.05 seconds; check the URL", page.text)
+        with held(kvserver, "deliver"):  # as if a name look-up hung
+            page = Page(self.send(424, "/admin/", "bob", action="testhook", id="1"))
+            self.assertIn("hook 1: no answer within 0.05 seconds; check the URL", page.text)
         self.server.outbox.is_stopping = True
         self.send(503, "/admin/", "bob", action="testhook", id="1")
 
