@@ -692,7 +692,7 @@ class Store:
 
     def add_token(self, name: str, *row: bytes | str | bool, once: str | None = None) -> None:
         """Add a token. The row: digest, label, is_read_only, prefix. A form's once is the tokens_added that it saw."""
-        refusal = "a token was added since this form was opened, and is in the list below; press again to add one more"
+        refusal = "a token was added since this form was opened; press again to add one more"
         count = "UPDATE user SET tokens_added = tokens_added + 1 WHERE name = ? AND ifnull(tokens_added = ?, TRUE)"
         self._change_users(NoSuchUser(name) if once is None else Conflict(refusal), count, name, once)
         if len(self.tokens(name)) >= TOKENS_MAX:
@@ -811,12 +811,13 @@ class Store:
     def has_hooks(self) -> bool:
         return bool(self._execute("SELECT 1 FROM hook LIMIT 1").fetchone())
 
-    def hooks(self, user_name: str | None = None, limit: int = -1) -> list[Hook]:
+    def hooks(self, user_name: str | None = None, limit: int = -1, after: int | str = 0) -> list[Hook]:
         select = """SELECT hook.id, name, pattern, '"' || substr(value, 1, ?) || iif(length(value) > ?, '…"', '"'),
             label, receiver, (SELECT count(*) FROM delivery WHERE hook_id = hook.id), result, result_time
-            FROM hook JOIN user ON user.id = user_id WHERE name = ifnull(?, name) ORDER BY hook.id LIMIT ?"""
+            FROM hook JOIN user ON user.id = user_id
+            WHERE name = ifnull(?, name) AND hook.id > CAST(? AS INTEGER) ORDER BY hook.id LIMIT ?"""
         shown = VALUE_SHOWN_CHARACTERS_MAX
-        return [Hook(*row) for row in self._execute(select, shown, shown, user_name, limit)]
+        return [Hook(*row) for row in self._execute(select, shown, shown, user_name, after, limit)]
 
     def test_delivery(self, hook_id: int | str) -> Delivery:
         select = f"""SELECT {HOOK_REQUEST}, 0, 0, pattern, 'test', NULL, 4, {NOW}, lower(hex(randomblob(16)))
@@ -2230,9 +2231,8 @@ border-bottom:1px solid var(--line)} header nav{display:flex;flex-wrap:wrap}
 header a{padding:.75rem .5rem;color:var(--soft);text-decoration:none;border-bottom:2px solid transparent}
 header .home{display:flex;gap:.5rem;padding-left:0;color:var(--ink);font-weight:600}
 header nav a:hover,header [aria-current]{color:var(--ink);border-color:var(--link)}
-@media(forced-colors:active){header a:not([aria-current]){border-color:Canvas}}
 header span{max-width:12rem;font-size:.875rem;margin-left:auto;overflow:hidden;color:var(--soft);white-space:nowrap;
-text-overflow:ellipsis}
+text-overflow:ellipsis} @media(forced-colors:active){header a:not([aria-current]){border-color:Canvas}}
 button,.button,summary{display:inline-block;max-width:100%;padding:.375rem .75rem;color:var(--ink);
 background:var(--card);border:1px solid var(--edge);border-radius:.375rem;font:inherit;text-decoration:none;
 overflow-wrap:break-word;list-style:none;cursor:pointer}
@@ -2240,12 +2240,11 @@ overflow-wrap:break-word;list-style:none;cursor:pointer}
 button.bad{color:#fff;background:var(--bad);border-color:var(--bad)}
 summary::-webkit-details-marker{display:none} [open]>summary{margin-bottom:.5rem;color:var(--ink);background:none}
 button:hover,.button:hover,summary:hover{filter:brightness(.93)}
-:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+:focus-visible{outline:3px solid var(--link);outline-offset:2px} ::placeholder{color:var(--soft);opacity:1}
 form,table,pre,.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem}
 form,figure,.history{max-width:30rem} form,.card{padding:1rem} label{display:block;margin-bottom:1rem}
 input,textarea{padding:.375rem .75rem;color:inherit;background:var(--page);border:1px solid var(--edge);
 border-radius:.375rem;font:inherit} input:not([type=checkbox]),textarea{display:block;width:100%}
-::placeholder{color:var(--soft);opacity:1}
 input[type=checkbox]{width:1.25rem;height:1.25rem;margin:0 .25rem 0 0;vertical-align:-.25rem}
 textarea,pre,code{font:.9375rem/1.5 ui-monospace,monospace} pre{padding:.75rem 1rem;white-space:pre-wrap}
 .bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:.5rem 0} .bar>*{margin:0}
@@ -2260,11 +2259,10 @@ textarea,pre,code{font:.9375rem/1.5 ui-monospace,monospace} pre{padding:.75rem 1
 svg{display:block;fill:none;stroke:var(--edge)} text{fill:var(--soft);stroke:none;font-size:13px}
 .last{fill:var(--ink);font-weight:600} .line{stroke:var(--link);stroke-width:2}
 table{width:100%;border-collapse:separate;border-spacing:0} .mark{background:var(--mark)} time{white-space:nowrap}
-th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+th,td{padding:.5rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:middle}
 tr:last-child,tr:last-child td{border-bottom:0} th{font-weight:500;white-space:nowrap}
 .values{table-layout:fixed} .values th:first-child{width:35%} .values th:nth-child(n+3){width:7rem}
-.values td:first-child a{display:block} .values td:nth-child(n+3){color:var(--soft)}
-.tokens td,.hooks td{vertical-align:middle} td .bar{margin:0}
+.values td:first-child a{display:block} .values td:nth-child(n+3){color:var(--soft)} td .bar{margin:0}
 .path a{display:inline-block;min-width:1.5rem;padding:.25rem 0} .path+h1{margin-top:.25rem}
 .path a+a::before{content:"›";display:inline-block;padding:0 .5rem 0 .25rem;color:var(--soft)}
 .folder::before{content:"";display:inline-block;width:1rem;height:.75rem;margin-right:.5rem;background:currentColor;
@@ -2299,6 +2297,7 @@ PAGE_HTML = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title
 <main>{path}<h1>{title}</h1>{message}{content}</main></body></html>"""
 FORM_HTML = """<form method="post" action="{url}" autocapitalize="none" autocomplete="off" spellcheck="false">
 {alert}<input type="hidden" name="action" value="{action}">{fields}</form>"""
+BUTTON_FORM = '<form method="post" action="{}">{}</form>'
 STOP = '<span class="soft">This page reloads every {} s.</span><a class="button" href="{}">Stop</a>\n'
 SOFT = '<span class="soft">{}</span>'
 LINK = '<a href="{}">{}</a>'
@@ -2312,10 +2311,9 @@ WELCOME_PAGE = """<p>This server keeps values for devices and scripts: they set 
 <h2>Try it</h2><p>Replace NAME with your user name; curl asks for your password.</p>
 <pre>curl -u NAME {address}</pre><p class="soft">kvserver {version}</p>"""
 SEARCH = """<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
-<input type="hidden" name="folder" value="{folder}">
 <input type="search" name="search" value="{search}" aria-label="Part of a key" placeholder="Find a key">
 <button>Search</button></form>"""
-FOUND = '<p>Keys{} that contain <strong>{}</strong>. <a href="{}">{}</a></p>'
+FOUND = '<p>Keys with <strong>{}</strong>. <a href="{}">Show all</a></p>'
 # Browsers drop a newline that follows <textarea> or <pre> (HTML standard, section 13.1.2.5).
 VALUE_FIELDS = """<input type="hidden" name="etag" value="{etag}"><label>Value<textarea name="value" rows="{rows}">
 {value}</textarea></label><label>Expires in<small> seconds, such as 600; {hint}</small>
@@ -2323,8 +2321,10 @@ VALUE_FIELDS = """<input type="hidden" name="etag" value="{etag}"><label>Value<t
 HINT, SAVE = "empty for never", '<button class="main">Save</button>'
 ADD_VALUE = f'<label>Key<input name="key" value="{{key}}" required></label>{VALUE_FIELDS}{SAVE}'
 NEVER_BOX = '<label><input type="checkbox" name="never" value="1" {never}> Never expires</label>'
-SWITCH = '<input type="hidden" name="etag" value="{}"><button class="main">Switch to {}</button>'
-STEPS = '<button name="by" value="-1">−1</button> <button name="by" value="1">+1</button>'
+SWITCH = """<input type="hidden" name="etag" value="{}">
+<button class="main" name="action" value="toggle">Switch to {}</button>"""
+STEPS = """<input type="hidden" name="action" value="incr">
+<button name="by" value="-1">−1</button> <button name="by" value="1">+1</button>"""
 CHART = """<figure class="card">
 <svg viewBox="0 0 320 155" role="img" aria-label="A chart of all numbers since {first}. {summary}">
 <path d="M{left} {top}H{right}M{left} 120H{right}"/><path class="line" d="{line}"/>
@@ -2359,11 +2359,12 @@ USER_PAGE = """<p>Role: {}. Values: {}. Last change: {}.</p>
 <div class="bar">{}<a class="button bad" href="{}">Delete…</a></div><h2>Tokens</h2>{}<h2>Values</h2>{}"""
 DELETE_USER = """<p>This also deletes, for good:</p><ul>{lost}</ul><div class="bar">
 <button class="bad">Delete {name}</button><a class="button" href="{back}">Keep {name}</a></div>"""
-HOOKS_PAGE = """{message}<p>A hook calls a URL when a value changes.</p>{table}{more}
-<h2>Add a hook</h2><p>Type this in a shell on the server. <code>--help</code> shows everything that a hook can do.</p>
+HOOKS_PAGE = """{message}<p>A hook calls a URL when a value changes. Its pending deliveries are deleted with it.</p>
+{table}<h2>Add a hook</h2><p>Type this in a shell on the server. <code>--help</code> shows all options.</p>
 <pre>{command} addhook USER KEY URL</pre>"""
-HOOK_BUTTONS = """<div class="bar"><form method="post" action="./"><input type="hidden" name="action" value="testhook">
-<button name="id" value="{id}" aria-label="Send a test to hook {id}">Send a test</button></form>{delete}</div>"""
+HOOK = "{} {}<br><small>{}</small>"
+RESULT = '<span class="{}">{}</span><br><small>{}pending: {}</small>'
+SEND_TEST = '<button name="action" value="testhook" aria-label="Send a test to hook {}">Send a test</button>'
 
 
 def fill(template: str, *values: object, **names: object) -> Markup:
@@ -2386,10 +2387,12 @@ def make_page(request: Request, title: str, content: str, tab: str = "", path: s
     user, refusal, nav, message = request.user, request.refusal, "", ""
     up = "../" if tab or refusal else "./"  # the path to the root
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
-        here = {tab: Markup(' aria-current="page"')}
-        tabs = [fill('<a href="../{}"{}>{}</a>\n', path, here.get(path, ""), name) for path, name in TABS.items()]
-        nav = fill('<nav aria-label="Pages">{}</nav><span>{}</span>', tabs[: 5 if user.is_admin else 3], user.name)
-    if refusal and 'role="alert"' not in content:
+        here, tabs = {tab: Markup(' aria-current="page"')}, list[Markup]()
+        for page, name in TABS.items():
+            if user.is_admin or not page.startswith("admin"):
+                tabs.append(fill('<a href="../{}"{}>{}</a>\n', page, here.get(page, ""), name))
+        nav = fill('<nav aria-label="Pages">{}</nav><span>{}</span>', tabs, user.name)
+    if refusal and 'role="alert"' not in content:  # escaped text contains no quotes
         message = fill(ALERT, refusal.message)
     elif not refusal and 0 <= time.time() - (take_seconds(request.parameters, "done", 0, 1e10) or 0) <= DONE_SECONDS:
         message = fill('<p role="status">The change is made.{}</p>', note)
@@ -2427,9 +2430,9 @@ def fold(word: str, form: str, kind: str = "main") -> Markup:
 
 def make_question(word: str, what: str, action: str, url: str, warning: str = "") -> Markup:
     """Return the button of a dangerous action, folded up so that nobody presses it by mistake."""
-    button = fill('{}<button class="bad">{} {}</button>', fill("<p>{}</p>", warning) if warning else "", word, what)
-    form = fill(FORM_HTML, url=url, alert="", action=action, fields=button)
-    return fill('<details><summary class="bad" aria-label="{0} {1}">{0}…</summary>{2}</details>\n', word, what, form)
+    button = fill('{}<button class="bad" name="action" value="{}">{} {}</button>', warning, action, word, what)
+    question = '<details><summary class="bad" aria-label="{0} {1}">{0}…</summary>{2}</details>\n'
+    return fill(question, word, what, fill(BUTTON_FORM, url, button))
 
 
 def make_time(seconds: float | None, ago: str = "") -> str:
@@ -2455,17 +2458,15 @@ def make_table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[object
     """Return a table, with roles that remain when the style makes cards of its rows on a narrow screen."""
     if not rows:
         return fill('<p class="soft">No {} here.</p>', kind)
-    head = [fill('<th scope="col" role="columnheader">{}', name) for name in columns]
-    cells = [[fill('<td role="cell">{}', cell) for cell in row] for row in rows]
-    marks = {marked: Markup(' class="mark"')}
-    body = [fill('<tr role="row"{}>{}', marks.get(number, ""), row) for number, row in enumerate(cells)]
+    head = fill('<th scope="col" role="columnheader">{}' * len(columns), *columns)
+    line, marks = '<tr role="row"{}>' + '<td role="cell">{}' * len(columns), {marked: Markup(' class="mark"')}
+    body = [fill(line, marks.get(number, ""), *row) for number, row in enumerate(rows)]
     table = """<table role="table" class="{0}" aria-label="{0}"><thead role="rowgroup"><tr role="row">{1}
 <tbody role="rowgroup">{2}</table>"""
     return fill(table, kind, head, body)
 
 
 def make_turns(url: str, after: str, last: str) -> Markup:
-    """Return the links to the first page of a table, if this begins after some row, and to the next page, if any."""
     links = [fill('<a class="button" href="{}">First page</a>', url)] if after else []
     links += [fill('<a class="button" href="{}">Next page</a>', url_to(url, after=last))] if last else []
     return fill('<p class="bar">{}</p>', links) if links else fill("")
@@ -2480,14 +2481,12 @@ def make_path(folder: str, url: str = "./") -> Markup:
 
 
 def make_live(request: Request, url: str) -> Markup:
-    """Return the link to a page that reloads itself, or the link back from there."""
     if "refresh" in request.parameters:
         return fill(STOP, REFRESH_SECONDS, url)
     return fill('<a class="button" href="{}">Live</a>\n', url_to(url, refresh=str(REFRESH_SECONDS)))
 
 
 def redirect_done(url: str, **parameters: str) -> Response:
-    """Lead a form's browser to a page that tells of the change, for some seconds."""
     return redirect(303, url_to(url, **parameters, done=str(int(time.time()))))
 
 
@@ -2505,7 +2504,7 @@ def make_values(store: Store, request: Request, user_id: int, url: str, value_ur
     if max(len(folder.encode()), len(search.encode())) > KEY_BYTES_MAX:
         raise HTTPError(400, f"a folder or a search has at most {KEY_BYTES_MAX} bytes; shorten it")
     begin, rows = after + NEXT_KEY, list[Sequence[object]]()
-    for first in (begin, added, begin) if added else (begin,):  # the page that has the added row, or else the usual one
+    for first in (begin, added, begin) if added else (begin,):  # the usual page, or one that begins with the added row
         entries = list(itertools.islice(store.entries(user_id, folder, search, first), PAGE_ROWS_MAX + 1))
         names = [entry.name for entry in entries[:PAGE_ROWS_MAX]]
         if added in names:
@@ -2535,10 +2534,8 @@ def values_page(store: Store, request: Request) -> Response:
     if not refresh:  # a reload would lose typed text
         key = request.parameters.get("key", folder)
         form = make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="", hint=HINT)
-        forms = [fold("Add", form), fill(SEARCH, folder=folder, search=search)]
-    where, wider = (f" in {title}", "Search all folders") if folder else ("", "Show all")
-    wide = url_to("./", search=search if folder else "")
-    found = fill(FOUND, where, make_visible(search), wide, wider) if search else ""
+        forms = [fold("Add", form), fill(SEARCH, search=search)]
+    found = fill(FOUND, make_visible(search), url) if search else ""
     page = fill('<div class="bar">{}{}</div>{}{}', forms, live, found, table)
     link = fill(LINK, url_to("value", key=added), make_visible(added))
     note = fill(" The key {} is stored.", link) if 'class="mark"' in table else ""
@@ -2557,25 +2554,24 @@ def make_reading(value: str) -> Markup:
 
 
 def make_buttons(request: Request, key: str, value: str, pair: Pair | None) -> list[Markup]:
-    """Return the buttons that fit a value, and those that edit and delete it."""
     etag, url, buttons = pair.etag if pair else "", url_to("./", key=key, page="value"), list[Markup]()
     if value in OPPOSITES:  # the etag makes sure that the button does what it says
-        fields = fill(SWITCH, etag, OPPOSITES[value])
-        buttons.append(fill(FORM_HTML, url=url, alert="", action="toggle", fields=fields))
+        buttons.append(fill(BUTTON_FORM, url, fill(SWITCH, etag, OPPOSITES[value])))
     elif NUMBER.fullmatch(value):
-        buttons.append(fill(FORM_HTML, url=url, alert="", action="incr", fields=fill(STEPS)))
+        buttons.append(fill(BUTTON_FORM, url, fill(STEPS)))
     live = make_live(request, url_to("value", key=key))
     if "refresh" in request.parameters:  # a reload would lose the typed text
         return [*buttons, live]
     encoded = urllib.parse.quote(value.replace("\n", "\r\n").replace("~", "!"), safe=" *")  # as browsers do
     edit = fill('<p class="soft">Edit this value with /set: a form cannot send it unchanged.</p>')
     if len(encoded) <= FORM_BYTES_MAX and "\0" not in value and "\r" not in value:
-        text, rows = request.parameters.get("value", value), min(20, value.count("\n") + len(value) // 50 + 2)
+        text = request.parameters.get("value", value)
+        rows = min(20, text.count("\n") + len(text) // 50 + 2)
         box, hint = (NEVER_BOX, "empty to keep its expiry") if pair else ("", HINT)
-        values = {"value": text, "rows": rows, "etag": etag, "hint": hint}
-        form = make_form(request, "set", VALUE_FIELDS + box + SAVE, url, **values)
+        fields = VALUE_FIELDS + box + SAVE
+        form = make_form(request, "set", fields, url, value=text, rows=rows, etag=etag, hint=hint)
         edit = fold("Edit" if pair else "Add", form, "" if value in OPPOSITES else "main")
-    question = make_question("Delete", make_visible(key), "del", url, "This cannot be undone.")
+    question = make_question("Delete", make_visible(key), "del", url, fill("<p>This cannot be undone.</p>"))
     return [*buttons, edit, live, question] if pair else [edit]
 
 
@@ -2599,7 +2595,7 @@ def make_chart(changes: Sequence[tuple[float, str | None, bool]]) -> Markup:
             line += f"M{here} {heights[number]}" if before is None else f"V{heights[number]}"
         before = number
     texts = {"low": low, "high": high, "last": last, "summary": f"Minimum {low}, maximum {high}, last {last}."}
-    texts |= {"line": line, "first": time.strftime("%Y-%m-%d %H:%M", time.localtime(begin))}
+    texts |= {"line": line, "first": time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(begin))}
     return fill(CHART, left=left, right=right, top=heights[most], x=x, y=heights[known[-1]], **texts)
 
 
@@ -2615,10 +2611,9 @@ def make_access(request: Request, key: str, value: str, etag: str) -> Markup:
 
 
 def value_page(store: Store, request: Request) -> Response:
-    """Show one pair, with forms to change it; the typed text stays even if the pair is gone."""
     key, refusal = request.parameters.get("key", ""), request.refusal
     pair = store.pair(request.user.id, key)
-    if pair is None and refusal and request.parameters.get("page") != "value":
+    if pair is None and refusal and (not key or request.parameters.get("page") != "value"):
         return values_page(store, request)
     if pair is None and not refusal:
         request.refusal = HTTPError(404, "there is no such key now; add it, or go back to its folder")
@@ -2626,12 +2621,10 @@ def value_page(store: Store, request: Request) -> Response:
             raise request.refusal
     value, etag = (pair.value.decode("utf-8"), pair.etag) if pair else ("", "")
     if refusal and refusal.status == 409 and request.parameters.get("etag", etag) != etag:
-        was = (
-            "The value was changed to <em>{}</em> {}" if request.parameters["etag"] else "It was set to <em>{}</em> {}"
-        )
-        news = was + "; {} again to overwrite it" if pair else "The value was deleted; save one to add it again"
-        again = "save" if request.parameters["action"] == "set" else "switch"
-        request.refusal = HTTPError(409, fill(news, make_short(value), make_time(pair and pair.updated, " ago"), again))
+        change = "The value was changed" if request.parameters["etag"] else "The key exists: it was set"
+        news = f"{change} to <em>{{}}</em> {{}}" if pair else "The value was deleted; save one to add it again"
+        news += "; save again to overwrite it" if pair and request.parameters["action"] == "set" else ""
+        request.refusal = HTTPError(409, fill(news, make_short(value), make_time(pair and pair.updated, " ago")))
     facts = list[Markup]()
     for word, moment in (("Changed", pair.updated), ("Expires", pair.expires)) if pair else ():
         if moment is not None:
@@ -2656,8 +2649,7 @@ def make_tokens(store: Store, user_name: str, url: str) -> Markup:
     for token in store.tokens(user_name):
         label = token.label or f"token {token.id}"
         used = "today" if token.last_used == today else make_time(token.last_used)
-        warning, one = "The device that uses it can no longer log in.", url_to(url, id=str(token.id))
-        question = make_question("Delete", label, "deltoken", one, warning)
+        question = make_question("Delete", label, "deltoken", url_to(url, id=str(token.id)))
         rows.append((label, token.rights(), make_time(token.created), used, question))
     return make_table("tokens", ("Label", "Rights", "Created", "Last used", "Delete"), rows)
 
@@ -2697,7 +2689,7 @@ def user_page(store: Store, request: Request) -> Response:
     user, pairs, newest = store.users(find_user(store, request).name)[0]
     name, url = make_visible(user.name), url_to("./", username=user.name)
     role, other, is_admin = ("admin", "user", "") if user.is_admin else ("user", "admin", "1")
-    warning = "Admins manage all users and hooks. Users manage only their own values and tokens."
+    warning = fill("<p>Admins manage all users and hooks. Users manage only their own values and tokens.</p>")
     set_password = fold("Change the password", make_form(request, "setpassword", SET_PASSWORD, url, user=user.name), "")
     set_role = make_question("Change the role", f"to {other}", "setadmin", url_to(url, isAdmin=is_admin), warning)
     buttons, delete = [set_password, set_role], url_to("delete", username=user.name)
@@ -2721,24 +2713,23 @@ def delete_page(store: Store, request: Request) -> Response:
 
 
 def hooks_page(store: Store, request: Request, message: str = "") -> Response:
-    rows, hooks = [], store.hooks(limit=PAGE_ROWS_MAX + 1)
-    for hook in hooks[:PAGE_ROWS_MAX]:
-        name = fill("{} {}<br><small>{}</small>", hook.id, hook.label, hook.origin)
+    after, most, rows = request.parameters.get("after", "0"), PAGE_ROWS_MAX // 2, list[Sequence[object]]()
+    hooks = store.hooks(limit=most + 1, after=after)
+    for hook in hooks[:most]:
         only = f"only when it becomes {make_visible(hook.value)}" if hook.value is not None else ""
         key = [make_visible(hook.pattern), fill("<br><small>{}</small>", only) if only else ""]
         kind = "bad" if hook.result and hook.result[0] != "2" else ""
         tried = [make_time(hook.result_time, " ago"), ", "] if hook.result else ""
-        row = '<span class="{}">{}</span><br><small>{}pending: {}</small>'
-        result = fill(row, kind, hook.result or "not tried", tried, hook.pending)
-        url, warning = url_to("./", id=str(hook.id)), "Its pending deliveries are deleted too."
-        delete = make_question("Delete", f"hook {hook.id}", "delhook", url, warning)
-        buttons = fill(HOOK_BUTTONS, id=hook.id, delete=delete)
-        rows.append((name, make_visible(hook.user_name), key, result, buttons))
-    command = shlex.join([sys.executable, os.path.abspath(__file__), "--db", store.path])
-    more = fill("<p>More hooks exist. List all with:</p><pre>{} hooks</pre>", command) if hooks[PAGE_ROWS_MAX:] else ""
+        result = fill(RESULT, kind, hook.result or "not tried", tried, hook.pending)
+        url = url_to("./", id=str(hook.id))
+        test = fill(BUTTON_FORM, url, fill(SEND_TEST, hook.id))
+        buttons = fill('<div class="bar">{}{}</div>', test, make_question("Delete", f"hook {hook.id}", "delhook", url))
+        rows.append((fill(HOOK, hook.id, hook.label, hook.origin), make_visible(hook.user_name), key, result, buttons))
     table = make_table("hooks", ("Hook", "User", "Key", "Last result", "Actions"), rows)
+    turns = make_turns("hooks", after.strip("0"), str(hooks[most - 1].id) if hooks[most:] else "")
     message = fill('<p role="status">{}</p>', message) if message else ""
-    page = fill(HOOKS_PAGE, message=message, table=table, more=more, command=command)
+    command = shlex.join([sys.executable, os.path.abspath(__file__), "--db", store.path])
+    page = fill(HOOKS_PAGE, message=message, table=[table, turns], command=command)
     return make_page(request, "Hooks", page, "admin/hooks")
 
 
@@ -2748,7 +2739,7 @@ def take_action(store: Store, request: Request, pages: Mapping[str, Callable[...
     if (user.id, user.is_admin) != (request.user.id, request.user.is_admin):
         raise StoreBusy("your user has just been changed; try again")
     action = required(request.parameters, "action")
-    if not request.path.endswith("/admin"):  # programs send forms there
+    if request.wants_html() and not request.path.endswith("/admin"):  # programs get a line
         request.form_page = pages.get(action, next(iter(pages.values())))
     take_choice(request.parameters, "action", list(pages))
     if action in ("adduser", "setpassword", "passwd"):
@@ -2764,31 +2755,34 @@ def change_user(store: Store, request: Request) -> Response:
     if action == "testhook":
         request.test = store.test_delivery(required(parameters, "id"))
         return Response()
-    name, is_admin = "" if action == "delhook" else required(parameters, "username"), is_on(parameters, "isAdmin")
-    url = url_to("user", username=name) if pages[action] is user_page else "./"
+    url, is_admin = "./", is_on(parameters, "isAdmin")
     if action == "delhook":
         store.delete_hook(required(parameters, "id"))
         url = "hooks"
     elif action == "adduser":
+        name = required(parameters, "username")
         check_user_name(name)
         store.add_user(name, request.password_hash, is_admin)
-    elif find_user(store, request) and action == "deluser":  # it raises HTTPError if there is none
-        if name == request.user.name:
-            raise HTTPError(409, "nobody can delete themselves; ask another admin")
-        store.delete_user(name, even_last_admin=False)
-    elif action == "setpassword":
-        store.set_password_hash(name, request.password_hash)
-    elif action == "setadmin":
-        store.set_admin(name, is_admin)
-        if name == request.user.name and not is_admin:
-            url = "../me/"  # the pages for admins are closed to them now
     else:
-        store.delete_token(name, required(parameters, "id"))  # SQLite compares digits with a number
+        name = find_user(store, request).name
+        url = url_to("user", username=name)
+        if action == "setpassword":
+            store.set_password_hash(name, request.password_hash)
+        elif action == "deltoken":
+            store.delete_token(name, required(parameters, "id"))  # SQLite compares digits with a number
+        elif action == "setadmin":
+            store.set_admin(name, is_admin)
+            if name == request.user.name and not is_admin:
+                url = "../me/"  # the pages for admins are closed to them now
+        elif name == request.user.name:
+            raise HTTPError(409, "nobody can delete themselves; ask another admin")
+        else:
+            store.delete_user(name, even_last_admin=False)
+            url = "./"
     return redirect(303, "admin/") if request.path.endswith("/admin") else redirect_done(url)
 
 
 def change_value(store: Store, request: Request, action: str) -> Response:
-    """Set, increment or toggle a value, unless the form shows another one."""
     user, parameters = request.user, request.parameters
     key = require_key(required(parameters, "key"))
     pair, on_value_page = store.pair(user.id, key), parameters.get("page") in ("value", "state")
@@ -2797,7 +2791,9 @@ def change_value(store: Store, request: Request, action: str) -> Response:
         raise HTTPError(409, "the key has another value now, or none; save again to store this one all the same")
     if not parameters.get("ttl"):
         parameters.pop("ttl", None)  # an empty field of a form
-    stored = pair.value.decode("utf-8") if pair else ""
+    is_endless, stored = is_on(parameters, "never"), pair.value.decode("utf-8") if pair else ""
+    if is_endless and "ttl" in parameters:
+        raise HTTPError(400, "the parameters ttl and never exclude each other; leave one out")
     if action == "incr":
         increment(store, request)
     elif action == "toggle" and stored not in OPPOSITES:
@@ -2805,9 +2801,7 @@ def change_value(store: Store, request: Request, action: str) -> Response:
     else:  # browsers send CR LF
         typed = OPPOSITES[stored] if action == "toggle" else required(parameters, "value")
         value, ttl = check_value(typed.replace("\r\n", "\n").replace("\r", "\n")), take_ttl(parameters)
-        if ttl and is_on(parameters, "never"):
-            raise HTTPError(400, "the parameters ttl and never exclude each other; leave one out")
-        keeps_expiry = (on_value_page or action == "toggle") and not is_on(parameters, "never")
+        keeps_expiry = (on_value_page or action == "toggle") and not is_endless
         store.set_value(user.id, key, value, pair.expires if pair and keeps_expiry else None, ttl)
     if on_value_page or action != "set":
         return redirect_done("value", key=key)
@@ -2855,8 +2849,9 @@ READ = ("GET", "HEAD")
 
 def lead_on(store: Store, request: Request) -> Response:
     """Redirect to a folder before a login: browsers send its password unasked to the folder (RFC 7617 section 2.2)."""
-    page = request.path.rpartition("/")[2]
-    path = "value" if page == "state" else f"{page}/"  # /me/value had that name
+    path = request.path.rpartition("/")[2] + "/"
+    if request.path.endswith("/me/state"):  # the name of /me/value before
+        path = "value"
     return redirect(301, path + (f"?{request.query}" if request.query else ""))
 
 
@@ -2895,7 +2890,7 @@ ROUTES = (
     Route("/admin/", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 1),
     Route("/admin/user", READ, user_page, ADMIN, THREAD, ("username", "folder", "after", "done"), 1),
     Route("/admin/delete", READ, delete_page, ADMIN, THREAD, ("username",), 1),
-    Route("/admin/hooks", READ, hooks_page, ADMIN, THREAD, ("done",)),
+    Route("/admin/hooks", READ, hooks_page, ADMIN, THREAD, ("after", "done")),
 )
 BY_PATH_AND_METHOD = {
     path: {method: route for route in ROUTES if route.path == path for method in route.methods}
