@@ -2193,8 +2193,7 @@ def report_metrics(store: Store, request: Request) -> Response:
 
 HTML = "text/html; charset=utf-8"
 PAGE_ROWS_MAX = 100
-REFRESH_SECONDS = 10
-DONE_SECONDS = 30  # that a page tells of a change
+REFRESH_SECONDS, DONE_SECONDS = 10, 30  # of a page that reloads itself; for so long, a page tells of a change
 FORM_BYTES_MAX = BODY_BYTES_MAX - 4096  # of an edited value, with room for the other fields
 VALUE_READ_CHARACTERS_MAX = 20_000  # on its page; a longer one is cut off, or not indented
 OPPOSITES = {"on": "off", "off": "on", "open": "closed", "closed": "open", "true": "false", "false": "true"}
@@ -2850,13 +2849,8 @@ READ = ("GET", "HEAD")
 def lead_on(store: Store, request: Request) -> Response:
     """Redirect to a folder before a login: browsers send its password unasked to the folder (RFC 7617 section 2.2)."""
     path = request.path.rpartition("/")[2] + "/"
-    if request.path.endswith("/me/state"):  # the name of /me/value before
-        path = "value"
+    path = "value" if request.path.endswith("/me/state") else path  # /me/value had that name
     return redirect(301, path + (f"?{request.query}" if request.query else ""))
-
-
-def show_icon(store: Store, request: Request) -> Response:
-    return Response(ICON, content_type="image/svg+xml")
 
 
 ROUTES = (
@@ -2876,7 +2870,7 @@ ROUTES = (
     Route("/metrics", READ, report_metrics, OPERATOR, THREAD),
     Route("", READ, lead_on, ANYONE, HERE),
     Route("/", READ, welcome_page, BROWSER, HERE),
-    Route("/icon.svg", READ, show_icon, ANYONE, HERE),
+    Route("/icon.svg", READ, lambda store, request: Response(ICON, content_type="image/svg+xml"), ANYONE, HERE),
     Route("/me", READ, lead_on, ANYONE, HERE, LIST_FIELDS),
     Route("/me/", READ, values_page, PERSON, THREAD, (*LIST_FIELDS, "key", "page", "id")),
     Route("/me/", ("POST",), change_own, PERSON, COMMIT, OWN_FIELDS, 1),
@@ -2900,11 +2894,7 @@ API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or
 
 # Errors that the client or a second try can correct. Some of their messages name commands, which clients don't have.
 REFUSALS = {NoSuchUser: 401, NotFound: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
-MESSAGES = {
-    401: "the user was deleted",
-    404: "this token or hook does not exist any more; load the page again",
-    408: "the request is too slow",
-}
+MESSAGES = {401: "the user was deleted", 404: "no such token or hook; load the page again", 408: "the request is too slow"}
 
 
 def find_routes(path: str, base_path: str) -> tuple[dict[str, Route], str]:

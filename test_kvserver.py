@@ -6152,7 +6152,7 @@ class OwnPages(PageCase):
         row = ["hall", "read hall/*", "2 h", "today"]
         self.assertEqual(row, Page(self.see(200, "/me/tokens")).rows[1][:4])
         answer = self.send(404, "/me/", "bob", action="deltoken", id="1")
-        self.assertIn("this token or hook does not exist any more", answer.body.decode())
+        self.assertIn("no such token or hook; load the page again", answer.body.decode())
         self.send(303, "/me/", location="tokens?done=NOW", action="deltoken", id="1")
         self.check(401, "GET", "/list", user="Bearer " + token)
         for fields in ({"label": "x" * 65}, {"label": "a\nb"}, {"prefix": "x" * 513}, {"prefix": "\0"}):
