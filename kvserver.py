@@ -3792,6 +3792,9 @@ class Server(http.server.ThreadingHTTPServer):
 class CommandError(Exception): ...  # the message is one line for people; the program exits with 1
 
 
+class UsageError(CommandError): ...  # it exits with 2
+
+
 class Setting(NamedTuple):
     """A row of the table: log_requests is --log-requests, KVSERVER_LOG_REQUESTS, and log_requests in the file."""
 
@@ -3867,13 +3870,13 @@ def read_config(path: str) -> Iterator[tuple[str, str, str]]:
     try:
         members = parse_json(read_text("settings", path))
     except (ValueError, HTTPError) as error:
-        raise argparse.ArgumentError(None, f"cannot read the configuration file {path}: {error}") from None
+        raise UsageError(f"cannot read the configuration file {path}: {error}") from None
     if not isinstance(members, dict):
-        raise argparse.ArgumentError(None, f"the configuration file {path} is not a JSON object")
+        raise UsageError(f"the configuration file {path} is not a JSON object")
     for name, member in members.items():
         setting = SETTINGS.get(name, SETTINGS["port"])  # an unknown name is refused later
         if isinstance(setting.default, str) and not isinstance(member, str):
-            raise argparse.ArgumentError(None, f"{name} in {path} must be a JSON string, not {json.dumps(member)}")
+            raise UsageError(f"{name} in {path} must be a JSON string, not {json.dumps(member)}")
         text = ",".join(map(str, member)) if setting.default == () and isinstance(member, list) else str(member)
         is_path = setting.metavar == "FILE" and text
         yield f"{name} in {path}", name, os.path.join(os.path.dirname(path), text) if is_path else text
@@ -3889,11 +3892,11 @@ def read_settings(path: str | None, environment: Mapping[str, str]) -> dict[str,
     values = {name: setting.default for name, setting in SETTINGS.items()}
     for source, name, text in texts:
         if name not in SETTINGS:
-            raise argparse.ArgumentError(None, f"{source} is not a setting; the settings are: {', '.join(SETTINGS)}")
+            raise UsageError(f"{source} is not a setting; the settings are: {', '.join(SETTINGS)}")
         try:
             values[name] = SETTINGS[name].parse(text)
         except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentError(None, f"{source} is {text!r}; {error}") from None
+            raise UsageError(f"{source} is {text!r}; {error}") from None
     return values
 
 
@@ -3952,8 +3955,9 @@ def set_aside(database: str, locks: contextlib.ExitStack) -> str:
                 old.lock_alone()
     except (BlockingIOError, StoreBusy):
         raise CommandError(f"another process uses the database {database}; stop the server, and try again") from None
-    names = (f"{database}.before-restore-{time.strftime('%Y%m%d-%H%M%S')}" for _ in itertools.count())
-    kept = next(itertools.filterfalse(os.path.lexists, names))
+    kept = ""
+    while not kept or os.path.lexists(kept):
+        kept = f"{database}.before-restore-{time.strftime('%Y%m%d-%H%M%S')}"
     if os.path.exists(database):
         try:
             os.link(database, kept)  # after a rename, a server that starts now would make a new database
@@ -4058,7 +4062,7 @@ def import_pairs(arguments: argparse.Namespace) -> None:
         with contextlib.closing(open_store(arguments.db, create=is_database)) as store:
             known = [name for name in sorted(users) if store.user(name)]
             if known and not arguments.merge:
-                raise CommandError(f"nothing was imported; --merge adds values to users that exist: {', '.join(known)}")
+                raise CommandError(f"users exist; --merge adds values, but keeps password and role: {', '.join(known)}")
             new = [user for name, user in users.items() if name not in known]
             stored, old = store.import_all(new, pairs)
             print(*bad, f"imported users: {len(new)}, values: {stored}; left out: {len(bad)}, expired: {old}", sep="\n")
@@ -4091,13 +4095,13 @@ def read_password(arguments: argparse.Namespace) -> str:
     return password
 
 
-def print_rows(arguments: argparse.Namespace, kind: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table of a kind that fits 80 columns. An empty cell is "-"; a column of these is left out."""
+def print_rows(arguments: argparse.Namespace, what: str, head: str, rows: Iterable[Sequence[object]]) -> None:
+    """Print a table that fits 80 columns, or how to add a row. An empty cell is "-"; a column of these is left out."""
     texts = [["-" if cell in (None, "") else escape_unprintable(str(cell)) for cell in row] for row in rows]
     if not texts:
-        print(f"there are no {kind}s; to add one, see: {arguments.program} add{kind} --help")
+        print(f"there are no {what.split()[0]}s; add one with: {arguments.program} add{what}")
         return
-    columns = [column for column in zip(head, *texts) if set(column[1:]) != {"-"}]
+    columns = [column for column in zip(head.split(","), *texts) if set(column[1:]) != {"-"}]
     widths = [max(map(len, column)) for column in columns]
     while sum(widths) + 2 * len(widths) - 2 > 80:
         widths[widths.index(max(widths))] -= 1
@@ -4142,7 +4146,7 @@ def delete_user(arguments: argparse.Namespace, store: Store) -> None:
 def list_users(arguments: argparse.Namespace, store: Store) -> None:
     """List the users, with their roles and numbers of values."""
     rows = ((user.name, "admin" if user.is_admin else "user", pairs) for user, pairs, _ in store.users())
-    print_rows(arguments, "user", ("NAME", "ROLE", "VALUES"), rows)
+    print_rows(arguments, "user USER", "NAME,ROLE,VALUES", rows)
 
 
 def add_token(arguments: argparse.Namespace, store: Store) -> None:
@@ -4158,7 +4162,7 @@ def list_tokens(arguments: argparse.Namespace, store: Store) -> None:
     """List a user's tokens, with rights and last use. The tokens themselves cannot be shown."""
     tokens = store.tokens(arguments.name)
     rows = ((t.id, t.label, t.rights(), utc_second(t.created)[:10], utc_second(t.last_used)[:10]) for t in tokens)
-    print_rows(arguments, "token", ("ID", "LABEL", "RIGHTS", "CREATED", "LAST USED"), rows)
+    print_rows(arguments, f"token {shlex.quote(arguments.name)}", "ID,LABEL,RIGHTS,CREATED,LAST USED", rows)
 
 
 def delete_token(arguments: argparse.Namespace, store: Store) -> None:
@@ -4175,7 +4179,7 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     check_label_and_prefix(arguments.label, "")
     method, body = arguments.method, arguments.body
     if arguments.url == body == "-":
-        raise argparse.ArgumentError(None, "the URL and the body cannot both be -; read the body with --body @FILE")
+        raise UsageError("the URL and the body cannot both be -; read the body from a file with --body @FILE")
     url = read_text("URL", "-").strip() if arguments.url == "-" else arguments.url
     if body == "-" or (body or "").startswith("@"):
         body = read_text("body", body.removeprefix("@"))
@@ -4187,7 +4191,7 @@ def add_hook(arguments: argparse.Namespace, store: Store) -> None:
 def list_hooks(arguments: argparse.Namespace, store: Store) -> None:
     """List the hooks, with their pending deliveries and last results. Only scheme, host and port of URLs are shown."""
     rows = ((*h[:6], h.pending or None, utc_second(h.result_time), h.result) for h in store.hooks(arguments.name))
-    print_rows(arguments, "hook", ("ID", "USER", "KEY", "VALUE", "LABEL", "URL", "PENDING", "LAST TRY", "RESULT"), rows)
+    print_rows(arguments, "hook USER KEY URL", "ID,USER,KEY,VALUE,LABEL,URL,PENDING,LAST TRY,RESULT", rows)
 
 
 def delete_hook(arguments: argparse.Namespace, store: Store) -> None:
@@ -4275,7 +4279,7 @@ def announce(server: Server, store: Store, program: str) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Run the server until Ctrl-C or SIGTERM. The first start adds the user admin, and prints the password once."""
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
-        raise argparse.ArgumentError(None, "--tls-cert and --tls-key go together: the certificate and its private key")
+        raise UsageError("--tls-cert and --tls-key go together: the certificate and its private key")
     certificate = Certificate(arguments.tls_cert, arguments.tls_key) if arguments.tls_cert else None
     threading.stack_size(512 * 1024)  # the usual 8 MiB per thread are a lot for a small machine
     with contextlib.closing(open_store(arguments.db)) as store:
@@ -4451,7 +4455,7 @@ def parse_arguments(argv: Sequence[str], arguments: argparse.Namespace) -> None:
 
         likely = [*(word for word in known if word.startswith(wrong)), *difflib.get_close_matches(wrong.lower(), known)]
         hint = f"did you mean {level.prog} {likely[0]}?" if likely else f"list all with: {level.prog} --help"
-        raise argparse.ArgumentError(None, f"there is no {kind} {cut_off(wrong, 40)}; {hint}")
+        raise UsageError(f"there is no {kind} {cut_off(wrong, 40)}; {hint}")
     if parser.parse_known_args(argv, arguments)[1]:
         level.error("too many arguments; one that contains spaces or * needs quotes")
     if level is parser:
@@ -4474,6 +4478,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     program, code, line_end = "python kvserver.py", 1, ""
     if argv is None:
         argv, program = sys.argv[1:], shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
@@ -4492,8 +4497,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
                 raise
         return 0
-    except (CommandError, argparse.ArgumentError, StoreError, HTTPError) as error:
-        message, code = str(error), 2 if isinstance(error, argparse.ArgumentError) else 1
+    except (CommandError, StoreError, HTTPError) as error:
+        message, code = str(error), 2 if isinstance(error, UsageError) else 1
     except UnicodeError:
         message = "an argument or the input is not UTF-8 text"
     except OSError as error:

@@ -6847,7 +6847,7 @@ def program(code: str = "", **constants: float) -> list[str]:
 
 
 CHEAP_PROGRAM = program()
-NO_USERS = "there are no users; to add one, see: python kvserver.py adduser --help\n"
+NO_USERS = "there are no users; add one with: python kvserver.py adduser USER\n"
 INSERT_PAIR = "INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?)"
 
 
@@ -7106,7 +7106,7 @@ class UserCommands(CommandCase):
 
     def test_tokens_are_added_listed_and_deleted(self) -> None:
         self.add_user("alice")
-        no_tokens = "there are no tokens; to add one, see: python kvserver.py addtoken --help\n"
+        no_tokens = "there are no tokens; add one with: python kvserver.py addtoken alice\n"
         self.assertEqual(no_tokens, self.succeed("tokens", "alice"))
         token = self.succeed("addtoken", "alice", "--label", "Küche", "--read-only", "--prefix", "a/")
         self.assertRegex(token, r"\Akv_[A-Za-z0-9_-]{43}\n\Z")
@@ -7950,7 +7950,7 @@ class MovingIn(CommandCase):
         self.sql(INSERT_PAIR, (1, "door", "here", 0, None), (1, "only", "here", 0, None))
         before = self.password_hash()
         self.make([("alice", self.scrypt, 1), ("bob", self.pbkdf2, 0)], [("door", "there", "alice"), ("b", "2", "bob")])
-        message = "nothing was imported; --merge adds values to users that exist: alice"
+        message = "users exist; --merge adds values, but keeps password and role: alice"
         self.assert_fails(message, "import", "database.db")
         self.assertNotIn("bob", self.succeed("users"))
         lines = self.succeed("import", "database.db", "--merge").splitlines()
@@ -8000,7 +8000,7 @@ class HookCommands(CommandCase):
         self.succeed("deluser", "alice", "--yes")
         self.assertEqual(["ID USER KEY URL LAST TRY", "4 bob a http://h never"], self.hooks())
         self.succeed("deluser", "bob", "--yes")
-        no_hooks = "there are no hooks; to add one, see: python kvserver.py addhook --help"
+        no_hooks = "there are no hooks; add one with: python kvserver.py addhook USER KEY URL"
         self.assertEqual([no_hooks], self.hooks())
         self.assertEqual([], self.sql("SELECT * FROM sqlite_master WHERE type = 'trigger'"))
 
