@@ -1062,7 +1062,7 @@ class Request:
         return any(tag + '"' == etag and (header != "if-match" or not weak) for weak, tag in tags)
 
 
-class Route(NamedTuple):
+class Route(NamedTuple):  # a row of the table of paths: what answers, who may call it, and where it runs
     path: str  # KEY at its end matches any key
     methods: tuple[str, ...]
     endpoint: Callable[[Any, Request], Response]
@@ -1466,7 +1466,6 @@ def parse_time(text: object) -> float:
 # Runs coroutines in one thread. Nothing else runs between two awaits, so they need no locks. Knows no HTTP and no SQL.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
-HINT = "empty for never"
 NEVER = math.inf  # as a deadline
 RECEIVE_BYTES = 64 * 1024  # at a time
 Cancelled = GeneratorExit  # ends the task that it is thrown into
@@ -1731,7 +1730,7 @@ class SecureSocket:
 
     def send(self, data: bytes | memoryview) -> int:
         """Send the first bytes of data, and return how many; raise BlockingIOError to be called again with the same."""
-        self._in_flight = self._in_flight or self._tls.write(memoryview(data)[: 64 * 1024])  # the unit of progress
+        self._in_flight = self._in_flight or self._tls.write(memoryview(data)[: 64 * 1024])  # reported only as a whole
         if not self._flush():
             raise BlockingIOError
         sent, self._in_flight = self._in_flight, 0
@@ -1920,7 +1919,7 @@ class Authenticator:
     def __init__(self, store: Store, loop: Loop, threads: Threads, commit: Commit, metrics: Metrics) -> None:
         self._store, self._loop, self._commit, self._metrics = store, loop, commit, metrics
         self.scrypt, self._threads = Threads(loop, 1), threads  # glibc keeps 16 MiB per thread that ran scrypt
-        self._unknown_user_hash = hash_password(None)  # times tell no names (but at first, other programs' hashes do)
+        self._unknown_user_hash = hash_password(None)  # checked for unknown names, so times do not tell which exist
         self._verified: dict[Check, None] = {}  # a check contains the stored hash: a new password counts at once
         self._refused: dict[Check, float] = {}  # failed checks, until when: one device must not throttle its neighbours
         self._secret = secrets.token_bytes(32)
@@ -1969,7 +1968,7 @@ class Authenticator:
 
     async def _verify(self, check: Check, name: str, password: str, address: Address | None) -> None:
         (digest, stored), waiting = check, self._waiting[check]
-        threads = self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads  # other programs' may take longer
+        threads = self.scrypt if SCRYPT_HASH.fullmatch(stored) else self._threads  # other programs' hashes may be slow
         try:
             result = bool(name and password) and await threads.run(
                 lambda: verify_password(password, stored) if any(map(Wakeup.is_wanted, waiting)) else None, "checks"
@@ -3251,10 +3250,8 @@ class RequestHandler:
 
     async def _wait_for_news(self, deadline: float) -> None:
         with contextlib.suppress(BlockingIOError, TimeoutError):
-            if not await ready(0 if self.received else READABLE, deadline):
-                self.received += self.connection.recv(
-                    RECEIVE_BYTES
-                )  # the next request, or nothing: the client has gone
+            if not await ready(0 if self.received else READABLE, deadline):  # the next request, or the client has gone
+                self.received += self.connection.recv(RECEIVE_BYTES)
                 if not self.received:
                     raise ConnectionResetError
 
@@ -3498,7 +3495,8 @@ TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, except the las
 WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log begins again, even if it has to wait for readers
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
 POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
-STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5  # for late requests, all connections, the process
+# After a stop begins: late requests get 408 or 503, connections close, the process ends.
+STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5
 
 Change = tuple[Callable[[Store], Any], Wakeup, float]  # an operation, its task's Wakeup, bytes of its request or so
 
@@ -3530,7 +3528,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._in_transaction = False  # of changes that are not handed out yet
         self.token_uses: dict[int, int] = {}  # days not yet stored, by the token's id
         self._state = b""  # of the database; streams and requests that wait know of all commits up to it
-        self.pages_until = self._next_checkpoint = 0.0  # monotonic seconds: before, streams read no further pairs
+        self.pages_until = self._next_checkpoint = 0.0  # monotonic seconds, before which streams and checkpoints wait
         self._page = (b"", 0, "", ""), list[bytes](), ""  # the last page of pairs that a stream read, and its last key
         super().__init__(cast(Any, address), cast(Any, RequestHandler))
         self.socket.setblocking(False)
@@ -3539,7 +3537,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind the socket. HTTPServer's own method would ask the DNS for our name, which can take seconds."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # so no connection delays a response
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # inherited: no response waits for an ACK
         super(http.server.HTTPServer, self).server_bind()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
@@ -3738,7 +3736,7 @@ class Server(http.server.ThreadingHTTPServer):
             writer.begin()
             self._look_for_others()  # we have the lock now: until the commit, the state changes only through us
             self._in_transaction = True
-            while self.changes and size < TRANSACTION_BYTES_MAX:  # the write-ahead log takes it as a whole
+            while self.changes and size < TRANSACTION_BYTES_MAX:  # it enters the log whole, so this also bounds the log
                 _, wakeup, change_size = change = self.changes.popleft()
                 wakeup.task.deadline = NEVER  # from now on it waits, however long that takes
                 changes.append(change)
