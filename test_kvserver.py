@@ -9178,6 +9178,11 @@ class Source(unittest.TestCase):
         self.assertEqual(needed, errors)
         self.assertEqual((1, ""), (code, output))
 
+    def test_the_room_of_the_pages_stays_small(self) -> None:
+        (pages,) = re.findall("(?s)\n(# ---- Pages -.*?\n)# ---- ", self.text)
+        for text, most in ((pages, 650), (kvserver.STYLE.strip("\n"), 120)):
+            self.assertLessEqual(len(text.splitlines()), most, text[:50])
+
     def test_docstring_names_every_path(self) -> None:
         for path in (*kvserver.API_PATHS, "/admin/", "/me/"):
             self.assertIn(path, kvserver.__doc__ or "")
