@@ -84,8 +84,7 @@ HISTORY_VALUE_BYTES_MAX = 1024  # longer values are cut off in the history
 
 PASSWORD_CHARACTERS_MIN = 8
 SCRYPT_COST_LOG2, SCRYPT_BLOCK_SIZE, SCRYPT_PARALLELISM = 14, 8, 5  # one of OWASP's equal settings; takes 16 MiB
-TOKENS_MAX = 100  # per user
-LABEL_CHARACTERS_MAX = 64
+TOKENS_MAX, LABEL_CHARACTERS_MAX = 100, 64  # per user; of the label of a token or a hook
 FAILURES_MAX, FAILURE_SECONDS = 10, 30  # failed logins before an address must wait; until one of them is forgotten
 
 WORKERS_MAX = 4  # threads for slow requests
@@ -105,8 +104,7 @@ DEFAULT_DATABASE = os.path.join(STATE_FOLDER, "kvserver.db")  # systemd may pass
 # One line per event on standard error, without secrets. The logging module would take a tenth of the start-up time.
 
 TOKEN_PREFIX = "kv_"
-LOGGED_KINDS_MAX = 10_000  # that are remembered; an address may be one
-RARE_LOG_SECONDS = 60  # between two lines of a kind that clients can cause
+LOGGED_KINDS_MAX, RARE_LOG_SECONDS = 10_000, 60  # kinds that are remembered; between two lines that clients can cause
 
 
 def escape_unprintable(text: str) -> str:
@@ -967,10 +965,9 @@ def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
 # RFC 9110 and RFC 9112. Malformed requests are refused: a proxy that repairs them might see other requests than we do.
 
 REQUEST_LINE_BYTES_MAX, HEADERS_BYTES_MAX, HEADER_FIELDS_MAX = 16 * 1024, 32 * 1024, 100
-HOOK_URL_BYTES_MAX = 4096
 DEFAULT_PORTS = {"http": 80, "https": 443}
 HOOK_BODY_METHODS = ("POST", "PUT", "PATCH")
-HOOK_BODY_BYTES_MAX = 16 * 1024 * 1024  # with the values that it inserts
+HOOK_URL_BYTES_MAX, HOOK_BODY_BYTES_MAX = 4096, 16 * 1024 * 1024  # a body counts with the values that it inserts
 PLACEHOLDER = re.compile(r"\{(key|value|old|time)\}")
 JSON_HEADER = re.compile(r"(?im)^content-type:[^;\n]*[/+]json[ ]*(;|$)")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # with C1, which some programs take for line ends
@@ -1827,8 +1824,7 @@ class Metrics:
 # ---- Authentication --------------------------------------------------------------------------------------------------
 # Credentials in, a User or an HTTPError out. scrypt is slow, so we remember credentials, but only under a keyed hash.
 
-CREDENTIALS_MAX = 1024  # right ones that are remembered, and as many wrong ones
-REFUSED_SECONDS = 600  # that wrong ones are remembered
+CREDENTIALS_MAX, REFUSED_SECONDS = 1024, 600  # right ones that are remembered, and as many wrong ones, for so long
 CHECKS_MAX, CHECK_SECONDS = 64, 10  # passwords that wait to be checked, and how long a request waits for that
 THROTTLED_ADDRESSES_MAX = 10_000
 # Visitors of a route. ANYONE and BROWSER need no login; for a BROWSER, the path exists only in HTML. A PERSON needs a
@@ -1922,10 +1918,9 @@ class Authenticator:
         self._unknown_user_hash = hash_password(None)  # checked for unknown names, so times do not tell which exist
         self._verified: dict[Check, None] = {}  # a check contains the stored hash: a new password counts at once
         self._refused: dict[Check, float] = {}  # failed checks, until when: one device must not throttle its neighbours
-        self._secret = secrets.token_bytes(32)
+        self._secret, self._errors = secrets.token_bytes(32), ErrorLog()
         self._waiting: dict[Check, list[Wakeup]] = {}  # requests that wait for a check
         self._paid_off: dict[Hashable, float] = {}  # when a client's last failure is forgotten, in monotonic seconds
-        self._errors = ErrorLog()
 
     async def authenticate(self, authorization: str, find_address: Callable[[], Address | None]) -> User:
         name, password = decode_credentials(authorization)
@@ -2984,8 +2979,7 @@ NO_REQUEST = Request("", "*", "", Fields("", {}, False, False, 0))  # for one th
 IDLE, RECEIVING, WORKING, SENDING = "idle", "receiving", "working", "sending"  # while its task waits; see rank
 EVENTS_BYTES_MAX = 16 * 1024  # that a stream sends at once; a longer event goes alone, and streams share its bytes
 PENDING_BYTES_MAX = 1024 * 1024  # of events that a stream has not begun to send, plus those of one transaction
-RESTART_SECONDS = 1  # from one start of a stream to the next
-SILENT_SECONDS = 15  # until a stream sends a comment
+RESTART_SECONDS, SILENT_SECONDS = 1, 15  # from one start of a stream to the next; until it sends a comment
 
 
 def encode_change(key: str, value: str | None, updated: float) -> bytes:
@@ -3153,8 +3147,7 @@ class RequestHandler:
     def _url(self, request: Request) -> str:
         """Return the server's address as the browser of a page sees it, without a slash at the end."""
         headers, scheme = request.fields.headers, "https" if self.server.certificate else "http"
-        forwarded = headers.get("x-forwarded-proto", "").lower()
-        peer = parse_address(self.peer)
+        forwarded, peer = headers.get("x-forwarded-proto", "").lower(), parse_address(self.peer)
         if forwarded in DEFAULT_PORTS and peer and any(peer in network for network in self.server.trusted_proxy):
             scheme = forwarded
         host = headers.get("host") or f"HOST:{self.server.server_port}"
@@ -3173,8 +3166,7 @@ class RequestHandler:
             user = await self.server.authenticator.authenticate(headers.get("authorization", ""), find_address)
             self.login = (request.fields, user)
         request.user = user
-        if route.who != USER:
-            check_visitor(user, route.who)
+        check_visitor(user, route.who)
         if user.token and user.token.last_used != time.time() // DAY_SECONDS * DAY_SECONDS:
             self.server.token_uses[user.token.id] = int(time.time() // DAY_SECONDS)
         if route.where == COMMIT:
@@ -3314,20 +3306,17 @@ class RequestHandler:
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
 # Sends changes to URLs. Only a shell adds hooks: users could make the server call hosts in its own network.
 
-HOOK_LINGER_SECONDS = 0.2  # for the rest of an answer, so that its sender sees no error
-HOOK_ANSWER_BYTES_MAX = 4 * 1024
-HOOK_RETRY_SECONDS_MAX = 3600
+HOOK_LINGER_SECONDS, HOOK_ANSWER_BYTES_MAX = 0.2, 4 * 1024  # for the rest of an answer: its sender must see no error
+HOOK_RETRY_SECONDS_MAX, DROPPED_SECONDS = 3600, 10  # until the next try; until the log names dropped deliveries again
 HOOK_GRACE_SECONDS = 300  # for so long after a start, nothing is too old: the network may come up late
 LONG_EXCHANGES_MAX, LONG_DELIVERY_BYTES = 2, 64 * 1024  # beyond EXCHANGES_MAX: JSON takes six times as much memory
-DROPPED_SECONDS = 10  # until we log again that deliveries were dropped
 TESTS_MAX = 8  # at once: each holds a connection
 client_context = functools.lru_cache(maxsize=1)(ssl.create_default_context)  # making one takes long
 
 
 def deliver(delivery: Delivery) -> Answer:
     """Send a delivery; return the answer within HOOK_SECONDS, without the time that looking up the name takes."""
-    received, answer = b"", None
-    problem = "the connection was closed before a whole status line had come"
+    received, answer, problem = b"", None, "the connection was closed before a whole status line had come"
     try:
         parts: Any = urllib.parse.urlsplit(delivery.url)
         address, request = (parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme]), encode_delivery(parts, delivery)
@@ -3372,8 +3361,7 @@ class Outbox:
         self._threads = Threads(loop, EXCHANGES_MAX + LONG_EXCHANGES_MAX)
         self.gate = Gate(loop)  # held by exchanges under way, until their results are stored
         self.has_hooks = self.is_stopping = False  # when it stops, no further exchange begins
-        self._tests = 0  # that are running
-        self._running, self._newest = set[int](), 0  # hooks with a task; id of the newest delivery that has been seen
+        self._tests, self._running, self._newest = 0, set[int](), 0  # running tests; hooks with a task; newest delivery
         self._dropped: collections.Counter[tuple[str, str]] = collections.Counter()  # by hook and reason, until logged
         self._dropped_logged, self._started = -NEVER, time.monotonic()
         self._lock: BinaryIO | None = None
@@ -3495,8 +3483,7 @@ TRANSACTION_BYTES_MAX = 4 * 1024 * 1024  # of the requests in it, except the las
 WAL_PAGES_MAX = 1500  # of 4 KiB: at 6 MB the write-ahead log begins again, even if it has to wait for readers
 UNSENT_BYTES_MAX = 64 * 1024 * 1024  # of all responses that clients are slow to take
 POLL_SECONDS = 0.25  # between two looks for other processes' changes, expired pairs and new deliveries
-# After a stop begins: late requests get 408 or 503, connections close, the process ends.
-STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5
+STOP_REQUEST_SECONDS, STOP_SECONDS, EXIT_SECONDS = 3, 4, 4.5  # late requests get 408 or 503; connections close; exit
 
 Change = tuple[Callable[[Store], Any], Wakeup, float]  # an operation, its task's Wakeup, bytes of its request or so
 
