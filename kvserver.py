@@ -2272,7 +2272,7 @@ td:nth-child(n+3){display:inline-block;margin-right:1rem;color:var(--soft);font-
 .tokens td:last-child,.hooks td{display:block!important} .history td:first-child{color:var(--soft);font-weight:400}
 .values td:nth-child(3)::before{content:"changed: "} .values td:nth-child(4)::before{content:"expires "}
 .users td:nth-child(3)::before{content:"values: "} .users td:nth-child(4)::before{content:"last change: "}
-.tokens td:nth-child(3)::before{content:"created: "} .tokens td:nth-child(4)::before{content:"last used: "}
+.tokens td:nth-child(3)::before{content:"last used: "}
 .hooks td:nth-child(2){color:var(--soft);font-size:.875rem} .hooks td:nth-child(2)::before{content:"user: "}
 .hooks td:nth-child(3)::before{content:"key: "}
 .values tr{display:flex;flex-wrap:wrap;gap:0 1rem} .values td:first-child{flex:1 0 50%}
@@ -2348,8 +2348,8 @@ autocomplete="current-password"></label>{SET_PASSWORD}"""
 ADD_USER = """<label>Name<small> ASCII, no colon</small><input name="username" value="{username}" required></label>
 {new_password}<label><input type="checkbox" name="isAdmin" value="1" {isAdmin}> Admin: manages users and hooks</label>
 <button class="main">Add the user</button>"""
-USER_PAGE = """<p>Role: {}. Values: {}. Last change: {}.</p>
-<div class="bar">{}<a class="button bad" href="{}">Delete…</a></div><h2>Tokens</h2>{}<h2>Values</h2>{}"""
+USER_PAGE = """<p>Role: {}. Values: {}. Last change: {}.</p><div class="bar">{}
+<a class="button bad" href="{}" aria-label="Delete this user">Delete…</a></div><h2>Tokens</h2>{}<h2>Values</h2>{}"""
 DELETE_USER = """<p>This also deletes, for good:</p><ul>{lost}</ul><div class="bar">
 <button class="bad">Delete {name}</button><a class="button" href="{back}">Keep {name}</a></div>"""
 HOOKS_PAGE = """{message}<p>A hook calls a URL when a value changes. Its pending deliveries are deleted with it.</p>
@@ -2378,12 +2378,12 @@ def make_visible(text: str) -> str:
 def make_page(request: Request, title: str, content: str, tab: str = "", path: str = "", note: str = "") -> Response:
     """Return a page, with a refusal's reason if the content lacks it. The path stands on top; a note names a change."""
     user, refusal, nav, message = request.user, request.refusal, "", ""
-    up = "../" if tab or refusal else "./"  # the path to the root
+    up = "../" if (tab or refusal) and not request.path.endswith("/admin") else "./"  # to the root
     if user.name and not (refusal and refusal.status == 401):  # a stolen token does not reveal its user
         here, tabs = {tab: Markup(' aria-current="page"')}, list[Markup]()
         for page, name in TABS.items():
             if user.is_admin or not page.startswith("admin"):
-                tabs.append(fill('<a href="../{}"{}>{}</a>\n', page, here.get(page, ""), name))
+                tabs.append(fill('<a href="{}{}"{}>{}</a>\n', up, page, here.get(page, ""), name))
         nav = fill('<nav aria-label="Pages">{}</nav><span>{}</span>', tabs, user.name)
     if refusal and 'role="alert"' not in content:  # escaped text contains no quotes
         message = fill(ALERT, refusal.message)
@@ -2615,8 +2615,8 @@ def value_page(store: Store, request: Request) -> Response:
     value, etag = (pair.value.decode("utf-8"), pair.etag) if pair else ("", "")
     if refusal and refusal.status == 409 and request.parameters.get("etag", etag) != etag:
         change = "The value was changed" if request.parameters["etag"] else "The key exists: it was set"
-        news = f"{change} to <em>{{}}</em> {{}}" if pair else "The value was deleted; save one to add it again"
-        news += "; save again to overwrite it" if pair and request.parameters["action"] == "set" else ""
+        again = "save again to overwrite it" if request.parameters["action"] == "set" else "nothing was done"
+        news = f"{change} to <em>{{}}</em> {{}}; {again}" if pair else "The value was deleted; save one to add it again"
         request.refusal = HTTPError(409, fill(news, make_short(value), make_time(pair and pair.updated, " ago")))
     facts = list[Markup]()
     for word, moment in (("Changed", pair.updated), ("Expires", pair.expires)) if pair else ():
@@ -2643,8 +2643,8 @@ def make_tokens(store: Store, user_name: str, url: str) -> Markup:
         label = token.label or f"token {token.id}"
         used = "today" if token.last_used == today else make_time(token.last_used)
         question = make_question("Delete", label, "deltoken", url_to(url, id=str(token.id)))
-        rows.append((label, token.rights(), make_time(token.created), used, question))
-    return make_table("tokens", ("Label", "Rights", "Created", "Last used", "Delete"), rows)
+        rows.append((label, token.rights(), used, question))
+    return make_table("tokens", ("Label", "Rights", "Last used", "Delete"), rows)
 
 
 def tokens_page(store: Store, request: Request) -> Response:
@@ -2719,7 +2719,7 @@ def hooks_page(store: Store, request: Request, message: str = "") -> Response:
         buttons = fill('<div class="bar">{}{}</div>', test, make_question("Delete", f"hook {hook.id}", "delhook", url))
         rows.append((fill(HOOK, hook.id, hook.label, hook.origin), make_visible(hook.user_name), key, result, buttons))
     table = make_table("hooks", ("Hook", "User", "Key", "Last result", "Actions"), rows)
-    turns = make_turns("hooks", after.strip("0"), str(hooks[most - 1].id) if hooks[most:] else "")
+    turns = make_turns("hooks", after if after != "0" else "", str(hooks[most - 1].id) if hooks[most:] else "")
     message = fill('<p role="status">{}</p>', message) if message else ""
     command = shlex.join([sys.executable, os.path.abspath(__file__), "--db", store.path])
     page = fill(HOOKS_PAGE, message=message, table=[table, turns], command=command)
@@ -2888,7 +2888,7 @@ API_PATHS = dict.fromkeys(route.path for route in ROUTES if route.who == USER or
 
 # Errors that the client or a second try can correct. Some of their messages name commands, which clients don't have.
 REFUSALS = {NoSuchUser: 401, NotFound: 404, TimeoutError: 408, Conflict: 409, StoreBusy: 503}
-MESSAGES = {401: "the user was deleted", 404: "no such token or hook; load the page again", 408: "the request is too slow"}
+MESSAGES = {401: "the user was deleted", 404: "no such token or hook; reload the page", 408: "the request is too slow"}
 
 
 def find_routes(path: str, base_path: str) -> tuple[dict[str, Route], str]:

@@ -5594,7 +5594,7 @@ class UserPages(PageCase):
         self.assertEqual([[f"key {n:03}", f"value {n}"] for n in range(250)], rows)
         rows = self.page("/admin/user?username=bob").rows
         days = f"{int(time.time() / 86400) - 20000} days"
-        self.assertEqual(["hall", "read hall/*", "now", days], next(row[:4] for row in rows if row[0] == "hall"))
+        self.assertEqual(["hall", "read hall/*", days], next(row[:3] for row in rows if row[0] == "hall"))
         for form in ("action=deltoken&username=bob&id=1", "action=setadmin&username=bob&isAdmin=1"):
             self.send(303, "/admin/", form=form, location="user?username=bob&done=NOW")
         self.assertEqual([], self.store.tokens("bob"))
@@ -6148,11 +6148,9 @@ class OwnPages(PageCase):
         wait_until(lambda: self.store.tokens("alice")[0].last_used is not None)
         answer = self.see(200, "/me/tokens")
         self.assertNotIn(token, answer.body.decode())
-        execute(self.database, f"UPDATE token SET created = {time.time() - 7201}")
-        row = ["hall", "read hall/*", "2 h", "today"]
-        self.assertEqual(row, Page(self.see(200, "/me/tokens")).rows[1][:4])
+        self.assertEqual(["hall", "read hall/*", "today"], Page(answer).rows[1][:3])
         answer = self.send(404, "/me/", "bob", action="deltoken", id="1")
-        self.assertIn("no such token or hook; load the page again", answer.body.decode())
+        self.assertIn("no such token or hook; reload the page", answer.body.decode())
         self.send(303, "/me/", location="tokens?done=NOW", action="deltoken", id="1")
         self.check(401, "GET", "/list", user="Bearer " + token)
         for fields in ({"label": "x" * 65}, {"label": "a\nb"}, {"prefix": "x" * 513}, {"prefix": "\0"}):
@@ -6199,10 +6197,13 @@ class OwnPages(PageCase):
         for user_id, number in itertools.product((1, 2), range(1000)):
             key, value = f"sensor{number:04}".ljust(25, "ж"), f"{number} ".ljust(80, "é")  # the key has 40 bytes
             self.store.set_value(user_id, key, value, time.time() + 1e6)
-        self.store.commit([])
         for number in range(98):
             self.store.add_user(f"a user with a long name {number:03}", "", False)
-        targets = ("/me/", "/admin/", "/admin/user?username=bob", "/me/?search=sensor")
+        for number in range(kvserver.TOKENS_MAX):
+            label, prefix = f"motion sensor {number} in the hall", f"hall/motion {number}/"
+            self.store.add_token("alice", kvserver.hash_token(label), label, False, prefix)
+        self.store.commit([])
+        targets = ("/me/", "/me/tokens", "/admin/", "/admin/user?username=bob", "/me/?search=sensor")
         for target in targets:
             seconds = []
             for _ in range(11):
@@ -6305,7 +6306,7 @@ class ValuePages(PageCase):
             self.store.set_value(1, "door", "closed")
             answer = self.press("door", "Switch to closed", 409)
         text = Page(answer).text
-        self.assertRegex(text, "The value was changed to closed (just now|1 s ago)\\.")
+        self.assertRegex(text, "The value was changed to closed (just now|1 s ago); nothing was done\\.")
         self.assertEqual(b"closed", self.get("door"))
         self.assertIn("Switch to open", text)
 
