@@ -2523,11 +2523,9 @@ def values_page(store: Store, request: Request) -> Response:
     around = folder[: folder[:-1].rfind("/") + 1]
     path, title = make_path(around) if folder else "", make_visible(folder[len(around) :]) or "Values"
     live = make_live(request, url_to(url, search=search, after=after))
-    forms = list[Markup]()
-    if not refresh:  # a reload would lose typed text
-        key = request.parameters.get("key", folder)
-        form = make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="", hint=HINT)
-        forms = [fold("Add", form), fill(SEARCH, search=search)]
+    key = request.parameters.get("key", folder)
+    add = fold("Add", make_form(request, "set", ADD_VALUE, "./?page=add", key=key, rows=2, etag="", hint=HINT))
+    forms = [] if refresh else [add, fill(SEARCH, search=search)]  # a reload would lose typed text
     found = fill(FOUND, make_visible(search), url) if search else ""
     page = fill('<div class="bar">{}{}</div>{}{}', forms, live, found, table)
     link = fill(LINK, url_to("value", key=added), make_visible(added))
