@@ -2218,8 +2218,9 @@ class Values(ServerCase):
 
     def test_ttl_ends_a_pair(self) -> None:
         for target in ("/set?key=a&value=1&ttl=", "/incr?key=a&ttl=", "/toggle?key=a&ttl="):
-            for ttl in ("0", "-1", "x", "", "1e3", "0.0", "315360000.1", "99999999999999999999999"):
+            for ttl in ("0", "-1", "x", "", "1e3", "0.0", "0.000999", "315360000.1", "99999999999999999999999"):
                 self.check(400, "GET", target + ttl)
+            self.check(200, "GET", target + "0.001")
             self.check(200, "GET", target + "315360000")
             self.check(200, "GET", "/get?key=a")
             times = [clock() + 315360001 for clock in (time.time, kvserver.running_time)]
