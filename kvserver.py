@@ -4045,7 +4045,7 @@ def import_pairs(arguments: argparse.Namespace) -> None:
         with contextlib.closing(open_store(arguments.db, create=is_database)) as store:
             known = [name for name in sorted(users) if store.user(name)]
             if known and not arguments.merge:
-                raise CommandError(f"users exist; --merge adds values, but keeps password and role: {', '.join(known)}")
+                raise CommandError(f"nothing imported: users exist; --merge only adds values: {', '.join(known)}")
             new = [user for name, user in users.items() if name not in known]
             stored, old = store.import_all(new, pairs)
             print(*bad, f"imported users: {len(new)}, values: {stored}; left out: {len(bad)}, expired: {old}", sep="\n")

@@ -7952,7 +7952,7 @@ class MovingIn(CommandCase):
         self.sql(INSERT_PAIR, (1, "door", "here", 0, None), (1, "only", "here", 0, None))
         before = self.password_hash()
         self.make([("alice", self.scrypt, 1), ("bob", self.pbkdf2, 0)], [("door", "there", "alice"), ("b", "2", "bob")])
-        message = "users exist; --merge adds values, but keeps password and role: alice"
+        message = "nothing imported: users exist; --merge only adds values: alice"
         self.assert_fails(message, "import", "database.db")
         self.assertNotIn("bob", self.succeed("users"))
         lines = self.succeed("import", "database.db", "--merge").splitlines()
