@@ -1035,7 +1035,6 @@ class Request:
     was_there = False  # the pair, when the request began to wait
     metrics: Metrics  # for endpoints that run in a thread
     password_hash = ""  # of the parameter password
-    form_page: Callable[[Any, Request], Response] | None = None  # that shows a refused form again
     test: Delivery | None = None  # of a hook, to send before the response
     refusal: HTTPError | None = None  # of the request, for the page that shows it
     server_url = ""  # as the browser of a page sees it
@@ -2607,7 +2606,7 @@ def value_page(store: Store, request: Request) -> Response:
     if pair is None and refusal and (not key or request.parameters.get("page") != "value"):
         return values_page(store, request)
     if pair is None and not refusal:
-        request.refusal = HTTPError(404, "there is no such key now; add it, or go back to its folder")
+        request.refusal = HTTPError(404, "there is no such key now; wait for it, add it, or go back to its folder")
         if not request.wants_html():
             raise request.refusal
     value, etag = (pair.value.decode("utf-8"), pair.etag) if pair else ("", "")
@@ -2724,25 +2723,27 @@ def hooks_page(store: Store, request: Request, message: str = "") -> Response:
     return make_page(request, "Hooks", page, "admin/hooks")
 
 
-def take_action(store: Store, request: Request, pages: Mapping[str, Callable[..., Response]]) -> str:
-    """Return the action of a form, one of these. If it is refused, the page of the action shows the form again."""
+# The actions of forms, and the page that shows a refused form again.
+OWN_PAGES: dict[str, Callable[..., Response]] = dict.fromkeys(("set", "incr", "toggle"), value_page)
+OWN_PAGES |= {"del": values_page, "addtoken": tokens_page, "deltoken": tokens_page, "passwd": password_page}
+USER_PAGES: dict[str, Callable[..., Response]] = {"adduser": users_page, "deluser": delete_page}
+USER_PAGES |= {"setpassword": user_page, "setadmin": user_page, "deltoken": user_page}
+USER_PAGES |= {"testhook": hooks_page, "delhook": hooks_page}
+
+
+def take_action(store: Store, request: Request, actions: Iterable[str]) -> str:
     user = store.user(request.user.name) or NOBODY
     if (user.id, user.is_admin) != (request.user.id, request.user.is_admin):
         raise StoreBusy("your user has just been changed; try again")
     action = required(request.parameters, "action")
-    if request.wants_html() and not request.path.endswith("/admin"):  # programs get a line
-        request.form_page = pages.get(action, next(iter(pages.values())))
-    take_choice(request.parameters, "action", list(pages))
+    take_choice(request.parameters, "action", list(actions))
     if action in ("adduser", "setpassword", "passwd"):
         check_password(request.parameters.get("password", ""))
     return action
 
 
 def change_user(store: Store, request: Request) -> Response:
-    parameters, pages = request.parameters, {"adduser": users_page, "deluser": delete_page}
-    pages |= {"setpassword": user_page, "setadmin": user_page, "deltoken": user_page}
-    pages |= {"testhook": hooks_page, "delhook": hooks_page}
-    action = take_action(store, request, pages)
+    parameters, action = request.parameters, take_action(store, request, USER_PAGES)
     if action == "testhook":
         request.test = store.test_delivery(required(parameters, "id"))
         return Response()
@@ -2779,7 +2780,7 @@ def change_value(store: Store, request: Request, action: str) -> Response:
     pair, on_value_page = store.pair(user.id, key), parameters.get("page") in ("value", "state")
     etag = pair.etag if pair else ""  # an empty one means that the form has seen no value
     if parameters.get("etag", etag) != etag:
-        raise HTTPError(409, "the key has another value now, or none; save again to store this one all the same")
+        raise HTTPError(409, "the key has another value now, or none; look at it, and leave out etag to overwrite it")
     if not parameters.get("ttl"):
         parameters.pop("ttl", None)  # an empty field of a form
     is_endless, stored = is_on(parameters, "never"), pair.value.decode("utf-8") if pair else ""
@@ -2800,11 +2801,8 @@ def change_value(store: Store, request: Request, action: str) -> Response:
 
 
 def change_own(store: Store, request: Request) -> Response:
-    user, parameters = request.user, request.parameters
-    pages = {"set": value_page, "incr": value_page, "toggle": value_page, "del": values_page}
-    pages |= {"addtoken": tokens_page, "deltoken": tokens_page, "passwd": password_page}
-    action = take_action(store, request, pages)
-    if pages[action] is value_page:
+    user, parameters, action = request.user, request.parameters, take_action(store, request, OWN_PAGES)
+    if OWN_PAGES[action] is value_page:
         return change_value(store, request, action)
     if action == "addtoken":
         label, prefix, token = parameters.get("label", ""), parameters.get("prefix", ""), make_token()
@@ -2817,7 +2815,7 @@ def change_own(store: Store, request: Request) -> Response:
         return make_page(request, "New token", fill(TOKEN_PAGE, token=token, curl=curl), "me/tokens")
     if action == "del":
         if not store.delete_pair(user.id, require_key(required(parameters, "key"))):
-            raise HTTPError(404, UNKNOWN_KEY)
+            raise HTTPError(404, "there is no such key; it may have been deleted already")
         return redirect_done("./", folder=parameters["key"][: parameters["key"].rfind("/") + 1])
     if action == "passwd":
         _, password = decode_credentials(request.fields.headers["authorization"])  # this one has been checked
@@ -2870,7 +2868,7 @@ ROUTES = (
     Route("/me/state", READ, lead_on, ANYONE, HERE, ("key",), 1),
     Route("/me/tokens", READ, tokens_page, PERSON, THREAD, ("done",)),
     Route("/me/password", READ, password_page, PERSON, THREAD, ("done",)),
-    Route("/admin", READ, lead_on, ANYONE, HERE, ("after",)),
+    Route("/admin", READ, lead_on, ANYONE, HERE, ("after", "done")),
     Route("/admin", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 2),
     Route("/admin/", READ, users_page, ADMIN, THREAD, ("after", "done", "username", "id", "isAdmin")),
     Route("/admin/", ("POST",), change_user, ADMIN, COMMIT, USER_FIELDS, 1),
@@ -3209,9 +3207,11 @@ class RequestHandler:
                     return response
                 endpoint = functools.partial(hooks_page, message=await self.server.outbox.test(request.test))
             except (HTTPError, StoreError) as error:
-                if not request.form_page:
-                    raise
-                endpoint, request.refusal = request.form_page, as_http_error(error, self.server.errors)
+                if route.who not in PAGE_VISITORS or not request.wants_html() or request.path.endswith("/admin"):
+                    raise  # programs get a line
+                pages = OWN_PAGES if endpoint is change_own else USER_PAGES
+                endpoint = pages.get(request.parameters.get("action", ""), next(iter(pages.values())))
+                request.refusal = as_http_error(error, self.server.errors)
             await self._authorize(route, request)
 
         def run() -> Response:

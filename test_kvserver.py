@@ -5282,7 +5282,7 @@ class Visits(PageCase):
     def test_first_paths_lead_to_the_slash_before_any_login(self) -> None:
         for path in (
             *("/admin", "/me", "/iotpersistenceapi", "/iotpersistenceapi/admin", "/iotpersistenceapi/me"),
-            *("/me?folder=hall/&after=%C3%A9", "/iotpersistenceapi?_=1", "/admin?after=\u00e9"),
+            *("/me?folder=hall/&after=%C3%A9", "/iotpersistenceapi?_=1", "/admin?after=\u00e9", "/admin?done=1"),
         ):
             for method in ("GET", "HEAD"):
                 headers = self.see(301, path, None, method).headers
@@ -5665,11 +5665,11 @@ class UserPages(PageCase):
         again = "CREATE TEMP TABLE old AS SELECT * FROM user WHERE id = 2; DELETE FROM user WHERE id = 2;"
         again += "INSERT INTO user SELECT 3, name, password_hash, is_admin, tokens_added FROM old"
         commit = kvserver.Server.commit
-        for target, form, change in (
-            ("/admin/", "action=deluser&username=carol", "UPDATE user SET is_admin = 0 WHERE id = 2"),
-            ("/admin", "action=deluser&username=carol", again),
-            ("/me/", "action=addtoken", again),
-            ("/me/", "action=set&key=a&value=1", "DELETE FROM user WHERE id = 2"),
+        for status, target, form, change in (
+            (403, "/admin/", "action=deluser&username=carol", "UPDATE user SET is_admin = 0 WHERE id = 2"),
+            (503, "/admin", "action=deluser&username=carol", again),
+            (503, "/me/", "action=addtoken", again),
+            (401, "/me/", "action=set&key=a&value=1", "DELETE FROM user WHERE id = 2"),
         ):
             execute(self.database, "DELETE FROM user WHERE name != 'alice'")
             execute(self.database, "INSERT INTO user SELECT 2, 'bob', password_hash, 1, 0 FROM user")
@@ -5681,8 +5681,8 @@ class UserPages(PageCase):
 
             login = basic("bob", PASSWORDS["alice"])
             with mock.patch.object(kvserver.Server, "commit", commit_late):
-                answer = self.send(503, target, login, form)
-            self.assertIn(b"your user has just been changed; try again", answer.body)
+                answer = self.send(status, target, login, form)
+            self.assertEqual(status == 503, b"our user has just been changed; try again" in answer.body)
             self.assertIn("carol", self.names())
             self.assertEqual(([], {}), (self.store.tokens("bob"), self.pairs()))
 
@@ -6045,10 +6045,16 @@ class OwnPages(PageCase):
         self.assertEqual({"a": "typed", "b/é": "2"}, self.pairs())
         self.assertNotIn("xxx", self.log.text())
 
-    def test_a_full_database_gives_the_typed_text_back(self) -> None:
-        with mock.patch.object(kvserver.Store, "set_value", side_effect=kvserver.StoreFull("the disk is full")):
-            page = Page(self.send(507, "/me/?key=a", action="set", value="typed", page="add"))
-        self.assertTrue(page.has_alert() and "typed" in page.text)
+    def test_a_full_or_locked_database_gives_the_typed_text_back(self) -> None:
+        busy, full = kvserver.StoreBusy("another process keeps it"), kvserver.StoreFull("the disk is full")
+        for status, place, error in (
+            (507, mock.patch.object(kvserver.Store, "set_value"), full),
+            (503, mock.patch.object(kvserver.Server, "commit"), busy),  # the transaction does not even begin
+        ):
+            with place as failing:
+                failing.side_effect = error
+                page = Page(self.send(status, "/me/?key=a", action="set", value="typed", page="add"))
+            self.assertTrue(page.has_alert() and "typed" in page.text)
 
     def test_a_user_who_is_deleted_while_a_page_waits_for_a_thread_sees_nothing(self) -> None:
         self.see(200, "/me/tokens", "bob")
