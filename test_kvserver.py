@@ -5717,7 +5717,8 @@ class HookPages(HookCase, PageCase):
         words = command()
         self.assertEqual([sys.executable, os.path.abspath(kvserver.__file__)], words[:2])
         self.assertEqual(["addhook", "USER", "KEY", "URL"], words[-4:])
-        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+        output = io.TextIOWrapper(io.BytesIO())
+        with mock.patch.dict(os.environ, {}, clear=True), contextlib.redirect_stdout(output):
             self.assertEqual(0, kvserver.main([*words[2:-3], "bob", "a key", "http://h/"]))
         self.assertEqual([("bob", "a key")], [(hook.user_name, hook.pattern) for hook in self.store.hooks()])
         self.patch("__file__", os.path.join(self.folder, "kv server.py"))
