@@ -2496,7 +2496,7 @@ def make_values(store: Store, request: Request, user_id: int, url: str, value_ur
     if max(len(folder.encode()), len(search.encode())) > KEY_BYTES_MAX:
         raise HTTPError(400, f"a folder or a search has at most {KEY_BYTES_MAX} bytes; shorten it")
     begin, rows = after + NEXT_KEY, list[Sequence[object]]()
-    for first in (begin, added, begin) if added else (begin,):  # the usual page, or one that begins with the added row
+    for first in (begin, added, begin) if added else (begin,):  # the usual page; else from the added row; else as usual
         entries = list(itertools.islice(store.entries(user_id, folder, search, first), PAGE_ROWS_MAX + 1))
         names = [entry.name for entry in entries[:PAGE_ROWS_MAX]]
         if added in names:
@@ -2610,7 +2610,7 @@ def value_page(store: Store, request: Request) -> Response:
         if not request.wants_html():
             raise request.refusal
     value, etag = (pair.value.decode("utf-8"), pair.etag) if pair else ("", "")
-    if refusal and refusal.status == 409 and request.parameters.get("etag", etag) != etag:
+    if refusal and refusal.status == 409 and request.parameters.get("etag", etag) != etag:  # only a page shows a value
         change = "The value was changed" if request.parameters["etag"] else "The key exists: it was set"
         again = "save again to overwrite it" if request.parameters["action"] == "set" else "nothing was done"
         news = f"{change} to <em>{{}}</em> {{}}; {again}" if pair else "The value was deleted; save one to add it again"
