@@ -4,8 +4,8 @@
 Applets, automations, chips and shell scripts store a value under a key with one web request, and read it with another.
 Each user has their own keys, and logs in with a password or a token. The server confirms a write once it is on disk.
 
-    python kvserver.py serve     run the server; its first start adds the user admin and prints a password
-    python kvserver.py --help    explain unit, get, set, del, list, adduser, passwd, deluser, users, addtoken, tokens,
+    python3 kvserver.py serve     run the server; its first start adds the user admin and prints a password
+    python3 kvserver.py --help    explain unit, get, set, del, list, adduser, passwd, deluser, users, addtoken, tokens,
                                  deltoken, addhook, hooks, delhook, testhook, backup, restore, export and import
 
     request                      response
@@ -414,7 +414,7 @@ class NotFound(StoreError): ...  # a token or a hook
 
 class NoSuchUser(StoreError):
     def __str__(self) -> str:
-        return f"no user {self.args[0]}; list all with: python kvserver.py users; add with: python kvserver.py adduser"
+        return f"no user {self.args[0]}; list all with: python3 kvserver.py users; add it: python3 kvserver.py adduser"
 
 
 ERRORS_BY_CODE: dict[int, tuple[type[StoreError], str]] = {
@@ -705,7 +705,7 @@ class Store:
             self._execute("UPDATE token SET last_used_day = ? WHERE id = ?", day, token_id)
 
     def delete_token(self, name: str, token_id: int | str) -> None:
-        refusal = NotFound(f"{name} has no token {token_id}; list them with: python kvserver.py tokens {name}")
+        refusal = NotFound(f"{name} has no token {token_id}; list them with: python3 kvserver.py tokens {name}")
         delete = "DELETE FROM token WHERE id = ? AND user_id = (SELECT id FROM user WHERE name = ?)"
         self._change_users(refusal, delete, token_id, name)
 
@@ -822,7 +822,7 @@ class Store:
             FROM hook WHERE id = ?"""
         for row in self._execute(select, hook_id):
             return Delivery(*row)
-        raise NotFound(f"there is no hook {hook_id}; list them with: python kvserver.py hooks")
+        raise NotFound(f"there is no hook {hook_id}; list them with: python3 kvserver.py hooks")
 
     def new_deliveries(self, newest: int) -> list[tuple[int, bool, int]]:
         """Return id, success of the last try, and newest delivery of the hooks with deliveries after newest."""
@@ -952,12 +952,12 @@ def open_store(path: str, create: bool = True, migrate: bool = True) -> Store:
         if has_stray_log(path):
             raise StoreError(f"{path}-wal belongs to another database; move it away")
         if not create and not os.path.exists(path):
-            raise StoreError(f"there is no database {path}; name it with --db, or type: python kvserver.py serve")
+            raise StoreError(f"there is no database {path}; name it with --db, or type: python3 kvserver.py serve")
         with contextlib.suppress(FileExistsError):  # SQLite gives its -wal and -shm files the same permissions
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         return Store(path, migrate=migrate)
     except (OSError, ValueError, sqlite3.Error) as error:  # ValueError is for a path with NUL
-        hint = "name another file, or return to a backup with: python kvserver.py restore FILE"
+        hint = "name another file, or return to a backup with: python3 kvserver.py restore FILE"
         raise StoreError(f"cannot use the database {path}: {getattr(error, 'strerror', error)}; {hint}") from error
 
 
@@ -3168,7 +3168,7 @@ class RequestHandler:
         if route.where == COMMIT:
             check_same_site(headers)
             if user.token and user.token.is_read_only:
-                raise HTTPError(403, "this token may only read; make another one with: python kvserver.py addtoken")
+                raise HTTPError(403, "this token may only read; make another one with: python3 kvserver.py addtoken")
 
     async def _receive_parameters(self, route: Route, request: Request) -> None:
         length, body = request.fields.body_length, bytearray()
@@ -3958,7 +3958,7 @@ def restore(arguments: argparse.Namespace) -> None:
     """Put a backup in place of the database, which stays under another name. Stop the server first."""
     path, database = arguments.file, check_place(arguments.db)
     if not os.path.isfile(path) or (os.path.exists(database) and os.path.samefile(path, database)):
-        raise CommandError(f"{path} is no backup; name a file that this wrote: python kvserver.py backup FILE")
+        raise CommandError(f"{path} is no backup; name a file that this wrote: python3 kvserver.py backup FILE")
     with contextlib.ExitStack() as locks, contextlib.closing(open_store(path, create=False, migrate=False)) as backup:
         if not backup.schema_version():
             raise CommandError(f"{path} is empty; name a backup")
@@ -4005,7 +4005,7 @@ def read_foreign_database(path: str) -> tuple[dict[str, User], Iterable[UserPair
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as source:
             source.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
             if source.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,):
-                raise CommandError(f"{path} is a database of kvserver; see: python kvserver.py restore --help")
+                raise CommandError(f"{path} is a database of kvserver; see: python3 kvserver.py restore --help")
             user_rows = source.execute("SELECT name, passwordHash, isAdmin FROM user").fetchall()
             pair_rows = source.execute("SELECT user, key, value FROM state ORDER BY rowid DESC").fetchall()
     except sqlite3.Error as error:
@@ -4099,7 +4099,7 @@ def add_user(arguments: argparse.Namespace) -> None:
     if os.path.exists(arguments.db):
         with contextlib.closing(open_store(arguments.db)) as store:
             if store.user(arguments.name):  # before somebody types a password
-                raise CommandError(f"{arguments.name} exists; set the password with: python kvserver.py passwd USER")
+                raise CommandError(f"{arguments.name} exists; set the password with: python3 kvserver.py passwd USER")
     password_hash = hash_password(read_password(arguments))
     with contextlib.closing(open_store(arguments.db)) as store:
         store.add_user(arguments.name, password_hash, arguments.admin)
@@ -4194,7 +4194,7 @@ def test_hook(arguments: argparse.Namespace, store: Store) -> None:
 def require_pair(arguments: argparse.Namespace, store: Store) -> Pair:
     pair = store.pair(arguments.user.id, arguments.key)
     if not pair:
-        raise CommandError(f"{arguments.name} has no key {arguments.key}; list all with: python kvserver.py list USER")
+        raise CommandError(f"{arguments.name} has no key {arguments.key}; list all with: python3 kvserver.py list USER")
     return pair
 
 
@@ -4270,7 +4270,7 @@ def serve(arguments: argparse.Namespace) -> None:
             server = Server(store.path, vars(arguments), certificate)
         except (OSError, UnicodeError) as error:
             hints = {errno.EADDRINUSE: "is kvserver running already? "}
-            hints[errno.EACCES] = "a port below 1024 needs rights, which python kvserver.py unit gives; "
+            hints[errno.EACCES] = "a port below 1024 needs rights, which python3 kvserver.py unit gives; "
             where = f"{arguments.host or 'all interfaces'}, port {arguments.port}"
             reason, hint = getattr(error, "strerror", error), hints.get(getattr(error, "errno", 0), "")
             raise CommandError(f"cannot listen on {where}: {reason}; {hint}see --host and --port") from None
@@ -4462,7 +4462,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    program, code, line_end = "python kvserver.py", 1, ""
+    program, code, line_end = "python3 kvserver.py", 1, ""
     if argv is None:
         argv, program = sys.argv[1:], shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
     arguments = argparse.Namespace(program=program, words=list(argv))
@@ -4491,7 +4491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, EOFError) as error:
         message, code = "interrupted; nothing was changed", 130 if isinstance(error, KeyboardInterrupt) else 1
         line_end = "\n" if sys.stdin.isatty() else ""  # after a prompt
-    message = re.sub(r"(?<!\S)python kvserver\.py", lambda _: arguments.program, message)
+    message = re.sub(r"(?<!\S)python3 kvserver\.py", lambda _: arguments.program, message)
     print(f"{line_end}kvserver: {escape_unprintable(message)}", file=sys.stderr)
     return code
 

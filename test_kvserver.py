@@ -1,4 +1,4 @@
-"""The tests of kvserver: real servers on free ports, real sockets, real processes. Run: python -m unittest
+"""The tests of kvserver: real servers on free ports, real sockets, real processes. Run: python3 -m unittest
 
 The tests log in hundreds of times, so they patch the cost of scrypt. The program has no switch for that on purpose.
 """
@@ -6856,7 +6856,7 @@ def program(code: str = "", **constants: float) -> list[str]:
 
 
 CHEAP_PROGRAM = program()
-NO_USERS = "there are no users; add one with: python kvserver.py adduser USER\n"
+NO_USERS = "there are no users; add one with: python3 kvserver.py adduser USER\n"
 INSERT_PAIR = "INSERT INTO pair (user_id, key, value, updated, expires) VALUES (?, ?, ?, ?, ?)"
 
 
@@ -7115,7 +7115,7 @@ class UserCommands(CommandCase):
 
     def test_tokens_are_added_listed_and_deleted(self) -> None:
         self.add_user("alice")
-        no_tokens = "there are no tokens; add one with: python kvserver.py addtoken alice\n"
+        no_tokens = "there are no tokens; add one with: python3 kvserver.py addtoken alice\n"
         self.assertEqual(no_tokens, self.succeed("tokens", "alice"))
         token = self.succeed("addtoken", "alice", "--label", "Küche", "--read-only", "--prefix", "a/")
         self.assertRegex(token, r"\Akv_[A-Za-z0-9_-]{43}\n\Z")
@@ -7158,12 +7158,12 @@ class UserCommands(CommandCase):
             self.add_user(name)
         self.succeed("addtoken", "alice")
         for message, *arguments in (
-            ("alice exists; set the password with: python kvserver.py passwd USER", "adduser", "alice"),
-            ("no user eve; list all with: python kvserver.py users", "passwd", "eve"),
+            ("alice exists; set the password with: python3 kvserver.py passwd USER", "adduser", "alice"),
+            ("no user eve; list all with: python3 kvserver.py users", "passwd", "eve"),
             ("no user eve", "deluser", "eve", "--yes"),
             ("--password-stdin", "adduser", "eve"),  # there is no terminal
             ("mkdir -p /nowhere", "adduser", "eve", "--password-stdin", "--db", "/nowhere/test.db"),
-            ("alice has no token 2; list them with: python kvserver.py tokens alice", "deltoken", "alice", "2"),
+            ("alice has no token 2; list them with: python3 kvserver.py tokens alice", "deltoken", "alice", "2"),
             ("bob has no token 1", "deltoken", "bob", "1"),
             ("no token 999999", "deltoken", "alice", "999999"),
             ("no user eve", "deltoken", "eve", "1"),
@@ -7174,7 +7174,7 @@ class UserCommands(CommandCase):
             ("a prefix", "addtoken", "alice", "--prefix", "x" * 513),
             ("no user eve; list all with", "addhook", "eve", "a", "http://h"),
             ("no user eve", "hooks", "eve"),
-            ("there is no hook 2; list them with: python kvserver.py hooks", "delhook", "2"),
+            ("there is no hook 2; list them with: python3 kvserver.py hooks", "delhook", "2"),
             ("there is no hook 2", "testhook", "2"),
             ("a key is 1 to 512 bytes", "addhook", "alice", "", "http://h"),
             ("a key is 1 to 512 bytes", "addhook", "alice", "x" * 513, "http://h"),
@@ -7365,7 +7365,7 @@ class Schemas(CommandCase):
                 unused.bind(("127.0.0.1", 1))
                 self.skipTest("this machine lets everybody listen on port 1")
             self.assert_fails(
-                "a port below 1024 needs rights, which python kvserver.py unit gives", "serve", "--port", "1"
+                "a port below 1024 needs rights, which python3 kvserver.py unit gives", "serve", "--port", "1"
             )
 
     def test_the_file_may_be_anywhere_or_empty_or_a_symbolic_link(self) -> None:
@@ -7567,7 +7567,7 @@ class Restores(CommandCase):
         for log in ("", "damaged"):
             self.write("test.db", damaged)
             self.write("test.db-wal", log)
-            self.assert_fails("return to a backup with: python kvserver.py restore FILE", "users")
+            self.assert_fails("return to a backup with: python3 kvserver.py restore FILE", "users")
             self.write("test.db-wal", log)
             self.assertEqual(damaged, pathlib.Path(self.restore()).read_bytes())
 
@@ -7608,10 +7608,10 @@ class Restores(CommandCase):
             ("raw", "raw-wal belongs to another database;"),
             ("foreign", "foreign is a database of another program"),
             ("newer", "written by a newer kvserver.py"),
-            ("pipe", "pipe is no backup; name a file that this wrote: python kvserver.py backup FILE"),
-            ("nothing", "nothing is no backup; name a file that this wrote: python kvserver.py backup FILE"),
-            (".", ". is no backup; name a file that this wrote: python kvserver.py backup FILE"),
-            ("test.db", "test.db is no backup; name a file that this wrote: python kvserver.py backup FILE"),
+            ("pipe", "pipe is no backup; name a file that this wrote: python3 kvserver.py backup FILE"),
+            ("nothing", "nothing is no backup; name a file that this wrote: python3 kvserver.py backup FILE"),
+            (".", ". is no backup; name a file that this wrote: python3 kvserver.py backup FILE"),
+            ("test.db", "test.db is no backup; name a file that this wrote: python3 kvserver.py backup FILE"),
         ):
             self.assert_fails(message, "restore", path)
             self.assertEqual(names, sorted(os.listdir(self.folder)), path)
@@ -7926,7 +7926,7 @@ class MovingIn(CommandCase):
             self.assertTrue(line.startswith("left out: " + begin), line)
             self.assertNotIn("SECRET", line)
         self.assertEqual("imported users: 1, values: 2; left out: 11, expired: 0", imported)
-        self.assertEqual("nobody is an admin; add one with: python kvserver.py adduser USER --admin", hint)
+        self.assertEqual("nobody is an admin; add one with: python3 kvserver.py adduser USER --admin", hint)
         self.assertEqual({("bob", "twice"): "kept", ("bob", "number"): "5"}, self.pairs())
 
     def test_other_databases_are_told_apart(self) -> None:
@@ -8009,7 +8009,7 @@ class HookCommands(CommandCase):
         self.succeed("deluser", "alice", "--yes")
         self.assertEqual(["ID USER KEY URL LAST TRY", "4 bob a http://h never"], self.hooks())
         self.succeed("deluser", "bob", "--yes")
-        no_hooks = "there are no hooks; add one with: python kvserver.py addhook USER KEY URL"
+        no_hooks = "there are no hooks; add one with: python3 kvserver.py addhook USER KEY URL"
         self.assertEqual([no_hooks], self.hooks())
         self.assertEqual([], self.sql("SELECT * FROM sqlite_master WHERE type = 'trigger'"))
 
@@ -8522,7 +8522,7 @@ class Serving(CommandCase):
         self.assertRegex(errors, r"too many arguments; one that contains spaces or \* needs quotes\n\Z")
 
     def test_a_mistyped_command_or_flag_gets_the_likely_one_and_no_command_the_help(self) -> None:
-        kvserver = "python kvserver.py"
+        kvserver = "python3 kvserver.py"
         code, _, errors = self.run_program("--db", "x.db")
         self.assertEqual(2, code)
         self.assertEqual(self.succeed("--db", "x.db", "--help") + f"\nTo begin: {kvserver} --db x.db serve\n", errors)
@@ -8550,14 +8550,14 @@ class Serving(CommandCase):
     def test_hints_repeat_how_the_program_was_started(self) -> None:
         self.add_user("alice", "--db", "a b.db")
         self.write("config.json", '{"db": "a b.db"}')
-        self.assert_fails("list all with: python kvserver.py --db 'a b.db' users; ", "passwd", "eve", "--db", "a b.db")
+        self.assert_fails("list all with: python3 kvserver.py --db 'a b.db' users; ", "passwd", "eve", "--db", "a b.db")
         service: dict[str, Any] = {
             "STATE_DIRECTORY": str(self.folder),
             "KVSERVER_DB": "a b.db",
         }  # a shell of root has neither
-        self.assert_fails("list all with: python kvserver.py --db 'a b.db' users; ", "passwd", "eve", **service)
+        self.assert_fails("list all with: python3 kvserver.py --db 'a b.db' users; ", "passwd", "eve", **service)
         with self.serving_here("--config", "config.json", KVSERVER_DB="") as (_, lines, _):
-            self.assertEqual("to set a new password: python kvserver.py --db 'a b.db' passwd alice", lines[0])
+            self.assertEqual("to set a new password: python3 kvserver.py --db 'a b.db' passwd alice", lines[0])
         shutil.copy(PROGRAM, self.folder)
         python = self.folder / "python"
         python.symlink_to(sys.executable)
@@ -8575,7 +8575,7 @@ class Serving(CommandCase):
 
     def test_version_and_help(self) -> None:
         self.assertEqual(f"kvserver {kvserver.__version__}\n", self.succeed("--version"))
-        parser, commands = kvserver.build_parser("python kvserver.py")
+        parser, commands = kvserver.build_parser("python3 kvserver.py")
         self.assertEqual([name for name, *_ in kvserver.COMMANDS], list(commands))
         for name, described in (("", parser), *commands.items()):
             output = self.succeed(*name.split(), "--help", COLUMNS="80")
