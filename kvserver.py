@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
-"""kvserver stores values for things that cannot store them themselves, in one file without dependencies.
+"""kvserver keeps values for devices and scripts: they set a value by its key, and get it back, over HTTP.
 
-Applets, automations, chips and shell scripts store a value under a key with one web request, and read it with another.
 Each user has their own keys, and logs in with a password or a token. The server confirms a write once it is on disk.
 
     python3 kvserver.py serve     run the server; its first start adds the user admin and prints a password
@@ -17,14 +16,14 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /list                    200 and a JSON object of keys and values; prefix=P, limit=N, after=K, format=json
     GET PUT DELETE /kv/KEY       the same values as resources
     GET DELETE /history?key=K    the last changes (serve --history N), or erase them; limit=N, since=TIME, format=csv
-    GET /events                  a stream (text/event-stream) of all pairs, then of their changes; prefix=P
+    GET /events                  a stream (text/event-stream) of all values, then of each change; prefix=P
     GET /health                  200 ok, without a login; 503 if the database cannot be read
     GET /metrics                 counters for admins, in Prometheus' text format
     GET /me/, /admin/            pages for browsers: a user's values, tokens and password; users and hooks, for admins
 
 ROUTES has all methods and parameters. Parameters may be in the query, a form or a JSON object; the body of /set?key=K
 may be the value. All paths also exist below /iotpersistenceapi, or below --base-path. Lines like "# ---- Storage ----"
-divide the file into rooms. Each uses only the rooms above it.
+divide the file into parts. Each uses only the parts above it.
 """
 
 from __future__ import annotations
@@ -420,7 +419,7 @@ class NoSuchUser(StoreError):
 ERRORS_BY_CODE: dict[int, tuple[type[StoreError], str]] = {
     sqlite3.SQLITE_BUSY: (StoreBusy, "another process keeps the database locked; try again"),
     sqlite3.SQLITE_CONSTRAINT: (NoSuchUser, "with this id"),  # of a pair; no other constraint may fail
-    sqlite3.SQLITE_FULL: (StoreFull, "the database has reached its limit, or the disk is full; delete something"),
+    sqlite3.SQLITE_FULL: (StoreFull, "the database has reached --max-db-mb, or the disk is full; delete something"),
     sqlite3.SQLITE_TOOBIG: (Conflict, f"the list would have more than {LIST_BYTES_MAX} bytes; use limit=N"),
 }
 
@@ -1013,7 +1012,7 @@ def decode_utf8(data: bytes, what: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise HTTPError(400, f"{what} is not UTF-8; send UTF-8 (in an address, ü is %C3%BC)") from None
+        raise HTTPError(400, f"{what} is not UTF-8; send UTF-8 (in a URL, ü is %C3%BC)") from None
 
 
 class Fields(NamedTuple):
@@ -1103,19 +1102,19 @@ def parse_head(head: bytes, known: Fields | None = None) -> Request:
     """Return the request with a head, given without its last line; raise HTTPError. Known fields stay as parsed."""
     line, _, text = head.decode("iso-8859-1").removeprefix("\r\n").partition("\r\n")  # ISO 8859-1 keeps every byte
     if len(line) > REQUEST_LINE_BYTES_MAX:
-        raise HTTPError(414, f"the address is over {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body")
+        raise HTTPError(414, f"the URL is over {REQUEST_LINE_BYTES_MAX} bytes; send the value as the body")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
-        raise HTTPError(400, "the request line is malformed; send METHOD TARGET HTTP/1.1, with single spaces")
+        raise HTTPError(400, "the request line is malformed; send METHOD URL HTTP/1.1, with %20 for a space in the URL")
     method, host, target, major, minor = match.groups()
     if major != "1":  # later minor versions are served like 1.1 (RFC 9110 section 2.5)
         raise HTTPError(505, "this version of HTTP is not supported; use HTTP/1.1")
     if host and target[:1] in ("", "?"):
         target = "/" + target
     if "#" in target or not (target.startswith("/") or (method, target) == ("OPTIONS", "*")):
-        raise HTTPError(400, "the address is malformed; its path begins with a slash, and a # in it is written as %23")
+        raise HTTPError(400, "the URL is malformed; its path begins with a slash, and a # in it is written as %23")
     if not target.isascii():  # many shell scripts send UTF-8 as it is, and the meaning is clear
-        target = decode_utf8(target.encode("iso-8859-1"), "the address")
+        target = decode_utf8(target.encode("iso-8859-1"), "the URL")
     path, _, query = target.partition("?")
     if known is None or text != known.text or (minor == "0") != known.is_http_1_0:
         known = parse_fields(text, minor == "0")
@@ -1328,7 +1327,8 @@ def parse_body(request: Request, in_query: Mapping[str, str], body: str) -> Iter
 
 def required(parameters: Mapping[str, str], name: str) -> str:
     if name not in parameters:
-        raise HTTPError(400, f"the parameter {name} is missing; send {name}=TEXT in the URL (in quotes) or the body")
+        empty = "; if it is empty, send value=" if name == "value" else ""
+        raise HTTPError(400, f"{name} is missing; send {name}=TEXT in the URL (in quotes) or the body{empty}")
     return parameters[name]
 
 
@@ -1803,7 +1803,7 @@ class Metrics:
             ("writes_total", "counter", "Changes in these transactions, without the refused ones.", self.writes),
             ("deliveries_total", "counter", "Deliveries of hooks that arrived.", self.deliveries),
             ("failed_deliveries_total", "counter", "Attempts to deliver that failed.", self.failed_deliveries),
-            ("dropped_deliveries_total", "counter", "Deliveries that were given up.", self.dropped_deliveries),
+            ("dropped_deliveries_total", "counter", "Dropped deliveries.", self.dropped_deliveries),
             ("pending_deliveries", "gauge", "Deliveries that have not arrived yet.", pending),
             ("connections", "gauge", "Open connections.", len(self._connections)),
             ("polls", "gauge", "Requests that wait for a change.", len(self._polls)),
@@ -1812,7 +1812,7 @@ class Metrics:
             ("wal_bytes", "gauge", "Size of its write-ahead log.", log_bytes),
             ("history_rows", "gauge", "Changes that the history keeps.", changes),
             ("users", "gauge", "Users.", users),
-            ("pairs", "gauge", "Pairs.", pairs),
+            ("pairs", "gauge", "Values.", pairs),
             ("uptime_seconds", "gauge", "Time since the start.", time.monotonic() - self._started),
         ):
             lines += [f"# HELP kvserver_{name} {meaning}", f"# TYPE kvserver_{name} {kind}"]
@@ -1899,7 +1899,7 @@ def decode_credentials(authorization: str) -> tuple[str | None, str]:
     if scheme.startswith(TOKEN_PREFIX):
         raise HTTPError(401, "the word Bearer is missing before the token; send Authorization: Bearer TOKEN")
     if scheme.lower() != "basic":
-        raise HTTPError(401, "log in with name and password (curl -u NAME:PASSWORD), or Authorization: Bearer TOKEN")
+        raise HTTPError(401, "log in with user and password (curl -u USER:PASSWORD), or Authorization: Bearer TOKEN")
     with contextlib.suppress(ValueError):
         name, colon, password = base64.b64decode(credentials.strip(" "), validate=True).decode("utf-8").partition(":")
         # To scrypt, "password" and "password\0" are the same. A lone password must not come into the log as a name.
@@ -1935,7 +1935,8 @@ class Authenticator:
             is_refused = time.monotonic() < self._refused.get(check, 0)
             if is_refused or await self._check(check, name, password, find_address()) is False:
                 self._metrics.failed_logins += 1
-                raise HTTPError(401, "the token is unknown" if name is None else "the user name or password is wrong")
+                wrong = "user name or password is wrong" if name else "login is not USER:PASSWORD in UTF-8"
+                raise HTTPError(401, "the token is unknown" if name is None else f"the {wrong}")
 
     def _charge(self, address: Address | None, failures: int) -> None:  # by client: else anybody could lock a user out
         now, client = time.monotonic(), client_of(address)
@@ -2299,9 +2300,8 @@ NEW_PASSWORD = Markup(f"""<label>New password<small> at least {PASSWORD_CHARACTE
 autocomplete="new-password"></label>""")
 WELCOME_PAGE = """<p>This server keeps values for devices and scripts: they set a value by its key, and get it back.</p>
 <p class="bar"><a class="button main" href="me/">Your values</a> <a class="button" href="admin/">Users</a></p>
-<h2>Address</h2><pre>{url}</pre>
-<h2>Try it</h2><p>Replace NAME with your user name; curl asks for your password.</p>
-<pre>curl -u NAME {address}</pre><p class="soft">kvserver {version}</p>"""
+<h2>URL</h2><pre>{url}</pre><h2>Try it</h2><p>Replace USER with your user name; curl asks for your password.</p>
+<pre>curl -u USER {address}</pre><p class="soft">kvserver {version}</p>"""
 SEARCH = """<form role="search" autocapitalize="none" autocomplete="off" spellcheck="false">
 <input type="search" name="search" value="{search}" aria-label="Part of a key" placeholder="Find a key">
 <button>Search</button></form>"""
@@ -2330,15 +2330,15 @@ ACCESS = """<h2>How to reach it</h2><dl class="card"><dt>URL<dd><code>{url}</cod
 <dt>Wait up to a minute until it changes<dd><code>curl -u {user} {wait}</code></dl>"""
 TOKENS_PAGE = """<p>A device that logs in with a token does not need your password.
 If it gets lost, delete its token here.</p>{add}{tokens}"""
-ADD_TOKEN = """<label>What it is for<input name="label" value="{label}" maxlength="{label_max}"></label>
-<label>Only keys that begin with<small> empty for all</small><input name="prefix" value="{prefix}"></label>
+ADD_TOKEN = """<label>Label<small> what it is for</small><input name="label" value="{label}" maxlength="{label_max}">
+</label><label>Only keys that begin with<small> empty for all</small><input name="prefix" value="{prefix}"></label>
 <label><input type="checkbox" name="readonly" value="1" {readonly}> Read only</label>
 <input type="hidden" name="once" value="{once}"><button class="main">Add a token</button>"""
 TOKEN_PAGE = """<p>Copy it to the device now. This page shows it only once.</p><pre>{token}</pre>
 <h2>As a header</h2><pre>Authorization: Bearer {token}</pre><h2>Try it</h2><pre>{curl}</pre>
 <p><a class="button" href="tokens">All tokens</a></p>"""
 PASSWORD_PAGE = """{form}<p>Your browser will then ask for the new password.</p>
-<h2>Sign out</h2><p>A browser keeps your password until you close all its windows.
+<h2>Log out</h2><p>A browser keeps your password until you close all its windows.
 On somebody else's computer, use a private window, and close it afterwards.</p>"""
 SET_PASSWORD = """<input value="{user}" autocomplete="username" hidden>{new_password}
 <p>Tokens keep working.</p><button class="main">Change the password</button>"""
@@ -2352,7 +2352,7 @@ USER_PAGE = """<p>Role: {}. Values: {}. Last change: {}.</p><div class="bar">{}
 DELETE_USER = """<p>This also deletes, for good:</p><ul>{lost}</ul><div class="bar">
 <button class="bad">Delete {name}</button><a class="button" href="{back}">Keep {name}</a></div>"""
 HOOKS_PAGE = """{message}<p>A hook calls a URL when a value changes. Its pending deliveries are deleted with it.</p>
-{table}<h2>Add a hook</h2><p>Type this in a shell on the server. <code>--help</code> shows all options.</p>
+{table}<h2>Add a hook</h2><p>Type this in a shell on the server. <code>--help</code> explains it.</p>
 <pre>{command} addhook USER KEY URL</pre>"""
 HOOK = "{} {}<br><small>{}</small>"
 RESULT = '<span class="{}">{}</span><br><small>{}pending: {}</small>'
@@ -3226,7 +3226,7 @@ class RequestHandler:
     async def _wait_for_change(self, route: Route, request: Request, response: Response) -> Response:
         polls, streams = self.server.polls, self.server.streams
         if len(polls) + len(streams) >= self.server.max_connections // 2:
-            raise HTTPError(503, "too many requests wait for a change already; try again", RETRY_AFTER)
+            raise HTTPError(503, "too many requests wait already, half of --max-connections; try again", RETRY_AFTER)
         try:
             while response.wait_until:
                 polls[request] = Wakeup(self.server.loop)
@@ -3375,7 +3375,7 @@ class Outbox:
         try:
             self._lock = self._lock or lock_database(path)
         except BlockingIOError:
-            self._errors.write(f"another server runs on {path} and calls the hooks; stop one", NEVER, level="WARNING")
+            self._errors.write(f"another server runs on {path} and sends deliveries; stop one", NEVER, level="WARNING")
         except OSError as error:
             self._errors.write(f"hooks need {path}-lock ({error.strerror}); delete that file", HOOK_RETRY_SECONDS_MAX)
         return self._lock is not None
@@ -3829,14 +3829,14 @@ parse_history = functools.partial(parse_number, 0, LIST_LIMIT_MAX)
 SETTINGS = {
     "host": Setting(str, "", "H", "address to listen on (default: all, IPv6 and IPv4)"),
     "port": Setting(functools.partial(parse_number, 0, 65535), 8080, "P", "port; 0 picks one (default: {})"),
-    "db": Setting(str, DEFAULT_DATABASE, "FILE", "database (default: kvserver.db beside the program)"),
+    "db": Setting(str, DEFAULT_DATABASE, "FILE", "database (default: kvserver.db next to the program)"),
     "base_path": Setting(parse_base_path, "/iotpersistenceapi", "P", "extra prefix of paths; / for none (default: {})"),
     "log_requests": Setting(parse_switch, False, "", "log requests, without values", argparse.BooleanOptionalAction),
     "max_connections": Setting(parse_positive, 256, "N", "largest number of open connections (default: {})"),
-    "history": Setting(parse_history, 0, "N", "changes to keep of each value; a start deletes older (default: {})"),
+    "history": Setting(parse_history, 0, "N", "changes kept of each value; a start deletes older ones (default: {})"),
     "max_db_mb": Setting(parse_positive, 1024, "N", "largest size of the database in megabytes (default: {})"),
-    "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this network; repeatable", "extend"),
-    "cors_origin": Setting(parse_origins, (), "O", "let pages of O use the API (* for all); repeatable", "extend"),
+    "trusted_proxy": Setting(parse_networks, (), "A", "trust X-Forwarded-For from this proxy; repeatable", "extend"),
+    "cors_origin": Setting(parse_origins, (), "O", "let web pages of O use the API (* for all); repeatable", "extend"),
     "tls_cert": Setting(str, "", "FILE", "certificate for HTTPS with its chain, in PEM format; SIGHUP loads it again"),
     "tls_key": Setting(str, "", "FILE", "private key of the certificate, in PEM format, not encrypted"),
 }
@@ -4045,7 +4045,7 @@ def import_pairs(arguments: argparse.Namespace) -> None:
         with contextlib.closing(open_store(arguments.db, create=is_database)) as store:
             known = [name for name in sorted(users) if store.user(name)]
             if known and not arguments.merge:
-                raise CommandError(f"nothing imported: users exist; --merge only adds values: {', '.join(known)}")
+                raise CommandError(f"nothing was imported: users exist; --merge only adds values: {', '.join(known)}")
             new = [user for name, user in users.items() if name not in known]
             stored, old = store.import_all(new, pairs)
             print(*bad, f"imported users: {len(new)}, values: {stored}; left out: {len(bad)}, expired: {old}", sep="\n")
@@ -4107,9 +4107,9 @@ def add_user(arguments: argparse.Namespace) -> None:
 
 
 def set_password(arguments: argparse.Namespace, store: Store) -> None:
-    """Set a user's password. The command asks for it. Tokens stay valid."""
+    """Set a user's password. The command asks for it. Tokens keep working."""
     store.set_password_hash(arguments.name, hash_password(read_password(arguments)))
-    print(f"set the password of {arguments.name}; the tokens stay as they are")
+    print(f"set the password of {arguments.name}; tokens keep working")
 
 
 def delete_user(arguments: argparse.Namespace, store: Store) -> None:
@@ -4129,7 +4129,7 @@ def delete_user(arguments: argparse.Namespace, store: Store) -> None:
 def list_users(arguments: argparse.Namespace, store: Store) -> None:
     """List the users, with their roles and numbers of values."""
     rows = ((user.name, "admin" if user.is_admin else "user", pairs) for user, pairs, _ in store.users())
-    print_rows(arguments, "user USER", "NAME,ROLE,VALUES", rows)
+    print_rows(arguments, "user USER", "USER,ROLE,VALUES", rows)
 
 
 def add_token(arguments: argparse.Namespace, store: Store) -> None:
@@ -4303,7 +4303,7 @@ def owner_of(path: str) -> int:
 
 
 def print_unit(arguments: argparse.Namespace) -> None:
-    """Print a systemd unit that runs serve with these flags, without this environment. It says how to install it."""
+    """Print a systemd unit for serve with these flags. It ignores the environment, and says how to install it."""
     arguments.words.remove("unit")
     words = [part for word in arguments.words for part in word.split("=", maxsplit=word.startswith("--"))]
     of_files = ("--config", "--db", "--tls-cert", "--tls-key")
@@ -4348,7 +4348,7 @@ SystemCallFilter=~@privileged @resources""")
     print(*lines, "", "[Install]", "WantedBy=multi-user.target", sep="\n")
 
 
-MORE_HELP = """COMMAND --help explains a command. All but serve and restore also work while the server runs. The flags
+MORE_HELP = """COMMAND --help explains a command. All but restore also work while the server runs. The flags
 of serve override the environment (KVSERVER_MAX_DB_MB), which overrides the JSON file that --config or KVSERVER_CONFIG
 names ("max_db_mb"). Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -4356,25 +4356,25 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "[USER]": {"dest": "name", "metavar": "USER", "nargs": "?", "help": "only this user (default: all users)"},
     "ID": {"dest": "id", "metavar": "ID", "type": parse_positive, "help": "the first column of tokens or hooks"},
     "KEY": {"dest": "key", "metavar": "KEY", "help": f"1 to {KEY_BYTES_MAX} bytes of UTF-8"},
-    "VALUE": {"dest": "value", "metavar": "VALUE", "help": "- reads standard input; put -- before one like -x"},
+    "VALUE": {"dest": "value", "metavar": "VALUE", "help": "- reads standard input; write -- before one like -x"},
     "[PREFIX]": {"dest": "prefix", "metavar": "PREFIX", "nargs": "?", "default": "", "help": "only keys that begin so"},
-    "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or PREFIX* for keys that begin so, or * for all keys"},
+    "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or 'PREFIX*' for keys that begin with PREFIX, or '*'"},
     "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
     "BACKUP": {"dest": "file", "metavar": "FILE", "help": "a backup, which only its owner can read"},
-    "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or an old database.db"},
-    "--admin": {"action": "store_true", "help": "make the user an admin, who manages users"},
+    "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or a database.db"},
+    "--admin": {"action": "store_true", "help": "make the user an admin, who manages users and hooks"},
     "--body": {"metavar": "TEXT", "help": "send this instead of JSON; - reads standard input, @FILE a file"},
     "--config": {"metavar": "FILE", "help": 'JSON file with settings, such as {"max_db_mb": 99}'},
     "--force": {"action": "store_true", "help": "overwrite the file if it exists"},
-    "--header": {"metavar": "'NAME: TEXT'", "action": "append", "default": [], "help": "a header; repeat for others"},
-    "--label": {"metavar": "TEXT", "default": "", "help": "a note that the list shows"},
+    "--header": {"metavar": "'NAME: TEXT'", "action": "append", "default": [], "help": "add a header; repeatable"},
+    "--label": {"metavar": "TEXT", "default": "", "help": "what the token or hook is for"},
     "--merge": {"action": "store_true", "help": "add values to users that exist here; they keep password and role"},
     "--method": {"choices": (*HOOK_BODY_METHODS, "GET", "DELETE"), "default": "POST", "help": "default: POST"},
     "--password-stdin": {"action": "store_true", "help": "read the password from standard input, one line"},
     "--prefix": {"metavar": "P", "default": "", "help": "the token sees only keys that begin with P"},
     "--read-only": {"action": "store_true", "help": "the token cannot change anything"},
     "--ttl": {"metavar": "S", "type": functools.partial(parse_number, 1, TTL_SECONDS_MAX), "help": "seconds to live"},
-    "--value": {"metavar": "V", "help": "send only changes to the value V"},
+    "--value": {"metavar": "V", "help": "call the URL only when the value becomes V"},
     "--yes": {"action": "store_true", "help": "do not ask, and delete even the last admin"},
 }
 COMMANDS: tuple[tuple[Any, ...], ...] = (
@@ -4404,7 +4404,7 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
 
 def build_parser(program: str, only: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser, and those of all commands, or of only one: a start doesn't wait for the others."""
-    description = "A small key-value server over HTTP, for things that cannot keep values. To begin: %(prog)s serve"
+    description = "A server that keeps values for devices and scripts, over HTTP. To begin: %(prog)s serve"
     parser = argparse.ArgumentParser(program, description=description, epilog=MORE_HELP, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kvserver {__version__}")
     parser.add_argument("--db", metavar="FILE", default=argparse.SUPPRESS, help=SETTINGS["db"].help)

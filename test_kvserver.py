@@ -540,7 +540,7 @@ class Methods(ServerCase):
 
     def test_errors_are_problems_for_clients_that_take_json(self) -> None:
         hint = "send key=TEXT in the URL (in quotes) or the body"
-        detail = f"the parameter key is missing; {hint}"
+        detail = f"key is missing; {hint}"
         problem = {"title": "Bad Request", "status": 400, "detail": detail}
         for accept in ("text/html, application/json;q=0.5", "application/ld+json", "APPLICATION/JSON"):
             answer = self.check(400, "GET", "/get", headers={"Accept": accept})
@@ -766,6 +766,7 @@ class Messages(ServerCase):
             (400, "has half a surrogate pair, or a number such as NaN", "/set", '{"value": NaN}', *json_body),
             (400, "a name in the JSON is repeated", "/set", '{"value": {"s3cr3t": 1, "s3cr3t": 2}}', *json_body),
             (400, "'value' is repeated; send it once", "/set?value=s3cr3t&value=s3cr3t"),
+            (400, "value is missing; send value=TEXT in the URL (in quotes) or the body; if", "/set?key=a", "", "POST"),
             (404, "there is no such key; missing=ok allows this", "/del?key=a"),
             (404, kvserver.UNKNOWN_KEY, "/kv/a"),
             (413, "the value is too large: 1048577 bytes; the limit is 1048576", "/set?key=a", long_value, "POST"),
@@ -795,6 +796,13 @@ class Messages(ServerCase):
         for user in ("kv_s3cr3ts3cr3t", "kv_ s3cr3t"):
             message = b"the word Bearer is missing before the token; send Authorization: Bearer TOKEN"
             self.assertEqual(message, self.check(401, "GET", "/list", user=user).body)
+        latin = "Basic " + base64.b64encode("alice:grün".encode("latin-1")).decode()
+        for login, message in (
+            (None, b"log in with user and password (curl -u USER:PASSWORD), or Authorization: Bearer TOKEN"),
+            (latin, b"the login is not USER:PASSWORD in UTF-8"),
+            (basic("alice", "wrong"), b"the user name or password is wrong"),
+        ):
+            self.assertEqual(message, self.check(401, "GET", "/list", user=login).body)
         answer = self.check(403, "GET", "/set?key=a&value=1", headers={"Origin": "http://other.example"})
         for hint in (b"open the page here", b"leave out Origin and Referer", b"Authorization: Bearer TOKEN"):
             self.assertIn(hint, answer.body)
@@ -4021,7 +4029,7 @@ class Deliveries(HookCase):
         sender, heir = self.server, other
         self.assertFalse(heir.outbox.take_lock())
         (line,) = self.log.lines
-        self.assertIn(f"another server runs on {self.database} and calls the hooks; stop one", line)
+        self.assertIn(f"another server runs on {self.database} and sends deliveries; stop one", line)
         sender.stop()
         wait_until(heir.outbox.take_lock)
         self.store.set_value(1, "a", "end")
@@ -5316,7 +5324,7 @@ class Visits(PageCase):
             body = self.check(200, "GET", path, user=None, headers=headers).body.decode()
             address, command = map(html.unescape, re.findall("<pre>(.*?)</pre>", body))
             self.assertEqual(expected + "/", address)
-            self.assertEqual(["curl", "-u", "NAME", expected + "/set?key=door&value=open"], shlex.split(command))
+            self.assertEqual(["curl", "-u", "USER", expected + "/set?key=door&value=open"], shlex.split(command))
             self.assertIn(kvserver.__version__, body)
             self.assertNotIn("alice", body)
         for host in ('"><script>', "a b", "a/b", "é"):
@@ -7041,7 +7049,7 @@ class UserCommands(CommandCase):
         self.add_user("zoe")
         self.add_user("bob the second", "--admin")
         self.sql(INSERT_PAIR, *((1, str(number), "", 0, None) for number in range(12)))
-        table = "NAME            ROLE   VALUES\nbob the second  admin  0\nzoe             user   12\n"
+        table = "USER            ROLE   VALUES\nbob the second  admin  0\nzoe             user   12\n"
         self.assertEqual(table, self.succeed("users"))
 
     def test_the_database_is_private(self) -> None:
@@ -7059,7 +7067,7 @@ class UserCommands(CommandCase):
             self.add_user("bob")
             self.assertEqual(200, self.request(port, "/set?key=a&value=2", "bob")[0])
             output = self.succeed("passwd", "bob", "--password-stdin", stdin="another password")
-            self.assertEqual("set the password of bob; the tokens stay as they are\n", output)
+            self.assertEqual("set the password of bob; tokens keep working\n", output)
             self.assertEqual(401, self.request(port, "/list", "bob")[0])
             self.assertEqual((200, b'{"a":"2"}'), self.request(port, "/list", "bob", "another password"))
             output = self.succeed("deluser", "bob", "--yes")
@@ -7959,7 +7967,7 @@ class MovingIn(CommandCase):
         self.sql(INSERT_PAIR, (1, "door", "here", 0, None), (1, "only", "here", 0, None))
         before = self.password_hash()
         self.make([("alice", self.scrypt, 1), ("bob", self.pbkdf2, 0)], [("door", "there", "alice"), ("b", "2", "bob")])
-        message = "nothing imported: users exist; --merge only adds values: alice"
+        message = "nothing was imported: users exist; --merge only adds values: alice"
         self.assert_fails(message, "import", "database.db")
         self.assertNotIn("bob", self.succeed("users"))
         lines = self.succeed("import", "database.db", "--merge").splitlines()
@@ -8309,7 +8317,7 @@ class Serving(CommandCase):
             self.assertEqual((200, b"Success"), self.request(port, "/set?key=door&value=open", "admin", password))
             self.assert_curl_works(lines)
             self.assertNotIn(password, self.stop(process))
-        self.assertTrue((self.folder / "kvserver.db").exists(), "the database is not beside the program")
+        self.assertTrue((self.folder / "kvserver.db").exists(), "the database is not next to the program")
         with self.serving(command=command) as (_, port, lines):
             hint = f"to set a new password: {shlex.join(command)} passwd admin"
             self.assertEqual([hint, f"listening on http://127.0.0.1:{port}"], lines)
@@ -8580,7 +8588,7 @@ class Serving(CommandCase):
         for name, described in (("", parser), *commands.items()):
             output = self.succeed(*name.split(), "--help", COLUMNS="80")
             self.assertLessEqual(max(map(len, output.splitlines())), 80)
-            self.assertRegex(output, r"\n  --db FILE +database \(default: kvserver.db beside the program\)\n")
+            self.assertRegex(output, r"\n  --db FILE +database \(default: kvserver.db next to the program\)\n")
             self.assertTrue(described.description)
             for action in described._actions:
                 self.assertTrue(action.help or action.choices, f"{name} does not explain {action.dest}")
