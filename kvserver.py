@@ -3,8 +3,8 @@
 
 Each user has their own keys, and logs in with a password or a token. The server confirms a write once it is on disk.
 
-    python3 kvserver.py serve     run the server; its first start adds the user admin and prints a password
-    python3 kvserver.py --help    explain unit, get, set, del, list, adduser, passwd, deluser, users, addtoken, tokens,
+    python3 kvserver.py serve    run the server; its first start adds the user admin and prints a password
+    python3 kvserver.py --help   explain unit, get, set, del, list, adduser, passwd, deluser, users, addtoken, tokens,
                                  deltoken, addhook, hooks, delhook, testhook, backup, restore, export and import
 
     request                      response
@@ -15,7 +15,7 @@ Each user has their own keys, and logs in with a password or a token. The server
     GET /toggle?key=K            200 and off if on was stored, else on; other words with values=A,B
     GET /list                    200 and a JSON object of keys and values; prefix=P, limit=N, after=K, format=json
     GET PUT DELETE /kv/KEY       the same values as resources
-    GET DELETE /history?key=K    the last changes (serve --history N), or erase them; limit=N, since=TIME, format=csv
+    GET DELETE /history?key=K    the last changes (serve --history N), or delete them; limit=N, since=TIME, format=csv
     GET /events                  a stream (text/event-stream) of all values, then of each change; prefix=P
     GET /health                  200 ok, without a login; 503 if the database cannot be read
     GET /metrics                 counters for admins, in Prometheus' text format
@@ -3914,7 +3914,7 @@ def copying(source: Store, path: str) -> Iterator[int]:
 
 def back_up(arguments: argparse.Namespace) -> None:
     """Copy the database to a file, even while the server runs. The file is complete, or does not appear."""
-    path, suffixes = arguments.file, ("-wal", "-shm", "-journal")  # SQLite keeps these beside a database in use
+    path, suffixes = arguments.file, ("-wal", "-shm", "-journal")  # SQLite keeps these next to a database in use
     with contextlib.closing(open_store(arguments.db, create=False, migrate=False)) as store:
         is_used = path.endswith(suffixes) or any(os.path.exists(path + suffix) for suffix in suffixes)
         is_plain = os.path.isfile(path) and not os.path.islink(path) and not os.path.samefile(path, store.path)
