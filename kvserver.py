@@ -4358,7 +4358,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "KEY": {"dest": "key", "metavar": "KEY", "help": f"1 to {KEY_BYTES_MAX} bytes of UTF-8"},
     "VALUE": {"dest": "value", "metavar": "VALUE", "help": "- reads standard input; write -- before one like -x"},
     "[PREFIX]": {"dest": "prefix", "metavar": "PREFIX", "nargs": "?", "default": "", "help": "only keys that begin so"},
-    "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or 'PREFIX*' for keys that begin with PREFIX, or '*'"},
+    "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or 'PREFIX*' for keys that begin so, or '*' for all"},
     "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
     "BACKUP": {"dest": "file", "metavar": "FILE", "help": "a backup, which only its owner can read"},
     "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or a database.db"},
