@@ -6710,21 +6710,18 @@ class Browser(PageCase):
         token = kvserver.make_token()
         self.store.add_token("alice", kvserver.hash_token(token), "", False, "")
         bearer, password = {"Authorization": f"Bearer {token}"}, {"Authorization": basic("alice", PASSWORDS["alice"])}
-        recipe, listen = re.findall(r"```js\n(const .*?)```", pathlib.Path(README).read_text("utf-8"), re.DOTALL)
-        recipe = recipe.replace("TOKEN", token).replace("localhost:8080", f"127.0.0.1:{self.port}")
-        listen = recipe.partition("\n")[0] + listen.replace("localhost:8080", f"127.0.0.1:{self.port}")
-        recipe = recipe.replace("console.log(", "return (")
         port = self.serve_elsewhere({"page.html": "<title>Another origin</title>"})
         script = """const answer = await fetch(arguments[0], arguments[1]).catch(() => null);
             return answer && [answer.status, await answer.text(), answer.headers.has("ETag")]"""
-        stream = """const seen = [], until = async end => {
-                while (!seen.join("|").includes(end)) await new Promise(done => setTimeout(done, 10));
-            };
-            (async () => { LISTEN })();
+        stream = """await fetch(arguments[0] + "/set?key=door", {method: "POST", body: "open", headers: arguments[1]});
+            const response = await fetch(arguments[0] + "/events", {headers: arguments[1]});
+            const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+            let text = "";
+            const until = async end => { while (!text.includes(end)) text += (await reader.read()).value; };
             await until("event: ready");
             await fetch(arguments[0] + "/set?key=door&value=shut", {headers: arguments[1]});
             await until("shut");
-            return seen.join("|")""".replace("LISTEN", listen.replace("console.log(", "seen.push("))
+            return text"""
         source = """const source = new EventSource(arguments[0], {withCredentials: true});
             const type = await new Promise(done => source.onopen = source.onerror = event => done(event.type));
             source.close();
@@ -6741,14 +6738,13 @@ class Browser(PageCase):
             self.browser.send("/url", url=f"http://{host}:{port}/page.html")
             self.assertIsNone(fetch("/kv/a", headers=bearer), "this origin is not allowed yet")
             self.server.cors_origins = kvserver.parse_origins(f"HTTP://{host}:{port}")
-            self.assertEqual("open", self.browser.run(recipe))
             self.assertEqual([200, "1", True], fetch("/kv/a", headers=bearer))
             self.assertEqual([200, "Success", False], fetch("/set?key=b", method="POST", body="2", headers=bearer))
             self.assertEqual(412, fetch("/kv/b", method="PUT", body="3", headers={**bearer, "If-Match": '"x"'})[0])
             self.assertEqual(200, fetch("/kv/b", method="DELETE", headers=bearer)[0])
             self.assertEqual(404, fetch("/kv/b", headers=bearer)[0])
             text = self.browser.run(stream, address, bearer)
-            self.assertRegex(text, r'"value": "open".*\|event: ready\n.*\|event: set\n.*"value": "shut"')
+            self.assertRegex(text, r'(?s)"value": "open".*\nevent: ready\n.*\nevent: set\n[^\n]*"value": "shut"')
             self.assertEqual([200, "1", True], fetch("/kv/a", headers=password))
             self.assertEqual(403, fetch("/set?key=a&value=2", headers=password)[0])
             self.assertEqual(401, fetch("/kv/a")[0])
@@ -6902,6 +6898,18 @@ class CommandCase(unittest.TestCase):
             if not rows:
                 return connection.execute(statement).fetchall()
             return connection.executemany(statement, rows).fetchall()
+
+    def make_old_database(self, users: Sequence[tuple[Any, ...]], states: Sequence[tuple[Any, ...]] = ()) -> None:
+        """Write the database of IoT Persistence Api as SQLAlchemy makes it."""
+        self.write("database.db", "")
+        with contextlib.closing(sqlite3.connect(self.folder / "database.db")) as connection, connection:
+            connection.executescript(
+                'CREATE TABLE user (name VARCHAR NOT NULL, "passwordHash" VARCHAR NOT NULL, "isAdmin" BOOLEAN NOT NULL,'
+                ' PRIMARY KEY (name)); CREATE TABLE state ("key" VARCHAR NOT NULL, value VARCHAR NOT NULL, user VARCHAR'
+                ' NOT NULL, PRIMARY KEY ("key", value), FOREIGN KEY (user) REFERENCES user (name))'
+            )
+            connection.executemany("INSERT INTO user VALUES (?, ?, ?)", users)
+            connection.executemany("INSERT INTO state VALUES (?, ?, ?)", states)
 
     def pairs(self) -> dict[tuple[str, str], str]:
         """Return all values by user and key."""
@@ -7881,20 +7889,10 @@ class ValueCommands(CommandCase):
 class MovingIn(CommandCase):
     scrypt, pbkdf2 = WERKZEUG_HASHES.values()
 
-    def make(self, users: Sequence[tuple[Any, ...]], states: Sequence[tuple[Any, ...]] = ()) -> None:
-        """Write the database as SQLAlchemy makes it."""
-        self.write("database.db", "")
-        with contextlib.closing(sqlite3.connect(self.folder / "database.db")) as connection, connection:
-            connection.executescript(
-                'CREATE TABLE user (name VARCHAR NOT NULL, "passwordHash" VARCHAR NOT NULL, "isAdmin" BOOLEAN NOT NULL,'
-                ' PRIMARY KEY (name)); CREATE TABLE state ("key" VARCHAR NOT NULL, value VARCHAR NOT NULL, user VARCHAR'
-                ' NOT NULL, PRIMARY KEY ("key", value), FOREIGN KEY (user) REFERENCES user (name))'
-            )
-            connection.executemany("INSERT INTO user VALUES (?, ?, ?)", users)
-            connection.executemany("INSERT INTO state VALUES (?, ?, ?)", states)
-
     def test_users_keep_their_passwords_and_get_our_hash_with_the_first_login(self) -> None:
-        self.make([("admin", self.scrypt, 1), ("old", self.pbkdf2, 0)], [("a", "1", "admin"), ("a", "2", "old")])
+        self.make_old_database(
+            [("admin", self.scrypt, 1), ("old", self.pbkdf2, 0)], [("a", "1", "admin"), ("a", "2", "old")]
+        )
         output = "imported users: 2, values: 2; left out: 0, expired: 0\n"
         self.assertEqual(output, self.succeed("import", "database.db"))
         self.assertEqual(0o600, stat.S_IMODE(os.stat(self.database).st_mode))
@@ -7928,7 +7926,7 @@ class MovingIn(CommandCase):
         )
         rows = [*(row[:3] for row in states), ("number", 5, "bob")]
         rows.insert(2, ("twice", "kept", "bob"))
-        self.make([(name, self.scrypt, 0) for name in ("bob", *users)], rows)
+        self.make_old_database([(name, self.scrypt, 0) for name in ("bob", *users)], rows)
         *lines, imported, hint = self.succeed("import", "database.db").splitlines()
         for line, begin in zip(lines, (*users.values(), *(row[3] for row in reversed(states))), strict=True):
             self.assertTrue(line.startswith("left out: " + begin), line)
@@ -7956,7 +7954,9 @@ class MovingIn(CommandCase):
     def test_a_hash_that_is_not_known_refuses_all_and_names_whose_it_is(self) -> None:
         too_costly = "scrypt:1048576:8:1" + self.scrypt[16:]
         for stored in (OUR_HASH, "md5$salt$00", "", too_costly, "pbkdf2:sha256:1000$salt$xyz", b"\xff"):
-            self.make([("alice", self.scrypt, 1), ("bob", stored, 0), ("carol", stored, 0)], [("a", "1", "alice")])
+            self.make_old_database(
+                [("alice", self.scrypt, 1), ("bob", stored, 0), ("carol", stored, 0)], [("a", "1", "alice")]
+            )
             self.assert_fails(
                 "nothing was imported: the password hash of bob, carol is of an unknown kind", "import", "database.db"
             )
@@ -7966,7 +7966,9 @@ class MovingIn(CommandCase):
         self.add_user("alice")
         self.sql(INSERT_PAIR, (1, "door", "here", 0, None), (1, "only", "here", 0, None))
         before = self.password_hash()
-        self.make([("alice", self.scrypt, 1), ("bob", self.pbkdf2, 0)], [("door", "there", "alice"), ("b", "2", "bob")])
+        self.make_old_database(
+            [("alice", self.scrypt, 1), ("bob", self.pbkdf2, 0)], [("door", "there", "alice"), ("b", "2", "bob")]
+        )
         message = "nothing was imported: users exist; --merge only adds values: alice"
         self.assert_fails(message, "import", "database.db")
         self.assertNotIn("bob", self.succeed("users"))
@@ -9068,27 +9070,205 @@ class Durable(CommandCase):
 
 @unittest.skipUnless(os.path.exists(README), "README.md is not beside the tests")
 class Readme(CommandCase):
+    """README.md: what a reader types does what it says."""
+
+    # What the first start prints, and then the end of each line, with what a terminal shows.
+    PRINTED = r"""open in a browser: http://[^/]+/(?: or http://[^/]+/)?
+user: admin, password: (.{20}) \(shown only now\)
+curl -u admin:.{20} "http://127.0.0.1:\d+/set\?key=door&value=open"
+listening on http://.*:\d+"""
+    SHOWN = (
+        ("key=door&value=open'", "Success"),
+        ("/get?key=door'", "open"),
+        ("/toggle?key=lamp'", "on"),
+        ("/incr?key=visits'", "1"),
+        ("&wait=60&unless=open'", "closed"),
+        ("'milk & honey, 100%'", "Success"),
+        ('"value": "off"}\'', "Success"),
+        ("&default=away'", "away"),
+        ("/list'", '{"door":"closed","lamp":"off","note":"milk & honey, 100%","visits":"1"}'),
+        ("addtoken admin --label 'front door' --prefix door", "kv_.{43}\n"),
+        ("/get?key=door'", "closed"),
+        ("tokens admin", "ID  LABEL .*\n1   front door .*\n"),
+        ("deltoken admin 1", "deleted the token 1 of admin\n"),
+        ("'It is {value} since {time}.'", "1\n"),
+        ("testhook 1", "200 OK\n"),
+        ("&since=3600'", r'\[\{"time": "2.*Z", "value": "closed"\},\{"time": "2.*Z", "value": "open"\}\]'),
+        ("/events?prefix=house/'", "event: ready\r?\n"),
+        ("adduser alice", "Password for alice: \nThe same again: \nadded the user alice\n"),
+        ("passwd alice", "Password for alice: \nThe same again: \nset the password of alice.*\n"),
+        ("users", "USER   ROLE   VALUES\nadmin  admin  4\nalice  user   0\n"),
+        ("deluser alice", r"Delete the user alice .*\? \[y/N\] y\ndeleted the user alice .*\n"),
+        ("get admin door", "closed\n"),
+        ("unit --db kvserver.db", r"(?s).*ExecStart=.*"),
+        ("-out fullchain.pem", "(?s).*"),
+        ("--tls-key privkey.pem", r"(?s).*\nlistening on https://.*"),
+        ("backup backup.db", "wrote backup.db\n"),
+        ("restore backup.db", "restored .*\nthe old database is now .*\n"),
+        ("export > values.jsonl", ""),
+        ("import values.jsonl", "imported users: 0, values: 4; .*\n"),
+        ("import database.db", "imported users: 1, values: 0; .*\n"),
+    )
+
     def setUp(self) -> None:
         super().setUp()
         self.text = pathlib.Path(README).read_text("utf-8")
+        self.prose = re.sub("(?ms)^```.*?^```$", "\n", self.text)
 
-    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
-    def test_every_curl_line_gives_what_it_says(self) -> None:
-        blocks = re.findall(r"```\n((?:curl .*\n)+)```\n(?:each |which )?prints? `([^`]*)`", self.text)
-        lines = [(line, printed) for block, printed in blocks for line in block.splitlines()]
-        self.assertEqual(
-            len(re.findall(r"^curl (?!.*127\.0\.0\.1)", self.text, re.MULTILINE)),
-            len(lines),
-            "a line without its result",
-        )
-        self.add_user("admin", "--admin")
+    def blocks(self, language: str) -> list[str]:
+        return re.findall(f"(?ms)^```{language}\n(.*?)^```$", self.text)
+
+    def test_it_is_short_and_so_are_its_sentences(self) -> None:
+        self.assertLessEqual(len(self.text.splitlines()), 450)
+        self.assertNotRegex(self.text, r"\bpython (?:-m|\S*kvserver|\.ci)")
+        for text in re.split(r"\n\s*\n|\n(?=\s*[-|<#])", self.prose):
+            for sentence in re.split(r"(?<=[.!?:;])\s+(?=[A-Z0-9`(])", text):
+                if not text.startswith(("|", "<")):
+                    self.assertLessEqual(len(re.findall(r"[\w'`/.-]+", sentence)), 25, sentence)
+
+    def test_every_link_within_the_page_works(self) -> None:
+        headings = re.findall("(?m)^#+ (.*)$", self.prose)
+        # GitHub makes the anchor of a heading from its letters in lower case, with hyphens for spaces.
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        links = set(re.findall(r"\]\(#([^)]*)\)", self.text))
+        self.assertTrue(links)
+        self.assertLessEqual(links, anchors)
+        self.assertTrue(os.path.exists(os.path.join(os.path.dirname(README), "LICENSE")))
+
+    def type(self, line: str, *replies: str) -> str:
+        """Run a line of a shell in a terminal, reply to its questions, and return what the terminal shows."""
+        master, slave = os.openpty()
+        streams: Any = {"stdin": slave, "stdout": slave, "stderr": slave, "start_new_session": True}
+        process = subprocess.Popen(["sh", "-c", line], cwd=self.folder, env=self.environment, **streams)
+        os.close(slave)
+        shown, left = "", list(replies)
+        with process, os.fdopen(master, "r+b", 0) as terminal, contextlib.suppress(OSError):  # EIO: it has ended
+            while data := terminal.read(65536):
+                shown += data.decode().replace("\r\n", "\n")
+                if left and shown.endswith((": ", "? [y/N] ")):
+                    terminal.write(left.pop(0).encode() + b"\n")
+        self.assertEqual((0, []), (process.returncode, left), f"{line}: {shown}")
+        return shown
+
+    @unittest.skipUnless(shutil.which("curl") and shutil.which("openssl"), "curl or openssl is not installed")
+    def test_every_command_and_every_curl_line_does_what_it_says(self) -> None:
+        """Type all lines in their order into a terminal, in an empty folder."""
+        target = self.enterContext(contextlib.closing(Target()))
+        self.make_old_database([("carol", WERKZEUG_HASHES["an old password"], 0)])
+        for name in ("PYTHONPATH", "KVSERVER_DB", "KVSERVER_HOST"):
+            del self.environment[name]
+        self.environment["PATH"] = f"{os.path.dirname(sys.executable)}:{self.environment['PATH']}"
+        replies = {"adduser": ["a password"] * 2, "passwd": ["a password"] * 2, "deluser": ["y"]}
+        download, start, *lines = "".join(self.blocks("sh")).splitlines()
+        lines.remove("python3 -m unittest")  # which runs this test
+        self.assertEqual("curl -LO https://raw.githubusercontent.com/OWNER/kvserver/main/kvserver.py", download)
+        shutil.copy(PROGRAM, self.folder)
+        self.assertEqual("python3 kvserver.py serve", start)
+        program = ["python3", "kvserver.py"]
+        server, port, printed = self.enterContext(self.serving(command=program, KVSERVER_HISTORY="9"))
+        match = re.fullmatch(self.PRINTED, "\n".join(printed))
+        assert match, printed
+        self.assertTrue(any(re.fullmatch(self.PRINTED, block.strip()) for block in self.blocks("")))
+        password = match[1]
+        actual = {"PASSWORD": password, "HOST.local:8080": f"127.0.0.1:{port}", "https://ntfy.sh": target.origin}
+        for line, (end, pattern) in zip(lines, self.SHOWN, strict=True):
+            self.assertTrue(line.endswith(end), f"{line}, not: {end}")
+            typed = functools.reduce(lambda text, pair: text.replace(*pair), actual.items(), line)
+            if " serve " in line:
+                with self.serving(*typed.split()[5:], command=program) as (_, _, printed):
+                    shown = "\n".join(printed)
+            elif " -N " in line:
+                with subprocess.Popen(shlex.split(typed), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as stream:
+                    assert stream.stdout
+                    shown = stream.stdout.readline().decode()
+                    stream.kill()
+            elif "&wait=" in line:
+                (call,) = in_threads(self.type, [(typed,)])
+                wait_until(lambda: b"kvserver_polls 1\n" in self.request(port, "/metrics", "admin", password)[1])
+                self.request(port, "/set?key=door&value=closed", "admin", password)
+                shown = call.result(WAIT_SECONDS)
+            else:
+                if " restore " in line:
+                    self.stop(server)
+                shown = self.type(typed, *replies.get(typed.split()[2], []))
+            self.assertTrue(re.fullmatch(pattern, shown), f"{line}: {shown}")
+            if " addtoken " in line:
+                actual["TOKEN"] = shown.strip()
+            elif line.startswith("curl -u") and "http" not in shown and "history" not in line:
+                self.assertIn(f"`{shown}`", self.text)
+        session = re.findall(r"^\$ (.*)\n(.*)$", "".join(self.blocks("console")), re.MULTILINE)
+        answers = {line.replace("HOST", "raspberrypi"): shown for line, (_, shown) in zip(lines, self.SHOWN)}
+        self.assertEqual(2, len(session))
+        self.assertLessEqual(set(session), set(answers.items()))
+
+    def test_every_hook_sends_what_its_service_takes(self) -> None:
+        target = self.enterContext(contextlib.closing(Target()))
+        self.add_user("admin")
+        text, json_type = "text/plain; charset=utf-8", "application/json"
+        values = '{"value1": "door", "value2": "test", "value3": null'
+        expected: dict[str, tuple[str, str, dict[str, str], str]] = {
+            "ntfy": ("/TOPIC", text, {"title": "Front door"}, "It is test since 20"),
+            "Discord": ("/api/webhooks/ID/SECRET", json_type, {}, '{"content": "door is test", "allowed_mentions": {'),
+            "Slack": ("/services/T/B/SECRET", json_type, {}, '{"text": "door is test"}'),
+            "Gotify": ("/message?token=TOKEN", json_type, {}, '{"message": "door is test", "priority": 5}'),
+            "IFTTT (Pro)": ("/trigger/EVENT/with/key/SECRET", json_type, {}, values),
+            "Home Assistant": ("/api/webhook/SECRET", json_type, {}, values),
+            "another kvserver": ("/set?key=door", text, {"authorization": "Bearer TOKEN"}, "test"),
+        }
+        (ntfy,) = re.findall("^python3 kvserver.py addhook admin door (.*ntfy.*)$", self.text, re.MULTILINE)
+        rows = re.findall(r"^\| ([^|]+) \| `([^`|]+//[^`]*)` \| (?:`(.*)` )?\|$", self.text, re.MULTILINE)
+        for number, (service, url, flags) in enumerate([("ntfy", ntfy, ""), *rows], 1):
+            path, content_type, headers, body = expected.pop(service)
+            arguments = shlex.split(f"{url} {flags}")
+            arguments[0] = re.sub(r"\Ahttps?://[^/]*", target.origin, arguments[0])
+            self.assertEqual(f"{number}\n", self.succeed("addhook", "admin", "door", *arguments))
+            self.assertEqual("200 OK\n", self.succeed("testhook", str(number)))
+            received = target.received.pop()
+            self.assertEqual(f"POST {path} HTTP/1.1", received.line)
+            self.assertLessEqual({"content-type": content_type, **headers}.items(), received.headers.items())
+            self.assertIn(body, received.data.decode())
+        self.assertEqual({}, expected)
+
+    def test_the_program_for_python_runs(self) -> None:
+        (program,) = (text for text in self.blocks("python") if "urllib" in text)
+        self.add_user("alice")
+        token = self.succeed("addtoken", "alice").strip()
         with self.serving_here() as (port, _, _):
-            for line, printed in lines:
-                command = line.replace("admin:PASSWORD", "'admin:a password'").replace(":8080", f":{port}")
-                self.assertEqual((0, printed), run(command)[:2], line)
+            program = program.replace("TOKEN", token).replace("HOST.local:8080", f"127.0.0.1:{port}")
+            self.assertEqual((0, "Success milk & honey\n", ""), run([sys.executable, "-c", program]))
+
+    def test_the_flow_of_node_red_is_json(self) -> None:
+        (flow,) = self.blocks("json")
+        nodes = [node["type"] for node in json.loads(flow)]
+        self.assertEqual(["inject", "http request", "inject", "http request", "debug"], nodes)
+
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
+    def test_systemd_accepts_the_units_and_finds_them_hardened(self) -> None:
+        self.environment.clear()
+        (self.folder / "a b%").mkdir()
+        lines = re.findall("^python3 kvserver.py unit (.*)$", self.text, re.MULTILINE)
+        self.assertEqual(
+            ["--db kvserver.db", "--db kvserver.db --port 443"], [line.partition(" --tls")[0] for line in lines]
+        )
+        for arguments in ([], ["--db", "a b%/x.db", "--base-path", "/"], *map(shlex.split, lines)):
+            with (
+                mock.patch.object(sys, "executable", "/bin/sh"),
+                mock.patch.object(kvserver, "__file__", "/opt/k v.py"),
+            ):
+                self.write("kvserver.service", self.succeed("unit", *arguments))
+            for check in (("verify",), ("security", "--offline=true", "--threshold=15", "--no-pager")):
+                code, output, errors = run(["systemd-analyze", *check, f"{self.folder}/kvserver.service"])
+                self.assertEqual((0, ""), (code, errors), output)
+
+    def test_it_runs_as_a_module_too(self) -> None:
+        self.assertIn("`python3 -m kvserver serve`", self.text)
+        self.add_user("alice")
+        code, output, errors = run([sys.executable, "-m", "kvserver", "users"], env=self.environment)
+        self.assertEqual((0, ""), (code, errors))
+        self.assertIn("alice", output)
 
     def test_the_fail2ban_filter_matches_failed_logins_and_nothing_else(self) -> None:
-        (failregex,) = re.findall(r"^failregex = (.*)$", self.text, re.MULTILINE)
+        (failregex,) = re.findall("`failregex = (.*?)`", self.text)
         # fail2ban replaces <ADDR> by a pattern for addresses of either kind.
         pattern = re.compile(failregex.replace("<ADDR>", r"(?P<address>[0-9A-Fa-f:.]+)"))
         self.add_user("alice")
@@ -9108,66 +9288,6 @@ class Readme(CommandCase):
             self.request(port, "/WARNING%20login%20failed:%20user=''%20address=192.0.2.4")
         matches = [pattern.search(line) for line in log.getvalue().splitlines()]
         self.assertEqual(list(addresses.values()), [match["address"] for match in matches if match])
-
-    def test_the_program_without_libraries_runs(self) -> None:
-        (program,) = (text for text in re.findall(r"```python\n(.*?)```", self.text, re.DOTALL) if "urllib" in text)
-        self.add_user("alice")
-        token = self.succeed("addtoken", "alice").strip()
-        with self.serving_here() as (port, _, _):
-            program = program.replace("TOKEN", token).replace(":8080", f":{port}")
-            self.assertEqual((0, "milk & honey, 100% ?\n", ""), run([sys.executable, "-c", program]))
-
-    def test_the_flow_of_node_red_is_json(self) -> None:
-        (flow,) = re.findall(r"```json\n(.*?)```", self.text, re.DOTALL)
-        nodes = [node["type"] for node in json.loads(flow)]
-        self.assertEqual(["inject", "http request", "debug", "inject", "http request"], nodes)
-
-    def test_every_hook_sends_what_its_service_takes(self) -> None:
-        target = self.enterContext(contextlib.closing(Target()))
-        self.add_user("admin")
-        text, json_type = "text/plain; charset=utf-8", "application/json"
-        expected: tuple[tuple[str, str, dict[str, str], str], ...] = (
-            ("/trigger/counter/with/key/SECRET", json_type, {}, '{"value1": "counter", "value2": "test", "value3": '),
-            ("/TOPIC", text, {"title": "Front door", "priority": "high"}, "It is test since 20"),
-            ("/api/webhooks/ID/SECRET", json_type, {}, '{"content": "house/* is test", "allowed_mentions": '),
-            ("/services/T00000000/B00000000/SECRET", json_type, {}, '{"text": "house/* is test"}'),
-            ("/message", json_type, {"x-gotify-key": "TOKEN"}, '"message": "It is test, and was ."'),
-            ("/api/webhook/SECRET", json_type, {}, '{"key": "door", "value": "test", "old": "", "time": "20'),
-            ("/set?key=house%2F%2A", text, {"authorization": "Bearer TOKEN"}, "test"),
-        )
-        lines = re.findall(r"^python kvserver.py (addhook admin .*)", self.text, re.MULTILINE)
-        for number, (line, (path, content_type, headers, body)) in enumerate(zip(lines, expected, strict=True), 1):
-            self.succeed(*(re.sub(r"\Ahttps?://[^/]*", target.origin, argument) for argument in shlex.split(line)))
-            self.assertEqual("200 OK\n", self.succeed("testhook", str(number)))
-            received = target.received.pop()
-            self.assertEqual(f"POST {path} HTTP/1.1", received.line)
-            self.assertLessEqual({"content-type": content_type, **headers}.items(), received.headers.items())
-            self.assertIn(body, received.data.decode())
-
-    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
-    def test_systemd_accepts_the_units_and_finds_them_hardened(self) -> None:
-        self.environment.clear()
-        (drop_in,) = re.findall(r"```ini\n(.*?)```", self.text, re.DOTALL)
-        (self.folder / "kvserver.service.d").mkdir()
-        (self.folder / "a b%").mkdir()
-        flags = re.findall("unit (--port 443 .*)", self.text)[0].split()
-        for arguments, tls in (([], ""), (["--db", "a b%/x.db", "--base-path", "/"], ""), (flags, drop_in)):
-            with (
-                mock.patch.object(sys, "executable", "/bin/sh"),
-                mock.patch.object(kvserver, "__file__", "/opt/k v.py"),
-            ):
-                self.write("kvserver.service", self.succeed("unit", *arguments))
-            self.write("kvserver.service.d/tls.conf", tls)
-            for check in (("verify",), ("security", "--offline=true", "--threshold=15", "--no-pager")):
-                code, output, errors = run(["systemd-analyze", *check, f"{self.folder}/kvserver.service"])
-                self.assertEqual((0, ""), (code, errors), output)
-
-    def test_it_runs_as_a_module_too(self) -> None:
-        self.assertIn("\npython -m kvserver serve\n", self.text)
-        self.add_user("alice")
-        code, output, errors = run([sys.executable, "-m", "kvserver", "users"], env=self.environment)
-        self.assertEqual((0, ""), (code, errors))
-        self.assertIn("alice", output)
 
     def test_every_setting_is_named(self) -> None:
         for name in kvserver.SETTINGS:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The benchmark of kvserver: ratios to yardsticks that run side by side with it, on the same machine in the same run.
 
-    python .ci/bench.py [--check] [--json] [--rounds N] [--only TEXT] [--directory FOLDER] [--quick]
+    python3 .ci/bench.py [--check] [--json] [--rounds N] [--only TEXT] [--directory FOLDER] [--quick]
 
 Absolute times mean little on a shared machine. Each figure is therefore measured in turns with its yardstick, in an
 order that changes from round to round, and the median of the rounds' ratios counts. It runs on Linux and needs only the
