@@ -3924,7 +3924,7 @@ def back_up(arguments: argparse.Namespace) -> None:
             raise CommandError(f"{path} exists; to overwrite it, add --force")
         with copying(store, path):
             pass
-    print(f"wrote {path}")
+    print(f"wrote {path}, a copy of {store.path}")
 
 
 def set_aside(database: str, locks: contextlib.ExitStack) -> str:
@@ -4227,7 +4227,7 @@ def print_values(arguments: argparse.Namespace, store: Store) -> None:
 
 
 def announce(server: Server, store: Store, program: str) -> None:
-    """Print where the server listens, and tell systemd. If there are no users, add admin and print how to try it."""
+    """Print where the server listens, and tell systemd. If there are no users, add admin and print the password."""
     name, port, address = server.server_name, server.server_port, parse_address(server.server_name)
     if not server.certificate and not (address and address.is_loopback):
         log("WARNING", "plain HTTP sends passwords openly; see --tls-cert")
@@ -4242,12 +4242,12 @@ def announce(server: Server, store: Store, program: str) -> None:
     scheme, curl = ("https", "curl -k") if server.certificate else ("http", "curl")  # few certificates name an address
     listening, here, *elsewhere = (f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host in hosts)
     users, password = store.users(limit=1), make_token()[-20:]
+    print("open in a browser:", " or ".join(url + "/" for url in elsewhere))
     if users:
         print(f"to set a new password: {program} passwd {shlex.quote(users[0][0].name)}")
     else:  # in a transaction: a password that cannot be printed is not stored
         with contextlib.suppress(Conflict), store.begin():  # another process was quicker
             store.add_user("admin", hash_password(password), is_admin=True)
-            print("open in a browser:", " or ".join(url + "/" for url in elsewhere))
             print(f"user: admin, password: {password} (shown only now)")
             print(f'{curl} -u admin:{password} "{here}/set?key=door&value=open"', flush=True)
     print(f"listening on {listening}", flush=True)
