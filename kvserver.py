@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """kvserver keeps values for devices and scripts: they set a value by its key, and get it back, over HTTP.
 
-Each user has their own keys, and logs in with a password or a token. The server confirms a write once it is on disk.
+Each user has their own values, and logs in with a password or a token. The server confirms a write once it is on disk.
 
     python3 kvserver.py serve    run the server; its first start adds the user admin and prints a password
     python3 kvserver.py --help   explain unit, get, set, del, list, adduser, passwd, deluser, users, addtoken, tokens,
@@ -413,7 +413,7 @@ class NotFound(StoreError): ...  # a token or a hook
 
 class NoSuchUser(StoreError):
     def __str__(self) -> str:
-        return f"no user {self.args[0]}; list all with: python3 kvserver.py users; add it: python3 kvserver.py adduser"
+        return f"no user {self.args[0]}; list all with: python3 kvserver.py users; add one: python3 kvserver.py adduser"
 
 
 ERRORS_BY_CODE: dict[int, tuple[type[StoreError], str]] = {
@@ -2352,7 +2352,7 @@ USER_PAGE = """<p>Role: {}. Values: {}. Last change: {}.</p><div class="bar">{}
 DELETE_USER = """<p>This also deletes, for good:</p><ul>{lost}</ul><div class="bar">
 <button class="bad">Delete {name}</button><a class="button" href="{back}">Keep {name}</a></div>"""
 HOOKS_PAGE = """{message}<p>A hook calls a URL when a value changes. Its pending deliveries are deleted with it.</p>
-{table}<h2>Add a hook</h2><p>Type this in a shell on the server. <code>--help</code> explains it.</p>
+{table}<h2>Add a hook</h2><p>Type this in a shell on the server. <code>--help</code> lists the flags.</p>
 <pre>{command} addhook USER KEY URL</pre>"""
 HOOK = "{} {}<br><small>{}</small>"
 RESULT = '<span class="{}">{}</span><br><small>{}pending: {}</small>'
@@ -3226,7 +3226,7 @@ class RequestHandler:
     async def _wait_for_change(self, route: Route, request: Request, response: Response) -> Response:
         polls, streams = self.server.polls, self.server.streams
         if len(polls) + len(streams) >= self.server.max_connections // 2:
-            raise HTTPError(503, "too many requests wait already, half of --max-connections; try again", RETRY_AFTER)
+            raise HTTPError(503, "too many requests wait already (half of --max-connections); try again", RETRY_AFTER)
         try:
             while response.wait_until:
                 polls[request] = Wakeup(self.server.loop)
@@ -4156,7 +4156,7 @@ def delete_token(arguments: argparse.Namespace, store: Store) -> None:
 
 def add_hook(arguments: argparse.Namespace, store: Store) -> None:
     """Call a URL when a value changes. The command prints the hook's ID. The next change is the first one sent.
-    URL, headers and body may contain {key}, {value}, {old} (the value before) and {time}, which the change fills in."""
+    URL, headers and body may contain {key}, {value}, {old} (the value before) and {time}."""
     require_key(arguments.key.removesuffix("*") or arguments.key)
     check_value(arguments.value or "")
     check_label_and_prefix(arguments.label, "")
@@ -4303,7 +4303,7 @@ def owner_of(path: str) -> int:
 
 
 def print_unit(arguments: argparse.Namespace) -> None:
-    """Print a systemd unit for serve with these flags. It ignores the environment, and says how to install it."""
+    """Print a systemd unit for serve with these flags, and how to install it. It ignores the environment."""
     arguments.words.remove("unit")
     words = [part for word in arguments.words for part in word.split("=", maxsplit=word.startswith("--"))]
     of_files = ("--config", "--db", "--tls-cert", "--tls-key")
@@ -4348,7 +4348,7 @@ SystemCallFilter=~@privileged @resources""")
     print(*lines, "", "[Install]", "WantedBy=multi-user.target", sep="\n")
 
 
-MORE_HELP = """COMMAND --help explains a command. All but restore also work while the server runs. The flags
+MORE_HELP = """COMMAND --help explains a command. All but serve and restore also work while the server runs. The flags
 of serve override the environment (KVSERVER_MAX_DB_MB), which overrides the JSON file that --config or KVSERVER_CONFIG
 names ("max_db_mb"). Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -4361,7 +4361,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "PATTERN": {"dest": "key", "metavar": "KEY", "help": "a key, or 'PREFIX*' for keys that begin so, or '*' for all"},
     "URL": {"dest": "url", "metavar": "URL", "help": "http://... or https://...; - reads it from standard input"},
     "BACKUP": {"dest": "file", "metavar": "FILE", "help": "a backup, which only its owner can read"},
-    "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or a database.db"},
+    "EXPORT": {"dest": "file", "metavar": "FILE", "help": "an export (- for standard input), or an old database.db"},
     "--admin": {"action": "store_true", "help": "make the user an admin, who manages users and hooks"},
     "--body": {"metavar": "TEXT", "help": "send this instead of JSON; - reads standard input, @FILE a file"},
     "--config": {"metavar": "FILE", "help": 'JSON file with settings, such as {"max_db_mb": 99}'},

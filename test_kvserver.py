@@ -9070,9 +9070,9 @@ class Durable(CommandCase):
 
 @unittest.skipUnless(os.path.exists(README), "README.md is not beside the tests")
 class Readme(CommandCase):
-    """README.md: what a reader types does what it says."""
+    """Commands, requests and facts in README.md are true."""
 
-    # What the first start prints, and then the end of each line, with what a terminal shows.
+    # What the first start prints. Then, for each line to type in order: its end, and a pattern for what it prints.
     PRINTED = r"""open in a browser: http://[^/]+/(?: or http://[^/]+/)?
 user: admin, password: (.{20}) \(shown only now\)
 curl -u admin:.{20} "http://127.0.0.1:\d+/set\?key=door&value=open"
@@ -9090,7 +9090,7 @@ listening on http://.*:\d+"""
         ("addtoken admin --label esp", "kv_.{43}\n"),
         ("/get?key=door'", "closed"),
         ("tokens admin", "ID  LABEL .*\n1   esp .*\n"),
-        ("'It is {value} since {time}.'", "1\n"),
+        ("'Changed to {value} at {time}.'", "1\n"),
         ("testhook 1", "200 OK\n"),
         ("&since=3600'", r'\[\{"time": "2.*Z", "value": "closed"\},\{"time": "2.*Z", "value": "open"\}\]'),
         ("/events?prefix=house/'", "event: ready\r?\n"),
@@ -9116,7 +9116,7 @@ listening on http://.*:\d+"""
     def blocks(self, language: str) -> list[str]:
         return re.findall(f"(?ms)^```{language}\n(.*?)^```$", self.text)
 
-    def test_it_is_short_and_so_are_its_sentences(self) -> None:
+    def test_the_page_and_its_sentences_are_short(self) -> None:
         self.assertLessEqual(len(self.text.splitlines()), 450)
         self.assertNotRegex(self.text, r"\bpython (?:-m|\S*kvserver|\.ci)")
         for text in re.split(r"\n\s*\n|\n(?=\s*[-<#])|\|", self.prose):
@@ -9131,7 +9131,7 @@ listening on http://.*:\d+"""
         self.assertIn("LICENSE", links)
         self.assertLessEqual(links, {*anchors, *os.listdir(os.path.dirname(README))})
 
-    def type(self, line: str, *replies: str) -> str:
+    def type_line(self, line: str, *replies: str) -> str:
         """Run a line of a shell in a terminal, reply to its questions, and return what the terminal shows."""
         master, slave = os.openpty()
         streams: Any = {"stdin": slave, "stdout": slave, "stderr": slave, "start_new_session": True}
@@ -9155,7 +9155,7 @@ listening on http://.*:\d+"""
             del self.environment[name]
         (self.folder / "python3").symlink_to(sys.executable)
         self.environment["PATH"] = f"{self.folder}:{self.environment['PATH']}"
-        replies = {"adduser": ["a password"] * 2, "passwd": ["a password"] * 2, "deluser": ["y"]}
+        replies = {"adduser": ["a password"] * 2, "passwd": ["a password"] * 2}
         download, start, *lines = "".join(self.blocks("sh")).splitlines()
         lines.remove("python3 -m unittest")  # which runs this test
         self.assertEqual("curl -LO https://raw.githubusercontent.com/OWNER/kvserver/main/kvserver.py", download)
@@ -9171,30 +9171,32 @@ listening on http://.*:\d+"""
         for line, (end, pattern) in zip(lines, self.SHOWN, strict=True):
             self.assertTrue(line.endswith(end), f"{line}, not: {end}")
             typed = functools.reduce(lambda text, pair: text.replace(*pair), actual.items(), line)
-            if " serve " in line:
+            if " serve " in line:  # another server, with TLS
                 with self.serving(*typed.replace("--port 8443 ", "").split()[3:], command=program) as (_, _, printed):
                     shown = "\n".join(printed)
-            elif " -N " in line:
+            elif " -N " in line:  # a stream
                 with subprocess.Popen(shlex.split(typed), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as stream:
                     assert stream.stdout
                     shown = stream.stdout.readline().decode()
                     stream.kill()
-            elif "&wait=" in line:
-                (call,) = in_threads(self.type, [(typed,)])
+            elif "&wait=" in line:  # until the value changes
+                (call,) = in_threads(self.type_line, [(typed,)])
                 wait_until(lambda: b"kvserver_polls 1\n" in self.request(port, "/metrics", "admin", password)[1])
                 self.request(port, "/set?key=door&value=closed", "admin", password)
                 shown = call.result(WAIT_SECONDS)
             else:
                 if " restore " in line:
                     self.stop(server)
-                shown = self.type(typed, *replies.get(typed.split()[2], []))
+                shown = self.type_line(typed, *replies.get(typed.split()[2], []))
             self.assertTrue(re.fullmatch(pattern, shown), f"{line}: {shown}")
             if " addtoken " in line:
                 actual["TOKEN"] = shown.strip()
-        prose, answers = " ".join(self.prose.split()), [shown for _, shown in self.SHOWN]
-        self.assertIn("answer `{}`, `{}`, `{}` and `{}`. ".format(*answers), prose)
-        self.assertIn(f"`{answers[4]}`", prose)
-        self.assertIn("answer `{5}` twice, `{7}`, and `{8}`.".format(*answers), prose)
+        answers = [shown for _, shown in self.SHOWN[:9]]
+        *first, closed, stored, _, away, values = answers
+        prose = " ".join(self.prose.split())
+        self.assertIn("answer `{}`, `{}`, `{}` and `{}`. ".format(*first), prose)
+        self.assertIn(f"it answers `{closed}`.", prose)
+        self.assertIn(f"answer `{stored}` twice, `{away}`, and `{values}`.", prose)
         session = re.findall(r"^\$ (.*)\n(.*)$", "".join(self.blocks("console")), re.MULTILINE)
         typed_lines = [line.replace("HOST", "raspberrypi") for line in lines]
         self.assertEqual(list(zip(typed_lines[:2], answers[:2])), session)
@@ -9205,7 +9207,7 @@ listening on http://.*:\d+"""
         text, json_type = "text/plain; charset=utf-8", "application/json"
         values = '{"value1": "door", "value2": "test", "value3": null'
         expected: dict[str, tuple[str, str, dict[str, str], str]] = {
-            "ntfy": ("/TOPIC", text, {"title": "Front door"}, "It is test since 20"),
+            "ntfy": ("/TOPIC", text, {"title": "Front door"}, "Changed to test at 20"),
             "Discord": ("/api/webhooks/ID/SECRET", json_type, {}, '{"content": "door is test", "allowed_mentions": {'),
             "Slack": ("/services/T/B/SECRET", json_type, {}, '{"text": "door is test"}'),
             "Gotify": ("/message?token=TOKEN", json_type, {}, '{"message": "door is test", "priority": 5}'),
@@ -9246,14 +9248,14 @@ listening on http://.*:\d+"""
         (self.folder / "a b%").mkdir()
         plain, tls = map(shlex.split, re.findall("^python3 kvserver.py unit (.*)$", self.text, re.MULTILINE))
         self.assertEqual(["--db", "kvserver.db", "--port", "443"], [*plain, *tls[2:4]])
-        # systemd's rating of the exposure, in tenths: a port below 1024 and a file below /home take some protection.
-        for arguments, most in (([], 11), (["--db", "a b%/x.db", "--base-path", "/"], 12), (plain, 12), (tls, 16)):
+        # systemd's rating of the exposure, in tenths: a port below 1024 and a file below /home cost some protection.
+        for arguments, threshold in (([], 11), (["--db", "a b%/x.db", "--base-path", "/"], 12), (plain, 12), (tls, 16)):
             with (
                 mock.patch.object(sys, "executable", "/bin/sh"),
                 mock.patch.object(kvserver, "__file__", "/opt/k v.py"),
             ):
                 self.write("kvserver.service", self.succeed("unit", *arguments))
-            for check in (("verify",), ("security", "--offline=true", f"--threshold={most}", "--no-pager")):
+            for check in (("verify",), ("security", "--offline=true", f"--threshold={threshold}", "--no-pager")):
                 code, output, errors = run(["systemd-analyze", *check, f"{self.folder}/kvserver.service"])
                 self.assertEqual((0, ""), (code, errors), output)
 
