@@ -9090,7 +9090,7 @@ listening on http://.*:\d+"""
         ("addtoken admin --label esp", "kv_.{43}\n"),
         ("/get?key=door'", "closed"),
         ("tokens admin", "ID  LABEL .*\n1   esp .*\n"),
-        ("'Changed to {value} at {time}.'", "1\n"),
+        ("--body 'It is {value}.'", "1\n"),
         ("testhook 1", "200 OK\n"),
         ("&since=3600'", r'\[\{"time": "2.*Z", "value": "closed"\},\{"time": "2.*Z", "value": "open"\}\]'),
         ("/events?prefix=house/'", "event: ready\r?\n"),
@@ -9158,7 +9158,7 @@ listening on http://.*:\d+"""
         replies = {"adduser": ["a password"] * 2, "passwd": ["a password"] * 2}
         download, start, *lines = "".join(self.blocks("sh")).splitlines()
         lines.remove("python3 -m unittest")  # which runs this test
-        self.assertEqual("curl -LO https://raw.githubusercontent.com/OWNER/kvserver/main/kvserver.py", download)
+        self.assertEqual("curl -fLO https://raw.githubusercontent.com/OWNER/kvserver/main/kvserver.py", download)
         shutil.copy(PROGRAM, self.folder)
         self.assertEqual("python3 kvserver.py serve", start)
         program = ["python3", "kvserver.py"]
@@ -9207,7 +9207,7 @@ listening on http://.*:\d+"""
         text, json_type = "text/plain; charset=utf-8", "application/json"
         values = '{"value1": "door", "value2": "test", "value3": null'
         expected: dict[str, tuple[str, str, dict[str, str], str]] = {
-            "ntfy": ("/TOPIC", text, {"title": "Front door"}, "Changed to test at 20"),
+            "ntfy": ("/TOPIC", text, {"title": "Front door"}, "It is test."),
             "Discord": ("/api/webhooks/ID/SECRET", json_type, {}, '{"content": "door is test", "allowed_mentions": {'),
             "Slack": ("/services/T/B/SECRET", json_type, {}, '{"text": "door is test"}'),
             "Gotify": ("/message?token=TOKEN", json_type, {}, '{"message": "door is test", "priority": 5}'),
