@@ -3924,7 +3924,7 @@ def back_up(arguments: argparse.Namespace) -> None:
             raise CommandError(f"{path} exists; to overwrite it, add --force")
         with copying(store, path):
             pass
-    print(f"wrote {path}, a copy of {store.path}")
+    print(escape_unprintable(f"wrote {path}, a copy of {store.path}"))
 
 
 def set_aside(database: str, locks: contextlib.ExitStack) -> str:

@@ -6885,8 +6885,13 @@ class CommandCase(unittest.TestCase):
         self.folder = pathlib.Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.folder)
         self.database = str(self.folder / "test.db")
-        self.environment = {name: text for name, text in os.environ.items() if not name.startswith("KVSERVER_")}
-        self.environment |= {"PYTHONPATH": os.path.dirname(PROGRAM), "KVSERVER_DB": self.database}
+        given = os.environ.items()
+        self.environment = {name: text for name, text in given if not re.match("(?i)kvserver_|.*_proxy$", name)}
+        self.environment |= {
+            "CURL_HOME": str(self.folder),
+            "PYTHONPATH": os.path.dirname(PROGRAM),
+            "KVSERVER_DB": self.database,
+        }
         self.environment |= {"KVSERVER_HOST": "127.0.0.1", "KVSERVER_PORT": "0", "COLUMNS": "80"}
 
     def write(self, name: str, content: str | bytes) -> None:
@@ -7047,7 +7052,7 @@ class CommandCase(unittest.TestCase):
     def assert_curl_works(self, lines: Sequence[str]) -> None:
         """Check the line of curl that the first start prints."""
         if shutil.which("curl"):
-            self.assertEqual((0, "Success"), run(lines[2])[:2])
+            self.assertEqual((0, "Success"), run(lines[2], env=self.environment)[:2])
 
 
 class UserCommands(CommandCase):
@@ -9103,7 +9108,7 @@ listening on http://.*:\d+"""
         ("--tls-key privkey.pem", r"(?s).*\nlistening on https://.*"),
         ("backup backup.db", "wrote backup.db, a copy of .*/kvserver.db\n"),
         ("restore backup.db", "restored .*\nthe old database is now .*\n"),
-        ("export > values.jsonl", ""),
+        ("export > values.jsonl)", ""),
         ("import values.jsonl", "imported users: 0, values: 4; .*\n"),
         ("import database.db", "imported users: 1, values: 0; .*\n"),
     )
@@ -9123,12 +9128,28 @@ listening on http://.*:\d+"""
             for sentence in re.split(r"(?<=[.!?])\s+(?=[^a-z])", re.sub("`[^`]*`", "C", text)):
                 self.assertLessEqual(len(re.findall(r"[\w'/.-]+", sentence)), 25, sentence)
 
+    def test_the_limits_are_those_of_the_program(self) -> None:
+        prose = " ".join(self.prose.split())
+        for limit in (
+            f"({kvserver.WAIT_SECONDS_MAX} at most)",
+            f"once every {kvserver.FAILURE_SECONDS} seconds",
+            f"at most {kvserver.KEY_BYTES_MAX} bytes, and a value {kvserver.VALUE_BYTES_MAX >> 20} MiB",
+            f"after {kvserver.IDLE_SECONDS} seconds, and a stream after {kvserver.SEND_SECONDS} seconds",
+            f"first {kvserver.HISTORY_VALUE_BYTES_MAX:,} bytes",
+            f"{kvserver.HOOK_SECONDS} seconds to answer",
+            f"for {kvserver.HOOK_GIVE_UP_SECONDS // 3600} hours",
+            f"newest {kvserver.HOOK_PENDING_MAX:,} or {kvserver.HOOK_PENDING_BYTES_MAX >> 20} MiB",
+            f"at most {kvserver.EXCHANGES_MAX} are sent",
+        ):
+            self.assertIn(limit.lower(), prose.lower())
+
     def test_every_link_within_the_page_works(self) -> None:
         headings = re.findall("(?m)^#+ (.*)$", self.prose)
         # GitHub makes the anchor of a heading from its letters in lower case, with hyphens for spaces.
         anchors = {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
         links = set(re.findall(r"\]\((?!https:)([^)]*)\)", self.text))
         self.assertIn("LICENSE", links)
+        self.assertEqual(self.text.count("<details>"), self.text.count("</details>"))
         self.assertLessEqual(links, {*anchors, *os.listdir(os.path.dirname(README))})
 
     def type_line(self, line: str, *replies: str) -> str:
@@ -9138,11 +9159,14 @@ listening on http://.*:\d+"""
         process = subprocess.Popen(["sh", "-c", line], cwd=self.folder, env=self.environment, **streams)
         os.close(slave)
         shown, left = "", list(replies)
+        timer = threading.Timer(WAIT_SECONDS, os.killpg, (process.pid, signal.SIGKILL))
+        timer.start()  # or a prompt that has changed would wait for its reply
         with process, os.fdopen(master, "r+b", 0) as terminal, contextlib.suppress(OSError):  # EIO: it has ended
             while data := terminal.read(65536):
                 shown += data.decode().replace("\r\n", "\n")
-                if left and shown.endswith((": ", "? [y/N] ")):
+                if left and shown.endswith(": "):
                     terminal.write(left.pop(0).encode() + b"\n")
+        timer.cancel()
         self.assertEqual((0, []), (process.returncode, left), f"{line}: {shown}")
         return shown
 
@@ -9175,7 +9199,8 @@ listening on http://.*:\d+"""
                 with self.serving(*typed.replace("--port 8443 ", "").split()[3:], command=program) as (_, _, printed):
                     shown = "\n".join(printed)
             elif " -N " in line:  # a stream
-                with subprocess.Popen(shlex.split(typed), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as stream:
+                pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": self.environment}
+                with subprocess.Popen(shlex.split(typed), **pipes) as stream:
                     assert stream.stdout
                     shown = stream.stdout.readline().decode()
                     stream.kill()
@@ -9235,7 +9260,8 @@ listening on http://.*:\d+"""
         token = self.succeed("addtoken", "alice").strip()
         with self.serving_here() as (port, _, _):
             program = program.replace("TOKEN", token).replace("HOST.local:8080", f"127.0.0.1:{port}")
-            self.assertEqual((0, "Success milk & honey\n", ""), run([sys.executable, "-c", program]))
+            done = run([sys.executable, "-c", program], env=self.environment)
+            self.assertEqual((0, "Success milk & honey\n", ""), done)
 
     def test_the_flow_of_node_red_is_json(self) -> None:
         (flow,) = self.blocks("json")
@@ -9301,7 +9327,7 @@ listening on http://.*:\d+"""
         self.assertLessEqual(set(re.findall(r"kvserver\.py (\w+)", self.text)), set(commands))
         self.assertLessEqual(set(commands), set(re.findall(r"(?:`|kvserver\.py )(\w+)", self.text)))
         usage = "".join(command.format_usage() for command in commands.values())
-        of_others = {"--data-binary", "--standalone", "--deploy-hook", "--now", "--bg"}
+        of_others = {"--cacert", "--data-binary", "--standalone", "--deploy-hook", "--now", "--bg"}
         flags = {"--help", *of_others, *re.findall("--[a-z-]+", usage)}
         self.assertLessEqual(set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", self.text)), flags)
 
