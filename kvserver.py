@@ -4303,7 +4303,7 @@ def owner_of(path: str) -> int:
 
 
 def print_unit(arguments: argparse.Namespace) -> None:
-    """Print a systemd unit for serve with these flags, and how to install it. It ignores the environment."""
+    """Print a systemd unit for serve with these flags, and how to install it. The command ignores the environment."""
     arguments.words.remove("unit")
     words = [part for word in arguments.words for part in word.split("=", maxsplit=word.startswith("--"))]
     of_files = ("--config", "--db", "--tls-cert", "--tls-key")

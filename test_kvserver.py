@@ -9132,6 +9132,7 @@ listening on http://.*:\d+"""
         prose = " ".join(self.prose.split())
         for limit in (
             f"({kvserver.WAIT_SECONDS_MAX} at most)",
+            f"After {kvserver.FAILURES_MAX} failed logins",
             f"once every {kvserver.FAILURE_SECONDS} seconds",
             f"at most {kvserver.KEY_BYTES_MAX} bytes, and a value {kvserver.VALUE_BYTES_MAX >> 20} MiB",
             f"after {kvserver.IDLE_SECONDS} seconds, and a stream after {kvserver.SEND_SECONDS} seconds",
@@ -9275,7 +9276,7 @@ listening on http://.*:\d+"""
         plain, tls = map(shlex.split, re.findall("^python3 kvserver.py unit (.*)$", self.text, re.MULTILINE))
         self.assertEqual(["--db", "kvserver.db", "--port", "443"], [*plain, *tls[2:4]])
         # systemd's rating of the exposure, in tenths: a port below 1024 and a file below /home cost some protection.
-        for arguments, threshold in (([], 11), (["--db", "a b%/x.db", "--base-path", "/"], 12), (plain, 12), (tls, 16)):
+        for arguments, threshold in (([], 15), (["--db", "a b%/x.db", "--base-path", "/"], 15), (plain, 15), (tls, 18)):
             with (
                 mock.patch.object(sys, "executable", "/bin/sh"),
                 mock.patch.object(kvserver, "__file__", "/opt/k v.py"),
