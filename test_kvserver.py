@@ -9103,14 +9103,17 @@ listening on http://.*:\d+"""
         ("passwd alice", "Password for alice: \nThe same again: \nset the password of alice.*\n"),
         ("users", "USER   ROLE   VALUES\nadmin  admin  4\nalice  user   0\n"),
         ("get admin door", "closed\n"),
-        ("unit --db kvserver.db", r"(?s).*ExecStart=.*"),
+        (
+            "unit --db kvserver.db | head -7",
+            r"(?s)# .*\n# To install .*\n#     sudo systemctl enable --now kvserver\n.*",
+        ),
         ("-out fullchain.pem", "(?s).*"),
         ("--tls-key privkey.pem", r"(?s).*\nlistening on https://.*"),
         ("backup backup.db", "wrote backup.db, a copy of .*/kvserver.db\n"),
         ("restore backup.db", "restored .*\nthe old database is now .*\n"),
         ("export > values.jsonl)", ""),
         ("import values.jsonl", "imported users: 0, values: 4; .*\n"),
-        ("import database.db", "imported users: 1, values: 0; .*\n"),
+        ("import PATH/database.db", "imported users: 1, values: 0; .*\n"),
     )
 
     def setUp(self) -> None:
@@ -9192,7 +9195,12 @@ listening on http://.*:\d+"""
         assert match, printed
         self.assertTrue(any(re.fullmatch(self.PRINTED, block.strip()) for block in self.blocks("")))
         password = match[1]
-        actual = {"PASSWORD": password, "HOST.local:8080": f"127.0.0.1:{port}", "https://ntfy.sh": target.origin}
+        actual = {
+            "PATH/": "",
+            "PASSWORD": password,
+            "HOST.local:8080": f"127.0.0.1:{port}",
+            "https://ntfy.sh": target.origin,
+        }
         for line, (end, pattern) in zip(lines, self.SHOWN, strict=True):
             self.assertTrue(line.endswith(end), f"{line}, not: {end}")
             typed = functools.reduce(lambda text, pair: text.replace(*pair), actual.items(), line)
@@ -9273,7 +9281,7 @@ listening on http://.*:\d+"""
     def test_systemd_accepts_the_units_and_finds_them_hardened(self) -> None:
         self.environment.clear()
         (self.folder / "a b%").mkdir()
-        plain, tls = map(shlex.split, re.findall("^python3 kvserver.py unit (.*)$", self.text, re.MULTILINE))
+        plain, tls = map(shlex.split, re.findall(r"^python3 kvserver.py unit ([^|\n]*)", self.text, re.MULTILINE))
         self.assertEqual(["--db", "kvserver.db", "--port", "443"], [*plain, *tls[2:4]])
         # systemd's rating of the exposure, in tenths: a port below 1024 and a file below /home cost some protection.
         for arguments, threshold in (([], 15), (["--db", "a b%/x.db", "--base-path", "/"], 15), (plain, 15), (tls, 18)):
