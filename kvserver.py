@@ -938,8 +938,8 @@ def check_place(path: str, to_write: bool = True) -> str:
     if not os.path.isdir(folder):
         raise StoreError(f"there is no folder for the database {place}; make it with: mkdir -p {shlex.quote(folder)}")
     verb, mode = ("write", os.W_OK) if to_write else ("read", os.R_OK)
-    for file in filter(os.path.exists, (folder, place, place + "-wal", place + "-shm")):
-        if not os.access(file, mode):
+    for file in (folder, place, place + "-wal", place + "-shm"):
+        if not os.access(file, mode) and os.path.exists(file) and not os.access(file, mode):  # it may be new, or gone
             raise StoreError(f"no permission to {verb} {file}; use sudo, or see who may: ls -ld {shlex.quote(file)}")
     return place
 

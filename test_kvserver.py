@@ -7134,6 +7134,25 @@ class UserCommands(CommandCase):
         self.assertEqual([0] * 4, join(in_threads(add, [(number,) for number in range(4)])))
         self.assertEqual(5, len(self.succeed("users").splitlines()))
 
+    def test_a_log_that_another_process_deletes_or_makes_meanwhile_is_no_lack_of_permission(self) -> None:
+        self.add_user("alice")
+        log, access = self.folder / "test.db-wal", os.access
+
+        def access_after_delete(path: str, mode: int) -> bool:
+            if path.endswith("-wal"):
+                log.unlink(missing_ok=True)
+            return access(path, mode)
+
+        def access_before_make(path: str, mode: int) -> bool:
+            has_access = access(path, mode)
+            log.touch()
+            return has_access
+
+        log.touch()
+        for meanwhile in (access_after_delete, access_before_make):
+            with mock.patch("os.access", meanwhile):
+                self.succeed("users")
+
     def test_tokens_are_added_listed_and_deleted(self) -> None:
         self.add_user("alice")
         no_tokens = "there are no tokens; add one with: python3 kvserver.py addtoken alice\n"
