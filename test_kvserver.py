@@ -9303,7 +9303,9 @@ listening on http://.*:\d+"""
         plain, tls = map(shlex.split, re.findall(r"^python3 kvserver.py unit ([^|\n]*)", self.text, re.MULTILINE))
         self.assertEqual(["--db", "kvserver.db", "--port", "443"], [*plain, *tls[2:4]])
         # systemd's rating of the exposure, in tenths: a port below 1024 and a file below /home cost some protection.
-        for arguments, threshold in (([], 15), (["--db", "a b%/x.db", "--base-path", "/"], 15), (plain, 15), (tls, 18)):
+        opt = shlex.split("--port 443 --tls-cert /run/kvserver/fullchain.pem --tls-key /run/kvserver/privkey.pem")
+        database = ["--db", "a b%/x.db", "--base-path", "/"]
+        for arguments, threshold in (([], 15), (database, 15), (opt, 15), (plain, 15), (tls, 16)):
             with (
                 mock.patch.object(sys, "executable", "/bin/sh"),
                 mock.patch.object(kvserver, "__file__", "/opt/k v.py"),
